@@ -1,0 +1,1 @@
+"""Token shards: their format and streams, download, tokenizer, and the embedded corpus."""
