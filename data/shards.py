@@ -11,8 +11,7 @@ by the end-of-text token.
 
 Training reads use pread on an open file, not a memory map: a map of a file that somebody truncates kills the
 process with SIGBUS, without a message, and a map cannot notice that the file was rewritten. A short read can
-be reported, and one fstat a read notices a change. The copy that pread makes costs about 20 us for a
-65,536-token sequence. `open_shard` gives a memory map for looking around in a file.
+be reported, and one fstat a read notices a change. `open_shard` gives a memory map for looking around in a file.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class ShardInfo(NamedTuple):
 
 
 def read_header(path: str | os.PathLike) -> ShardInfo:
-    """Read and check a shard's header against the file's size. `path` may be an fsspec URL; only the header is read.
+    """Read a shard's header and check it against the file's size. Of an fsspec URL only the header is read.
 
     Raises ShardError for a missing or short file, a wrong magic or version, and a count that disagrees with
     the size.
@@ -193,7 +192,7 @@ def open_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
 
 
 def check_vocabulary(path: str, tokens: np.ndarray, start: int, vocab_size: int) -> None:
-    """Raise ShardError if a token of `tokens`, which begin at position `start` of `path`, is not below vocab_size."""
+    """Raise ShardError unless all `tokens`, read from position `start` of `path`, are below vocab_size."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
         where = int(np.argmax(tokens >= vocab_size))
         raise ShardError(
@@ -224,7 +223,7 @@ class _OpenShard:
         return status.st_size, status.st_mtime_ns
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as uint16. Raises ShardError if the file changed since it was opened."""
+        """Tokens [start, start + count) as uint16; ShardError if the file changed since it was opened."""
         path, offset = self.info.path, HEADER_BYTES + TOKEN.itemsize * start
         wanted, blocks = TOKEN.itemsize * count, []
         try:
@@ -255,15 +254,17 @@ class _OpenShard:
 
 
 class TokenStream:
-    """Random access to a sequence of shards as one stream of tokens, cut into steps of S sequences of T tokens.
+    """Random access to a row of shards as one stream of tokens, in steps of S sequences of T tokens.
 
     Sequence s of step n is stream[(n*S + s)*T : (n*S + s)*T + T + 1]: T inputs, and the targets one token
     further. So every process finds its part by step and sequence alone, any number of processes sees the same
     data, and resuming needs no state. Documents that continue in the next shard stay whole.
 
-    files: paths, globs or fsspec URLs, see `data.paths.expand`; globs are sorted. drop_shard_tail: mimic the
-    public speedrun code, whose steps never cross from one shard into the next: it goes on to
-        the next shard when fewer than S*T + 2 tokens are left, and drops those.
+    files: paths, globs or fsspec URLs, see `data.paths.expand`; globs are sorted.
+
+    drop_shard_tail: mimic the public speedrun code, whose steps never cross from one shard into the next: it
+    goes on to the next shard when fewer than S*T + 2 tokens are left, and drops those.
+
     cycle: after the last token comes the first one again (`epoch` counts); otherwise asking for more is a
     ShardError.
 
@@ -296,7 +297,7 @@ class TokenStream:
         usable = [max(shard.num_tokens - 2, 0) // step_tokens for shard in self.shards]
         self._first_step = np.cumsum([0, *usable])  # of each shard, with drop_shard_tail
         self._first_token = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])
-        # Whole steps before the data repeats (drop_shard_tail) or ends; a cycling stream need not repeat at a step.
+        # Whole steps in one pass over the data. Only with drop_shard_tail does the next pass begin at a step.
         self.steps_per_epoch = (
             int(self._first_step[-1]) if drop_shard_tail else (self.num_tokens - 1) // step_tokens
         )
@@ -384,9 +385,9 @@ class TokenStream:
     def prefetch(
         self, order: Iterable[tuple[int, int]], *, depth: int = 4, pin_memory: bool = False
     ) -> Iterator:
-        """Yield (inputs_T int32, targets_T int64) CPU tensors for each (step, sequence) of `order`, read on a thread.
+        """Yield CPU tensors (inputs_T int32, targets_T int64) for each (step, sequence) of `order`.
 
-        depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to a GPU overlap with
+        A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to a GPU overlap with
         work there. What the thread raises is raised here, at the sequence that it concerns. Closing the
         iterator ends the thread.
         """
