@@ -1,0 +1,54 @@
+"""What every kernel family needs to know about the machine: is Triton there, is it its interpreter on.
+
+`import triton` never fails where it is installed, even without a driver; every launch then does. So an
+implementation is chosen from the tensor's device and the interpreter knob, never by trying.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:  # macOS and Windows: only the references run
+
+    def _undecorated(function=None, **_options):
+        return function if function is not None else _undecorated
+
+    triton = SimpleNamespace(jit=_undecorated, cdiv=lambda a, b: -(-a // b), __version__="none")
+    tl = SimpleNamespace(constexpr=lambda value: value)
+    HAVE_TRITON = False
+
+#: True when Triton runs kernels in its interpreter. Read once: Triton decides when a kernel is decorated.
+INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def implementation_of(impl: str, tensor: torch.Tensor, *, cpu: str, choices: tuple[str, ...]) -> str:
+    """Name of the implementation that runs for `tensor` when the caller asks for `impl`.
+
+    Args:
+        impl: "auto" or one of `choices`. "auto" is "triton" on a GPU and `cpu` elsewhere.
+        tensor: any tensor of the call; only its device counts.
+        cpu: the family's plain-torch path for CPUs.
+        choices: every name that the family accepts besides "auto".
+
+    Raises:
+        ValueError: `impl` is unknown, or "triton" cannot run on the tensor's device.
+    """
+    if impl not in ("auto", *choices):
+        raise ValueError(f"impl={impl!r} is unknown; choose one of auto, {', '.join(choices)}")
+    device = tensor.device.type
+    if impl == "auto":
+        impl = "triton" if device == "cuda" else cpu
+    if impl == "triton" and not HAVE_TRITON:
+        raise ValueError(f"impl='triton' for a tensor on {device}, but triton is missing: pip install triton")
+    if impl == "triton" and device == "cpu" and not INTERPRETED:
+        raise ValueError("impl='triton' on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 "
+                         f"before the first import of triton, or choose impl={cpu!r}")
+    return impl
