@@ -1,0 +1,441 @@
+"""Logs of training runs, in every public dialect, to typed runs.
+
+Dialects (`Run.dialect`):
+
+    steps   step:125/5690 val_loss:4.290908 train_time:28446ms step_avg:227.57ms [key:value ...]
+            also `train_time:96.315s`, `step_avg:nanms`, `train_loss:` or no loss at all in the lines between
+    llmc    s:250 tel:6.3097                  (llm.c; says nowhere how many steps were planned)
+    table   CSV, JSON, JSONL: one row a run, or one row a validation
+
+A log of the first kind opens with its program's own source, which contains look-alikes; the source ends at
+the first line of 60 or more `=`. A log whose source was moved elsewhere says `source sha256:<hash> kept in
+<path>` instead.
+
+Two rules keep a damaged log from passing as a whole one. A run is finished only if its last validation is
+at the planned step, or at the stopping step that the caller names. And whatever in a log does not fit (a
+broken line, a step that is missing, repeated or out of order) is kept as a `Problem` of the run with its
+line, never skipped: `final_validation` refuses such a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from stats.errors import DataError
+
+BLOCK_BYTES = 1 << 20
+LONGEST_LINE_BYTES = 1 << 20
+
+_SEPARATOR = re.compile(rb"^={60,}[ \t\r]*$", re.MULTILINE)
+_STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) (.+)")
+_LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl|eval):(\S+)(.*)")
+_PAIR = re.compile(r"([A-Za-z_][\w.]*):(\S+)")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.(\d{1,17}))?(?:[eE][+-]?\d{1,2})?|nan|inf)")
+# A line that is none of the above but smells of one: a flipped bit or a cut leaves some of these words
+# standing.
+_BROKEN = re.compile(
+    rb"train_time|val_loss|train_loss|step_avg|^.?.?.?tep.?\d|^step:|^s:\d+ |^.:\d+ te?l?:|\d tel:"
+)
+_RESUMED = re.compile(rb"^\W*resum\w*\b.*\bstep[ :=]*(\d{1,9})", re.IGNORECASE)
+_KEPT_SOURCE = re.compile(rb"^source sha256:([0-9a-f]{64})\b", re.MULTILINE)
+
+_FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("python", re.compile(r"^Running Python (\S+)", re.MULTILINE | re.IGNORECASE)),
+    ("torch", re.compile(r"(?:Running PyTorch |\btorch[ :=]+)v?(\d+\.\d+\S*?)[,;)]?(?=\s|$)", re.IGNORECASE)),
+    ("triton", re.compile(r"\btriton(?: version)?[ :=]+v?(\d+\.\d+\S*?)[,;)]?(?=\s|$)", re.IGNORECASE)),
+    ("hardware", re.compile(r"\bdevice_name=(.+?)(?= with | world_size|$)", re.MULTILINE)),
+    (
+        "hardware",
+        re.compile(r"\bcompiled for CUDA \S+ on (.+?)(?= with world_size| world_size|$)", re.MULTILINE),
+    ),
+    ("hardware", re.compile(r"^(?:hardware|device|gpu)[ :=]+(.+?)\s*$", re.MULTILINE | re.IGNORECASE)),
+    ("world_size", re.compile(r"\bworld_size[ :=]+(\d{1,6})\b")),
+    ("seed", re.compile(r"\bseed[ :=]+(\d{1,18})\b")),
+    ("host", re.compile(r"\bhost(?:name)?(?:_hash)?[ :=]+(\S+)")),
+    ("config_hash", re.compile(r"\bconfig[ _](?:hash|sha256)[ :=]+([0-9a-f]{8,64})\b")),
+    ("data_hash", re.compile(r"\bdata[ _](?:hash|sha256)[ :=]+([0-9a-f]{8,64})\b")),
+    ("plan_hash", re.compile(r"\bplan[ _](?:hash|sha256)[ :=]+([0-9a-f]{8,64})\b")),
+)
+_PEAK_MEMORY = re.compile(r"peak memory allocated:\s*(\d{1,12}) MiB")
+
+
+class EmptyLog(DataError):
+    """A log without a single result line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """One validation of a run."""
+
+    step: int
+    loss: float  # nats a token (or a byte); NaN where the log says so
+    time_s: float | None  # training time so far, the validations' own left out
+    step_avg_ms: float | None
+    decimals: int | None  # digits after the point that the log prints of the loss; None: full precision
+    line: int | None  # in its file, from 1
+    extra: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something in a log that does not fit, and where."""
+
+    line: int | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run as its log tells it. What the log does not say is None."""
+
+    path: str
+    name: str
+    dialect: str  # steps, llmc or table
+    first_line: int | None
+    planned_steps: int | None
+    last_step: int | None  # the highest step that any line of the run speaks of
+    step_lines: int  # lines between validations, one a step in most dialects
+    validations: tuple[Validation, ...]
+    problems: tuple[Problem, ...] = ()
+    code_hash: str | None = None  # sha256 of the embedded source, newlines at its end counted as one
+    seed: int | None = None
+    python: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    hardware: str | None = None
+    host: str | None = None
+    world_size: int | None = None
+    peak_memory_mib: int | None = None
+    config_hash: str | None = None
+    data_hash: str | None = None
+    plan_hash: str | None = None
+    sidecar: dict | None = field(
+        default=None, repr=False, compare=False
+    )  # the JSON beside an own log, unchecked
+
+    @property
+    def label(self) -> str:
+        """Path and, where a file holds several runs, the line at which this one starts."""
+        return self.path if self.name == Path(self.path).stem else f"{self.path} ({self.name})"
+
+    @property
+    def losses_by_step(self) -> dict[int, float]:
+        """{step: validation loss}."""
+        return {point.step: point.loss for point in self.validations}
+
+
+def final_validation(run: Run, stop_step: int | None = None) -> Validation:
+    """The validation that the run is judged by: at `stop_step` if given, else at the planned last step.
+
+    Raises DataError if the log is damaged, or if there is no validation at that step: the last line of a
+    truncated run is not its result.
+    """
+    if run.problems:
+        first = run.problems[0]
+        more = f" (and {len(run.problems) - 1} more)" if len(run.problems) > 1 else ""
+        raise DataError(f"damaged log: {first.text}{more}", run.path, first.line)
+    if not run.validations:
+        raise DataError(f"no validation in this run ({run.step_lines} step lines)", run.path, run.first_line)
+    last = run.validations[-1]
+    wanted = run.planned_steps if stop_step is None else stop_step
+    if wanted is None:
+        raise DataError(
+            f"its last validation is at step {last.step}, but this dialect does not say how many steps were "
+            "planned; name the step with --stop-step",
+            run.path,
+            last.line,
+        )
+    for point in reversed(run.validations):
+        if point.step == wanted:
+            return point
+    planned = (
+        f"of {run.planned_steps} planned" if stop_step is None else f"and none at --stop-step {stop_step}"
+    )
+    raise DataError(
+        f"truncated or unfinished run: its last validation is at step {last.step} {planned}"
+        + (f", though it trained to step {run.last_step}" if (run.last_step or 0) > last.step else ""),
+        run.path,
+        last.line,
+    )
+
+
+def is_finished(run: Run, stop_step: int | None = None) -> bool:
+    """True if `final_validation` has an answer."""
+    try:
+        final_validation(run, stop_step)
+    except DataError:
+        return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------
+# Logs
+
+
+def parse_log(stream: BinaryIO, path: str = "<stdin>") -> list[Run]:
+    """All runs in one seekable binary stream. Memory: one block and the validations, whatever the log's size.
+
+    Raises EmptyLog where the stream holds no run at all.
+    """
+    code_hash, offset, number = _skip_source(stream)
+    stream.seek(offset)
+    reader = _LogReader(path, code_hash)
+    for number, line in _numbered_lines(stream, number + 1):  # noqa: B020  (numbers go on from the source's)
+        reader.read(number, line)
+    runs = reader.finish()
+    if not runs:
+        raise EmptyLog(f"no training run in it: {number} lines, none of them a step or a validation", path)
+    return runs
+
+
+def _skip_source(stream: BinaryIO) -> tuple[str | None, int, int]:
+    """(sha256 of the source, offset just after the first separator line, its line number); without a
+    separator line there is nothing to skip: (None, 0, 0)."""
+    digest, blank_lines, offset = hashlib.sha256(), 0, 0
+    kept, has_source = None, False
+    for number, line in _numbered_lines(stream, 1):
+        offset += len(line) + 1
+        if line[:1] == b"=" and _SEPARATOR.fullmatch(line):
+            digest.update(b"\n")
+            code_hash = kept or (digest.hexdigest() if has_source else None)
+            return code_hash, offset, number
+        if not line.strip():
+            blank_lines += 1  # held back: newlines at the very end of the source do not count
+            continue
+        digest.update(b"\n" * (blank_lines + has_source) + line)
+        blank_lines, has_source = 0, True
+        if number < 10 and (match := _KEPT_SOURCE.match(line)):
+            kept = match.group(1).decode()
+    return None, 0, 0
+
+
+def _numbered_lines(stream: BinaryIO, first: int) -> Iterator[tuple[int, bytes]]:
+    """(line number, line without its end). A line longer than LONGEST_LINE_BYTES is no text: DataError."""
+    carry, number = b"", first
+    while block := stream.read(BLOCK_BYTES):
+        lines = (carry + block).split(b"\n")
+        carry = lines.pop()
+        for line in lines:
+            yield number, line
+            number += 1
+        if len(carry) > LONGEST_LINE_BYTES:
+            name = getattr(stream, "name", None)
+            raise DataError("a line of more than a megabyte: not a log", name, number)
+    if carry:
+        yield number, carry
+
+
+class _LogReader:
+    """Takes a log's lines in order and sorts them into runs. One instance a file."""
+
+    def __init__(self, path: str, code_hash: str | None):
+        self.path, self.code_hash = path, code_hash
+        self.runs: list[_RunBuilder] = []
+        self.run: _RunBuilder | None = None
+        self.head: list[str] = []  # what stands before the first result line: the environment
+
+    def read(self, number: int, line: bytes) -> None:
+        """One line, its number for messages."""
+        match = _STEP.match(line)
+        if match:
+            self._step_line(number, int(match[1]), int(match[2]), match[3])
+        elif line[:2] == b"s:" and (match := _LLMC.match(line)):
+            self._llmc_line(number, int(match[1]), match[2], match[3])
+        elif line and not line.isspace():
+            self._other_line(number, line)
+
+    def _run_for(self, number: int, step: int, planned: int | None, dialect: str) -> _RunBuilder:
+        """The run that a result line belongs to: the open one, or a new one where the steps start again."""
+        run = self.run
+        if run is not None and run.dialect == dialect and step >= run.last_step:
+            if planned != run.planned_steps:
+                run.problem(number, f"{planned} planned steps, but {run.planned_steps} in the lines before")
+            return run
+        self.run = run = _RunBuilder(dialect, number, planned)
+        self.runs.append(run)
+        return run
+
+    def _step_line(self, number: int, step: int, planned: int, rest: bytes) -> None:
+        run = self.run
+        if run is None or step < run.last_step or planned != run.planned_steps:
+            run = self._run_for(number, step, planned, "steps")
+        if b"val_loss" not in rest:
+            if not rest.startswith(b"train_"):
+                run.problem(number, f"not a step line: {_shown(rest)}")
+            run.step_line(number, step)
+            return
+        text = rest.decode("utf-8", "replace").strip()
+        pairs = _PAIR.findall(text)
+        if " ".join(f"{key}:{value}" for key, value in pairs) != text or len({key for key, _ in pairs}) < len(
+            pairs
+        ):
+            run.problem(number, f"not a validation line: {_shown(rest)}")
+            return
+        values = dict(pairs)
+        loss, time_s = _number(values.pop("val_loss", "")), _seconds(values.pop("train_time", None))
+        average = _seconds(values.pop("step_avg", None))
+        if loss is None or isinstance(time_s, str) or isinstance(average, str):
+            run.problem(number, f"a number in this validation line cannot be read: {_shown(rest)}")
+            return
+        average_ms = None if average is None else average * 1e3
+        value, decimals = loss
+        run.validation(Validation(step, value, time_s, average_ms, decimals, number, tuple(values.items())))
+
+    def _llmc_line(self, number: int, step: int, kind: bytes, value: bytes) -> None:
+        run = self._run_for(number, step, None, "llmc")
+        loss = _number(value.decode("utf-8", "replace"))
+        if loss is None:
+            run.problem(number, f"not a number: {_shown(value)}")
+        elif kind == b"tel":
+            run.validation(Validation(step, loss[0], None, None, loss[1], number))
+        elif kind == b"trl":
+            run.step_line(number, step)
+
+    def _other_line(self, number: int, line: bytes) -> None:
+        if self.run is None:
+            if len(self.head) < 1000:
+                self.head.append(line[:1000].decode("utf-8", "replace"))
+        elif match := _RESUMED.match(line):
+            self.run.resume(int(match[1]))
+            return
+        elif match := _PEAK_MEMORY.match(line[:200].decode("utf-8", "replace")):
+            self.run.peak_memory_mib = int(match[1])
+            return
+        if _BROKEN.search(line):
+            if self.run is None:
+                self._run_for(number, 0, None, "steps").first_line = number
+            self.run.problem(number, f"a broken result line: {_shown(line)}")
+
+    def finish(self) -> list[Run]:
+        """All runs of the file, as frozen values."""
+        facts = _facts("\n".join(self.head))
+        stem = Path(self.path).stem
+        names = [stem] if len(self.runs) == 1 else [f"{stem}#{i + 1}" for i in range(len(self.runs))]
+        return [run.build(self.path, name, self.code_hash, facts) for run, name in zip(self.runs, names)]
+
+
+class _RunBuilder:
+    """One run while its lines come in; notices what is missing, repeated or out of order."""
+
+    MOST_PROBLEMS = 100
+
+    def __init__(self, dialect: str, first_line: int, planned_steps: int | None):
+        self.dialect, self.first_line, self.planned_steps = dialect, first_line, planned_steps
+        self.last_step = -1
+        self.validations: list[Validation] = []
+        self.problems: list[Problem] = []
+        self.peak_memory_mib: int | None = None
+        self.step_lines = 0
+        self.first_step_line = self.last_step_line = self.step_gap = None
+
+    def problem(self, line: int | None, text: str) -> None:
+        if len(self.problems) < self.MOST_PROBLEMS:
+            self.problems.append(Problem(line, text))
+
+    def step_line(self, number: int, step: int) -> None:
+        last, gap = self.last_step_line, self.step_gap
+        if last is None:
+            self.first_step_line = step
+        elif step - last != gap:
+            self._check_gap(number, last, step, gap, "step line")
+            self.step_gap = step - last
+        self.last_step = self.last_step_line = step
+        self.step_lines += 1
+        if self.planned_steps is not None and step > self.planned_steps:
+            self.problem(number, f"step {step} of {self.planned_steps} planned")
+
+    def validation(self, point: Validation) -> None:
+        if self.validations:
+            last = self.validations[-1].step
+            before = self.validations[-2].step if len(self.validations) > 1 else None
+            self._check_gap(
+                point.line, last, point.step, None if before is None else last - before, "validation"
+            )
+        if self.last_step_line is not None and point.step - self.last_step_line > (
+            self.step_gap or point.step
+        ):
+            self.problem(point.line, f"steps between {self.last_step_line} and {point.step} are missing")
+        if self.planned_steps is not None and point.step > self.planned_steps:
+            self.problem(point.line, f"step {point.step} of {self.planned_steps} planned")
+        self.last_step = point.step
+        self.validations.append(point)
+
+    def _check_gap(self, number: int | None, last: int, step: int, gap: int | None, kind: str) -> None:
+        """Result lines come at a cadence that may only become finer (`125, 250, ..., 5625, 5690`): a wider gap
+        is a missing line. A first line at step 0 or 1 may stand off the cadence by one (`1, 10, 20`)."""
+        if step == last:
+            self.problem(number, f"a second {kind} for step {step}")
+        elif gap is not None and step - last > gap and not (last - gap <= 1 and step - last == gap + 1 > 2):
+            self.problem(number, f"a {kind} is missing between steps {last} and {step}")
+
+    def resume(self, step: int) -> None:
+        """The run went on from a checkpoint at `step`: what came later in the log is told again."""
+        self.validations = [point for point in self.validations if point.step <= step]
+        self.last_step, self.last_step_line = step, None if self.last_step_line is None else step
+
+    def _check_start(self) -> None:
+        steps = [point.step for point in self.validations]
+        if self.first_step_line is not None:
+            first, cadence = self.first_step_line, self.step_gap or 1
+        elif len(steps) > 1:
+            first, cadence = steps[0], steps[1] - steps[0]
+        elif steps:
+            first, cadence = steps[0], 1
+        else:
+            return
+        if first > max(cadence, 1):
+            self.problem(
+                self.first_line, f"the log of this run begins at step {first}: what came before is missing"
+            )
+
+    def build(self, path: str, name: str, code_hash: str | None, facts: dict) -> Run:
+        self._check_start()
+        return Run(
+            path=path, name=name, dialect=self.dialect, first_line=self.first_line,
+            planned_steps=self.planned_steps,
+            last_step=None if self.last_step < 0 else self.last_step, step_lines=self.step_lines,
+            validations=tuple(self.validations), problems=tuple(self.problems), code_hash=code_hash,
+            peak_memory_mib=self.peak_memory_mib, **facts,
+        )  # fmt: skip
+
+
+def _facts(head: str) -> dict:
+    """What the environment section says of versions, hardware and hashes."""
+    found: dict = {}
+    for name, pattern in _FACTS:
+        if name not in found and (match := pattern.search(head)):
+            found[name] = int(match[1]) if name in ("world_size", "seed") else match[1]
+    return found
+
+
+def _number(text: str) -> tuple[float, int | None] | None:
+    """(value, digits after the point), or None if `text` is not one plain number."""
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return None
+    plain = "e" not in text.lower()
+    return float(text), len(match[1] or "") if plain and "n" not in text else None
+
+
+def _seconds(text: str | None) -> float | str | None:
+    """Seconds from `28446ms` or `96.315s`; None from nothing or `nanms`; the text itself if it is neither."""
+    if text is None:
+        return None
+    unit = "ms" if text.endswith("ms") else "s"
+    value = _number(text.removesuffix(unit)) if text.endswith(unit) else None
+    if value is None:
+        return text
+    seconds = value[0] / 1e3 if unit == "ms" else value[0]
+    return seconds if math.isfinite(seconds) else None
+
+
+def _shown(line: bytes) -> str:
+    """A line as it may stand in a message: short, and without control characters."""
+    text = ascii(line[:80].decode("utf-8", "replace").strip())
+    return text + ("..." if len(line) > 80 else "")

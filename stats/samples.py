@@ -1,0 +1,150 @@
+"""From a series to the sample that is tested: which runs count, and whether they are one configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stats.errors import DataError
+from stats.runs import Run, Validation, final_validation
+from stats.series import Launch, Series
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A run that was launched and is not in the sample, and why."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The final results of the runs of one configuration, in the order of their launch where a ledger tells
+    it."""
+
+    name: str
+    runs: tuple[Run, ...]
+    finals: tuple[Validation, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()  # on what the sample mixes, where the caller allowed that
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Final validation losses."""
+        return tuple(point.loss for point in self.finals)
+
+    @property
+    def times_s(self) -> tuple[float, ...]:
+        """Training times in seconds, of the runs whose logs tell them."""
+        return tuple(point.time_s for point in self.finals if point.time_s is not None)
+
+    @property
+    def decimals(self) -> int | None:
+        """Digits after the point to which the losses are rounded: the most that any of them shows (a table
+        may drop zeros at the end); None if some have full precision."""
+        digits = [point.decimals for point in self.finals]
+        return None if None in digits or not digits else max(digits)
+
+
+def sample_of(
+    series: Series,
+    stop_step: int | None = None,
+    drop: Mapping[str, str] | None = None,
+    allow_mixed: bool = False,
+) -> Sample:
+    """The sample of a series: the final validation of every run that counts.
+
+    A run leaves the sample in three ways, each of which stands in `left_out`: the ledger says that it did
+    not finish (crashed, interrupted, still running), the ledger dropped it with a reason, or `drop` does
+    ({name: reason}). A run that ended because its loss was no longer finite did finish: that was its
+    result.
+
+    Raises DataError for an unfinished or damaged log that nothing accounts for, a loss that is not finite,
+    and for mixed configurations unless `allow_mixed`.
+    """
+    drop = dict(drop or {})
+    launches = {launch.run: launch for launch in series.launches or ()}
+    stop_step = series.stop_step if stop_step is None else stop_step
+    runs, finals, left_out = [], [], []
+    for run in in_launch_order(series):
+        reason = drop.pop(run.name, None) or _reason_left_out(launches.get(run.name))
+        if reason:
+            left_out.append(LeftOut(run.name, reason))
+            continue
+        point = final_validation(run, stop_step)
+        if not math.isfinite(point.loss):
+            raise DataError(
+                f"the final validation loss is {point.loss}: a run that diverged", run.path, point.line
+            )
+        runs.append(run)
+        finals.append(point)
+    if drop:
+        raise DataError(
+            f"no run named {', '.join(map(repr, drop))} to drop; there are {_names(series.runs)}", series.path
+        )
+    seen = {run.name for run in series.runs}
+    for launch in launches.values():
+        if launch.run not in seen:
+            left_out.append(
+                LeftOut(launch.run, _reason_left_out(launch) or "finished by the ledger, but its log is gone")
+            )
+    mixed = mixture(runs)
+    if mixed and not allow_mixed:
+        raise DataError(
+            f"runs of different configurations: {'; '.join(mixed)}. Name the runs that belong together, "
+            "or say --allow-mixed",
+            series.path,
+        )
+    return Sample(series.name, tuple(runs), tuple(finals), tuple(left_out), tuple(mixed))
+
+
+def in_launch_order(series: Series) -> list[Run]:
+    """The runs as the ledger started them; runs that it does not know come last, by name."""
+    order = {launch.run: index for index, launch in enumerate(series.launches or ())}
+    return sorted(
+        series.runs, key=lambda run: (order.get(run.name, len(order)), run.path, run.first_line or 0)
+    )
+
+
+def mixture(runs: Sequence[Run]) -> list[str]:
+    """What differs among runs that should be one configuration, in words; empty if nothing does."""
+    found = []
+    for what, key in (
+        ("planned steps", lambda run: run.planned_steps),
+        ("programs (code hash)", lambda run: run.code_hash and run.code_hash[:12]),
+        ("configurations (config hash)", lambda run: run.config_hash and run.config_hash[:12]),
+        ("data (data hash)", lambda run: run.data_hash and run.data_hash[:12]),
+        ("presets", lambda run: ((run.sidecar or {}).get("config") or {}).get("preset")),
+    ):
+        groups: dict[object, list[Run]] = {}
+        for run in runs:
+            groups.setdefault(key(run), []).append(run)
+        if len(groups) > 1:
+            parts = [
+                f"{'unknown' if value is None else value} in {_names(group)}"
+                for value, group in groups.items()
+            ]
+            found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
+    return found
+
+
+def _reason_left_out(launch: Launch | None) -> str | None:
+    """Why the ledger keeps a run out of the sample; None if it does not."""
+    if launch is None or launch.status == "finished" or launch.exit_code == 4:
+        return None
+    if launch.status == "dropped":
+        if not (launch.reason or "").strip():
+            raise DataError(f"ledger.jsonl:{launch.line}: run {launch.run} was dropped without a reason")
+        return f"dropped: {launch.reason}"
+    if launch.status == "running":
+        return "launched, and its end is not in the ledger: running, or killed"
+    details = [] if launch.exit_code is None else [f"exit code {launch.exit_code}"]
+    details += [launch.reason] if launch.reason else []
+    return launch.status + (f" ({', '.join(details)})" if details else "")
+
+
+def _names(runs: Sequence[Run], most: int = 4) -> str:
+    names = [run.name for run in runs]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

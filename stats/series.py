@@ -1,0 +1,281 @@
+"""Files and folders to series of runs.
+
+A series is a folder of repeats of one configuration. Our own has this form; of anyone else's, only the logs
+are needed:
+
+    <series>/record.json     what the series claims: threshold, and whatever else its author wrote down
+             ledger.jsonl    every launch, finished or not, in order
+             plan.json       the statistical plan, if the series has one
+             runs/*.txt      the logs: the evidence          runs/*.json  what the trainer noted beside them
+             source/<hash>.py   the program, kept once
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stats.errors import DataError
+from stats.runs import EmptyLog, Run, parse_log
+from stats.tables import parse_csv, parse_json, parse_numbers
+
+LOG_SUFFIXES = (".txt", ".log")
+LARGEST_TABLE_BYTES = 64 << 20
+NOT_LOGS = ("README.txt", "requirements.txt", "LICENSE.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One start of a run, from the ledger, and what became of it."""
+
+    run: str
+    status: str  # finished, crashed, interrupted, running, cancelled or dropped
+    line: int  # of the launch in the ledger
+    seed: int | None = None
+    attempt: int | None = None
+    host: str | None = None
+    pid: int | None = None
+    exit_code: int | None = None
+    reason: str | None = None  # of the drop or the cancellation
+    launches: int = 1  # how often it was started, resumptions included
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Runs that belong together, and what is known of them beside their logs."""
+
+    name: str
+    path: str
+    runs: tuple[Run, ...]
+    record: dict | None = None  # record.json
+    launches: tuple[Launch, ...] | None = None  # from ledger.jsonl, in the order of their first launch
+    plan_path: str | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """The loss that the series says it is judged by: record.json, else what every run's JSON agrees
+        on."""
+        if self.record and isinstance(self.record.get("threshold"), (int, float)):
+            return float(self.record["threshold"])
+        targets = {(run.sidecar or {}).get("config", {}).get("target_loss") for run in self.runs}
+        target = targets.pop() if len(targets) == 1 else None
+        return float(target) if isinstance(target, (int, float)) else None
+
+    @property
+    def stop_step(self) -> int | None:
+        """The step that record.json says the series stops at, where that is not the planned one."""
+        step = (self.record or {}).get("stop_step")
+        return step if isinstance(step, int) else None
+
+
+def find_series(paths: Iterable[str | Path]) -> list[Series]:
+    """One series for each folder that holds one, and one for all the files that are named together.
+
+    Raises DataError, naming what was looked at, where there is nothing.
+    """
+    found: list[Series] = []
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            folders = list(_series_folders(path))
+            if not folders:
+                raise DataError(
+                    "no logs in this folder: looked for runs/*.txt, *.txt and *.log, at any depth", path
+                )
+            found += [load_series(folder) for folder in folders]
+        else:
+            files.append(path)
+    if files:
+        runs = [run for path in files for run in read_runs(path)]
+        name = files[0].name if len(files) == 1 else f"{len(files)} files"
+        found.append(Series(name, str(files[0]), tuple(runs)))
+    if not found:
+        raise DataError("no file or folder was named")
+    return found
+
+
+def load_series(folder: str | Path) -> Series:
+    """The series in one folder. Raises DataError for a log, record or ledger that cannot be read."""
+    folder = Path(folder)
+    logs = _logs(folder / "runs") or _logs(folder)
+    runs = tuple(run for log in logs for run in read_runs(log, may_be_empty=True))
+    record_path, ledger_path, plan_path = (
+        folder / name for name in ("record.json", "ledger.jsonl", "plan.json")
+    )
+    record = _read_object(record_path) if record_path.exists() else None
+    launches = read_ledger(ledger_path) if ledger_path.exists() else None
+    plan = str(plan_path) if plan_path.exists() else None
+    return Series(folder.resolve().name, str(folder), runs, record, launches, plan)
+
+
+def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
+    """All runs in one log or table; `-` is standard input. Raises DataError.
+
+    A log without one result line is an error, or, with `may_be_empty`, a run that has not got anywhere.
+    """
+    path = Path(path)
+    try:
+        if str(path) == "-":
+            return _parse(io.BytesIO(sys.stdin.buffer.read()), "<stdin>", "")
+        with open(path, "rb") as stream:
+            runs = _parse(stream, str(path), path.suffix.lower())
+    except EmptyLog:
+        if not may_be_empty:
+            raise
+        runs = [Run(str(path), path.stem, "steps", None, None, None, 0, ())]
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", path) from None
+    except MemoryError:
+        raise DataError("too large to be read as a table", path) from None
+    beside = path.with_suffix(".json")
+    if len(runs) == 1 and path.suffix.lower() in LOG_SUFFIXES and beside.is_file():
+        runs = [_with_sidecar(runs[0], _read_object(beside))]
+    return runs
+
+
+def _parse(stream, path: str, suffix: str) -> list[Run]:
+    """Log or table, by the file's suffix or, without one that tells, by what it starts with."""
+    start = stream.read(4096).lstrip()
+    stream.seek(0)
+    if not start:
+        raise EmptyLog("an empty file", path)
+    table = {".csv": parse_csv, ".json": parse_json, ".jsonl": parse_json}.get(suffix)
+    if table is None and not suffix:
+        if start[:1] in b"[{":
+            table = parse_json
+        elif b"," in start.split(b"\n")[0] and b":" not in start.split(b"\n")[0]:
+            table = parse_csv
+    if table is None and not start.strip(b"0123456789.,;+-eE \t\r\n"):
+        table = parse_numbers
+    if table is None:
+        return parse_log(stream, path)
+    text = stream.read(LARGEST_TABLE_BYTES + 1)
+    if len(text) > LARGEST_TABLE_BYTES:
+        raise DataError(f"a table of more than {LARGEST_TABLE_BYTES >> 20} MiB", path)
+    try:
+        return table(text.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise DataError(f"not UTF-8 text: {error.reason}", path, line) from None
+
+
+def read_ledger(path: str | Path) -> tuple[Launch, ...]:
+    """The launches of a ledger in the order in which each run was first started, with what became of them.
+
+    A launch without an end counts as `running`: only the launch's own host can tell whether its process
+    still lives.
+    """
+    launches: dict[str, Launch] = {}
+    lines = _lines(path)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            if number == len(lines) and not line.endswith("\n"):
+                break  # being written at this moment, or cut off by a crash: the event has not happened yet
+            raise DataError(f"not a JSON object: {line[:80]!a}", path, number) from None
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            raise DataError('an object with "event" and "run" is needed', path, number)
+        kind, run = event["event"], event.get("run")
+        if kind not in ("launch", "end", "drop", "cancel"):
+            continue  # a note about the series as a whole
+        if not isinstance(run, str):
+            raise DataError(f'event "{kind}" does not name its "run"', path, number)
+        before = launches.get(run)
+        if kind == "launch":
+            details = {key: event.get(key) for key in ("seed", "attempt", "host", "pid")}
+            first, count = (before.line, before.launches + 1) if before else (number, 1)
+            launches[run] = Launch(run, "running", first, launches=count, **details)
+        elif kind == "cancel" and before is None:
+            launches[run] = Launch(run, "cancelled", number, reason=event.get("reason"), launches=0)
+        elif before is None:
+            raise DataError(f'event "{kind}" of run {run!r}, which was never launched', path, number)
+        elif kind == "end":
+            launches[run] = replace(before, status=str(event.get("status")), exit_code=event.get("exit_code"))
+        else:
+            status = {"drop": "dropped", "cancel": "cancelled"}[kind]
+            launches[run] = replace(before, status=status, reason=event.get("reason"))
+    return tuple(launches.values())
+
+
+def without_dropped(series: Series) -> tuple[tuple[Run, ...], tuple[Launch, ...]]:
+    """(runs that count, launches that the ledger says were dropped). Raises DataError for a drop without a
+    reason."""
+    dropped = tuple(launch for launch in series.launches or () if launch.status == "dropped")
+    for launch in dropped:
+        if not (launch.reason or "").strip():
+            raise DataError(
+                f"run {launch.run} was dropped without a reason",
+                Path(series.path) / "ledger.jsonl",
+                launch.line,
+            )
+    names = {launch.run for launch in dropped}
+    return tuple(run for run in series.runs if run.name not in names), dropped
+
+
+def _series_folders(folder: Path) -> Iterable[Path]:
+    """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent."""
+    if folder.name == "runs" and _logs(folder) and (folder.parent / "record.json").exists():
+        yield folder.parent
+    elif _logs(folder / "runs") or _logs(folder):
+        yield folder
+    else:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.name.startswith(".") and child.name != "source":
+                yield from _series_folders(child)
+
+
+def _logs(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        p for p in folder.iterdir() if p.suffix in LOG_SUFFIXES and p.is_file() and p.name not in NOT_LOGS
+    )
+
+
+def _with_sidecar(run: Run, beside: dict) -> Run:
+    """`run` with the facts that its log leaves out filled in from the JSON beside it."""
+    environment = beside.get("environment") if isinstance(beside.get("environment"), dict) else {}
+    known = {
+        "seed": beside.get("seed"),
+        "config_hash": beside.get("config_hash"),
+        "data_hash": beside.get("data_hash"),
+        "plan_hash": beside.get("plan_hash") or None,
+        "code_hash": beside.get("code_hash"),
+        "host": environment.get("hostname_hash"),
+        "torch": environment.get("torch"),
+        "triton": environment.get("triton"),
+        "python": environment.get("python"),
+        "hardware": environment.get("hardware"),
+        "world_size": environment.get("world_size"),
+    }
+    missing = {key: value for key, value in known.items() if value is not None and getattr(run, key) is None}
+    return replace(run, sidecar=beside, **missing)
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object from a file. Raises DataError."""
+    try:
+        value = json.loads("".join(_lines(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", path, getattr(error, "lineno", None)) from None
+    if not isinstance(value, dict):
+        raise DataError("a JSON object is needed", path)
+    return value
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        if Path(path).stat().st_size > LARGEST_TABLE_BYTES:
+            raise DataError(f"more than {LARGEST_TABLE_BYTES >> 20} MiB", path)
+        return Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", path) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text: {error.reason}", path) from None

@@ -1,0 +1,354 @@
+"""Is the mean validation loss below the threshold? One-sided one-sample t-test, and how far to trust it.
+
+    python -m stats.ttest records/some-series          the runs of a folder
+    python -m stats.ttest a.txt b.txt c.txt            files, as one sample
+    python -m stats.ttest 2.9195 2.9198 2.9206         losses
+
+H0: the mean of the losses is at the threshold or above. t = (mean - threshold) / (s / sqrt(n)), with s the
+sample's standard deviation (n - 1); p from Student's t with n - 1 degrees of freedom. It assumes
+independent runs, a number of runs that was fixed before the first of them (for looking after every run
+there is `stats.sequential`), and losses that are roughly normal; `Sensitivity` shows what two tests without
+the last assumption say.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy
+
+from stats.errors import DataError, StatsError, UsageError
+from stats.samples import LeftOut, sample_of
+from stats.series import Series
+
+# Standard deviation of the final loss between runs of one configuration of the medium track, pooled over 13
+# groups of public logs with 825 degrees of freedom.
+POOLED_SIGMA, POOLED_SIGMA_DF = 0.0008, 825
+TRACK_THRESHOLD = 2.92
+STRICT_ALPHA = 0.01  # the track's own rule; alpha = 0.05 is the customary first look
+FEWEST_RUNS = 5  # below, the t-test leans on normality that nobody can check
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Description of a sample. `std` is the population's (divided by n), as public READMEs quote it."""
+
+    n: int
+    mean: float
+    median: float
+    std: float
+    sample_std: float | None  # divided by n - 1; None for one value
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """The same question without normality."""
+
+    bootstrap_upper_bound: float | None  # BCa upper bound of the mean, one-sided, at 1 - alpha
+    bootstrap_resamples: int
+    sign_flip_p: float  # P(mean this low | the losses are symmetric about the threshold)
+    sign_flip_exact: bool  # all 2^n signs, or a random sample of them
+    sign_flip_least_p: float  # 2^-n: with fewer runs no data could do better
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingInterval:
+    """The range of p over every set of losses that would print as these did."""
+
+    decimals: int
+    p_low: float
+    p_high: float
+    decisive: bool  # the decision at alpha is the same at both ends
+
+
+@dataclass(frozen=True, slots=True)
+class PooledZ:
+    """z-test with a standard deviation from elsewhere. Assumes that these runs scatter as those did."""
+
+    sigma: float
+    sigma_df: int
+    z_stat: float
+    p_value: float
+    variance_p: float  # two-sided chi-square test of that assumption on this sample
+
+
+@dataclass(frozen=True, slots=True)
+class TTest:
+    """The verdict. The first nine fields are the dictionary that public records quote."""
+
+    n: int
+    sample_mean: float
+    sample_std: float
+    t_stat: float
+    p_value: float
+    alpha: float
+    decision: str
+    upper_conf_bound_mean: float  # one-sided, at 1 - alpha
+    threshold: float
+    significant: bool
+    decisions: dict[str, bool]  # at 0.05 and at 0.01
+    loss: Summary
+    time_s: Summary | None
+    sensitivity: Sensitivity | None
+    rounding: RoundingInterval | None
+    pooled: PooledZ | None
+    warnings: tuple[str, ...]
+    series: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TTests:
+    """The verdicts on several series, and what kept the others from having one."""
+
+    results: tuple[TTest, ...]
+    errors: tuple[str, ...]
+
+
+def ttest(
+    losses: Sequence[float],
+    threshold: float = TRACK_THRESHOLD,
+    alpha: float = 0.05,
+    *,
+    times_s: Sequence[float] = (),
+    decimals: int | None = None,
+    sensitivity: bool = True,
+    pooled_sigma: float | None = None,
+    pooled_sigma_df: int = POOLED_SIGMA_DF,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> TTest:
+    """One-sided t-test that the mean of `losses` (nats) is below `threshold`.
+
+    `decimals`, the digits after the point to which the losses are rounded, adds the interval of p that
+    rounding leaves open; `pooled_sigma` adds the z-test. `seed` and `resamples` are of the bootstrap and
+    the sign flips. Raises DataError for fewer than two losses, losses that are not finite, or that are all
+    alike; UsageError for an alpha outside (0, 0.5] or a threshold that is not finite.
+    """
+    check_alpha(alpha)
+    if not math.isfinite(threshold):
+        raise UsageError(f"the threshold must be finite, not {threshold}")
+    x = checked_losses(losses)
+    n, mean, std = len(x), float(x.mean()), float(x.std(ddof=1))
+    result = scipy.stats.ttest_1samp(x, threshold, alternative="less")
+    t_stat, p_value = float(result.statistic), float(result.pvalue)
+    bound = mean + float(scipy.stats.t.ppf(1 - alpha, n - 1)) * std / math.sqrt(n)
+    significant = p_value < alpha
+    rounding = None if decimals is None else rounding_interval(x, threshold, alpha, decimals)
+    pooled = None if pooled_sigma is None else pooled_z(x, threshold, pooled_sigma, pooled_sigma_df)
+    return TTest(
+        n=n, sample_mean=mean, sample_std=std, t_stat=t_stat, p_value=p_value, alpha=alpha,
+        decision=f"{'REJECT' if significant else 'FAIL TO REJECT'} H0 (mean < threshold)",
+        upper_conf_bound_mean=bound, threshold=threshold, significant=significant,
+        decisions={"0.05": p_value < 0.05, "0.01": p_value < STRICT_ALPHA},
+        loss=summarize(x), time_s=summarize(times_s) if len(times_s) else None,
+        sensitivity=sensitivity_of(x, threshold, alpha, resamples, seed) if sensitivity else None,
+        rounding=rounding, pooled=pooled, warnings=_warnings(n, len(times_s), rounding, pooled),
+    )  # fmt: skip
+
+
+def judge(
+    series: Series,
+    threshold: float | None = None,
+    stop_step: int | None = None,
+    drop: Mapping[str, str] | None = None,
+    allow_mixed: bool = False,
+    **settings,
+) -> TTest:
+    """`ttest` on the runs of a series that count, against `threshold` or else the series' own or the track's.
+
+    `settings` go to `ttest`. Raises DataError as `stats.samples.sample_of` and `ttest` do, with the series'
+    path.
+    """
+    sample = sample_of(series, stop_step, drop, allow_mixed)
+    if threshold is None:
+        threshold = TRACK_THRESHOLD if series.threshold is None else series.threshold
+    settings.setdefault("decimals", sample.decimals)
+    try:
+        result = ttest(sample.losses, threshold, times_s=sample.times_s, **settings)
+    except DataError as error:
+        left_out = "".join(f"; left out: {entry.run} ({entry.reason})" for entry in sample.left_out)
+        raise DataError(error.cause + left_out, series.path) from None
+    return replace(result, series=sample.name, left_out=sample.left_out, notes=sample.notes)
+
+
+def judge_each(series: Sequence[Series], *arguments, **settings) -> TTests:
+    """`judge` for every series; one that cannot be judged does not hide the others."""
+    results, errors = [], []
+    for one in series:
+        try:
+            results.append(judge(one, *arguments, **settings))
+        except StatsError as error:
+            errors.append(str(error))
+    return TTests(tuple(results), tuple(errors))
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean, median, standard deviations, least and greatest of a non-empty sample."""
+    x = np.asarray(values, dtype=np.float64)
+    sample_std = float(x.std(ddof=1)) if len(x) > 1 else None
+    return Summary(
+        len(x),
+        float(x.mean()),
+        float(np.median(x)),
+        float(x.std()),
+        sample_std,
+        float(x.min()),
+        float(x.max()),
+    )
+
+
+def rounding_interval(losses: np.ndarray, threshold: float, alpha: float, decimals: int) -> RoundingInterval:
+    """Least and greatest p over all losses within half a unit of the last printed digit.
+
+    The mean may be off by half a unit h, and the norm of the deviations from the mean by at most h*sqrt(n),
+    since centring does not lengthen the vector of errors. t is taken at the corners of that box, so the
+    interval contains the true one and is slightly wider.
+    """
+    n, half = len(losses), 0.5 * 10.0**-decimals
+    mean, norm = float(losses.mean()), float(losses.std()) * math.sqrt(n)
+    corners = []
+    for shift in (-half, half):
+        for spread in (max(norm - half * math.sqrt(n), 0.0), norm + half * math.sqrt(n)):
+            gap = mean + shift - threshold
+            error = spread / math.sqrt(n * (n - 1))
+            t = math.copysign(math.inf, gap) if error == 0 else gap / error
+            corners.append(float(scipy.stats.t.cdf(t, n - 1)))
+    low, high = min(corners), max(corners)
+    return RoundingInterval(decimals, low, high, (low < alpha) == (high < alpha))
+
+
+def sensitivity_of(
+    losses: np.ndarray, threshold: float, alpha: float, resamples: int, seed: int
+) -> Sensitivity:
+    """BCa bootstrap bound and sign-flip test; deterministic for one seed."""
+    n = len(losses)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # a sample too small or too lumpy for BCa gives NaN, which is None below
+        bound = scipy.stats.bootstrap(
+            (losses,), np.mean, confidence_level=1 - alpha, alternative="less", method="BCa",
+            n_resamples=resamples, rng=np.random.default_rng(seed),
+        ).confidence_interval.high  # fmt: skip
+    flip = scipy.stats.permutation_test(
+        (losses - threshold,), np.mean, permutation_type="samples", alternative="less", n_resamples=resamples,
+        rng=np.random.default_rng(seed + 1),
+    )  # fmt: skip
+    finite_bound = float(bound) if math.isfinite(bound) else None
+    return Sensitivity(finite_bound, resamples, float(flip.pvalue), 2**n <= resamples, 2.0**-n)
+
+
+def pooled_z(losses: np.ndarray, threshold: float, sigma: float, sigma_df: int = POOLED_SIGMA_DF) -> PooledZ:
+    """One-sided z-test with `sigma` from other series, and the chi-square test of whether that sigma fits
+    here."""
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise UsageError(f"the pooled sigma must be positive, not {sigma}")
+    n = len(losses)
+    z = (float(losses.mean()) - threshold) / (sigma / math.sqrt(n))
+    ratio = (n - 1) * float(losses.var(ddof=1)) / sigma**2
+    below = float(scipy.stats.chi2.cdf(ratio, n - 1))
+    return PooledZ(sigma, sigma_df, z, float(scipy.stats.norm.cdf(z)), 2 * min(below, 1 - below))
+
+
+def checked_losses(losses: Sequence[float]) -> np.ndarray:
+    """Losses as float64, or DataError that says what is wrong with them: n < 2, not finite, no variance."""
+    x = np.asarray(losses, dtype=np.float64)
+    if x.ndim != 1 or len(x) < 2:
+        raise DataError(f"a t-test needs at least 2 losses; found {x.size}: {list(map(float, x.ravel()))}")
+    if not np.isfinite(x).all():
+        index = int(np.flatnonzero(~np.isfinite(x))[0])
+        raise DataError(
+            f"loss {index + 1} of {len(x)} is {float(x[index])}: only finite losses can be tested"
+        )
+    if np.ptp(x) == 0:
+        raise DataError(f"no variance: all {len(x)} losses are {float(x[0])}; are these copies of one run?")
+    return x
+
+
+def check_alpha(alpha: float) -> None:
+    """UsageError unless 0 < alpha <= 0.5."""
+    if not 0 < alpha <= 0.5:
+        raise UsageError(f"alpha must be above 0 and at most 0.5, not {alpha}")
+
+
+def _warnings(
+    n: int, n_times: int, rounding: RoundingInterval | None, pooled: PooledZ | None
+) -> tuple[str, ...]:
+    found = []
+    if n < FEWEST_RUNS:
+        found.append(
+            f"only {n} runs: below {FEWEST_RUNS} the result rests on normality, which they cannot show"
+        )
+    if 0 < n_times < n:
+        found.append(f"only {n_times} of {n} runs tell their time")
+    if rounding and not rounding.decisive:
+        found.append(
+            f"the losses are rounded to {rounding.decimals} decimals, which leaves p anywhere in "
+            f"[{rounding.p_low:.3g}, {rounding.p_high:.3g}]: the decision hangs on digits not printed"
+        )
+    if pooled and pooled.variance_p < 0.05:
+        found.append(
+            f"the scatter of these runs does not fit sigma = {pooled.sigma} (p = {pooled.variance_p:.2g})"
+        )
+    return tuple(found)
+
+
+def render(result: TTest) -> str:
+    """The verdict in plain text."""
+    from stats.text import number, p_text, table
+
+    lines = [(f"{result.series}: " if result.series else "") + f"{result.n} runs", ""]
+    rows = [("loss", result.loss)] + ([("time (s)", result.time_s)] if result.time_s else [])
+    lines.append(
+        table(
+            ["", "n", "mean", "median", "std (population)", "std (sample)", "min", "max"],
+            [
+                [what, s.n, *map(number, (s.mean, s.median, s.std, s.sample_std, s.min, s.max))]
+                for what, s in rows
+            ],
+        )
+    )
+    lines += ["", f"H0: mean loss >= {result.threshold}"]
+    lines.append(f"t = {result.t_stat:.6g}, one-sided p = {p_text(result.p_value)}, alpha = {result.alpha}")
+    lines.append(
+        f"upper {1 - result.alpha:.0%} confidence bound of the mean: {number(result.upper_conf_bound_mean)}"
+    )
+    passed = ", ".join(
+        f"{'passes' if ok else 'does not pass'} at {level}" for level, ok in result.decisions.items()
+    )
+    lines.append(f"{result.decision}; {passed}")
+    if s := result.sensitivity:
+        bound = "none" if s.bootstrap_upper_bound is None else number(s.bootstrap_upper_bound)
+        kind = "exact" if s.sign_flip_exact else f"{s.bootstrap_resamples} random flips"
+        lines.append(
+            f"without normality: bootstrap (BCa) bound {bound}; "
+            f"sign-flip p = {p_text(s.sign_flip_p)} ({kind})"
+        )
+    if r := result.rounding:
+        lines.append(f"rounding to {r.decimals} decimals leaves p in [{p_text(r.p_low)}, {p_text(r.p_high)}]")
+    if z := result.pooled:
+        lines.append(
+            f"z-test: z = {z.z_stat:.4g}, p = {p_text(z.p_value)}, if these runs scatter with sigma = "
+            f"{z.sigma} as the series it comes from did ({z.sigma_df} degrees of freedom); this sample fits that with p = "
+            f"{p_text(z.variance_p)}"
+        )
+    lines += [f"left out: {entry.run}: {entry.reason}" for entry in result.left_out]
+    lines += [f"note: {note}" for note in result.notes]
+    lines += [f"warning: {warning}" for warning in result.warnings]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from stats.cli import main
+
+    sys.exit(main(["ttest", *sys.argv[1:]], program="python -m stats.ttest"))
