@@ -353,7 +353,10 @@ class Block(nn.Module):
         self.mlp_out_w.zero_()
 
     def forward(self, x_BTD, x00_BTD, x01_BTD, ve_BTD, lambdas_3, attention_lambdas_2, plan, rotary, impls):
-        x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3, impl=impls["residual"])
+        if x01_BTD is None:
+            x_BTD = lambdas_3[0] * x_BTD + lambdas_3[1] * x00_BTD
+        else:
+            x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3, impl=impls["residual"])
         if self.has_attention:
             x_BTD = x_BTD + self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls)
         h_ND = norm(x_BTD).flatten(0, 1)
