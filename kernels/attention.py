@@ -21,9 +21,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from kernels.runtime import implementation_of
+from kernels.attention_inputs import attention_inputs, check_width, with_batch
+from kernels.runtime import INTERPRETED, implementation_of, tl, triton
+
+__all__ = ["AttentionPlan", "Tile", "allowed_pairs", "attention", "attention_inputs", "attention_plan",
+           "attention_reference", "implementation"]
 
 #: Tokens of one entry of the schedules in a plan. Every query and key tile divides it or is a multiple of it.
 SCHEDULE_TOKENS = 128
@@ -180,19 +183,6 @@ def attention_reference(q_BTHDh, k_BTKDh, v_BTKDh, plan: AttentionPlan, *, scale
     return (score_BHTT.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
-def attention_inputs_reference(q, k, v, ve, s, cos_TR, sin_TR):
-    """The prologue of `attention_inputs`, in plain torch."""
-    def rotate(x):
-        c, d = cos_TR[:, None], sin_TR[:, None]
-        x1, x2 = F.rms_norm(x, x.shape[-1:]).chunk(2, dim=-1)
-        return torch.cat((x1 * c + x2 * d, x2 * c - x1 * d), dim=-1).to(x.dtype)
-
-    mixed = s[0].to(v.dtype) * F.rms_norm(v, v.shape[-1:])
-    if ve is not None:
-        mixed = mixed + s[1].to(v.dtype) * ve
-    return rotate(q), rotate(k), mixed
-
-
 # ---- banded: the CPU's path --------------------------------------------------------------------------------
 
 
@@ -280,6 +270,412 @@ def _banded_grad(ctx, do, _dlse):
 _banded.register_autograd(_banded_grad, setup_context=_banded_setup)
 
 
+# ---- tiles -------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Launch configuration of one kernel: queries and keys of a tile, warps, pipeline stages, and whether the
+    walked operands come through tensor descriptors (Hopper's and Blackwell's bulk copies), not pointers."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+#: (device kind, kernel, bytes an element) -> tile, for head widths up to 128. Kinds: `device_kind`. A
+#: missing entry falls back to ("default", ...), which fits the 64 KiB of shared memory that every supported
+#: device has. Hopper's forward and dq tiles let two or more programs share a multiprocessor, so that the
+#: exponentials of one hide under the products of another. None has been timed on a GPU yet; `python -m
+#: bench.attention --tune` would.
+TILES: dict[tuple[str, str, int], Tile] = {
+    ("default", "forward", 2): Tile(64, 64, 4, 2),
+    ("default", "dq", 2): Tile(64, 32, 4, 2),
+    ("default", "dkdv", 2): Tile(32, 64, 4, 2),
+    ("default", "forward", 4): Tile(32, 32, 4, 1),
+    ("default", "dq", 4): Tile(32, 32, 4, 1),
+    ("default", "dkdv", 4): Tile(32, 32, 4, 1),
+    ("sm_80", "forward", 2): Tile(128, 64, 8, 2),
+    ("sm_80", "dq", 2): Tile(128, 32, 8, 2),
+    ("sm_80", "dkdv", 2): Tile(32, 128, 8, 2),
+    ("sm_90", "forward", 2): Tile(64, 64, 4, 2, True),
+    ("sm_90", "dq", 2): Tile(64, 64, 4, 2, True),
+    ("sm_90", "dkdv", 2): Tile(64, 128, 8, 2, True),
+    ("sm_100", "forward", 2): Tile(128, 64, 8, 2, True),
+    ("sm_100", "dq", 2): Tile(128, 64, 8, 2, True),
+    ("sm_100", "dkdv", 2): Tile(64, 128, 8, 1, True),
+    ("gfx942", "forward", 2): Tile(128, 64, 4, 1),
+    ("gfx942", "dq", 2): Tile(64, 32, 4, 1),
+    ("gfx942", "dkdv", 2): Tile(32, 64, 4, 1),
+}
+
+
+def device_kind() -> str:
+    """The name in TILES of the device that Triton compiles for: "sm_90", "gfx942", ..., or "default"."""
+    if INTERPRETED:
+        return "default"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def tile_for(kernel: str, dtype: torch.dtype, kind: str | None = None) -> Tile:
+    """The tile of `kernel` ("forward", "dq" or "dkdv") for inputs of `dtype`, on this device or on `kind`."""
+    kind = device_kind() if kind is None else kind
+    return TILES.get((kind, kernel, dtype.itemsize)) or TILES["default", kernel, dtype.itemsize]
+
+
+# ---- Triton: attention -------------------------------------------------------------------------------------
+# Prefixes: p_ pointer (or tensor descriptor), o_ offset, b_ block of values, m_ mask. Logits are kept in
+# base 2: scale_log2 = scale * log2(e), so that exp is the device's own exp2. A program owns one tile of
+# rows and walks the other axis in two loops: the edge tiles (the diagonal, and the far end where documents
+# or the window cut), masked, and the interior tiles, where every pair is allowed and neither masks nor
+# bounds are computed.
+
+
+@triton.jit
+def _place(p_order, chunks, HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """(sequence, head, first row) of this program: heads first, then the chunks by falling work."""
+    pid = tl.program_id(0)
+    tile = pid // HEADS
+    chunk = tl.load(p_order + tile // (CHUNK // ROWS))
+    row = (chunk % chunks) * CHUNK + tile % (CHUNK // ROWS) * ROWS
+    return chunk // chunks, pid % HEADS, row
+
+
+@triton.jit
+def _load_tile(p_x, batch, row, head, T, HEADS: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr,
+               MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr):
+    """Rows row .. row + ROWS - 1 of one head of x (B, T, HEADS, DH); zeros outside 0 .. T - 1 if MASKED."""
+    if DESCRIPTOR:
+        return p_x.load([batch, row, head, 0]).reshape(ROWS, DH)
+    else:
+        o_row = tl.arange(0, ROWS)
+        p = p_x + ((batch.to(tl.int64) * T + row) * HEADS + head) * DH
+        p = p + o_row[:, None] * (HEADS * DH) + tl.arange(0, DH)[None, :]
+        if MASKED:
+            return tl.load(p, mask=((row + o_row >= 0) & (row + o_row < T))[:, None], other=0.0)
+        else:
+            return tl.load(p)
+
+
+@triton.jit
+def _store_tile(p_x, b_x, batch, row, head, T, HEADS: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr):
+    """Write what `_load_tile` reads, leaving out rows past the end."""
+    o_row = tl.arange(0, ROWS)
+    p = p_x + ((batch.to(tl.int64) * T + row) * HEADS + head) * DH
+    p = p + o_row[:, None] * (HEADS * DH) + tl.arange(0, DH)[None, :]
+    tl.store(p, b_x.to(p_x.dtype.element_ty), mask=(row + o_row < T)[:, None])
+
+
+@triton.jit
+def _key_range(p_first, row, T, BM: tl.constexpr, BN: tl.constexpr):
+    """(diagonal tiles, interior tiles, far edge tiles) of keys for the queries row .. row + BM - 1.
+
+    Tiles are laid out from the diagonal backwards: the diagonal ones start at `row`, interior tile t of
+    0 .. interior - 1 at row - BN * (t + 1), and the edge ones go on from there."""
+    end = tl.minimum(row + BM, T)
+    oldest = tl.load(p_first + row)
+    oldest_of_all = tl.load(p_first + end - 1)
+    interior = tl.maximum(row - oldest_of_all, 0) // BN
+    edge = tl.cdiv(tl.maximum(row - interior * BN - oldest, 0), BN)
+    return tl.cdiv(end - row, BN), interior, edge
+
+
+@triton.jit
+def _edge_key(t, row, diagonal, interior, BN: tl.constexpr):
+    """First key of masked tile t: the diagonal tiles, then those beyond the interior."""
+    return tl.where(t < diagonal, row + t * BN, row - (interior + 1 + t - diagonal) * BN)
+
+
+@triton.jit
+def _forward_step(b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+                  KV_HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of keys into the running softmax (maximum, sum and weighted values of each row)."""
+    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if MASKED:
+        o_i = row + tl.arange(0, BM)
+        o_j = key + tl.arange(0, BN)
+        m_ij = (o_j[None, :] <= o_i[:, None]) & (o_j[None, :] >= b_first[:, None])
+        b_s = tl.where(m_ij, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    if MASKED:  # a row may have no key yet: a finite shift keeps inf - inf out, and its weights come out as 0
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    else:
+        b_shift = b_new
+    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+    b_keep = tl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
+    return b_acc, b_sum, b_new
+
+
+@triton.jit
+def _attention_forward(p_q, p_k, p_v, p_o, p_lse, p_first, p_order, scale_log2, T, chunks,
+                       HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DH: tl.constexpr, CHUNK: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """o and its rows' base-2 log-sum-exp, (B, HEADS, T), for one tile of queries of one head."""
+    batch, head, row = _place(p_order, chunks, HEADS, BM, CHUNK)
+    if row >= T:
+        return
+    kv_head = head // (HEADS // KV_HEADS)
+    o_i = row + tl.arange(0, BM)
+    p_first += batch * T
+    b_first = tl.load(p_first + o_i, mask=o_i < T, other=0)
+    diagonal, interior, edge = _key_range(p_first, row, T, BM, BN)
+    b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_acc = tl.zeros([BM, DH], tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    for t in range(0, diagonal + edge):
+        key = _edge_key(t, row, diagonal, interior, BN)
+        b_acc, b_sum, b_max = _forward_step(
+            b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+            KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+    for t in range(0, interior):
+        key = row - (t + 1) * BN
+        b_acc, b_sum, b_max = _forward_step(
+            b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+            KV_HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+    _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
+    tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
+
+
+@triton.jit
+def _dq_step(b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+             KV_HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of keys into dq (still without the logit scale)."""
+    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    if MASKED:
+        o_i = row + tl.arange(0, BM)
+        o_j = key + tl.arange(0, BN)
+        m_ij = (o_j[None, :] <= o_i[:, None]) & (o_j[None, :] >= b_first[:, None])
+        b_p = tl.where(m_ij, b_p, 0.0)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _attention_dq(p_q, p_k, p_v, p_o, p_do, p_lse, p_dq, p_delta, p_first, p_order, scale, scale_log2, T,
+                  chunks, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DH: tl.constexpr, CHUNK: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """dq for one tile of queries of one head, and delta = rowsum(o * do), which the other kernel reads."""
+    batch, head, row = _place(p_order, chunks, HEADS, BM, CHUNK)
+    if row >= T:
+        return
+    kv_head = head // (HEADS // KV_HEADS)
+    o_i = row + tl.arange(0, BM)
+    p_first += batch * T
+    o_row = (batch.to(tl.int64) * HEADS + head) * T + o_i
+    b_first = tl.load(p_first + o_i, mask=o_i < T, other=0)
+    b_lse = tl.load(p_lse + o_row, mask=o_i < T, other=0.0)
+    diagonal, interior, edge = _key_range(p_first, row, T, BM, BN)
+    b_o = _load_tile(p_o, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(p_delta + o_row, b_delta, mask=o_i < T)
+    b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_dq = tl.zeros([BM, DH], tl.float32)
+    for t in range(0, diagonal + edge):
+        key = _edge_key(t, row, diagonal, interior, BN)
+        b_dq = _dq_step(
+            b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+            KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+    for t in range(0, interior):
+        key = row - (t + 1) * BN
+        b_dq = _dq_step(
+            b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+            KV_HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+    _store_tile(p_dq, b_dq * scale, batch, row, head, T, HEADS, DH, BM)
+
+
+@triton.jit
+def _dkdv_step(b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, row, key, head, T, scale_log2,
+               HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of queries into dk (still without the logit scale) and dv; logits are held transposed."""
+    o_i = row + tl.arange(0, BM)
+    o_row = (batch.to(tl.int64) * HEADS + head) * T + o_i
+    b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, MASKED, DESCRIPTOR)
+    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, MASKED, DESCRIPTOR)
+    if MASKED:
+        b_lse = tl.load(p_lse + o_row, mask=o_i < T, other=0.0)
+        b_delta = tl.load(p_delta + o_row, mask=o_i < T, other=0.0)
+    else:
+        b_lse = tl.load(p_lse + o_row)
+        b_delta = tl.load(p_delta + o_row)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+    if MASKED:
+        o_j = key + tl.arange(0, BN)
+        m_ji = (o_i[None, :] >= o_j[:, None]) & (o_i[None, :] < b_end[:, None])
+        b_p = tl.where(m_ji, b_p, 0.0)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _attention_dkdv(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_end, p_order, scale, scale_log2,
+                    T, chunks,
+                    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DH: tl.constexpr, CHUNK: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """dk and dv for one tile of keys of one key head, summed over its query heads in a fixed order."""
+    batch, kv_head, key = _place(p_order, chunks, KV_HEADS, BN, CHUNK)
+    if key >= T:
+        return
+    o_j = key + tl.arange(0, BN)
+    p_end += batch * T
+    b_end = tl.load(p_end + o_j, mask=o_j < T, other=0)
+    end_of_first = tl.load(p_end + key)
+    end_of_last = tl.load(p_end + tl.minimum(key + BN, T) - 1)
+    diagonal = tl.cdiv(tl.minimum(key + BN, end_of_last) - key, BM)
+    start = key + tl.cdiv(BN, BM) * BM
+    interior = tl.maximum(end_of_first - start, 0) // BM
+    edge = tl.cdiv(tl.maximum(end_of_last - start - interior * BM, 0), BM)
+    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, True, False)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, True, False)
+    b_dk = tl.zeros([BN, DH], tl.float32)
+    b_dv = tl.zeros([BN, DH], tl.float32)
+    for g in range(0, HEADS // KV_HEADS):
+        head = kv_head * (HEADS // KV_HEADS) + g
+        for t in range(0, diagonal + edge):
+            row = tl.where(t < diagonal, key + t * BM, start + (interior + t - diagonal) * BM)
+            b_dk, b_dv = _dkdv_step(
+                b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, row, key, head, T, scale_log2,
+                HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+        for t in range(0, interior):
+            row = start + t * BM
+            b_dk, b_dv = _dkdv_step(
+                b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, row, key, head, T, scale_log2,
+                HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+    _store_tile(p_dk, b_dk * scale, batch, key, kv_head, T, KV_HEADS, DH, BN)
+    _store_tile(p_dv, b_dv, batch, key, kv_head, T, KV_HEADS, DH, BN)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------
+
+_LOG2_E = 1.4426950408889634
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 products are rounded: torch's own setting, and always in full where there is no tf32."""
+    fast = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if fast and not torch.version.hip else "ieee"
+
+
+def _operand(x: torch.Tensor, rows: int, tile: Tile):
+    """x (B, T, heads, Dh) as a kernel's walked operand: itself, or a descriptor of tiles of `rows` tokens."""
+    if not tile.descriptors:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, x.shape[-1]])
+
+
+def _grid(x: torch.Tensor, rows: int) -> tuple[int]:
+    """Programs for every `rows` rows and head of x (B, T, heads, Dh), rounded up to whole chunks."""
+    B, T, heads, _ = x.shape
+    return (B * triton.cdiv(T, SCHEDULE_TOKENS) * (SCHEDULE_TOKENS // rows) * heads,)
+
+
+def _constants(q, k, tile: Tile) -> dict:
+    """The compile-time arguments that all three kernels share."""
+    return {"HEADS": q.shape[2], "KV_HEADS": k.shape[2], "DH": q.shape[3], "CHUNK": SCHEDULE_TOKENS,
+            "BM": tile.block_m, "BN": tile.block_n, "DESCRIPTOR": tile.descriptors,
+            "PRECISION": _precision(q.dtype), "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None):
+    """Run the forward kernel. q, k, v (B, T, heads, Dh), contiguous.
+
+    Returns: o like q, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
+    tile = tile or tile_for("forward", q.dtype)
+    B, T, H, _ = q.shape
+    o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    _attention_forward[_grid(q, tile.block_m)](
+        q, _operand(k, tile.block_n, tile), _operand(v, tile.block_n, tile), o, lse, plan.first_key_BT,
+        plan.query_order_N, scale * _LOG2_E, T, triton.cdiv(T, SCHEDULE_TOKENS), **_constants(q, k, tile))
+    return o, lse
+
+
+def launch_backward(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile_dq: Tile | None = None,
+                    tile_dkdv: Tile | None = None):
+    """Run both backward kernels on contiguous tensors; returns dq, dk, dv.
+
+    No atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys, each in a fixed
+    order, so that two runs give the same bits. The price is that the logits are computed twice."""
+    tile_dq = tile_dq or tile_for("dq", q.dtype)
+    tile = tile_dkdv or tile_for("dkdv", q.dtype)
+    T = q.shape[1]
+    chunks = triton.cdiv(T, SCHEDULE_TOKENS)
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    _attention_dq[_grid(q, tile_dq.block_m)](
+        q, _operand(k, tile_dq.block_n, tile_dq), _operand(v, tile_dq.block_n, tile_dq), o, do, lse, dq,
+        delta, plan.first_key_BT, plan.query_order_N, scale, scale * _LOG2_E, T, chunks,
+        **_constants(q, k, tile_dq))
+    _attention_dkdv[_grid(k, tile.block_n)](
+        _operand(q, tile.block_m, tile), k, v, _operand(do, tile.block_m, tile), lse, delta, dk, dv,
+        plan.end_query_BT, plan.key_order_N, scale, scale * _LOG2_E, T, chunks, **_constants(q, k, tile))
+    return dq, dk, dv
+
+
+# ---- torch operators ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("speedrun::attention", mutates_args=())
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: torch.Tensor,
+               end_query_BT: torch.Tensor, query_order_N: torch.Tensor, key_order_N: torch.Tensor,
+               scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
+    return launch_forward(q, k, v, plan, scale)
+
+
+@torch.library.custom_op("speedrun::attention_backward", mutates_args=())
+def _attention_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+                        lse: torch.Tensor, first_key_BT: torch.Tensor, end_query_BT: torch.Tensor,
+                        query_order_N: torch.Tensor, key_order_N: torch.Tensor,
+                        scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
+    return launch_backward(do, q, k, v, o, lse, plan, scale)
+
+
+@_attention.register_fake
+def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale):
+    B, T, H, _ = q.shape
+    return torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, o, lse, first_key_BT, end_query_BT, query_order_N, key_order_N, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, *plan, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *plan)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_grad(ctx, do, _dlse):
+    q, k, v, o, lse, *plan = ctx.saved_tensors
+    grads = _attention_backward(do.contiguous(), q, k, v, o, lse, *plan, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+_attention.register_autograd(_attention_grad, setup_context=_attention_setup)
+
+
 # ---- FlexAttention -----------------------------------------------------------------------------------------
 
 
@@ -329,8 +725,8 @@ def attention(q_BTHDh: torch.Tensor, k_BTKDh: torch.Tensor, v_BTKDh: torch.Tenso
     Raises: ValueError or TypeError naming the argument.
     """
     chosen = implementation(impl, q_BTHDh)
-    q, k, v = (_with_batch(n, x) for n, x in (("q", q_BTHDh), ("k", k_BTKDh), ("v", v_BTKDh)))
-    _check_attention(q, k, v, plan)
+    q, k, v = (with_batch(n, x) for n, x in (("q", q_BTHDh), ("k", k_BTKDh), ("v", v_BTKDh)))
+    _check_attention(q, k, v, plan, scale)
     if chosen == "reference":
         o = attention_reference(q, k, v, plan, scale=scale)
     elif chosen == "flex":
@@ -338,21 +734,18 @@ def attention(q_BTHDh: torch.Tensor, k_BTKDh: torch.Tensor, v_BTKDh: torch.Tenso
     elif chosen == "banded":
         o, _ = _banded(q, k, v, plan.first_key_BT, float(scale))
     else:
-        raise NotImplementedError("the Triton kernel is being written")
+        check_width(q)
+        o, _ = _attention(q.contiguous(), k.contiguous(), v.contiguous(), *plan, float(scale))
     return o.reshape(q_BTHDh.shape)
 
 
-def _with_batch(name: str, x: torch.Tensor) -> torch.Tensor:
-    """x as (B, T, heads, Dh)."""
-    if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4):
-        raise ValueError(f"{name} must be a (T, heads, Dh) or (B, T, heads, Dh) tensor, got "
-                         f"{tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
-    return x[None] if x.ndim == 3 else x
-
-
-def _check_attention(q, k, v, plan) -> None:
+def _check_attention(q, k, v, plan, scale) -> None:
     """Raise an error that names the first argument that does not fit."""
     B, T, H, Dh = q.shape
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if q.numel() == 0:
+        raise ValueError(f"q is empty: {tuple(q.shape)}")
     if q.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"q has dtype {q.dtype}; float32, float16 and bfloat16 are supported")
     for name, x in (("k", k), ("v", v)):
@@ -371,47 +764,3 @@ def _check_attention(q, k, v, plan) -> None:
         raise ValueError(f"plan is for (B, T) = {tuple(plan.first_key_BT.shape)} but q has ({B}, {T})")
     if plan.first_key_BT.device != q.device:
         raise ValueError(f"plan is on {plan.first_key_BT.device} but q is on {q.device}")
-
-
-def attention_inputs(q, k, v, ve, s, cos_TR, sin_TR, *, impl: str = "auto"):
-    """What stands between the projections and attention, differentiable in q, k, v, ve and s.
-
-        q, k <- rotary(norm(q)), rotary(norm(k));   v <- s[0] * norm(v) + s[1] * ve
-
-    norm is the RMS norm over a head without a gain; rotary is half split: (x1 cos + x2 sin, x2 cos - x1 sin).
-
-    Args:
-        q: (B, T, H, Dh) or (T, H, Dh). k, v, ve: the same with K heads; ve None means v <- s[0] * norm(v).
-        s: float32 (2,). cos_TR, sin_TR: float32 (T, Dh / 2).
-        impl: as in `attention`; every plain-torch name means the reference.
-
-    Returns: (q, k, v) in the inputs' shapes and dtype.
-    Raises: ValueError or TypeError naming the argument.
-    """
-    chosen = implementation(impl, q)
-    _check_inputs(q, k, v, ve, s, cos_TR, sin_TR)
-    if chosen != "triton":
-        return attention_inputs_reference(q, k, v, ve, s, cos_TR, sin_TR)
-    raise NotImplementedError("the Triton kernel is being written")
-
-
-def _check_inputs(q, k, v, ve, s, cos_TR, sin_TR) -> None:
-    """Raise an error that names the first argument that does not fit."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("ve", ve)):
-        if x is None and name == "ve":
-            continue
-        _with_batch(name, x)
-        if x.dtype != q.dtype or x.device != q.device:
-            raise TypeError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}")
-        wanted = (*q.shape[:-2], q.shape[-2] if name == "q" else k.shape[-2], q.shape[-1])
-        if tuple(x.shape) != wanted:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {wanted}")
-    if q.shape[-1] % 2:
-        raise ValueError(f"q has head width {q.shape[-1]}; rotary needs an even one")
-    for name, x in (("cos_TR", cos_TR), ("sin_TR", sin_TR)):
-        if tuple(x.shape) != (q.shape[-3], q.shape[-1] // 2):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {(q.shape[-3], q.shape[-1] // 2)}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
-    if tuple(s.shape) != (2,) or s.device != q.device:
-        raise ValueError(f"s must have shape (2,) and be on {q.device}, got {tuple(s.shape)} on {s.device}")
