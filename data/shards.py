@@ -11,7 +11,8 @@ by the end-of-text token.
 
 Training reads use pread on an open file, not a memory map: a map of a file that somebody truncates kills the
 process with SIGBUS, without a message, and a map cannot notice that the file was rewritten. A short read can
-be reported, and one fstat a read notices a change. `open_shard` gives a memory map for looking around in a file.
+be reported, and one fstat a read notices a change. `open_shard` gives a memory map, for
+looking around in a file.
 """
 
 from __future__ import annotations
@@ -387,7 +388,8 @@ class TokenStream:
     ) -> Iterator:
         """Yield CPU tensors (inputs_T int32, targets_T int64) for each (step, sequence) of `order`.
 
-        A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to a GPU overlap with
+        A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to
+        a GPU overlap with
         work there. What the thread raises is raised here, at the sequence that it concerns. Closing the
         iterator ends the thread.
         """
