@@ -367,8 +367,9 @@ class _RunBuilder:
         self.validations.append(point)
 
     def _check_gap(self, number: int | None, last: int, step: int, gap: int | None, kind: str) -> None:
-        """Result lines come at a cadence that may only become finer (`125, 250, ..., 5625, 5690`): a wider gap
-        is a missing line. A first line at step 0 or 1 may stand off the cadence by one (`1, 10, 20`)."""
+        """Result lines come at a cadence that may only become finer (`125, 250, ..., 5625, 5690`): a wider
+        gap is a missing line. A first line at step 0 or 1 may stand off the cadence by one (`1, 10,
+        20`)."""
         if step == last:
             self.problem(number, f"a second {kind} for step {step}")
         elif gap is not None and step - last > gap and not (last - gap <= 1 and step - last == gap + 1 > 2):

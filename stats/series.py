@@ -106,7 +106,7 @@ def load_series(folder: str | Path) -> Series:
     record_path, ledger_path, plan_path = (
         folder / name for name in ("record.json", "ledger.jsonl", "plan.json")
     )
-    record = _read_object(record_path) if record_path.exists() else None
+    record = read_object(record_path) if record_path.exists() else None
     launches = read_ledger(ledger_path) if ledger_path.exists() else None
     plan = str(plan_path) if plan_path.exists() else None
     return Series(folder.resolve().name, str(folder), runs, record, launches, plan)
@@ -133,7 +133,7 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
         raise DataError("too large to be read as a table", path) from None
     beside = path.with_suffix(".json")
     if len(runs) == 1 and path.suffix.lower() in LOG_SUFFIXES and beside.is_file():
-        runs = [_with_sidecar(runs[0], _read_object(beside))]
+        runs = [_with_sidecar(runs[0], read_object(beside))]
     return runs
 
 
@@ -259,7 +259,7 @@ def _with_sidecar(run: Run, beside: dict) -> Run:
     return replace(run, sidecar=beside, **missing)
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON object from a file. Raises DataError."""
     try:
         value = json.loads("".join(_lines(path)))

@@ -336,9 +336,9 @@ def render(result: TTest) -> str:
         lines.append(f"rounding to {r.decimals} decimals leaves p in [{p_text(r.p_low)}, {p_text(r.p_high)}]")
     if z := result.pooled:
         lines.append(
-            f"z-test: z = {z.z_stat:.4g}, p = {p_text(z.p_value)}, if these runs scatter with sigma = "
-            f"{z.sigma} as the series it comes from did ({z.sigma_df} degrees of freedom); this sample fits that with p = "
-            f"{p_text(z.variance_p)}"
+            f"z-test: z = {z.z_stat:.4g}, p = {p_text(z.p_value)}, assuming that these runs scatter with "
+            f"sigma = {z.sigma},\n  as the series it comes from did ({z.sigma_df} degrees of freedom); "
+            f"this sample fits that with p = {p_text(z.variance_p)}"
         )
     lines += [f"left out: {entry.run}: {entry.reason}" for entry in result.left_out]
     lines += [f"note: {note}" for note in result.notes]
