@@ -1,0 +1,189 @@
+"""Checkpoints of the lab: safetensors (which cannot run code) with the model's name, fields and vocabulary as
+JSON in the header, and one way to open these and those of train_gpt.py alike.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab import LabError
+from lab.models import LanguageModel, build_model
+from lab.tokens import ByteTokenizer, GPT2Tokenizer, Tokenizer, from_spec
+
+FORMAT = "lab-1"
+
+
+@dataclass
+class Checkpoint:
+    """A model as it was after `step` steps, with its vocabulary. `told` is the rest of the header."""
+
+    path: Path
+    name: str
+    step: int
+    model: LanguageModel
+    tokenizer: Tokenizer
+    told: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """A short name for pictures: series (or run) and model."""
+        return str(self.told.get("series") or self.told.get("run_name") or self.name)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The mark and the prompt's ids: what the model reads before it writes. UnknownTextError for
+        characters that the vocabulary lacks."""
+        return [self.tokenizer.mark, *(int(i) for i in self.tokenizer.encode(prompt))]
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    seen = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write tensors and a JSON header to `path`, all or nothing. Raises OSError."""
+    from safetensors.torch import save_file
+
+    plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    texts = {"format": FORMAT, "lab": json.dumps(header, sort_keys=True)}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            save_file(plain, partial, metadata=texts | {"digest": _digest(plain, texts)})
+        except OSError:
+            raise
+        except Exception as error:  # safetensors reports a full disk as its own error
+            raise OSError(f"cannot write {path}: {error}") from error
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise LabError(f"no checkpoint at {path}; train one with python -m lab.train") from None
+    except Exception as error:  # safetensors has its own error types, one for each kind of damage
+        raise LabError(
+            f"{path} is not a whole safetensors file ({error}); take another checkpoint"
+        ) from error
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a lab checkpoint whose digest holds; LabError otherwise."""
+    path = Path(path)
+    texts, tensors = _read(path)
+    if texts.get("format") != FORMAT:
+        raise LabError(f"{path} is a safetensors file, but not a checkpoint of the lab")
+    digest = texts.pop("digest", "")
+    if digest != _digest(tensors, texts):
+        raise LabError(f"{path} is damaged: its content does not match its digest; take another checkpoint")
+    return tensors, json.loads(texts["lab"])
+
+
+def save_checkpoint(path: Path, model: LanguageModel, tokenizer: Tokenizer, header: dict[str, Any]) -> None:
+    """Write a model's checkpoint. `header` names at least model, fields and step; the vocabulary is added."""
+    vocabulary = {"tokenizer": tokenizer.spec(), "vocabulary_digest": tokenizer.digest()}
+    save_tensors(path, dict(model.state_dict()), header | vocabulary)
+
+
+def load_checkpoint(path: str | Path, vocab_folder: str | None = None) -> Checkpoint:
+    """Open a checkpoint of the lab or of train_gpt.py (any preset), in evaluation mode, on the CPU.
+    `vocab_folder` holds GPT-2's encoder.json and vocab.bpe for models over its tokens, where there is no
+    network."""
+    path = Path(path)
+    texts, _ = _read(path)
+    if texts.get("format", "").startswith("train_gpt"):
+        return _load_train_gpt(path, texts, vocab_folder)
+    tensors, header = load_tensors(path)
+    tokenizer = from_spec(header["tokenizer"])
+    if tokenizer.digest() != header["vocabulary_digest"]:
+        raise LabError(
+            f"{path}: its vocabulary does not match the digest in its header; take another checkpoint"
+        )
+    model = build_model(header["model"], tokenizer.vocab_size, header["fields"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise LabError(
+            f"{path}: its tensors do not fit a {header['model']} of its fields ({error})"
+        ) from error
+    return Checkpoint(path, header["model"], int(header["step"]), model.eval(), tokenizer, header)
+
+
+def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None) -> Checkpoint:
+    import train_gpt
+    from lab.models.gpt import GPTRung
+
+    try:
+        gpt, config = train_gpt.load_model(path)
+    except train_gpt.CheckpointError as error:
+        raise LabError(str(error)) from error
+    if config.vocab_size == 256:
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif config.vocab_size == GPT2Tokenizer.vocab_size:
+        tokenizer = GPT2Tokenizer(vocab_folder)
+    else:
+        raise LabError(f"{path}: a vocabulary of {config.vocab_size} tokens is neither bytes nor GPT-2's")
+    if tokenizer.mark != config.eos_id:
+        raise LabError(f"{path}: documents open with token {config.eos_id}, expected {tokenizer.mark}")
+    told = {"run_name": texts.get("run_name", ""), "preset": config.preset}
+    return Checkpoint(path, "gpt", int(texts.get("step", 0)), GPTRung.of(gpt).eval(), tokenizer, told)
+
+
+def find_checkpoints(place: str | Path) -> list[Path]:
+    """Checkpoints along training, earliest first: a file, a folder of step-*.safetensors, or a run's or
+    series' folder (then those of its first run). LabError if there is none."""
+    place = Path(place)
+    if place.is_file():
+        return [place]
+    for pattern in (
+        "step-*.safetensors",
+        "*.checkpoints/step-*.safetensors",
+        "runs/*.checkpoints/step-*.safetensors",
+    ):
+        if found := sorted(place.glob(pattern)):
+            return [p for p in found if p.parent == found[0].parent]
+    raise LabError(f"no checkpoint at {place}; give a .safetensors file, or a folder that a run wrote")
+
+
+def best_checkpoint(place: str | Path) -> Path:
+    """The checkpoint that validation chose in a run's or series' folder (or the last one, or the file
+    itself)."""
+    place = Path(place)
+    if place.is_file():
+        return place
+    folder = find_checkpoints(place)[0].parent
+    best = folder / "best.safetensors"
+    return best if best.exists() else find_checkpoints(folder)[-1]
+
+
+def same_vocabulary(checkpoints: Sequence[Checkpoint]) -> Tokenizer:
+    """The vocabulary that all checkpoints share; LabError names two that differ."""
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        if other.tokenizer.digest() != first.tokenizer.digest():
+            raise LabError(
+                f"{other.path} has another vocabulary ({other.tokenizer.kind}, {other.tokenizer.vocab_size} tokens) "
+                f"than {first.path} ({first.tokenizer.kind}, {first.tokenizer.vocab_size}); compare models of one "
+                "vocabulary here, or use the cross-domain analysis, which works in bits per byte"
+            )
+    return first.tokenizer

@@ -1,0 +1,109 @@
+"""Rung 3: the MLP with batch normalisation (Ioffe and Szegedy 2015), and a choice of initialisations to see
+why it helps. BatchNorm1d is written out here and equals torch's in both modes (tests/lab/test_lab_models.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lab import LabError
+from lab.models.base import LanguageModel, windows
+
+INITS = ("normal", "uniform", "kaiming")
+
+
+class BatchNorm1d(nn.Module):
+    """Normalise every feature over all leading axes: (x - mean) / sqrt(var + eps) * gain + bias.
+
+    In training the batch's own mean and (biased) variance are used and their running averages kept, the
+    variance unbiased as in torch; in evaluation the running averages are used, so that one example suffices.
+    Input (..., H), features last.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.gain = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            rows = x.reshape(-1, x.shape[-1])
+            if len(rows) < 2:
+                raise LabError("batch norm in training needs at least two rows: one has no variance")
+            var, mean = torch.var_mean(rows, dim=0, correction=0)
+            with torch.no_grad():
+                unbiased = var * (len(rows) / (len(rows) - 1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        return (x - mean) * (torch.rsqrt(var + self.eps) * self.gain) + self.bias
+
+
+def init_linear_(weight_OI: Tensor, init: str, gain: float = 5 / 3) -> None:
+    """Initialise a weight in place: `normal` standard normal (saturates tanh), `uniform` torch's own
+    U(-1/sqrt(in), 1/sqrt(in)), `kaiming` normal with std gain/sqrt(in), gain 5/3 for tanh (He et al.
+    2015)."""
+    fan_in = weight_OI.shape[1]
+    if init == "normal":
+        nn.init.normal_(weight_OI)
+    elif init == "uniform":
+        nn.init.uniform_(weight_OI, -(fan_in**-0.5), fan_in**-0.5)
+    elif init == "kaiming":
+        nn.init.normal_(weight_OI, std=gain * fan_in**-0.5)
+    else:
+        raise LabError(f"no initialisation named {init!r}; choose one of {', '.join(INITS)}")
+
+
+@dataclass(frozen=True)
+class BatchNormFields:
+    """Settings of the MLP with batch norm."""
+
+    context: int = 4  # tokens of context
+    embedding_dim: int = 16  # width of a token's vector
+    hidden_dim: int = 256  # tanh units a layer
+    num_layers: int = 1  # hidden layers
+    init: str = "kaiming"  # normal, uniform or kaiming
+    batch_norm: bool = True  # False: the same network without it, to compare
+
+
+class BatchNormMLP(LanguageModel):
+    """Embeddings, then layers of linear (no bias: the norm would remove it), batch norm, tanh; then
+    logits."""
+
+    def __init__(self, vocab_size: int, fields: BatchNormFields):
+        super().__init__()
+        if fields.num_layers < 1:
+            raise LabError(f"num_layers is {fields.num_layers}; the MLP needs at least one hidden layer")
+        self.vocab_size, self.context = vocab_size, fields.context
+        self.embedding = nn.Embedding(vocab_size, fields.embedding_dim)
+        layers: list[nn.Module] = []
+        width = fields.context * fields.embedding_dim
+        for _ in range(fields.num_layers):
+            linear = nn.Linear(width, fields.hidden_dim, bias=not fields.batch_norm)
+            init_linear_(linear.weight, fields.init)
+            norm = [BatchNorm1d(fields.hidden_dim)] if fields.batch_norm else []
+            layers += [linear, *norm, nn.Tanh()]
+            width = fields.hidden_dim
+        self.layers = nn.Sequential(*layers)
+        self.output = nn.Linear(width, vocab_size)
+        init_linear_(self.output.weight, fields.init, gain=1.0)
+        nn.init.zeros_(self.output.bias)
+        if fields.init == "kaiming":
+            with torch.no_grad():
+                self.output.weight *= 0.1  # less confident at first, so that the loss starts near ln V
+
+    def logits(self, idx_BT: Tensor) -> Tensor:
+        e_BTNE = self.embedding(windows(idx_BT, self.context))
+        return self.output(self.layers(e_BTNE.flatten(2)))
+
+    def token_embeddings(self) -> list[nn.Module]:
+        return [self.embedding]
+
+    def activations(self) -> list[tuple[str, nn.Module]]:
+        tanhs = [m for m in self.layers if isinstance(m, nn.Tanh)]
+        return [(f"tanh {i + 1}", m) for i, m in enumerate(tanhs)]

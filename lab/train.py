@@ -1,0 +1,482 @@
+"""Train a rung of the ladder.
+
+    python -m lab.train --model=mlp --data=names                      # on the embedded corpus
+    python -m lab.train --model=gpt --data=text --path=book.txt --steps=2000 --num_layers=4
+    python -m lab.train --model=wavenet --data=names --seeds=0-4      # a series: five runs, five seeds
+
+Fields of training and of the model are both given as --field=value; --help lists them. A run leaves
+<output_dir>/runs/seed-000.{txt,json} and checkpoints beside them. The checkpoint with the least validation
+loss is kept as best.safetensors; with --test=true it, and only it, is scored once on the whole test split.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lab.models.base  # noqa: F401  (its source is part of the log)
+from lab import LabError, cli
+from lab.checkpoints import load_tensors, save_checkpoint, save_tensors
+from lab.cli import field
+from lab.datasets import Corpus, Tokens, load_corpus, pack_rows, row_batches
+from lab.diagnostics import Diagnostics
+from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
+from lab.runlog import RunLog, sources_of
+
+EVAL_TOKENS = 16384  # tokens a batch of evaluation; only memory depends on it
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run."""
+
+    model: str = field("mlp", f"rung of the ladder: {', '.join(LADDER)}")
+    data: str = field(
+        "names", "how the corpus is read: names (one a line), text (passages) or stories (cleaned)"
+    )
+    path: str = field("", "corpus file, UTF-8; '': the embedded corpus")
+    tokens: str = field("char", "char, word or byte")
+    steps: int = field(0, "optimizer steps; 0: the model's default")
+    batch_tokens: int = field(0, "tokens a step, cut in rows; 0: the model's default")
+    row_tokens: int = field(0, "tokens a row of packed documents; 0: the model's default")
+    learning_rate: float = field(
+        0.0, "peak rate of AdamW; 0: the model's default. The GPT has muon_lr and others"
+    )
+    weight_decay: float = field(0.01, "of AdamW, matrices only; the GPT has muon_weight_decay")
+    warmup_frac: float = field(0.02, "share of the steps in which the rate rises from 0")
+    cooldown_frac: float = field(0.7, "share of the steps, at the end, in which the rate falls to 0")
+    val_every: int = field(0, "steps between validations; 0: twenty times a run")
+    val_tokens: int = field(
+        100_000, "validation tokens scored during training (0: all); all of them at the end"
+    )
+    log_every: int = field(0, "steps between lines of training loss; 0: a hundred a run")
+    checkpoints: int = field(10, "checkpoints along training, closer at the start; the first is at step 0")
+    diagnostics: bool = field(
+        False, "histograms and update-to-weight ratios at every checkpoint, JSON and PNG"
+    )
+    test: bool = field(False, "score the chosen checkpoint once on the whole test split")
+    seed: int = field(0, "of the initial weights and the order of the data")
+    split_seed: int = field(0, "of the split of documents; keep it fixed to compare models")
+    limit_chars: int = field(0, "use only the first so many characters of the corpus; 0: all")
+
+
+_MACHINE_FIELDS = (
+    "path",
+)  # where the corpus lies does not change what a run computes: data_hash says what it is
+
+# Defaults by rung: (steps, batch_tokens, row_tokens, learning_rate)
+_DEFAULTS = {
+    "counts": (1, 8192, 256, 1.0),
+    "bigram": (400, 8192, 256, 0.1),
+    "mlp": (4000, 2048, 256, 3e-3),
+    "batchnorm": (4000, 2048, 256, 3e-3),
+    "wavenet": (4000, 2048, 256, 3e-3),
+    "recurrent": (1500, 4096, 64, 3e-3),
+    "gpt": (1000, 4096, 1024, 0.0),
+}
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """`config` with zeros replaced by the model's defaults, checked. LabError names the field at fault."""
+    fields_class(config.model)  # refuses an unknown rung
+    steps, batch, row, rate = _DEFAULTS[config.model]
+    row = config.row_tokens or row
+    c = dataclasses.replace(
+        config,
+        steps=config.steps or steps,
+        row_tokens=row,
+        batch_tokens=config.batch_tokens or max(batch, row),
+        learning_rate=config.learning_rate or rate,
+    )
+    c = dataclasses.replace(
+        c, val_every=c.val_every or max(1, c.steps // 20), log_every=c.log_every or max(1, c.steps // 100)
+    )
+    if c.model == "counts":  # one pass over the corpus is all there is to it
+        c = dataclasses.replace(c, steps=1, val_every=1, log_every=1)
+    for name in ("steps", "batch_tokens", "row_tokens", "val_every", "log_every", "checkpoints"):
+        if getattr(c, name) < 1:
+            raise LabError(f"--{name}={getattr(c, name)}: at least 1")
+    if c.batch_tokens < c.row_tokens:
+        raise LabError(f"--batch_tokens={c.batch_tokens} is less than one row of --row_tokens={c.row_tokens}")
+    if not (0 <= c.warmup_frac < 1 and 0 < c.cooldown_frac <= 1):
+        raise LabError("--warmup_frac is from 0 to below 1, --cooldown_frac above 0 and at most 1")
+    return c
+
+
+def rate_factor(step: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate at `step` (from 0): up linearly, constant, then linearly to 0."""
+    warmup = max(1, round(config.warmup_frac * config.steps))
+    return min(1.0, (step + 1) / warmup, (1 - step / config.steps) / config.cooldown_frac)
+
+
+class ScheduledAdamW:
+    """AdamW with the lab's schedule; weight decay on matrices only."""
+
+    def __init__(self, model: LanguageModel, config: TrainConfig):
+        self.config = config
+        self.named = dict(model.named_parameters())
+        groups = [
+            {"params": [p for p in self.named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+        for (
+            p
+        ) in self.named.values():  # created now rather than at the first step, so that state() is complete
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.inner.state[p] = {"step": torch.zeros(()), **moments}
+
+    def step(self, step: int) -> None:
+        """One update from the gradients."""
+        for group in self.inner.param_groups:
+            group["lr"] = self.config.learning_rate * rate_factor(step, self.config)
+        self.inner.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, live."""
+        return {f"adam.{k}.{n}": t for n, p in self.named.items() for k, t in self.inner.state[p].items()}
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, tokens: Tokens, row_tokens: int, limit_tokens: int = 0) -> float:
+    """Mean loss in nats over every prediction of `tokens` (or of the first rows that hold `limit_tokens`)."""
+    idx, targets = pack_rows(tokens, row_tokens)
+    if limit_tokens:
+        rows = max(1, limit_tokens // row_tokens)
+        idx, targets = idx[:rows], targets[:rows]
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(idx), max(1, EVAL_TOKENS // row_tokens)):
+        batch = slice(start, start + max(1, EVAL_TOKENS // row_tokens))
+        scored = int((targets[batch] != IGNORE).sum())
+        if scored:
+            total += float(model(idx[batch], targets[batch])[1]) * scored
+            count += scored
+    model.train(was_training)
+    return total / count
+
+
+def checkpoint_steps(steps: int, count: int) -> list[int]:
+    """`count` steps from 0 to `steps`, evenly spaced in the logarithm after the first: early training is
+    where most happens."""
+    if count == 1:
+        return [steps]
+    first = max(1, steps // 200)
+    spaced = [round(first * (steps / first) ** (i / max(count - 2, 1))) for i in range(count - 1)]
+    return sorted({0, *spaced, steps})
+
+
+@dataclass
+class Result:
+    """What a run left behind. Losses in nats a token on the whole split; `test_loss` only if it was asked
+    for."""
+
+    folder: Path
+    run_name: str
+    final_loss: float
+    best_loss: float
+    best_step: int
+    test_loss: float | None
+    model: LanguageModel
+    summary: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "runs" / f"{self.run_name}.checkpoints"
+
+
+class Run:
+    """One training run, step by step."""
+
+    def __init__(self, config: TrainConfig, fields: Any, corpus: Corpus, folder: Path, echo: bool):
+        self.config, self.fields, self.corpus, self.folder, self.echo = config, fields, corpus, folder, echo
+        self.name = f"seed-{config.seed:03d}"
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, corpus.tokenizer.vocab_size, fields)
+        self._check_context()
+        self.optimizer = self._make_optimizer()
+        described = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MACHINE_FIELDS}
+        described |= {"fields": dataclasses.asdict(fields), "num_parameters": self.model.num_parameters()}
+        facts = {"data_hash": corpus.digest, "vocabulary_digest": corpus.tokenizer.digest()}
+        modules = [
+            "lab.train" if __name__ == "__main__" else __name__,
+            type(self.model).__module__,
+            "lab.models.base",
+        ]
+        modules[0] = __name__
+        self.log = RunLog(folder / "runs", self.name, described, facts, sources_of(*modules))
+        self.checkpoints = folder / "runs" / f"{self.name}.checkpoints"
+        self.seconds = 0.0
+        self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
+        self.diagnostics = (
+            Diagnostics(self.model, corpus.tokenizer.vocab_size) if config.diagnostics else None
+        )
+
+    def _check_context(self) -> None:
+        smallest = min(t.num_predictions for t in self.corpus.tokens.values())
+        needed = self.model.context or 1
+        if needed > smallest:
+            raise LabError(
+                f"a context of {needed} tokens is longer than the text: the smallest split has {smallest} "
+                "predictions. Lower --context or give more text"
+            )
+        if (
+            self.config.model == "gpt"
+            and self.config.row_tokens > self.corpus.tokens["train"].num_predictions
+        ):
+            raise LabError(
+                f"--row_tokens={self.config.row_tokens} is longer than the training text of "
+                f"{self.corpus.tokens['train'].num_predictions} tokens; lower it or give more text"
+            )
+
+    def _make_optimizer(self) -> Any:
+        if self.config.model == "counts":
+            return None
+        if hasattr(self.model, "make_optimizer"):
+            return self.model.make_optimizer(self.config.steps)
+        return ScheduledAdamW(self.model, self.config)
+
+    def header(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
+            "model": self.config.model,
+            "fields": dataclasses.asdict(self.fields),
+            "step": step,
+            "series": self.folder.name,
+            "run_name": self.name,
+            "seed": self.config.seed,
+            "row_tokens": self.config.row_tokens,
+            "data": self.config.data,
+            "tokens": self.config.tokens,
+            "split_seed": self.config.split_seed,
+            "data_hash": self.corpus.digest,
+            "config_hash": self.log.config_hash,
+        }
+
+    def save(self, step: int, name: str | None = None) -> None:
+        """A checkpoint of the model after `step` steps."""
+        path = self.checkpoints / (name or f"step-{step:06d}.safetensors")
+        save_checkpoint(path, self.model, self.corpus.tokenizer, self.header(step))
+
+    def save_state(self, step: int) -> None:
+        """Everything needed to go on: weights, optimizer, validations, generator."""
+        state = {
+            "rng": torch.get_rng_state(),
+            **{f"model.{n}": t for n, t in self.model.state_dict().items()},
+        }
+        state |= self.optimizer.state() if self.optimizer else {}
+        told = {"step": step, "seconds": self.seconds, "validation": self.log.validation, "best": self.best}
+        save_tensors(
+            self.checkpoints / "resume.safetensors", state, told | {"config_hash": self.log.config_hash}
+        )
+
+    def load_state(self) -> int:
+        """Go back to where an interrupted run stopped; returns the steps done."""
+        tensors, told = load_tensors(self.checkpoints / "resume.safetensors")
+        if told["config_hash"] != self.log.config_hash:
+            raise LabError(
+                f"{self.checkpoints}: the run to resume had other settings; repeat its command line"
+            )
+        torch.set_rng_state(tensors.pop("rng"))
+        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        self.model.load_state_dict(weights)
+        for name, live in (self.optimizer.state() if self.optimizer else {}).items():
+            live.copy_(tensors[name])
+        self.seconds, self.best = told["seconds"], told["best"]
+        self.log.resume(told["step"], told["validation"])
+        return int(told["step"])
+
+    def validate(self, step: int) -> None:
+        """Score the validation split; keep the model if it is the best so far."""
+        whole = step == self.config.steps
+        limit = 0 if whole else self.config.val_tokens
+        loss = evaluate(self.model, self.corpus.tokens["val"], self.config.row_tokens, limit)
+        if not math.isfinite(loss) and self.config.model != "counts":
+            raise LabError(f"validation loss is {loss} after step {step}; lower the learning rate")
+        self.log.validated(step, self.seconds, loss, self.echo)
+        if loss < self.best["loss"]:
+            self.best = {"step": step, "loss": loss}
+            self.save(step, "best.safetensors")
+
+    def train_step(self, step: int, idx: Tensor, targets: Tensor) -> Tensor:
+        """One update; returns the loss before it, detached."""
+        if self.config.model == "counts":
+            whole = pack_rows(self.corpus.tokens["train"], self.config.row_tokens)
+            self.model.observe(*whole)
+            return self.model(*whole)[1]
+        _, loss = self.model(idx, targets)
+        loss.backward()
+        self.optimizer.step(step)
+        self.model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def train(self, resume: bool = False, overwrite: bool = False, stop_after: int | None = None) -> Result:
+        """Train to the end (or, for tests of resuming, to `stop_after`), then choose, and score the test
+        split."""
+        c = self.config
+        start = 0
+        if resume and (self.checkpoints / "resume.safetensors").exists():
+            start = self.load_state()
+        else:
+            self.log.begin(overwrite)
+        marks = set(checkpoint_steps(c.steps, c.checkpoints))
+        batches = row_batches(
+            self.corpus.tokens["train"],
+            c.row_tokens,
+            max(1, c.batch_tokens // c.row_tokens),
+            c.seed,
+            skip=start,
+        )
+        self.model.train()
+        try:
+            for step in range(start, c.steps + 1):
+                if step % c.val_every == 0 or step == c.steps:
+                    if not self.log.validation or self.log.validation[-1]["step"] < step:
+                        self.validate(step)
+                if step in marks:
+                    self.save(step)
+                    if step > start or step == c.steps:
+                        self.save_state(step)
+                if step == c.steps or step == stop_after:
+                    break
+                idx, targets = next(batches)
+                if self.diagnostics and step in marks and step < c.steps:
+                    self.diagnostics.look(step, idx, targets)
+                began = time.perf_counter()
+                loss = self.train_step(step, idx, targets)
+                self.seconds += time.perf_counter() - began
+                if self.diagnostics and step in marks:
+                    self.diagnostics.updated(step)
+                if (step + 1) % c.log_every == 0:
+                    value = float(loss)
+                    if not math.isfinite(value):
+                        raise LabError(
+                            f"training loss is {value} at step {step + 1}; lower the learning rate"
+                        )
+                    self.log.trained(step + 1, self.seconds, value)
+        except KeyboardInterrupt:
+            self.save_state(step)
+            self.log.summary("interrupted", best=self.best)
+            raise
+        except LabError as error:
+            self.log.summary("failed", str(error))
+            raise
+        return self.finish(step)
+
+    def finish(self, step: int) -> Result:
+        """Load the checkpoint that validation chose, score what is asked, write the summary."""
+        c = self.config
+        complete_run = step == c.steps
+        final = self.log.validation[-1]["loss"]
+        test_loss = None
+        if complete_run:
+            weights, _ = load_tensors(self.checkpoints / "best.safetensors")
+            self.model.load_state_dict(weights)
+            whole = evaluate(self.model, self.corpus.tokens["val"], c.row_tokens)
+            self.best = {"step": self.best["step"], "loss": whole}
+            if c.test:
+                test_loss = evaluate(self.model, self.corpus.tokens["test"], c.row_tokens)
+        self.model.eval()
+        if self.diagnostics:
+            self.diagnostics.write(self.folder / "diagnostics", self.name)
+        tokens_per_s = c.batch_tokens * step / self.seconds if self.seconds else None
+        told = self.log.summary(
+            "finished" if complete_run else "interrupted",
+            best=self.best,
+            test_loss=test_loss,
+            num_parameters=self.model.num_parameters(),
+            tokens_per_s=tokens_per_s,
+            split={name: t.num_predictions for name, t in self.corpus.tokens.items()},
+        )
+        best = self.best
+        return Result(self.folder, self.name, final, best["loss"], best["step"], test_loss, self.model, told)
+
+
+def train_model(
+    config: TrainConfig,
+    fields: Any = None,
+    *,
+    folder: str | Path,
+    corpus: Corpus | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    echo: bool = False,
+) -> Result:
+    """Train one run into `folder` (a series folder). `fields` are the model's (default: its defaults);
+    `corpus` saves reading it again. Raises LabError for settings or data that make no sense."""
+    config = complete(config)
+    fields = fields if fields is not None else fields_class(config.model)()
+    corpus = corpus or corpus_of(config)
+    return Run(config, fields, corpus, Path(folder), echo).train(resume, overwrite)
+
+
+def corpus_of(config: TrainConfig) -> Corpus:
+    """The corpus that a configuration names."""
+    return load_corpus(
+        config.data,
+        config.path or None,
+        tokens=config.tokens,
+        split_seed=config.split_seed,
+        limit_chars=config.limit_chars,
+    )
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-4' or '0,3,7' as numbers; LabError otherwise."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise LabError(f"--seeds={text}: write 0-4 or 0,3,7")
+        seeds += range(int(low), int(high or low) + 1)
+    return seeds
+
+
+def parse(given: dict[str, str]) -> tuple[TrainConfig, Any]:
+    """Training and model settings from texts; LabError for an unknown field."""
+    model = given.get("model", TrainConfig.model)
+    cls = fields_class(model)
+    own = [f.name for f in dataclasses.fields(TrainConfig)]
+    theirs = [f.name for f in dataclasses.fields(cls)]
+    return complete(cli.fill(TrainConfig, given, also=theirs)), cli.fill(cls, given, also=own)
+
+
+def main(words: list[str], progress: Callable[[str], None] = print) -> int:
+    """The command line; returns the exit code."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__, cli.describe(TrainConfig, *(fields_class(name) for name in LADDER)))
+        print("\nAlso: --output_dir=DIR --seeds=0-4 --resume=true --overwrite=true --threads=N")
+        return 0
+    positional, given = cli.split_arguments(words)
+    if positional:
+        raise LabError(f"{positional[0]!r} is not a --field=value; see --help")
+    folder = given.pop("output_dir", "")
+    resume = cli.typed("resume", bool, given.pop("resume", "false"))
+    overwrite = cli.typed("overwrite", bool, given.pop("overwrite", "false"))
+    if "threads" in given:
+        torch.set_num_threads(max(1, cli.typed("threads", int, given.pop("threads"))))
+    seeds = parse_seeds(given.pop("seeds")) if "seeds" in given else None
+    config, fields = parse(given)
+    corpus = corpus_of(config)
+    folder = Path(folder or Path("lab/out") / f"{config.data}-{config.model}")
+    for seed in seeds if seeds is not None else [config.seed]:
+        run = Run(dataclasses.replace(config, seed=seed), fields, corpus, folder, echo=True)
+        progress(f"{config.model}: {run.model.num_parameters():,} parameters, seed {seed}, into {folder}")
+        result = run.train(resume, overwrite)
+        test = "" if result.test_loss is None else f", test {result.test_loss:.4f}"
+        progress(
+            f"validation {result.final_loss:.4f} at the end, best {result.best_loss:.4f} at step {result.best_step}{test}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))
