@@ -7,13 +7,15 @@ One JSON object a line. Events:
   drop    run, reason                              left out of the verdict by a person, who says why
   cancel  run, reason                              queued, then not needed: the sequential test had decided
   judge   n, decision, p_value                     somebody looked at the test: looks count, so they are kept
+  torn    text                                     what a writer had written of its line when it died
 
 Any number of processes on any number of hosts may append at once (O_APPEND under flock, then fsync). A line
-that a dying writer left half done is skipped with a warning and never glued to the next one.
+that a dying writer left half done is skipped with a warning, and the next writer turns it into a torn event.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -26,7 +28,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 NAME = "ledger.jsonl"
-EVENTS = ("launch", "start", "end", "drop", "cancel", "judge")
+EVENTS = ("launch", "start", "end", "drop", "cancel", "judge", "torn")
 ENDS = ("finished", "crashed", "interrupted")
 
 
@@ -138,8 +140,12 @@ class Ledger:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                data = b"\n" + data  # a writer died within its line: close that line first
+            torn = _unfinished_line(descriptor, size)
+            if torn:
+                size -= len(torn)
+                os.ftruncate(descriptor, size)
+                told = {"event": "torn", "text": torn.decode(errors="replace"), "time": now()}
+                data = json.dumps(told).encode() + b"\n" + data
             try:
                 written = 0
                 while written < len(data):
@@ -147,6 +153,8 @@ class Ledger:
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, size)
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, torn)
                 raise
         finally:
             os.close(descriptor)
@@ -168,9 +176,7 @@ class Ledger:
             except ValueError:
                 event = None
             if not isinstance(event, dict) or event.get("event") not in EVENTS:
-                warnings.warn(
-                    f"{self.path}, line {number}: not an event, skipped: {line[:80]!r}", stacklevel=2
-                )
+                warnings.warn(f"{self.path}, line {number}: not an event, skipped: {line[:80]!r}", stacklevel=2)
                 continue
             events.append(event)
         return events
@@ -178,6 +184,14 @@ class Ledger:
     def runs(self) -> dict[str, RunState]:
         """State of every run that the ledger names, in order of first mention."""
         return run_states(self.events())
+
+
+def _unfinished_line(descriptor: int, size: int) -> bytes:
+    """What stands after the last newline of a file of `size` bytes: the line of a writer that died, or
+    nothing."""
+    window = 1 << 16
+    tail = os.pread(descriptor, window, max(0, size - window))
+    return tail[tail.rfind(b"\n") + 1 :]
 
 
 def run_states(events: Iterable[dict]) -> dict[str, RunState]:
@@ -228,6 +242,11 @@ def ledger_summary(events: Iterable[dict]) -> dict:
         "runs": sum(bool(s.attempts) for s in states.values()),
         "launches": sum(len(s.attempts) for s in states.values()),
         "runs_by_status": {status: n for status, n in counts.items() if n},
+        "crashed": [
+            (s.run, (s.attempts[-1].end or {}).get("error"))
+            for s in states.values()
+            if s.attempts and s.status == "crashed"
+        ],
         "crashed_launches": sum(e.get("status") == "crashed" for e in ends),
         "resumed_launches": sum(bool(e.get("resume")) for e in events if e["event"] == "launch"),
         "dropped": {s.run: s.dropped.get("reason", "") for s in states.values() if s.dropped},

@@ -19,9 +19,9 @@ attempt, with the old one kept and counted. A run that was stopped is resumed fr
 configuration and the code of a series never change: the same name with others is an error. Only one start
 may work on a series at a time.
 
-Exit codes: the t-test's (0 the mean is below the threshold, 1 not significant, 3 cannot be judged), or 2
-usage, 4 a run crashed, 5 input or output failed, 6 the sequential test needs more runs, 130 / 143 stopped
-by a signal.
+Exit codes: the t-test's (0 the mean is below the threshold, 1 not significant, 3 cannot be judged, 4 the
+sequential test needs more runs), or 2 usage, 5 input or output failed, 6 a run crashed, 130 and 143 stopped
+by a signal. A single run has no verdict: 0 if it finished.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ from records.ledger import Ledger, LedgerError, RunState, now
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
-EXIT_USAGE, EXIT_CRASHED, EXIT_MORE_RUNS = 2, 4, 6
+EXIT_USAGE, EXIT_MORE_RUNS, EXIT_CRASHED = 2, 4, 6
+# Fields of the trainer's config that do not decide what a run computes, or differ between runs.
+RUN_FIELDS = frozenset(
+    "seed output_dir run_name resume overwrite plan_hash data_dir checkpoint_every keep_checkpoints save_final".split()
+)
 SET_BY_SERIES = ("seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash", "preset")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -97,6 +101,7 @@ def code_files(trainer: Path) -> dict[str, str]:
     """{path relative to the trainer's folder: hash} of the trainer and of the modules it trains with."""
     root = trainer.parent
     files = [trainer, *sorted(root.glob("kernels/*.py")), *sorted(root.glob("data/*.py"))]
+    files += root.glob("records/checkpoints.py")
     return {str(path.relative_to(root)): source_hash(path.read_text(encoding="utf-8")) for path in files}
 
 
@@ -139,9 +144,7 @@ class Identity:
             mine, theirs = self.overrides.get(key, "not given"), other.overrides.get(key, "not given")
             if mine != theirs:
                 found.append(f"--{key} was {mine}, now {theirs}")
-        changed = sorted(
-            k for k in self.code.keys() | other.code.keys() if self.code.get(k) != other.code.get(k)
-        )
+        changed = sorted(k for k in self.code.keys() | other.code.keys() if self.code.get(k) != other.code.get(k))
         if changed:
             found.append("changed code: " + ", ".join(changed))
         return found
@@ -211,9 +214,7 @@ def read_record(folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SeriesError(
-            f"{path}: not a series' record ({error}); restore it or use another --name"
-        ) from None
+        raise SeriesError(f"{path}: not a series' record ({error}); restore it or use another --name") from None
 
 
 def open_series(folder: Path, wanted: Identity, trainer: Path) -> Series:
@@ -305,12 +306,12 @@ def trim_log(folder: Path, run: str) -> bool:
     kept = folder / "source" / f"{digest[:16]}.py"
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
-        _write_whole(kept, source.rstrip("\r\n") + "\n")
-    _write_whole(path, f"source sha256:{digest} kept in source/{kept.name}\n" + text[separator.start() :])
+        write_whole(kept, source.rstrip("\r\n") + "\n")
+    write_whole(path, f"source sha256:{digest} kept in source/{kept.name}\n" + text[separator.start() :])
     return True
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is the old one or the new one at every moment."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -355,9 +356,7 @@ def settle_lost(series: Series, wait_s: float = 90.0) -> None:
         owner = alive[0].attempts[-1].start or alive[0].attempts[-1].launch
         where = f"{alive[0].run} of {series.folder} is still running as process {owner['pid']}"
         if time.monotonic() > deadline:
-            raise SeriesError(
-                f"{where}, left by a start that died; stop it, then give the same command again"
-            )
+            raise SeriesError(f"{where}, left by a start that died; stop it, then give the same command again")
         if not told:
             print(f"{where}, left by a start that died: waiting for it to end", flush=True)
             told = True
@@ -382,13 +381,7 @@ def can_resume(series: Series, state: RunState) -> bool:
     """True if the last attempt left a checkpoint and did not end by itself (a NaN comes back on resuming)."""
     end = state.attempts[-1].end or {}
     code = end.get("exit_code")
-    outside = (
-        state.status == "interrupted"
-        or end.get("lost")
-        or code == EXIT_IO
-        or (code or 0) < 0
-        or code in (137,)
-    )
+    outside = state.status == "interrupted" or end.get("lost") or code == EXIT_IO or (code or 0) < 0 or code in (137,)
     return bool(outside and series.checkpoints(state.run))
 
 
@@ -417,8 +410,8 @@ def choose(series: Series, repeats: int, retry_crashed: bool) -> tuple[list[Task
             continue
         if state.status in ("running", "elsewhere"):
             raise SeriesError(
-                f"{run} of {series.folder} was started on another machine and has no end yet; wait for it, or "
-                f"record that it is gone: python -m records.series lost {series.folder.name} {run} --reason ..."
+                f"{run} of {series.folder} was started on another machine and has no end yet. Wait, or "
+                f"record its loss: python -m records.series lost {series.folder.name} {run} --reason WHY"
             )
         lost_with_checkpoint = (state.attempts[-1].end or {}).get("lost") and can_resume(series, state)
         if state.status == "crashed" and not retry_crashed and not lost_with_checkpoint:
@@ -539,9 +532,7 @@ class Runner:
         if status == "crashed":
             self.crashes += 1
             if end["exit_code"] in (*EXIT_BAD_INPUT, EXIT_IO):
-                self.give_up = (
-                    f"{job.run} crashed: {end.get('error')}. Every run would, so no other was started"
-                )
+                self.give_up = f"{job.run} crashed: {end.get('error')}. Every run would, so no other was started"
         elif status == "interrupted" and self.stop_signal is None:
             self.give_up = f"{job.run} was stopped from outside; give the same command again to continue it"
 
@@ -559,7 +550,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--repeats", type=int, default=1, metavar="N", help="runs in all, seeds 0..N-1 (1)")
     add("--preset", help="the trainer's preset (medium with GPUs, nano without)")
-    add("--name", help="the series' folder (the preset, with the changed fields)")
+    add("--name", help="the series' folder (the preset, with the changed fields); auto: with a hash of the code")
     add(
         "--nproc",
         type=int,
@@ -611,14 +602,18 @@ def series_from(options: argparse.Namespace, overrides: dict[str, str]) -> tuple
     nproc = options.nproc or default_nproc(gpus)
     if nproc < 1:
         raise SeriesError(f"--nproc {nproc}: at least 1")
+    code = code_files(trainer)
     name = options.name or default_name(preset, overrides)
+    if name == "auto":  # another program is another series: changed code never meets old runs
+        digest = hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
+        name = f"{default_name(preset, overrides)}-{digest[:8]}"
     if not NAME_PATTERN.fullmatch(name):
         raise SeriesError(f"--name {name!r}: letters, digits, '.', '_' and '-', at most 100, no leading sign")
     folder = Path(options.root) / name
     if options.name and not overrides and options.preset is None and (record := read_record(folder)):
         was = Identity(**record["identity"])
         preset, overrides, nproc = was.preset, was.overrides, options.nproc or was.nproc
-    return folder, Identity(name, preset, overrides, nproc, code_files(trainer))
+    return folder, Identity(name, preset, overrides, nproc, code)
 
 
 def check_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -651,9 +646,7 @@ def run_and_judge(series: Series, options: argparse.Namespace) -> int:
         launcher = Local(slots(parallel, series.identity.nproc))
     except ValueError as error:
         raise SeriesError(str(error)) from None
-    print(
-        f"{series.folder}: {options.repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed"
-    )
+    print(f"{series.folder}: {options.repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed")
     for state in crashed:
         end = state.attempts[-1].end or {}
         print(f"  {state.run} crashed: {end.get('error')} (again with --retry-crashed)")
@@ -675,9 +668,7 @@ def run_and_judge(series: Series, options: argparse.Namespace) -> int:
 def amend_command(verb: str, argv: Sequence[str]) -> int:
     """`drop`: leave an unfinished run out of the verdict. `lost`: note that a run ended unrecorded. With
     a reason."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m records.series {verb}", description=amend_command.__doc__
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m records.series {verb}", description=amend_command.__doc__)
     parser.add_argument("name", help="the series")
     parser.add_argument("run", help="seed-003, say")
     parser.add_argument("--reason", required=True, help="why; published with the series")
@@ -694,7 +685,7 @@ def amend_command(verb: str, argv: Sequence[str]) -> int:
     if verb == "drop":
         if state.status == "finished":
             raise SeriesError(
-                f"{run} finished, and a finished run stays in the verdict: dropping one after seeing its loss "
+                f"{run} finished, and stays in the verdict: dropping a run after seeing its loss "
                 "makes every p-value wrong"
             )
         Ledger(folder).append("drop", run=run, reason=reason)
