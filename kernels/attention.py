@@ -593,7 +593,8 @@ def _constants(q, k, tile: Tile) -> dict:
     """The compile-time arguments that all three kernels share."""
     return {"HEADS": q.shape[2], "KV_HEADS": k.shape[2], "DH": q.shape[3], "CHUNK": SCHEDULE_TOKENS,
             "BM": tile.block_m, "BN": tile.block_n, "DESCRIPTOR": tile.descriptors,
-            "PRECISION": _precision(q.dtype), "num_warps": tile.warps, "num_stages": tile.stages}
+            "PRECISION": _precision(q.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+            "enable_fp_fusion": True}
 
 
 def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None):

@@ -164,7 +164,8 @@ def _inputs_arguments(q, k, v, ve):
     B, T, H, width = q.shape
     apart = [0 if x is None else x.stride(1) for x in walked]
     constants = {"HEADS": H, "KV_HEADS": k.shape[2], "R": width // 2, "ROWS": _INPUTS_ROWS,
-                 "HAS_VE": ve is not None, "num_warps": _INPUTS_WARPS}
+                 "HAS_VE": ve is not None, "num_warps": _INPUTS_WARPS,
+                 "enable_fp_fusion": True}
     return walked, (B * T, T, *apart, torch.finfo(torch.float32).eps), constants
 
 

@@ -1,19 +1,20 @@
-"""Proof of the kernels on a machine without a GPU. One command: `python -m kernels.proof` (`--help` for parts).
+"""Proof of the kernels on a machine without a GPU: `python -m kernels.proof` (`--help` for its parts).
 
 Each kernel family describes itself once, in `kernels/proof/families/<family>.py`, as a module-level
 `FAMILY = Family(...)`; the harness finds every module there. From the description it does five things:
 
-interpret  runs the numeric cases in Triton's interpreter (mended for bfloat16), in float32, float16 and bfloat16;
-           every address is checked against the tensor that its pointer came from, no two programs may write, or
-           one read what another writes, and outputs are filled with NaN beforehand. A result's error against the
-           float64 reference may be at most twice that of the same-dtype reference plus TOLERANCE.
-compile    runs the launches on meta tensors against pretend devices (sm_80, sm_90, sm_100, gfx942): the real launch
-           code, so that whatever could launch compiles and fits in the device's shared memory.
+interpret  runs the numeric cases in Triton's interpreter (mended for bfloat16) in float32, float16 and bfloat16.
+           Every address is checked against the tensor that its pointer came from; no two programs may write,
+           nor one read what another writes; outputs are NaN beforehand. The error against the float64
+           reference may be at most twice that of the same-dtype reference, plus TOLERANCE.
+compile    runs the launches on meta tensors against pretend devices (sm_80, sm_90, sm_100, gfx942): the real
+           launch code, so that whatever could launch compiles and fits in the device's shared memory.
 code       reads the machine code of those compilations: registers, stack, shared memory, matrix and bulk-copy
-           instructions, instructions in the hot loop; checks them against the family's `demands` and against the
-           committed table machine_code.json, which is keyed by Triton's version.
+           instructions, instructions in the hot loop; checks them against the family's `demands` and against
+           the committed table machine_code.json, which is keyed by Triton's version.
 manifest   looks up the hash of each sm_90 machine code in measured.json: which of it has run on a GPU.
-faults     plants each of the family's faults in a copy of its source and runs the numeric cases: one must fail.
+faults     plants each of the family's faults in a copy of its source and runs the quick numeric cases in
+           float32: one must fail.
 
 A family module looks like this (kernels/proof/families/attention_inputs.py is a short real one):
 
@@ -24,7 +25,7 @@ A family module looks like this (kernels/proof/families/attention_inputs.py is a
 
     def _kernel(module, given):                 # module: kernels.<family>, or its copy with a planted fault
         y = module.launch_forward(given["x"], given["index"])
-        return {"y": y}                         # named outputs; call launchers (or the public function, impl="triton")
+        return {"y": y}                         # named outputs, from launchers or the public function
 
     def _reference(module, given):              # the same names; runs in float64 and in the case's dtype
         return {"y": module.op_reference(given["x"], given["index"])}
@@ -41,9 +42,9 @@ A family module looks like this (kernels/proof/families/attention_inputs.py is a
         faults=(Fault("the row bound is off by one", "o_row < N", "o_row <= N"),),
     )
 
-Floating tensors among a case's inputs are cast to the case's dtype, except those named in `keep_float32`. Kernels
-call `torch.empty`, `empty_like` or `new_empty` for their outputs; those are what the harness poisons. Everything a
-launcher reads on the host (`.item()`) would break the dry run, as it would stall a GPU.
+Floating tensors among a case's inputs are cast to the case's dtype, except those in `keep_float32`. Launchers
+get their outputs from `torch.empty`, `empty_like` or `new_empty`, which the harness poisons. What a launcher
+reads on the host (`.item()`) would break the dry run, as it would stall a GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ DEVICES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Numeric(NamedTuple):
-    """One numeric case: `kernel` and `reference` take (module, inputs) and return outputs under the same names.
+    """One numeric case: `kernel` and `reference` take (module, inputs) and return outputs by the same names.
 
     dtypes: of the floating inputs. keep_float32: inputs that stay float32 (float64 for the truth).
     quick: also used to catch planted faults, and part of the default tests; keep it to a second or so.
@@ -80,24 +81,28 @@ class Numeric(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One dry run: `run` builds meta tensors and calls launchers. quick: part of the default tests (on sm_90)."""
+    """One dry run: `run` builds meta tensors and calls launchers.
+
+    quick: part of the default tests, on sm_90. demanding: its sm_90 code must meet the family's demands (say
+    False where it cannot, as float32 code has no HGMMA)."""
 
     name: str
     run: Callable[[], object]
     devices: tuple[str, ...] = DEVICES
     quick: bool = False
+    demanding: bool = True
 
 
 class Demand(NamedTuple):
     """What a kernel's sm_90 machine code must show. instructions: opcodes that must occur ("HGMMA", "UTMALDG").
-    stack_bytes: the most local memory a thread may use, which is where spilled registers go."""
+    stack_bytes: the most stack that a thread may use, which is where spilled registers go."""
 
     instructions: tuple[str, ...] = ()
     stack_bytes: int = 0
 
 
 class Fault(NamedTuple):
-    """A planted fault: `old` (which must occur in the module's source) becomes `new`, everywhere it occurs.
+    """A planted fault: `old`, which must occur in the module's source, becomes `new` wherever it occurs.
     module: of the source, if not the family's."""
 
     name: str
@@ -107,7 +112,7 @@ class Fault(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A kernel family's description; `kernels` names its @triton.jit kernels, all of which the cases must run."""
+    """A kernel family; `kernels` names its @triton.jit kernels, each of which some case must launch."""
 
     name: str
     module: str

@@ -1,0 +1,157 @@
+"""What a compiled kernel's machine code says: resources, instructions, loops, and a hash that names it.
+
+The tools that read it (cuobjdump, nvdisasm) come with Triton. Code for AMD is read from its assembly text.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import re
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kernels.proof import Demand, Family
+from kernels.proof.pretend import Compiled
+from kernels.runtime import triton
+
+TABLE = Path(__file__).with_name("machine_code.json")
+MANIFEST = Path(__file__).with_name("measured.json")
+#: The device whose code is listed in the table and the manifest.
+TABLE_DEVICE = "sm_90"
+#: Opcodes that the table counts: products (Hopper's asynchronous ones, the older ones), copies to shared memory
+#: (bulk by descriptor, 16 bytes a thread), local memory (spills), exponentials and the like.
+COUNTED = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "MUFU")
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)([^;]*);")
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_BACK = re.compile(r"\((\.L_\w+)\)")
+
+
+def text_hash(cubin: bytes) -> str:
+    """sha256 of the executable sections of a cubin (ELF64), so that paths and line numbers do not count."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    digest = hashlib.sha256()
+    for name, _kind, _flags, _address, offset, length in sections:
+        start = strings + name
+        if cubin[start:cubin.index(b"\0", start)].startswith(b".text"):
+            digest.update(cubin[offset:offset + length])
+    return digest.hexdigest()
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Output of one of the tools in Triton's package."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers and stack a thread, opcodes, and the innermost loops (instructions and products of each)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "--dump-resource-usage", file.name)))
+        listing = _tool("nvdisasm", "-c", file.name)
+    opcodes, labels, loops = [], {}, []
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(opcodes)
+        elif found := _OPCODE.search(line):
+            opcodes.append(found[1])
+            target = _BACK.search(found[2]) if found[1] == "BRA" else None
+            if target and target[1] in labels:  # a label seen before: a jump back
+                loops.append((labels[target[1]], len(opcodes)))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    counts = collections.Counter(opcodes)
+    body = [{"instructions": end - start, "products": sum("MMA" in op for op in opcodes[start:end])}
+            for start, end in inner if end - start > 4]  # shorter ones only wait for a barrier
+    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]), "instructions": len(opcodes),
+            "opcodes": {op: counts[op] for op in COUNTED if counts[op]}, "loops": body}
+
+
+def read_amdgcn(assembly: str) -> dict[str, Any]:
+    """Vector registers and scratch a lane, and matrix products, from AMD assembly."""
+    def field(name):
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return {"registers": field("vgpr_count"), "stack_bytes": field("private_segment_fixed_size"),
+            "opcodes": {"MFMA": len(re.findall(r"\bv_mfma_", assembly))}}
+
+
+def describe(compiled: Compiled) -> dict[str, Any]:
+    """One row: the launch's options, its resources, and what its machine code shows."""
+    row = {"options": dict(sorted(compiled.options.items())), "shared_bytes": compiled.shared_bytes}
+    if "cubin" in compiled.asm:
+        row |= read_cubin(compiled.asm["cubin"])
+        row["sha256"] = text_hash(compiled.asm["cubin"])
+    else:
+        row |= read_amdgcn(compiled.asm["amdgcn"])
+    return row
+
+
+def unmet_demands(family: Family, kernel: str, row: dict[str, Any]) -> list[str]:
+    """What the family demands of a kernel's sm_90 code and this row does not show, in words."""
+    demand = family.demands.get(kernel, Demand(stack_bytes=1 << 30))
+    unmet = [f"no {op} instruction" for op in demand.instructions if not row["opcodes"].get(op)]
+    if row["stack_bytes"] > demand.stack_bytes:
+        unmet.append(f"{row['stack_bytes']} bytes of stack, {demand.stack_bytes} allowed")
+    return unmet
+
+
+# ---- committed files ---------------------------------------------------------------------------------------
+
+
+def committed_table() -> dict[str, dict[str, dict]]:
+    """machine_code.json: Triton's version -> "family / launch / kernel" -> row."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def compare(rows: dict[str, dict]) -> dict[str, str | None]:
+    """For each row, how it differs from the committed table of this Triton; None where it does not.
+
+    Raises: LookupError, with the reason, if the table has no rows for this version."""
+    table = committed_table()
+    known = table.get(triton.__version__)
+    if known is None:
+        raise LookupError(f"machine_code.json has no rows for triton {triton.__version__}, only for "
+                          f"{', '.join(table) or 'none'}: `python -m kernels.proof --update` adds them")
+    verdicts: dict[str, str | None] = {}
+    for key, row in rows.items():
+        if key not in known:
+            verdicts[key] = "not in the committed table; run `python -m kernels.proof --update`"
+            continue
+        different = [f"{name} {known[key].get(name)} -> {row.get(name)}" for name in row
+                     if row[name] != known[key].get(name)]
+        verdicts[key] = "; ".join(different) or None
+    return verdicts
+
+
+def update_table(rows: dict[str, dict]) -> None:
+    """Replace this Triton's rows of the families in `rows` in machine_code.json."""
+    table = committed_table()
+    renewed = {key.partition(" / ")[0] for key in rows}
+    kept = {k: r for k, r in table.get(triton.__version__, {}).items() if k.partition(" / ")[0] not in renewed}
+    table[triton.__version__] = dict(sorted({**kept, **rows}.items()))
+    lines = []
+    for version, known in sorted(table.items()):
+        body = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in known.items())
+        lines.append(f" {json.dumps(version)}: {{\n{body}\n }}")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def manifest() -> dict[str, dict]:
+    """measured.json: sha256 of machine code that has run on a GPU -> device and measured figures."""
+    return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+
+
+def record_measured(entries: dict[str, dict]) -> None:
+    """Add machine code that has just run on a GPU to measured.json; called by the benchmarks there."""
+    known = manifest() | entries
+    MANIFEST.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")

@@ -1,0 +1,78 @@
+"""One part of the proof in a process of its own; `python -m kernels.proof` starts these and reads their JSON.
+
+The interpreter and the compiler exclude each other in one process, because Triton decides when a kernel is
+decorated. The last line of output is a JSON object; warnings and progress before it are ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+from kernels.proof import DEVICES, families
+
+
+def interpret(names: tuple[str, ...], quick: bool) -> dict:
+    """Numeric cases: family -> results."""
+    from kernels.proof.numeric import run_numeric
+
+    return {name: run_numeric(family, quick) for name, family in families(names).items()}
+
+
+def faults(names: tuple[str, ...]) -> dict:
+    """Planted faults: family -> results."""
+    from kernels.proof.numeric import run_faults
+
+    return {name: run_faults(family) for name, family in families(names).items()}
+
+
+def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -> dict:
+    """Dry runs: one entry a launch, device and kernel, under "rows"; what failed, under "failures"."""
+    from kernels.proof import machine_code, pretend
+    from kernels.runtime import triton
+
+    rows, failures = [], []
+    for name, family in families(names).items():
+        for launch in family.launches:
+            if quick and not launch.quick:
+                continue
+            for device in devices:
+                if device not in launch.devices:
+                    continue
+                started, where = time.perf_counter(), f"{name} / {launch.name} on {device}"
+                try:
+                    with pretend.device(device) as compiled:
+                        launch.run()
+                except Exception as error:  # one that does not compile must not hide the others
+                    failures.append(f"{where}: {type(error).__name__}: {error}")
+                    continue
+                for one in compiled:
+                    row = machine_code.describe(one)
+                    if device == machine_code.TABLE_DEVICE and launch.demanding:
+                        failures += [f"{where}: {one.kernel}: {unmet}"
+                                     for unmet in machine_code.unmet_demands(family, one.kernel, row)]
+                    rows.append({"family": name, "launch": launch.name, "device": device, "kernel": one.kernel,
+                                 "seconds": time.perf_counter() - started, **row})
+    return {"triton": triton.__version__, "rows": rows, "failures": failures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=("interpret", "faults", "compile"))
+    parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--device", action="append", default=[], choices=DEVICES)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    names = tuple(options.family)
+    if options.part == "interpret":
+        result = interpret(names, options.quick)
+    elif options.part == "faults":
+        result = faults(names)
+    else:
+        result = compile_all(names, options.quick, tuple(options.device) or DEVICES)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
