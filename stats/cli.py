@@ -32,17 +32,19 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m stats
 def build_parser(program: str = "python -m stats") -> argparse.ArgumentParser:
     """All verbs and their options."""
     if program.endswith("stats.ttest"):  # one verb by itself: no verb to name
-        parser = argparse.ArgumentParser(prog=program, description=_TTEST_HELP, formatter_class=_Formatter)
+        parser = argparse.ArgumentParser(
+            prog=program, description=_TTEST_HELP, epilog=_EPILOG, formatter_class=_Formatter
+        )
         # main() passes the verb's name first, for one way through the code.
         parser.add_argument("verb", choices=["ttest"], help=argparse.SUPPRESS)
         _ttest_options(parser)
         return parser
-    parser = argparse.ArgumentParser(
-        prog=program, description="From training logs to verdicts.", epilog=_EPILOG
-    )
+    parser = argparse.ArgumentParser(prog=program, description="From training logs to verdicts.", epilog=_EPILOG)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, text, add_options in _VERBS:
-        verb = verbs.add_parser(name, help=text.split("\n")[0], description=text, formatter_class=_Formatter)
+        verb = verbs.add_parser(
+            name, help=text.split("\n")[0], description=text, epilog=_EPILOG, formatter_class=_Formatter
+        )
         add_options(verb)
     return parser
 
@@ -61,9 +63,7 @@ def _common(parser: argparse.ArgumentParser, handler: Callable) -> None:
 
 def _selection(parser: argparse.ArgumentParser) -> None:
     """Which runs count."""
-    parser.add_argument(
-        "--stop-step", type=int, metavar="N", help="judge every run at its validation at step N"
-    )
+    parser.add_argument("--stop-step", type=int, metavar="N", help="judge every run at its validation at step N")
     parser.add_argument(
         "--drop",
         action="append",
@@ -71,9 +71,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
         metavar="RUN=REASON",
         help="leave a run out; the reason is printed",
     )
-    parser.add_argument(
-        "--allow-mixed", action="store_true", help="runs of different configurations as one sample"
-    )
+    parser.add_argument("--allow-mixed", action="store_true", help="runs of different configurations as one sample")
 
 
 def _drops(options: argparse.Namespace) -> dict[str, str]:
@@ -84,6 +82,13 @@ def _drops(options: argparse.Namespace) -> dict[str, str]:
             raise UsageError(f"--drop {text}: write RUN=REASON; a run is not dropped without a reason")
         drops[run] = reason.strip()
     return drops
+
+
+def _show(options: argparse.Namespace, result: object, render: Callable[[object], str]) -> None:
+    if options.json:
+        _print_json(result)
+    else:
+        print(render(result))
 
 
 def _print_json(value: object) -> None:
@@ -104,16 +109,12 @@ standard input, or simply losses: `ttest 2.9195 2.9198 2.9206`."""
 def _ttest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folders, files, -, or losses")
     parser.add_argument("--threshold", type=float, help="default: what record.json says, else 2.92")
-    parser.add_argument(
-        "--alpha", type=float, default=0.05, help="level of the test and its bound (default 0.05)"
-    )
+    parser.add_argument("--alpha", type=float, default=0.05, help="level of the test and its bound (default 0.05)")
     parser.add_argument(
         "--pooled-sigma", type=float, nargs="?", const=-1.0, metavar="SIGMA",
         help="add the z-test with a standard deviation from elsewhere (no value: the medium track's, 0.0008)",
     )  # fmt: skip
-    parser.add_argument(
-        "--no-sensitivity", action="store_true", help="leave out the bootstrap and the sign flips"
-    )
+    parser.add_argument("--no-sensitivity", action="store_true", help="leave out the bootstrap and the sign flips")
     _selection(parser)
     _common(parser, _run_ttest)
 
@@ -163,6 +164,338 @@ def _losses_on_command_line(words: Sequence[str]) -> tuple[list[float], int | No
     return losses, max(len(word.partition(".")[2]) for word in words) if plain else None
 
 
+# ----------------------------------------------------------------------------------------------------
+# compare
+
+_COMPARE_HELP = """Do the losses and times of two recipes differ? The first PATH is the baseline.
+
+Welch's t-test, paired tests by seed or host where runs pair up, Holm's correction over several candidates, and, with
+a margin, equivalence. Exit code 0: at least one loss or time differs at alpha, or was shown to be equivalent; 1: no
+evidence of a difference."""
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("baseline", metavar="BASELINE", help="folder or file of the baseline's runs")
+    parser.add_argument("candidates", nargs="+", metavar="CANDIDATE", help="folders or files, each one candidate")
+    parser.add_argument("--alpha", type=float, default=0.05, help="level of tests and intervals (default 0.05)")
+    parser.add_argument("--loss-margin", type=float, metavar="NATS", help="test equivalence of the losses within this")
+    parser.add_argument("--time-margin", type=float, metavar="SECONDS", help="the same for the times")
+    parser.add_argument("--threshold", type=float, default=2.92, help="of the table's last column (default 2.92)")
+    _selection(parser)
+    _common(parser, _run_compare)
+
+
+def _run_compare(options: argparse.Namespace) -> int:
+    from stats.compare import compare, render
+
+    samples = [_sample(path, options) for path in (options.baseline, *options.candidates)]
+    result = compare(
+        samples[0], samples[1:], options.alpha, loss_margin=options.loss_margin, time_margin_s=options.time_margin,
+        threshold=options.threshold,
+    )  # fmt: skip
+    _show(options, result, render)
+    return Exit.PASS if result.found_something else Exit.NOT_SIGNIFICANT
+
+
+def _sample(path: str, options: argparse.Namespace):
+    """The sample of the one series at `path`; drops apply where a run of that name is."""
+    from stats.errors import DataError
+    from stats.samples import sample_of
+    from stats.series import find_series
+
+    series = find_series([path])
+    if len(series) > 1:
+        names = ", ".join(one.name for one in series[:4])
+        raise DataError(f"{len(series)} series here ({names}, ...): name one of them", path)
+    known = {run.name for run in series[0].runs}
+    drops = {run: reason for run, reason in _drops(options).items() if run in known}
+    return sample_of(series[0], options.stop_step, drops, options.allow_mixed)
+
+
+# ----------------------------------------------------------------------------------------------------
+# plan
+
+_PLAN_HELP = """How many runs? Power, run numbers and the least margin worth claiming; --write fixes the design.
+
+sequential-t looks after every run, group-sequential a few times, fixed once. The plan's hash belongs into the log of
+every run of the series: `./run.sh` and the trainer's --plan_hash put it there."""
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--threshold", type=float, default=2.92, help="the series shall show a mean loss below it (default 2.92)")
+    add("--margin", type=float, default=0.0006, help="true distance below it worth finding, nats (default 0.0006)")
+    add("--sigma", type=float, help="std of the final loss between runs (default: the track's pooled 0.0008)")
+    add("--sigma-source", default="", help="where that number comes from")
+    add("--sigma-from", metavar="PATH", help="take sigma, seconds and slope from the runs of a pilot series")
+    add("--alpha", type=float, default=0.01, help="risk of claiming what is not so (default 0.01)")
+    add("--beta", type=float, default=0.11, help="risk of missing a true margin (default 0.11)")
+    add("--method", choices=["sequential-t", "group-sequential", "fixed"], default="sequential-t")
+    add("--bounds", choices=["strict", "wald"], default="strict", help="of sequential-t (default strict)")
+    add("--cap", type=int, help="most runs (default: from the power)")
+    add("--first-look", type=int, default=4, help="sequential-t decides from this many runs on (default 4)")
+    add("--looks", type=_integers, default=(), metavar="N,N,...", help="group-sequential: runs at which it looks")
+    add("--stop-step", type=int, metavar="N", help="judge runs by their validation at step N")
+    add("--seconds-per-run", type=float, help="for the cost in seconds and node-minutes")
+    add("--loss-per-step", type=float, help="slope at the end, for the margin in steps")
+    add("--nodes", type=int, default=1, help="machines that one run takes (default 1)")
+    add("--note", default="", help="a sentence that is kept in the plan")
+    add("--write", metavar="FILE", help="write the plan, most often <series>/plan.json")
+    add("--overwrite", action="store_true", help="replace a plan that exists")
+    _common(parser, _run_plan)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def _run_plan(options: argparse.Namespace) -> int:
+    from stats.plans import POOLED_SIGMA_SOURCE, design, make_plan, pilot_facts, render, write_plan
+    from stats.ttest import POOLED_SIGMA
+
+    facts = pilot_facts(_sample(options.sigma_from, _no_selection())) if options.sigma_from else {}
+    if options.sigma is not None:
+        facts |= {"sigma": options.sigma, "sigma_source": options.sigma_source or "given on the command line"}
+    facts = {"sigma": POOLED_SIGMA, "sigma_source": POOLED_SIGMA_SOURCE} | facts
+    for name in ("seconds_per_run", "loss_per_step"):
+        if getattr(options, name) is not None:
+            facts[name] = getattr(options, name)
+    names = "threshold margin alpha beta method bounds cap first_look looks stop_step nodes note".split()
+    plan = make_plan(**{name: getattr(options, name) for name in names}, **facts)
+    result = design(plan)
+    if options.write:
+        write_plan(plan, options.write, options.overwrite)
+    _show(options, result, render)
+    return Exit.PASS
+
+
+def _no_selection() -> argparse.Namespace:
+    return argparse.Namespace(stop_step=None, drop=[], allow_mixed=False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# monitor
+
+_MONITOR_HELP = """The sequential test on a running series: CONTINUE (exit code 4), ACCEPT (0) or FUTILE (1).
+
+Runs count in the order of their launch. FUTILE means below the planned margin; it does not show that the mean is
+above the threshold. PATH may also be losses, in the order of launch, with --plan."""
+
+
+def _monitor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a series' folder, or losses")
+    parser.add_argument("--plan", metavar="FILE", help="default: plan.json of the series")
+    parser.add_argument("--drop", action="append", default=[], metavar="RUN=REASON", help="leave a run out")
+    _common(parser, _run_monitor)
+
+
+def _run_monitor(options: argparse.Namespace) -> int:
+    from stats.monitor import monitor, monitor_losses, render
+    from stats.plans import read_plan
+    from stats.series import find_series
+
+    plan = read_plan(options.plan) if options.plan else None
+    losses, _ = _losses_on_command_line(options.paths)
+    if losses:
+        if plan is None:
+            raise UsageError("losses on the command line need a --plan")
+        result = monitor_losses(losses, plan)
+    else:
+        series = find_series(options.paths)
+        if len(series) > 1:
+            raise UsageError(f"{len(series)} series in {' '.join(options.paths)}: name one")
+        result = monitor(series[0], plan, _drops(options))
+    _show(options, result, render)
+    return {"ACCEPT": Exit.PASS, "FUTILE": Exit.NOT_SIGNIFICANT}.get(result.decision.verdict, Exit.CONTINUE)
+
+
+# ----------------------------------------------------------------------------------------------------
+# validate
+
+_VALIDATE_HELP = """Does a record's evidence support its claim? A grade from A to F for each series, with reasons.
+
+Exit code 0: every series has at least the grade --at-least (default C); 1: some have not; 3: nothing to grade."""
+
+
+def _validate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="series' folders, or folders of them")
+    parser.add_argument("--alpha", type=float, default=0.01, help="level of the claim (default 0.01)")
+    parser.add_argument("--at-least", choices=list("ABCDF"), default="C", help="grade for exit code 0 (default C)")
+    _common(parser, _run_validate)
+
+
+def _run_validate(options: argparse.Namespace) -> int:
+    from stats.series import find_series
+    from stats.ttest import check_alpha
+    from stats.validate import GRADES, Assessments, render, validate
+
+    check_alpha(options.alpha)
+    results = [validate(series, options.alpha) for series in find_series(options.paths)]
+    _show(options, Assessments(tuple(results)), lambda all_: "\n\n".join(map(render, all_.assessments)))
+    enough = all(GRADES.index(result.grade) <= GRADES.index(options.at_least) for result in results)
+    return Exit.PASS if enough else Exit.NOT_SIGNIFICANT
+
+
+# ----------------------------------------------------------------------------------------------------
+# curve, times, leaderboard, report
+
+_CURVE_HELP = """Steps and seconds to a target loss, one common step for all runs, and slopes.
+
+Exit code 0: the mean curve reaches the target; 1: it does not."""
+
+
+def _curve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="folders or files, as one series")
+    parser.add_argument("--target", type=float, help="loss in nats (default: the series' threshold, else 2.92)")
+    parser.add_argument("--alpha", type=float, default=0.01, help="level of the test at each step (default 0.01)")
+    _common(parser, _run_curve)
+
+
+def _run_curve(options: argparse.Namespace) -> int:
+    from stats.curve import curve, render
+    from stats.series import find_series
+    from stats.ttest import TRACK_THRESHOLD, check_alpha
+
+    check_alpha(options.alpha)
+    series = find_series(options.paths)
+    runs = [run for one in series for run in one.runs]
+    target = options.target if options.target is not None else series[0].threshold
+    name = series[0].name if len(series) == 1 else f"{len(series)} series"
+    result = curve(runs, TRACK_THRESHOLD if target is None else target, options.alpha, name)
+    _show(options, result, render)
+    reached = result.mean_crossing is not None and result.mean_crossing.steps is not None
+    return Exit.PASS if reached else Exit.NOT_SIGNIFICANT
+
+
+_TIMES_HELP = "Training times by host, with outliers labelled (never dropped) and drift."
+
+
+def _times_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a series' folder, or a file")
+    _selection(parser)
+    _common(parser, _run_times)
+
+
+def _run_times(options: argparse.Namespace) -> int:
+    from stats.times import render, times
+
+    _show(options, times(_sample(options.path, options)), render)
+    return Exit.PASS
+
+
+_LEADERBOARD_HELP = "All series of a folder: claim, evidence grade, and whether neighbours differ. Markdown."
+
+
+def _leaderboard_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="folders of series")
+    parser.add_argument("--alpha", type=float, default=0.01, help="level of the claims (default 0.01)")
+    _common(parser, _run_leaderboard)
+
+
+def _run_leaderboard(options: argparse.Namespace) -> int:
+    from stats.leaderboard import leaderboard
+    from stats.series import find_series
+    from stats.ttest import check_alpha
+
+    check_alpha(options.alpha)
+    _show(options, leaderboard(find_series(options.paths), options.alpha), lambda board: board.markdown)
+    return Exit.PASS
+
+
+_REPORT_HELP = """A report on one or more series: Markdown for a pull request, and one HTML file with all pictures in it.
+
+Without --html and --markdown the Markdown is printed. Exit code 0: every series passes at alpha; 1: some do not."""
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="series' folders, or folders of them, or files")
+    parser.add_argument("--alpha", type=float, default=0.01, help="level of the verdicts (default 0.01)")
+    parser.add_argument("--threshold", type=float, help="default: each series' own, else 2.92")
+    parser.add_argument("--plan", metavar="FILE", help="plan for the sequential path (default: plan.json)")
+    parser.add_argument("--html", metavar="FILE", help="write the self-contained HTML page")
+    parser.add_argument("--markdown", metavar="FILE", help="write the Markdown")
+    _common(parser, _run_report)
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    from stats.plans import read_plan
+    from stats.report import make_report, to_html, to_markdown
+    from stats.series import find_series
+    from stats.ttest import check_alpha
+
+    check_alpha(options.alpha)
+    plan = read_plan(options.plan) if options.plan else None
+    report = make_report(find_series(options.paths), options.alpha, options.threshold, plan)
+    markdown = to_markdown(report)
+    for path, make in ((options.html, lambda: to_html(report)), (options.markdown, lambda: markdown)):
+        if path:
+            _write_text(path, make())
+    if options.json:
+        _print_json(report)
+    elif not (options.html or options.markdown):
+        print(markdown)
+    return report.exit_code
+
+
+def _write_text(path: str, text: str) -> None:
+    from stats.errors import DataError
+
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise DataError(f"cannot be written: {error.strerror}", path) from None
+
+
+_SCHEMA_HELP = "The JSON Schema of what a verb prints with --json."
+
+
+def _schema_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("of", metavar="VERB", choices=SCHEMA_CLASSES, help=", ".join(SCHEMA_CLASSES))
+    parser.set_defaults(handler=_run_schema)
+
+
+def _run_schema(options: argparse.Namespace) -> int:
+    import json
+
+    print(json.dumps(verb_schema(options.of), indent=2))
+    return Exit.PASS
+
+
+# {verb: the class of what --json prints}
+SCHEMA_CLASSES = {
+    "ttest": "stats.ttest:TTest",
+    "ttest-many": "stats.ttest:TTests",
+    "compare": "stats.compare:Comparisons",
+    "plan": "stats.plans:Design",
+    "monitor": "stats.monitor:Monitoring",
+    "validate": "stats.validate:Assessments",
+    "curve": "stats.curve:Curve",
+    "times": "stats.times:Times",
+    "leaderboard": "stats.leaderboard:Leaderboard",
+    "report": "stats.report:Report",
+}
+
+
+def verb_schema(verb: str) -> dict:
+    """JSON Schema of a verb's result (`ttest-many`: of `ttest` on several series)."""
+    import importlib
+
+    from stats.jsonio import schema
+
+    module, _, name = SCHEMA_CLASSES[verb].partition(":")
+    return schema(getattr(importlib.import_module(module), name))
+
+
 _VERBS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
     ("ttest", _TTEST_HELP, _ttest_options),
+    ("compare", _COMPARE_HELP, _compare_options),
+    ("plan", _PLAN_HELP, _plan_options),
+    ("monitor", _MONITOR_HELP, _monitor_options),
+    ("validate", _VALIDATE_HELP, _validate_options),
+    ("curve", _CURVE_HELP, _curve_options),
+    ("times", _TIMES_HELP, _times_options),
+    ("leaderboard", _LEADERBOARD_HELP, _leaderboard_options),
+    ("report", _REPORT_HELP, _report_options),
+    ("schema", _SCHEMA_HELP, _schema_options),
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 import scipy
 
 from stats.errors import DataError, UsageError
+from stats.samples import Sample
 from stats.ttest import POOLED_SIGMA, TRACK_THRESHOLD, check_alpha
 
 METHODS = ("fixed", "sequential-t", "group-sequential")
@@ -40,14 +41,10 @@ class Plan:
     cap: int = 40  # most runs; with method `fixed`, the runs
     first_look: int = 4  # sequential-t does not decide before this many runs
     looks: tuple[int, ...] = ()  # group-sequential: runs at which it looks, the last of them the cap
-    bounds: str = (
-        "strict"  # sequential-t: `strict` (1/alpha, beta) or `wald` ((1-beta)/alpha, beta/(1-alpha))
-    )
+    bounds: str = "strict"  # sequential-t: `strict` (1/alpha, beta) or `wald` ((1-beta)/alpha, beta/(1-alpha))
     stop_step: int | None = None  # the validation that decides, where it is not at the planned last step
     seconds_per_run: float | None = None
-    loss_per_step: float | None = (
-        None  # slope at the end of the run, for translating nats into steps; negative
-    )
+    loss_per_step: float | None = None  # slope at the end of the run, for translating nats into steps; negative
     nodes: int = 1  # machines that one run takes
     note: str = ""
     schema: int = 1
@@ -183,9 +180,7 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(
-            json.dumps(asdict(plan) | {"hash": plan.hash}, indent=2) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(asdict(plan) | {"hash": plan.hash}, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror or error}", path) from None
@@ -263,9 +258,7 @@ def _check(plan: Plan) -> Plan:
     if plan.schema != 1:
         raise UsageError(f"schema {plan.schema}: this program knows 1")
     looks = plan.looks
-    if looks and (
-        list(looks) != sorted(set(looks)) or looks[0] < 2 or looks[-1] != plan.cap or len(looks) > 50
-    ):
+    if looks and (list(looks) != sorted(set(looks)) or looks[0] < 2 or looks[-1] != plan.cap or len(looks) > 50):
         raise UsageError(f"looks must grow, from 2 at least to the cap of {plan.cap}: {looks}")
     return plan
 
@@ -274,3 +267,52 @@ def _check_sizes(**sizes: float | None) -> None:
     for name, value in sizes.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"{name} must be positive, not {value}")
+
+
+def pilot_facts(sample: Sample) -> dict:
+    """sigma with its source, seconds a run and slope at the end (nats a step), from the runs of a pilot series.
+
+    The scatter of few runs is itself uncertain; the source says how many there were, and the upper end of the 80 %
+    interval of sigma.
+    """
+    from stats.curve import curve
+    from stats.ttest import checked_losses
+
+    x = checked_losses(sample.losses)
+    n, sigma = len(x), float(x.std(ddof=1))
+    high = sigma * math.sqrt((n - 1) / float(scipy.stats.chi2.ppf(0.1, n - 1)))
+    facts = {"sigma": sigma, "sigma_source": f"{n} runs of {sample.name}; below {high:.3g} with 90 % confidence"}
+    if sample.times_s:
+        facts["seconds_per_run"] = float(np.mean(sample.times_s))
+    slope = curve(sample.runs, float(x.mean())).slope_per_step
+    return facts | ({"loss_per_step": slope} if slope else {})
+
+
+def render(result: Design) -> str:
+    """The design in plain text."""
+    from stats.text import number, table
+
+    plan = result.plan
+    lines = [
+        f"claim: mean loss below {plan.threshold:g}; margin {plan.margin:g} nats = {plan.effect:.3g} sigma",
+        f"sigma: {plan.sigma:.3g} ({plan.sigma_source})",
+        f"alpha {plan.alpha:g}, beta {plan.beta:g}; {plan.method}, at most {plan.cap} runs",
+        "",
+        f"a fixed sample of {plan.cap} runs finds the margin with power {result.power:.3f}",
+        f"the least margin it finds with power {1 - plan.beta:.2f}: {result.least_margin:.3g} nats",
+    ]
+    if result.fixed_runs:
+        runs = ", ".join(f"{wanted:.0%}: {n}" for wanted, n in result.fixed_runs)
+        lines.append(f"runs of a fixed sample for power {runs}")
+    if result.margin_steps is not None:
+        lines.append(f"the margin is worth {result.margin_steps:.3g} steps at the end of the run")
+    if result.seconds is not None:
+        lines.append(f"{plan.cap} runs take {result.seconds:,.0f} s: {result.node_minutes:,.1f} node-minutes")
+    if result.expected:
+        rows = [
+            [number(e.mean), f"{e.accepted:.3f}", f"{e.standard_error_accepted:.3f}", f"{e.runs:.1f}",
+             f"{e.standard_error_runs:.1f}"]
+            for e in result.expected
+        ]  # fmt: skip
+        lines += ["", table(["true mean", "accepted", "+-", "average runs", "+-"], rows)]
+    return "\n".join([*lines, "", f"plan {result.plan_hash}"])

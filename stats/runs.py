@@ -39,9 +39,7 @@ _PAIR = re.compile(r"([A-Za-z_][\w.]*):(\S+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.(\d{1,17}))?(?:[eE][+-]?\d{1,2})?|nan|inf)")
 # A line that is none of the above but smells of one: a flipped bit or a cut leaves some of these words
 # standing.
-_BROKEN = re.compile(
-    rb"train_time|val_loss|train_loss|step_avg|^.?.?.?tep.?\d|^step:|^s:\d+ |^.:\d+ te?l?:|\d tel:"
-)
+_BROKEN = re.compile(rb"train_time|val_loss|train_loss|step_avg|^.?.?.?tep.?\d|^step:|^s:\d+ |^.:\d+ te?l?:|\d tel:")
 _RESUMED = re.compile(rb"^\W*resum\w*\b.*\bstep[ :=]*(\d{1,9})", re.IGNORECASE)
 _KEPT_SOURCE = re.compile(rb"^source sha256:([0-9a-f]{64})\b", re.MULTILINE)
 
@@ -115,9 +113,7 @@ class Run:
     config_hash: str | None = None
     data_hash: str | None = None
     plan_hash: str | None = None
-    sidecar: dict | None = field(
-        default=None, repr=False, compare=False
-    )  # the JSON beside an own log, unchecked
+    sidecar: dict | None = field(default=None, repr=False, compare=False)  # the JSON beside an own log, unchecked
 
     @property
     def label(self) -> str:
@@ -154,9 +150,7 @@ def final_validation(run: Run, stop_step: int | None = None) -> Validation:
     for point in reversed(run.validations):
         if point.step == wanted:
             return point
-    planned = (
-        f"of {run.planned_steps} planned" if stop_step is None else f"and none at --stop-step {stop_step}"
-    )
+    planned = f"of {run.planned_steps} planned" if stop_step is None else f"and none at --stop-step {stop_step}"
     raise DataError(
         f"truncated or unfinished run: its last validation is at step {last.step} {planned}"
         + (f", though it trained to step {run.last_step}" if (run.last_step or 0) > last.step else ""),
@@ -272,9 +266,7 @@ class _LogReader:
             return
         text = rest.decode("utf-8", "replace").strip()
         pairs = _PAIR.findall(text)
-        if " ".join(f"{key}:{value}" for key, value in pairs) != text or len({key for key, _ in pairs}) < len(
-            pairs
-        ):
+        if " ".join(f"{key}:{value}" for key, value in pairs) != text or len({key for key, _ in pairs}) < len(pairs):
             run.problem(number, f"not a validation line: {_shown(rest)}")
             return
         values = dict(pairs)
@@ -354,12 +346,8 @@ class _RunBuilder:
         if self.validations:
             last = self.validations[-1].step
             before = self.validations[-2].step if len(self.validations) > 1 else None
-            self._check_gap(
-                point.line, last, point.step, None if before is None else last - before, "validation"
-            )
-        if self.last_step_line is not None and point.step - self.last_step_line > (
-            self.step_gap or point.step
-        ):
+            self._check_gap(point.line, last, point.step, None if before is None else last - before, "validation")
+        if self.last_step_line is not None and point.step - self.last_step_line > (self.step_gap or point.step):
             self.problem(point.line, f"steps between {self.last_step_line} and {point.step} are missing")
         if self.planned_steps is not None and point.step > self.planned_steps:
             self.problem(point.line, f"step {point.step} of {self.planned_steps} planned")
@@ -391,9 +379,7 @@ class _RunBuilder:
         else:
             return
         if first > max(cadence, 1):
-            self.problem(
-                self.first_line, f"the log of this run begins at step {first}: what came before is missing"
-            )
+            self.problem(self.first_line, f"the log of this run begins at step {first}: what came before is missing")
 
     def build(self, path: str, name: str, code_hash: str | None, facts: dict) -> Run:
         self._check_start()

@@ -10,6 +10,8 @@ from stats.errors import DataError
 from stats.runs import Run, Validation, final_validation
 from stats.series import Launch, Series
 
+DIVERGED = 4  # exit code of a trainer whose loss was no longer finite
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -69,27 +71,21 @@ def sample_of(
     stop_step = series.stop_step if stop_step is None else stop_step
     runs, finals, left_out = [], [], []
     for run in in_launch_order(series):
-        reason = drop.pop(run.name, None) or _reason_left_out(launches.get(run.name))
-        if reason:
+        launch = launches.get(run.name)
+        if reason := drop.pop(run.name, None) or reason_left_out(launch):
             left_out.append(LeftOut(run.name, reason))
             continue
-        point = final_validation(run, stop_step)
-        if not math.isfinite(point.loss):
-            raise DataError(
-                f"the final validation loss is {point.loss}: a run that diverged", run.path, point.line
-            )
         runs.append(run)
-        finals.append(point)
-    if drop:
-        raise DataError(
-            f"no run named {', '.join(map(repr, drop))} to drop; there are {_names(series.runs)}", series.path
-        )
-    seen = {run.name for run in series.runs}
+        finals.append(final_of(run, launch, stop_step))
     for launch in launches.values():
-        if launch.run not in seen:
-            left_out.append(
-                LeftOut(launch.run, _reason_left_out(launch) or "finished by the ledger, but its log is gone")
-            )
+        if launch.run not in {run.name for run in series.runs}:
+            reason = drop.pop(launch.run, None) or reason_left_out(launch)
+            if not reason:
+                raise DataError(f"run {launch.run} finished by the ledger, but its log is not there", series.path)
+            left_out.append(LeftOut(launch.run, reason))
+    if drop:
+        unknown = ", ".join(map(repr, drop))
+        raise DataError(f"no run named {unknown} to drop; there are {_names(series.runs)}", series.path)
     mixed = mixture(runs)
     if mixed and not allow_mixed:
         raise DataError(
@@ -100,12 +96,20 @@ def sample_of(
     return Sample(series.name, tuple(runs), tuple(finals), tuple(left_out), tuple(mixed))
 
 
+def final_of(run: Run, launch: Launch | None, stop_step: int | None) -> Validation:
+    """The final validation of a run that counts. Raises DataError if the run diverged or is not finished."""
+    if launch and launch.exit_code == DIVERGED:
+        raise DataError("its loss was no longer finite, says the ledger: a run that diverged is a result", run.path)
+    point = final_validation(run, stop_step)
+    if not math.isfinite(point.loss):
+        raise DataError(f"the final validation loss is {point.loss}: a run that diverged", run.path, point.line)
+    return point
+
+
 def in_launch_order(series: Series) -> list[Run]:
     """The runs as the ledger started them; runs that it does not know come last, by name."""
     order = {launch.run: index for index, launch in enumerate(series.launches or ())}
-    return sorted(
-        series.runs, key=lambda run: (order.get(run.name, len(order)), run.path, run.first_line or 0)
-    )
+    return sorted(series.runs, key=lambda run: (order.get(run.name, len(order)), run.path, run.first_line or 0))
 
 
 def mixture(runs: Sequence[Run]) -> list[str]:
@@ -122,17 +126,14 @@ def mixture(runs: Sequence[Run]) -> list[str]:
         for run in runs:
             groups.setdefault(key(run), []).append(run)
         if len(groups) > 1:
-            parts = [
-                f"{'unknown' if value is None else value} in {_names(group)}"
-                for value, group in groups.items()
-            ]
+            parts = [f"{'unknown' if value is None else value} in {_names(group)}" for value, group in groups.items()]
             found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
     return found
 
 
-def _reason_left_out(launch: Launch | None) -> str | None:
+def reason_left_out(launch: Launch | None) -> str | None:
     """Why the ledger keeps a run out of the sample; None if it does not."""
-    if launch is None or launch.status == "finished" or launch.exit_code == 4:
+    if launch is None or launch.status == "finished" or launch.exit_code == DIVERGED:
         return None
     if launch.status == "dropped":
         if not (launch.reason or "").strip():

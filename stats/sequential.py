@@ -70,9 +70,7 @@ class Estimate:
     ACCEPT are those whose first runs were lucky."""
 
     mean: float  # as it stands
-    corrected_mean: (
-        float  # at which a series like this one would show `mean` on average (Whitehead's correction)
-    )
+    corrected_mean: float  # at which a series like this one would show `mean` on average (Whitehead's correction)
     upper_bound: float | None  # of the mean, holds whenever one stops; None before the first look
     level: float  # of that bound, 1 - alpha
 
@@ -233,9 +231,7 @@ def _spent(shares: Sequence[float], error: float) -> np.ndarray:
     return np.diff(2 * scipy.stats.norm.sf(z / np.sqrt(np.asarray(shares))), prepend=0.0)
 
 
-def _spend(
-    shares: Sequence[float], spend: np.ndarray, drift: float, upper: Sequence[float] | None
-) -> list[float]:
+def _spend(shares: Sequence[float], spend: np.ndarray, drift: float, upper: Sequence[float] | None) -> list[float]:
     """Bounds that let `spend[k]` of the paths out at look k: above, or below if `upper` bounds are given."""
     norm, sign = scipy.stats.norm, 1 if upper is None else -1
     bounds: list[float] = []
@@ -254,9 +250,7 @@ def _spend(
         z = _bound(beyond, max(float(spend[k]), 1e-300), sign)
         bounds.append(z)
         root = math.sqrt(share)
-        low, high = (
-            (-9.0 * root + min(drift, 0) * share, z * root) if upper is None else (z * root, upper[k] * root)
-        )
+        low, high = (-9.0 * root + min(drift, 0) * share, z * root) if upper is None else (z * root, upper[k] * root)
         points = np.linspace(low, max(high, low + 1e-9), 801)
         weights = scipy.integrate.simpson(np.eye(801), x=points)
         if grid is None:
@@ -277,11 +271,7 @@ def _bound(beyond: Callable[[float], float], error: float, sign: int) -> float:
 def _as_t(z: float, n: int) -> float:
     """The t with n - 1 degrees of freedom that has the same tail probability as a normal z."""
     tail = scipy.stats.norm.sf(abs(z))
-    return (
-        math.copysign(float(scipy.stats.t.isf(tail, n - 1)), z)
-        if tail > 1e-290
-        else math.copysign(math.inf, z)
-    )
+    return math.copysign(float(scipy.stats.t.isf(tail, n - 1)), z) if tail > 1e-290 else math.copysign(math.inf, z)
 
 
 # ----------------------------------------------------------------------------------------------------

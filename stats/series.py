@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stats.errors import DataError
-from stats.runs import EmptyLog, Run, parse_log
+from stats.runs import EmptyLog, Problem, Run, parse_log
 from stats.tables import parse_csv, parse_json, parse_numbers
 
 LOG_SUFFIXES = (".txt", ".log")
 LARGEST_TABLE_BYTES = 64 << 20
+_OTHER_RANK = re.compile(r"[._-]rank[._-]?[1-9]\d*$")
+ENDS = ("finished", "crashed", "interrupted")
 NOT_LOGS = ("README.txt", "requirements.txt", "LICENSE.txt")
 
 
@@ -37,11 +40,10 @@ class Launch:
     line: int  # of the launch in the ledger
     seed: int | None = None
     attempt: int | None = None
-    host: str | None = None
-    pid: int | None = None
     exit_code: int | None = None
     reason: str | None = None  # of the drop or the cancellation
     launches: int = 1  # how often it was started, resumptions included
+    crashes: int = 0  # how many of those crashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,9 @@ class Series:
     runs: tuple[Run, ...]
     record: dict | None = None  # record.json
     launches: tuple[Launch, ...] | None = None  # from ledger.jsonl, in the order of their first launch
+    ledger_problems: tuple[Problem, ...] = ()
     plan_path: str | None = None
+    rank_runs: tuple[Run, ...] = ()  # logs of a run's other processes: no runs of their own
 
     @property
     def threshold(self) -> float | None:
@@ -83,9 +87,7 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
         if path.is_dir():
             folders = list(_series_folders(path))
             if not folders:
-                raise DataError(
-                    "no logs in this folder: looked for runs/*.txt, *.txt and *.log, at any depth", path
-                )
+                raise DataError("no logs in this folder: looked for runs/*.txt, *.txt and *.log, at any depth", path)
             found += [load_series(folder) for folder in folders]
         else:
             files.append(path)
@@ -102,14 +104,14 @@ def load_series(folder: str | Path) -> Series:
     """The series in one folder. Raises DataError for a log, record or ledger that cannot be read."""
     folder = Path(folder)
     logs = _logs(folder / "runs") or _logs(folder)
-    runs = tuple(run for log in logs for run in read_runs(log, may_be_empty=True))
-    record_path, ledger_path, plan_path = (
-        folder / name for name in ("record.json", "ledger.jsonl", "plan.json")
-    )
+    runs = [run for log in logs for run in read_runs(log, may_be_empty=True)]
+    others = tuple(run for run in runs if _OTHER_RANK.search(Path(run.path).stem))
+    runs = tuple(run for run in runs if run not in others)
+    record_path, ledger_path, plan_path = (folder / name for name in ("record.json", "ledger.jsonl", "plan.json"))
     record = read_object(record_path) if record_path.exists() else None
-    launches = read_ledger(ledger_path) if ledger_path.exists() else None
+    launches, problems = read_ledger(ledger_path) if ledger_path.exists() else (None, ())
     plan = str(plan_path) if plan_path.exists() else None
-    return Series(folder.resolve().name, str(folder), runs, record, launches, plan)
+    return Series(folder.resolve().name, str(folder), runs, record, launches, problems, plan, others)
 
 
 def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
@@ -163,60 +165,57 @@ def _parse(stream, path: str, suffix: str) -> list[Run]:
         raise DataError(f"not UTF-8 text: {error.reason}", path, line) from None
 
 
-def read_ledger(path: str | Path) -> tuple[Launch, ...]:
-    """The launches of a ledger in the order in which each run was first started, with what became of them.
+def read_ledger(path: str | Path) -> tuple[tuple[Launch, ...], tuple[Problem, ...]]:
+    """(runs in the order of their first launch, with what became of them; lines that make no sense).
 
-    A launch without an end counts as `running`: only the launch's own host can tell whether its process
-    still lives.
+    A launch without an end counts as `running`: only its own host can tell whether its process still lives.
+    A last line without its newline is being written at this moment, or was cut off: it has not happened
+    yet.
     """
     launches: dict[str, Launch] = {}
-    lines = _lines(path)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    problems: list[Problem] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip() or not line.endswith("\n"):
             continue
         try:
             event = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            if number == len(lines) and not line.endswith("\n"):
-                break  # being written at this moment, or cut off by a crash: the event has not happened yet
-            raise DataError(f"not a JSON object: {line[:80]!a}", path, number) from None
+        except (ValueError, RecursionError):
+            event = None
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-            raise DataError('an object with "event" and "run" is needed', path, number)
-        kind, run = event["event"], event.get("run")
-        if kind not in ("launch", "end", "drop", "cancel"):
-            continue  # a note about the series as a whole
-        if not isinstance(run, str):
-            raise DataError(f'event "{kind}" does not name its "run"', path, number)
-        before = launches.get(run)
-        if kind == "launch":
-            details = {key: event.get(key) for key in ("seed", "attempt", "host", "pid")}
-            first, count = (before.line, before.launches + 1) if before else (number, 1)
-            launches[run] = Launch(run, "running", first, launches=count, **details)
-        elif kind == "cancel" and before is None:
-            launches[run] = Launch(run, "cancelled", number, reason=event.get("reason"), launches=0)
-        elif before is None:
-            raise DataError(f'event "{kind}" of run {run!r}, which was never launched', path, number)
-        elif kind == "end":
-            launches[run] = replace(before, status=str(event.get("status")), exit_code=event.get("exit_code"))
-        else:
-            status = {"drop": "dropped", "cancel": "cancelled"}[kind]
-            launches[run] = replace(before, status=status, reason=event.get("reason"))
-    return tuple(launches.values())
+            problems.append(Problem(number, f"not an event of a ledger: {line.strip()[:80]!a}"))
+        elif event["event"] in ("launch", "end", "drop", "cancel"):
+            _add_event(event, number, launches, problems)
+    return tuple(launches.values()), tuple(problems)
 
 
-def without_dropped(series: Series) -> tuple[tuple[Run, ...], tuple[Launch, ...]]:
-    """(runs that count, launches that the ledger says were dropped). Raises DataError for a drop without a
-    reason."""
-    dropped = tuple(launch for launch in series.launches or () if launch.status == "dropped")
-    for launch in dropped:
-        if not (launch.reason or "").strip():
-            raise DataError(
-                f"run {launch.run} was dropped without a reason",
-                Path(series.path) / "ledger.jsonl",
-                launch.line,
-            )
-    names = {launch.run for launch in dropped}
-    return tuple(run for run in series.runs if run.name not in names), dropped
+def _add_event(event: dict, number: int, launches: dict[str, Launch], problems: list[Problem]) -> None:
+    """What one event changes. A launch revives a run that was dropped or cancelled."""
+    kind, run = event["event"], event.get("run")
+    if not isinstance(run, str):
+        problems.append(Problem(number, f'event "{kind}" does not name its "run"'))
+        return
+    before = launches.get(run)
+    reason = event.get("reason") if isinstance(event.get("reason"), str) else None
+    if kind == "launch":
+        seed, attempt = (value if isinstance(value := event.get(key), int) else None for key in ("seed", "attempt"))
+        first, count = (before.line, before.launches + 1) if before else (number, 1)
+        crashes = before.crashes if before else 0
+        launches[run] = Launch(run, "running", first, seed, attempt, launches=count, crashes=crashes)
+        return
+    if before is None:
+        if kind != "cancel":
+            problems.append(Problem(number, f'event "{kind}" of run {run!r}, which was never launched'))
+        before = Launch(run, "running", number, launches=0)
+    if kind == "end":
+        status, code = event.get("status"), event.get("exit_code")
+        if status not in ENDS:
+            problems.append(Problem(number, f"run {run!r} ended as {ascii(status)[:80]}: one of {', '.join(ENDS)}"))
+            status = "crashed"
+        crashes = before.crashes + (status == "crashed")
+        code = code if isinstance(code, int) else None
+        launches[run] = replace(before, status=status, exit_code=code, crashes=crashes)
+    else:
+        launches[run] = replace(before, status={"drop": "dropped", "cancel": "cancelled"}[kind], reason=reason)
 
 
 def _series_folders(folder: Path) -> Iterable[Path]:
@@ -234,9 +233,7 @@ def _series_folders(folder: Path) -> Iterable[Path]:
 def _logs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(
-        p for p in folder.iterdir() if p.suffix in LOG_SUFFIXES and p.is_file() and p.name not in NOT_LOGS
-    )
+    return sorted(p for p in folder.iterdir() if p.suffix in LOG_SUFFIXES and p.is_file() and p.name not in NOT_LOGS)
 
 
 def _with_sidecar(run: Run, beside: dict) -> Run:

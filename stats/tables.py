@@ -41,11 +41,7 @@ _NAME_OF = {alias: name for name, aliases in _COLUMNS.items() for alias in alias
 
 def parse_csv(text: str, path: str) -> list[Run]:
     """Runs of a CSV text. Raises DataError with the line at fault."""
-    lines = [
-        line
-        for line in csv.reader(io.StringIO(text.replace("\0", "?")))
-        if any(cell.strip() for cell in line)
-    ]
+    lines = [line for line in csv.reader(io.StringIO(text.replace("\0", "?"))) if any(cell.strip() for cell in line)]
     if not lines:
         raise DataError("an empty table", path)
     if _is_number(lines[0][0]) and len(lines[0]) == 1:
@@ -139,14 +135,11 @@ def _own_run(record: dict, path: str) -> Run:
         raise DataError("`validation` is not a list of objects", path)
     name = str(record.get("run_name") or "run")
     rows = [
-        {"run": name, "step": p.get("step"), "loss": p.get("loss"), "time_s": p.get("train_time_s")}
-        for p in points
+        {"run": name, "step": p.get("step"), "loss": p.get("loss"), "time_s": p.get("train_time_s")} for p in points
     ]
     config = record.get("config") if isinstance(record.get("config"), dict) else {}
     if rows and record.get("status") in ("finished", None) and "num_iterations" not in config:
-        raise DataError(
-            "`config` does not say num_iterations, so nothing tells whether the run is finished", path
-        )
+        raise DataError("`config` does not say num_iterations, so nothing tells whether the run is finished", path)
     if not rows:
         raise DataError("no validation in this run", path)
     rows[-1]["planned_steps"] = config.get("num_iterations")

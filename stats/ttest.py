@@ -225,15 +225,11 @@ def rounding_interval(losses: np.ndarray, threshold: float, alpha: float, decima
     return RoundingInterval(decimals, low, high, (low < alpha) == (high < alpha))
 
 
-def sensitivity_of(
-    losses: np.ndarray, threshold: float, alpha: float, resamples: int, seed: int
-) -> Sensitivity:
+def sensitivity_of(losses: np.ndarray, threshold: float, alpha: float, resamples: int, seed: int) -> Sensitivity:
     """BCa bootstrap bound and sign-flip test; deterministic for one seed."""
     n = len(losses)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a sample too small or too lumpy for BCa gives NaN, which is None below
+        warnings.simplefilter("ignore")  # a sample too small or too lumpy for BCa gives NaN, which is None below
         bound = scipy.stats.bootstrap(
             (losses,), np.mean, confidence_level=1 - alpha, alternative="less", method="BCa",
             n_resamples=resamples, rng=np.random.default_rng(seed),
@@ -265,9 +261,7 @@ def checked_losses(losses: Sequence[float]) -> np.ndarray:
         raise DataError(f"a t-test needs at least 2 losses; found {x.size}: {list(map(float, x.ravel()))}")
     if not np.isfinite(x).all():
         index = int(np.flatnonzero(~np.isfinite(x))[0])
-        raise DataError(
-            f"loss {index + 1} of {len(x)} is {float(x[index])}: only finite losses can be tested"
-        )
+        raise DataError(f"loss {index + 1} of {len(x)} is {float(x[index])}: only finite losses can be tested")
     if np.ptp(x) == 0:
         raise DataError(f"no variance: all {len(x)} losses are {float(x[0])}; are these copies of one run?")
     return x
@@ -279,14 +273,10 @@ def check_alpha(alpha: float) -> None:
         raise UsageError(f"alpha must be above 0 and at most 0.5, not {alpha}")
 
 
-def _warnings(
-    n: int, n_times: int, rounding: RoundingInterval | None, pooled: PooledZ | None
-) -> tuple[str, ...]:
+def _warnings(n: int, n_times: int, rounding: RoundingInterval | None, pooled: PooledZ | None) -> tuple[str, ...]:
     found = []
     if n < FEWEST_RUNS:
-        found.append(
-            f"only {n} runs: below {FEWEST_RUNS} the result rests on normality, which they cannot show"
-        )
+        found.append(f"only {n} runs: below {FEWEST_RUNS} the result rests on normality, which they cannot show")
     if 0 < n_times < n:
         found.append(f"only {n_times} of {n} runs tell their time")
     if rounding and not rounding.decisive:
@@ -295,9 +285,7 @@ def _warnings(
             f"[{rounding.p_low:.3g}, {rounding.p_high:.3g}]: the decision hangs on digits not printed"
         )
     if pooled and pooled.variance_p < 0.05:
-        found.append(
-            f"the scatter of these runs does not fit sigma = {pooled.sigma} (p = {pooled.variance_p:.2g})"
-        )
+        found.append(f"the scatter of these runs does not fit sigma = {pooled.sigma} (p = {pooled.variance_p:.2g})")
     return tuple(found)
 
 
@@ -310,27 +298,19 @@ def render(result: TTest) -> str:
     lines.append(
         table(
             ["", "n", "mean", "median", "std (population)", "std (sample)", "min", "max"],
-            [
-                [what, s.n, *map(number, (s.mean, s.median, s.std, s.sample_std, s.min, s.max))]
-                for what, s in rows
-            ],
+            [[what, s.n, *map(number, (s.mean, s.median, s.std, s.sample_std, s.min, s.max))] for what, s in rows],
         )
     )
     lines += ["", f"H0: mean loss >= {result.threshold}"]
     lines.append(f"t = {result.t_stat:.6g}, one-sided p = {p_text(result.p_value)}, alpha = {result.alpha}")
-    lines.append(
-        f"upper {1 - result.alpha:.0%} confidence bound of the mean: {number(result.upper_conf_bound_mean)}"
-    )
-    passed = ", ".join(
-        f"{'passes' if ok else 'does not pass'} at {level}" for level, ok in result.decisions.items()
-    )
+    lines.append(f"upper {1 - result.alpha:.0%} confidence bound of the mean: {number(result.upper_conf_bound_mean)}")
+    passed = ", ".join(f"{'passes' if ok else 'does not pass'} at {level}" for level, ok in result.decisions.items())
     lines.append(f"{result.decision}; {passed}")
     if s := result.sensitivity:
         bound = "none" if s.bootstrap_upper_bound is None else number(s.bootstrap_upper_bound)
         kind = "exact" if s.sign_flip_exact else f"{s.bootstrap_resamples} random flips"
         lines.append(
-            f"without normality: bootstrap (BCa) bound {bound}; "
-            f"sign-flip p = {p_text(s.sign_flip_p)} ({kind})"
+            f"without normality: bootstrap (BCa) bound {bound}; sign-flip p = {p_text(s.sign_flip_p)} ({kind})"
         )
     if r := result.rounding:
         lines.append(f"rounding to {r.decimals} decimals leaves p in [{p_text(r.p_low)}, {p_text(r.p_high)}]")

@@ -1,0 +1,321 @@
+"""Two recipes: do their losses and times differ, by how much, and could they be called equivalent?
+
+Welch's t-test on losses and on times; a paired test where runs pair up by seed or by host; equivalence
+within a margin by two one-sided tests (TOST); Holm's correction over several candidates. A large p is "no
+evidence of a difference", never "the same": only the TOST can speak for sameness, and only within its
+margin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy
+
+from stats.errors import DataError, UsageError
+from stats.samples import Sample
+from stats.ttest import TRACK_THRESHOLD, Summary, check_alpha, checked_losses, summarize
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Candidate minus baseline, and the test that it is zero."""
+
+    estimate: float
+    low: float  # two-sided confidence interval at 1 - alpha
+    high: float
+    t_stat: float
+    df: float
+    p_value: float  # two-sided
+    holm_p: float  # the same, corrected for all the candidates that were compared
+    hedges_g: float | None  # in pooled standard deviations, small-sample corrected
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The same difference within pairs."""
+
+    by: str  # seed or host
+    pairs: int
+    correlation: float | None
+    estimate: float
+    low: float
+    high: float
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """Two one-sided tests that the difference lies within +-margin."""
+
+    margin: float
+    p_value: float
+    equivalent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One side of a comparison."""
+
+    name: str
+    steps: int | None
+    loss: Summary
+    time_s: Summary | None
+    threshold_p: float | None  # one-sided t-test of this group's losses against the threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One candidate against the baseline."""
+
+    baseline: Group
+    candidate: Group
+    alpha: float
+    loss: Difference
+    time_s: Difference | None
+    paired_loss: Paired | None
+    paired_time_s: Paired | None
+    loss_equivalence: Equivalence | None
+    time_equivalence: Equivalence | None
+    conclusions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Every candidate against one baseline; p-values corrected together."""
+
+    threshold: float
+    comparisons: tuple[Comparison, ...]
+    table: str  # the community's table, in Markdown
+    notes: tuple[str, ...]
+
+    @property
+    def found_something(self) -> bool:
+        """True if a loss or time differs at alpha, or was shown to be equivalent."""
+        return any(
+            (one.loss is not None and one.loss.holm_p < one.alpha)
+            or (one.time_s is not None and one.time_s.holm_p < one.alpha)
+            or (one.loss_equivalence is not None and one.loss_equivalence.equivalent)
+            or (one.time_equivalence is not None and one.time_equivalence.equivalent)
+            for one in self.comparisons
+        )
+
+
+def compare(
+    baseline: Sample,
+    candidates: Sequence[Sample],
+    alpha: float = 0.05,
+    *,
+    loss_margin: float | None = None,
+    time_margin_s: float | None = None,
+    threshold: float = TRACK_THRESHOLD,
+) -> Comparisons:
+    """Each candidate against the baseline. Margins (nats, seconds) add the equivalence tests.
+
+    Raises DataError for a side with fewer than two losses or without variance; UsageError for an alpha or a
+    margin that makes no sense.
+    """
+    check_alpha(alpha)
+    for margin in (loss_margin, time_margin_s):
+        if margin is not None and not (margin > 0 and math.isfinite(margin)):
+            raise UsageError(f"a margin must be positive, not {margin}")
+    if not candidates:
+        raise UsageError("nothing to compare with: name a baseline and at least one candidate")
+    for sample in (baseline, *candidates):
+        try:
+            checked_losses(sample.losses)
+        except DataError as error:
+            raise DataError(f"{sample.name}: {error.cause}") from None
+    groups = [_group(sample, threshold) for sample in (baseline, *candidates)]
+    losses = holm([_welch(candidate.losses, baseline.losses, alpha) for candidate in candidates])
+    times = holm([_welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates])
+    found = []
+    for candidate, group, loss, time_s in zip(candidates, groups[1:], losses, times):
+        one = Comparison(
+            baseline=groups[0], candidate=group, alpha=alpha, loss=loss, time_s=time_s,
+            paired_loss=_paired(baseline, candidate, alpha, "loss"),
+            paired_time_s=_paired(baseline, candidate, alpha, "time_s"),
+            loss_equivalence=_equivalence(candidate.losses, baseline.losses, loss_margin, alpha),
+            time_equivalence=_equivalence(candidate.times_s, baseline.times_s, time_margin_s, alpha),
+            conclusions=(),
+        )  # fmt: skip
+        found.append(replace(one, conclusions=_conclusions(one)))
+    notes = tuple(f"{sample.name}: {note}" for sample in (baseline, *candidates) for note in sample.notes)
+    return Comparisons(threshold, tuple(found), community_table(groups, found), notes)
+
+
+def _group(sample: Sample, threshold: float) -> Group:
+    steps = {point.step for point in sample.finals}
+    times = sample.times_s
+    p_value = scipy.stats.ttest_1samp(sample.losses, threshold, alternative="less").pvalue
+    return Group(
+        sample.name, steps.pop() if len(steps) == 1 else None, summarize(sample.losses),
+        summarize(times) if times else None, float(p_value),
+    )  # fmt: skip
+
+
+def _welch(candidate: Sequence[float], baseline: Sequence[float], alpha: float) -> Difference | None:
+    """None where there are not two values a side, or no scatter at all."""
+    a, b = np.asarray(candidate, float), np.asarray(baseline, float)
+    if min(len(a), len(b)) < 2 or np.ptp(a) + np.ptp(b) == 0:
+        return None
+    result = scipy.stats.ttest_ind(a, b, equal_var=False)
+    interval = result.confidence_interval(1 - alpha)
+    p_value = float(result.pvalue)
+    df = len(a) + len(b) - 2
+    pooled = math.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / df)
+    return Difference(
+        estimate=float(a.mean() - b.mean()), low=float(interval.low), high=float(interval.high),
+        t_stat=float(result.statistic), df=float(result.df), p_value=p_value, holm_p=p_value,
+        hedges_g=float((a.mean() - b.mean()) / pooled * (1 - 3 / (4 * df - 1))),
+    )  # fmt: skip
+
+
+def holm(differences: list[Difference | None]) -> list[Difference | None]:
+    """With p-values corrected by Holm's step-down method over all that have one."""
+    tested = [difference for difference in differences if difference is not None]
+    if len(tested) < 2:
+        return differences
+    from statsmodels.stats.multitest import multipletests
+
+    corrected = iter(multipletests([difference.p_value for difference in tested], method="holm")[1])
+    return [None if one is None else replace(one, holm_p=float(next(corrected))) for one in differences]
+
+
+def _paired(baseline: Sample, candidate: Sample, alpha: float, what: str) -> Paired | None:
+    """The paired t-test by seed, or else by host; None if fewer than two pairs exist.
+
+    Runs pair by seed where every seed occurs once a side. Several runs of one host are averaged first.
+    """
+    values = [_by_key(sample, "seed", what) for sample in (baseline, candidate)]
+    by = "seed"
+    if not all(values) or any(len(runs) > 1 for side in values for runs in side.values()):
+        by, values = "host", [_by_key(sample, "host", what) for sample in (baseline, candidate)]
+    common = sorted(values[0].keys() & values[1].keys(), key=str)
+    if len(common) < 2:
+        return None
+    b, a = (np.array([np.mean(side[key]) for key in common]) for side in values)
+    if np.ptp(a - b) == 0:
+        return None
+    result = scipy.stats.ttest_rel(a, b)
+    interval = result.confidence_interval(1 - alpha)
+    correlated = len(common) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
+    correlation = float(np.corrcoef(a, b)[0, 1]) if correlated else None
+    return Paired(
+        by, len(common), correlation, float((a - b).mean()), float(interval.low), float(interval.high),
+        float(result.pvalue),
+    )  # fmt: skip
+
+
+def _by_key(sample: Sample, key: str, what: str) -> dict[object, list[float]]:
+    """{seed or host: values}; empty if some run does not tell its."""
+    found: dict[object, list[float]] = {}
+    for run, point in zip(sample.runs, sample.finals):
+        value = getattr(point, what)
+        if getattr(run, key) is None or value is None:
+            return {}
+        found.setdefault(getattr(run, key), []).append(value)
+    return found
+
+
+def _equivalence(
+    candidate: Sequence[float], baseline: Sequence[float], margin: float | None, alpha: float
+) -> Equivalence | None:
+    if margin is None or min(len(candidate), len(baseline)) < 2:
+        return None
+    from statsmodels.stats.weightstats import ttost_ind
+
+    p_value = float(ttost_ind(np.asarray(candidate), np.asarray(baseline), -margin, margin, usevar="unequal")[0])
+    return Equivalence(margin, p_value, p_value < alpha)
+
+
+def _conclusions(one: Comparison) -> tuple[str, ...]:
+    found = []
+    for what, unit, less, more, difference, equivalence in (
+        ("loss", "nats", "lower", "higher", one.loss, one.loss_equivalence),
+        ("time", "s", "shorter", "longer", one.time_s, one.time_equivalence),
+    ):
+        if difference is None:
+            if what == "time":
+                found.append("time: not compared; fewer than two runs a side tell their time")
+            continue
+        interval = f"{1 - one.alpha:.0%} interval {difference.low:+.4g} to {difference.high:+.4g} {unit}"
+        if difference.holm_p < one.alpha:
+            direction = less if difference.estimate < 0 else more
+            text = (
+                f"{what}: {one.candidate.name} is {direction} by {abs(difference.estimate):.4g} {unit} "
+                f"({interval}, p = {difference.holm_p:.3g})"
+            )
+        else:
+            text = (
+                f"{what}: no evidence of a difference (p = {difference.holm_p:.3g}; "
+                f"these runs are compatible with the {interval})"
+            )
+        found.append(text)
+        if equivalence:
+            verdict = "equivalent" if equivalence.equivalent else "not shown to be equivalent"
+            within = f"within +-{equivalence.margin:g} {unit}"
+            found.append(f"{what}: {verdict} {within} (TOST p = {equivalence.p_value:.3g})")
+    return tuple(found)
+
+
+def community_table(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> str:
+    """The table that records of the track print. `+/-` and `Time p` are against the first row (Welch,
+    two-sided); the last p is the row's own one-sided t-test against the threshold."""
+    from stats.text import table
+
+    rows = []
+    for group, one in zip(groups, [None, *comparisons]):
+        time, time_difference = group.time_s, one.time_s if one else None
+        rows.append(
+            [
+                group.name, group.loss.n, group.steps or "-",
+                f"{time.mean:.3f}" if time else "-", _digits(time and time.sample_std, ".3f"),
+                _digits(time_difference and time_difference.estimate, "+.3f"),
+                _digits(time_difference and time_difference.p_value, ".3g"),
+                f"{group.loss.mean:.6f}", _digits(group.loss.sample_std, ".6f"),
+                _digits(one and one.loss.estimate, "+.6f"), _digits(group.threshold_p, ".3g"),
+            ]
+        )  # fmt: skip
+    header = [
+        "",
+        "Runs",
+        "Steps",
+        "Time mean",
+        "Time sd",
+        "Time +/-",
+        "Time p",
+        "Loss mean",
+        "Loss sd",
+        "Loss +/-",
+        "p",
+    ]
+    return table(header, rows)
+
+
+def _digits(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
+def render(result: Comparisons) -> str:
+    """Table and conclusions in plain text."""
+    lines = [
+        result.table,
+        "",
+        f"+/- and Time p against the first row (Welch); p: mean loss < {result.threshold}",
+    ]
+    for one in result.comparisons:
+        lines += ["", f"{one.candidate.name} against {one.baseline.name}"]
+        lines += [f"  {conclusion}" for conclusion in one.conclusions]
+        lines.append(f"  effect on the loss: Hedges g = {one.loss.hedges_g:+.3g}")
+        for what, paired in (("loss", one.paired_loss), ("time", one.paired_time_s)):
+            if paired:
+                r = "" if paired.correlation is None else f", correlation {paired.correlation:.2f}"
+                lines.append(
+                    f"  {what}, {paired.pairs} pairs by {paired.by}{r}: {paired.estimate:+.4g} "
+                    f"({paired.low:+.4g} to {paired.high:+.4g}), p = {paired.p_value:.3g}"
+                )
+    return "\n".join(lines + [f"note: {note}" for note in result.notes])

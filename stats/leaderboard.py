@@ -1,0 +1,143 @@
+"""All series of a folder in one table: what they claim, how good their evidence is, and whether neighbours
+differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from stats.compare import Difference, compare
+from stats.errors import StatsError
+from stats.samples import Sample, sample_of
+from stats.series import Series
+from stats.ttest import STRICT_ALPHA, TRACK_THRESHOLD, Summary
+from stats.validate import Assessment, validate
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One series."""
+
+    series: str
+    path: str
+    grade: str
+    passes: bool  # significant at alpha
+    threshold: float | None
+    n: int | None
+    steps: int | None
+    loss: Summary | None
+    time_s: Summary | None
+    p_value: float | None
+    error: str | None  # why it could not be judged
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two series of the board: the second minus the first, Holm-corrected over all pairs of neighbours."""
+
+    first: str
+    second: str
+    loss: Difference | None
+    time_s: Difference | None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """Series that pass first, quickest first; then the others by mean loss."""
+
+    entries: tuple[Entry, ...]
+    pairs: tuple[Pair, ...]
+    alpha: float
+    markdown: str
+
+
+def leaderboard(series: Sequence[Series], alpha: float = STRICT_ALPHA) -> Leaderboard:
+    """The board over `series`; one that cannot be judged stands at its end with the reason."""
+    entries, samples = [], {}
+    for one in series:
+        sample, error = None, None
+        try:
+            sample = sample_of(one)
+        except StatsError as problem:
+            error = str(problem)
+        assessment = validate(one, alpha)
+        entries.append(_entry(one, sample, assessment, error))
+        samples[one.path] = sample
+    entries.sort(key=_rank)
+    judged = [entry for entry in entries if entry.error is None]
+    pairs = _pairs([(a, b, samples[a.path], samples[b.path]) for a, b in pairwise(judged)])
+    return Leaderboard(tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha))
+
+
+def _entry(series: Series, sample: Sample | None, assessment: Assessment, error: str | None) -> Entry:
+    test = assessment.test
+    steps = {point.step for point in sample.finals} if sample else set()
+    if test is None:
+        threshold = TRACK_THRESHOLD if series.threshold is None else series.threshold
+        n = len(sample.runs) if sample else None
+        reason = error or next((f.text for f in assessment.findings if f.grade == "F"), None)
+        return Entry(series.name, series.path, assessment.grade, False, threshold, n, None, None, None, None, reason)
+    return Entry(
+        series.name, series.path, assessment.grade, test.significant, test.threshold, test.n,
+        steps.pop() if len(steps) == 1 else None, test.loss, test.time_s, test.p_value, None,
+    )  # fmt: skip
+
+
+def _rank(entry: Entry) -> tuple:
+    """Sort key: by threshold, those that pass before those that do not, then by time or by loss."""
+    time = entry.time_s.mean if entry.time_s else float("inf")
+    loss = entry.loss.mean if entry.loss else float("inf")
+    return (
+        entry.error is not None,
+        entry.threshold or 0.0,
+        not entry.passes,
+        time if entry.passes else loss,
+        entry.series,
+    )
+
+
+def _pairs(neighbours: Sequence[tuple[Entry, Entry, Sample, Sample]]) -> list[Pair]:
+    """Welch's tests between neighbours on the board, corrected together."""
+    from stats.compare import holm
+
+    found = []
+    for first, second, a, b in neighbours:
+        try:
+            one = compare(a, [b]).comparisons[0]
+        except StatsError:
+            found.append(Pair(first.series, second.series, None, None))
+            continue
+        found.append(Pair(first.series, second.series, one.loss, one.time_s))
+    losses, times = holm([pair.loss for pair in found]), holm([pair.time_s for pair in found])
+    return [Pair(pair.first, pair.second, loss, time) for pair, loss, time in zip(found, losses, times)]
+
+
+def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> str:
+    from stats.text import p_text, table
+
+    def cell(value: float | None, style: str) -> str:
+        return "-" if value is None else format(value, style)
+
+    rows, above = [], iter([None, *pairs])
+    for entry in entries:
+        pair = None if entry.error else next(above, None)
+        loss_p = p_text(pair.loss.holm_p) if pair and pair.loss else "-"
+        time_p = p_text(pair.time_s.holm_p) if pair and pair.time_s else "-"
+        loss, time = entry.loss, entry.time_s
+        rows.append(
+            [
+                entry.series, entry.grade, "yes" if entry.passes else "no", cell(entry.n, "d"), cell(entry.steps, "d"),
+                cell(time and time.mean, ".2f"), cell(time and time.sample_std, ".2f"), time_p,
+                cell(loss and loss.mean, ".6f"), cell(loss and loss.sample_std, ".6f"), loss_p,
+                cell(entry.threshold, "g"), "-" if entry.p_value is None else p_text(entry.p_value),
+            ]
+        )  # fmt: skip
+    header = ["series", "evidence", "passes", "runs", "steps", "time (s)", "sd", "p above", "mean loss", "sd", "p above",
+              "threshold", "p"]  # fmt: skip
+    legend = (
+        f"passes: one-sided t-test that the mean loss is below the threshold, at alpha {alpha:g}. "
+        "p above: against the row above (Welch, two-sided, Holm-corrected); a large one is no evidence of a "
+        "difference, not a proof that there is none. evidence: `python -m stats validate`."
+    )
+    return "\n".join([table(header, rows), "", legend, *(f"\n{e.series}: {e.error}" for e in entries if e.error)])
