@@ -34,6 +34,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import signal
 import socket
 import time
@@ -44,6 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.paths import atomic_file
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention, attention_inputs, attention_plan
 from kernels.attention import implementation as attention_implementation
@@ -51,6 +53,7 @@ from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.residual import residual_mix
+from records.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
@@ -151,7 +154,7 @@ PRESETS: dict[str, dict] = {
     "small": dict(
         num_layers=12, model_dim=768, num_heads=6, num_iterations=3000, target_loss=3.28,
         value_embeddings=3, unet_skips="4>7,2>8,1>9", attention_free_layers="", long_window_layers="0,3,8,11",
-    ),  # fmt: skip
+    ),
     # The same architecture at 0.2M parameters on bytes, for a laptop without a GPU.
     "nano": dict(
         train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0,
@@ -160,7 +163,7 @@ PRESETS: dict[str, dict] = {
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3",
         attention_free_layers="", window_max_tokens=512, long_window_layers="0,3",
         embed_lr=0.1, head_lr=0.01, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -191,10 +194,9 @@ def parse_config(arguments: list[str]) -> Config:
 def _typed(field: dataclasses.Field, text: str):
     """`text` as the field's type. Raises UsageError with the field's name."""
     if field.type is bool:
-        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-        if text.lower() not in words:
+        if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
             raise UsageError(f"--{field.name}={text}: a flag is true or false")
-        return words[text.lower()]
+        return text.lower() in ("true", "1", "yes", "on")
     if field.name == "value_embeddings" and text.lower() in ("true", "false"):
         return {"true": 5, "false": 0}[text.lower()]
     try:
@@ -233,11 +235,12 @@ def check_config(config: Config) -> Config:
         "dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"), "compile": ("auto", "on", "off"),
         "kernels": ("auto", "triton", "reference"), "soft_cap": ("rsqrt", "sigmoid", "none"),
         "communication": ("plain", "overlap"), "muon_coefficients": ("spec", "polar_express"),
-    }  # fmt: skip
+    }
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             raise UsageError(f"--{name}={getattr(c, name)}: one of {', '.join(allowed)}")
-    for small, large in (("train_seq_len", "tokens_per_step"), ("val_seq_len", "val_tokens"), ("num_heads", "model_dim")):
+    divisors = dict(train_seq_len="tokens_per_step", val_seq_len="val_tokens", num_heads="model_dim")
+    for small, large in divisors.items():
         if getattr(c, large) % getattr(c, small):
             raise UsageError(f"--{large}={getattr(c, large)} is not a multiple of --{small}={getattr(c, small)}")
     if (c.model_dim // c.num_heads) % 4:
@@ -254,7 +257,7 @@ def check_config(config: Config) -> Config:
     except ValueError:
         raise UsageError("--unet_skips is written 6>9,4>10 and the layer lists 0,4,11") from None
     if any(not 0 <= layer < c.num_layers for layer in named):
-        raise UsageError(f"a layer list names layer {max(named)}, but --num_layers={c.num_layers} ends at {c.num_layers - 1}")
+        raise UsageError(f"a layer list names layer {max(named)}, but there are only --num_layers={c.num_layers}")
     if any(source >= target for target, source in skips.items()):
         raise UsageError(f"--unet_skips={c.unet_skips}: a skip leads from an earlier to a later layer")
     if c.run_name != Path(c.run_name).name or c.run_name.startswith("."):
@@ -572,9 +575,13 @@ class Trainer:
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
+        self.share_state()
+
+    def share_state(self) -> None:
+        """Give every process rank 0's state."""
         if self.world_size > 1:
             for tensor in self.state().values():
-                dist.broadcast(tensor.detach(), 0)
+                dist.broadcast(tensor, 0)
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes: parameters and optimizer state by name; live, not copies."""
@@ -640,11 +647,11 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
     train = TokenStream(
         files.train_files, sequence_tokens=config.train_seq_len, sequences_per_step=sequences,
         vocab_size=config.vocab_size, drop_shard_tail=config.drop_shard_tail,
-    )  # fmt: skip
+    )
     val = TokenStream(
         files.val_files, sequence_tokens=config.val_seq_len,
         sequences_per_step=config.val_tokens // config.val_seq_len, vocab_size=config.vocab_size, cycle=False,
-    )  # fmt: skip
+    )
     return train, val
 
 
@@ -675,67 +682,9 @@ def _to_device(batch, device):
 
 
 # -------------------------------------------------------------------------------------------------------------
-# Checkpoints: safetensors, which cannot run code, with the configuration and a digest in the header.
+# Checkpoints: parameters and optimizer state in one safetensors file, with the configuration in its header.
 
-
-class CheckpointError(ValueError):
-    """A checkpoint is absent, damaged or of another configuration; the message names the file and the cause."""
-
-
-def _digest(tensors: dict[str, Tensor], told: dict[str, str]) -> str:
-    """blake2b over names, types, shapes, bytes and the rest of the header."""
-    seen = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        seen.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return seen.hexdigest()
-
-
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
-    """Write `tensors` and the texts `told` to `path`: all of it or, if anything fails, none of it.
-
-    Raises OSError (disk full, read-only); the files that were there before are untouched then."""
-    from safetensors.torch import save_file
-
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    told = {"format": "train_gpt-1", **told}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, partial, metadata=told | {"digest": _digest(tensors, told)})
-        except OSError:
-            raise
-        except Exception as error:  # safetensors reports a full disk as its own error
-            raise OSError(f"cannot write {path}: {error}") from error
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(header texts, tensors on the CPU) of a checkpoint whose digest holds. Raises CheckpointError."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # safetensors has its own error types, one for each kind of damage
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    if told.get("format") != "train_gpt-1":
-        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of train_gpt.py")
-    digest = told.pop("digest", "")
-    if digest != _digest(tensors, told):
-        raise CheckpointError(f"{path}: damaged, its content does not match its digest")
-    return told, tensors
+CHECKPOINT_FORMAT = "train_gpt-1"
 
 
 def checkpoint_config(path: str | Path, told: dict[str, str]) -> Config:
@@ -751,7 +700,7 @@ def checkpoint_config(path: str | Path, told: dict[str, str]) -> Config:
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     """The model of a checkpoint, in evaluation mode, and its configuration. Raises CheckpointError."""
-    told, tensors = load_checkpoint(path)
+    told, tensors = load_tensors(path, CHECKPOINT_FORMAT)
     config = checkpoint_config(path, told)
     config = dataclasses.replace(config, device=torch.device(device).type)
     with torch.device("meta"):
@@ -762,49 +711,6 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     except RuntimeError as error:
         raise CheckpointError(f"{path}: its tensors do not fit its configuration ({error})") from error
     return model.to(device).eval(), config
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, the newest step first."""
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
-
-
-def newest_good_checkpoint(folder: Path, say) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole; `say` is told of each damaged one that was passed over."""
-    found = checkpoints_of(folder)
-    for path in found:
-        try:
-            return path, *load_checkpoint(path)
-        except CheckpointError as error:
-            say(f"warning: {error}; trying the checkpoint before it")
-    if found:
-        raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole; move them away to start over")
-    return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable (a no-op where folders cannot be opened)."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`, all or nothing. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------------
@@ -852,18 +758,19 @@ class RunLog:
         self.train_losses: list[float] = []
         self.started = _now()
         self.file = self.lock = None
-        if not self.writes:
-            return
+        on_rank_0(lambda: self._open(resuming))
+
+    def _open(self, resuming: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if self.text_path.exists() and not (resuming or config.overwrite):
+        if self.text_path.exists() and not (resuming or self.config.overwrite):
             raise UsageError(
                 f"{self.text_path} exists; choose another --run_name, --resume=auto to continue it, or --overwrite"
             )
-        continuing = resuming and self.text_path.exists()
-        self.file = open(self.text_path, "a" if continuing else "w")
-        if not continuing:
-            self._header()
+        if not (resuming and self.text_path.exists()):
+            with atomic_file(self.text_path, "w") as file:  # a log that exists has a whole header
+                file.write(self._header())
+        self.file = open(self.text_path, "a")
 
     def _take_lock(self) -> None:
         """Two starts under one name must not mix their lines: the second one is refused."""
@@ -877,7 +784,7 @@ class RunLog:
         except OSError:
             raise UsageError(f"{self.text_path}: another process is writing this run") from None
 
-    def _header(self) -> None:
+    def _header(self) -> str:
         e, ruler = self.environment, "=" * 100
         told = [
             SOURCE.rstrip("\n"),
@@ -891,7 +798,7 @@ class RunLog:
             "config:" + json.dumps(dataclasses.asdict(self.config), sort_keys=True),
             ruler,
         ]
-        self.line("\n".join(told), echo=False)
+        return "\n".join(told) + "\n"
 
     def line(self, text: str, *, echo: bool = True) -> None:
         """Append to the log, and print it."""
@@ -908,14 +815,16 @@ class RunLog:
         self.file.close()
         header, _, body = self.text_path.read_text().rpartition("=" * 100 + "\n")
         kept, gone = [], 0
-        for text in body.splitlines():
+        for text in body[: body.rfind("\n") + 1].splitlines():  # a last line without an end was cut by the disk
             number = text.removeprefix("step:").partition("/")[0] if text.startswith("step:") else ""
             beyond = number.isdigit() and int(number) > step
             gone += beyond
             if not beyond:
                 kept.append(text)
-        note = f"resumed from the checkpoint of step {step}; lines of later steps taken out: {gone}"
-        write_atomically(self.text_path, header + "=" * 100 + "\n" + "\n".join([*kept, note]) + "\n")
+        how = f"resumed from the checkpoint of step {step}" if step >= 0 else "started again, there is no checkpoint"
+        note = f"{how}; lines of later steps taken out: {gone}"
+        with atomic_file(self.text_path, "w") as file:
+            file.write(header + "=" * 100 + "\n" + "\n".join([*kept, note]) + "\n")
         self.file = open(self.text_path, "a")
         say(note)
 
@@ -948,8 +857,9 @@ class RunLog:
             train_loss=[round(loss, 6) for loss in self.train_losses],
             final_loss=last["loss"] if finished else None, train_time_s=last["train_time_s"] if last else None,
             start_time=self.started, end_time=_now(), error=error, **more,
-        )  # fmt: skip
-        write_atomically(self.json_path, json.dumps(told, indent=1, sort_keys=True) + "\n")
+        )
+        with atomic_file(self.json_path, "w") as file:
+            json.dump(told, file, indent=1, sort_keys=True)
 
 
 def say(text: str) -> None:
@@ -1031,7 +941,7 @@ def describe_environment(config: Config, device: torch.device, model: GPT, data_
     sample_tensor = torch.empty(0, device=device, dtype=getattr(torch, config.dtype))
     ran = model.impls | {"attention": attention_implementation(model.impls["attention"], sample_tensor)}
     hashes = dict(code_hash=hashlib.sha256(SOURCE.encode()).hexdigest(), kernels_hash=_folder_hash("kernels"),
-                  data_hash=data_hash, plan_hash=config.plan_hash)  # fmt: skip
+                  data_hash=data_hash, plan_hash=config.plan_hash)
     return dict(
         python=sys.version.split()[0], torch=torch.__version__, triton=triton.__version__,
         compute=f"CUDA {torch.version.cuda}" if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -1039,7 +949,7 @@ def describe_environment(config: Config, device: torch.device, model: GPT, data_
         system=f"{platform.system()} {platform.machine()}",
         host_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
         implementations=ran, hashes=hashes,
-    )  # fmt: skip
+    )
 
 
 def _folder_hash(folder: str) -> str:
@@ -1071,16 +981,21 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for a checkpoint and an orderly end; a second signal ends the process at once."""
+    """SIGINT and SIGTERM ask for a checkpoint and an orderly end; asking again 5 s later ends the process at once.
+
+    Not sooner: Ctrl-C and `scancel` reach every process, and torchrun passes them on a second time."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.asked_at = 0, -math.inf
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._asked)
 
     def _asked(self, number, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.signal and time.monotonic() - self.asked_at > 5:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.signal:
+            self.signal, self.asked_at = number, time.monotonic()
 
 
 def _rank() -> int:
@@ -1113,15 +1028,31 @@ def fit_to_world(config: Config, world_size: int) -> Config:
     """Give every process at least one sequence of each step: beyond that many processes, sequences are cut."""
     sequences = config.tokens_per_step // config.train_seq_len
     if sequences < world_size and config.tokens_per_step % world_size == 0:
-        length = config.tokens_per_step // world_size
-        say(
-            f"{world_size} processes share {sequences} sequences of {config.train_seq_len} tokens: cut to "
-            f"{length} tokens each. More documents are cut at sequence borders, so the loss is slightly higher."
-        )
-        config, sequences = dataclasses.replace(config, train_seq_len=length), world_size
+        config = dataclasses.replace(config, train_seq_len=config.tokens_per_step // world_size)
+        sequences = world_size
     if sequences % world_size:
-        raise UsageError(f"{sequences} sequences a step do not divide over {world_size} processes; use 1, 2, 4 or 8")
+        raise UsageError(
+            f"{sequences} sequences a step do not divide over {world_size} processes; use 1, 2, 4 or 8, or a larger "
+            f"number that divides --tokens_per_step={config.tokens_per_step}"
+        )
     return config
+
+
+def on_rank_0(work):
+    """What `work()` returns on rank 0, on every rank. An error of ours that it raises there is raised on every
+    rank, so that all end for the same reason and none waits for one that has gone."""
+    told = [None, None]
+    if _rank() == 0:
+        try:
+            told[0] = work()
+        except tuple(EXIT_CODES) as error:
+            error.shared = True  # main() prints it once
+            told[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, 0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def agree(flags: list[float]) -> list[float]:
@@ -1155,30 +1086,48 @@ def warm_up(trainer: Trainer) -> None:
 
 
 def resume(trainer: Trainer, log: RunLog, clock: Clock, folder: Path) -> int:
-    """Load the checkpoint that `--resume` asks for; returns the number of steps already done."""
-    c = trainer.config
-    if not c.resume:
+    """Load the checkpoint that `--resume` asks for; returns the number of steps already done.
+
+    Only rank 0 reads: other hosts need not see its disk."""
+    if not trainer.config.resume:
         return 0
-    if c.resume == "auto":
-        found = newest_good_checkpoint(folder, say)
-        if found is None:
-            say(f"no checkpoint in {folder}: starting from the beginning")
-            log.cut_back_to(-1)
-            return 0
-    else:
-        found = Path(c.resume), *load_checkpoint(c.resume)
-    path, told, tensors = found
-    stored = checkpoint_config(path, told)
-    differing = [f.name for f in dataclasses.fields(Config)
-                 if f.name not in _RUN_FIELDS and getattr(stored, f.name) != getattr(c, f.name)]  # fmt: skip
-    if differing:
-        raise CheckpointError(f"{path}: made with another configuration; these fields differ: {', '.join(differing)}")
-    trainer.load(tensors)
-    step = int(told["step"])
-    clock.seconds = float(told["train_time_s"])
-    log.validation[:], log.train_losses[:] = json.loads(told["validation"]), json.loads(told["train_loss"])
-    log.cut_back_to(step)
+    step, clock.seconds, log.validation[:], log.train_losses[:] = on_rank_0(lambda: _load(trainer, log, folder))
+    trainer.share_state()
     return step
+
+
+def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list, list]:
+    """Put a checkpoint in place: steps done, training seconds, validations and losses so far. CheckpointError."""
+    c = trainer.config
+    if c.resume == "auto":
+        found = newest_whole(folder, CHECKPOINT_FORMAT, say)
+        if found is None:
+            log.cut_back_to(-1)
+            return 0, 0.0, [], []
+    else:
+        found = Path(c.resume), *load_tensors(c.resume, CHECKPOINT_FORMAT)
+    path, told, tensors = found
+    here, there = dataclasses.asdict(c), dataclasses.asdict(checkpoint_config(path, told))
+    differing = [name for name in here if name not in _RUN_FIELDS and here[name] != there[name]]
+    if differing:
+        names = ", ".join(differing)
+        raise CheckpointError(f"{path}: made with another configuration; these fields differ: {names}")
+    if told.get("data_hash") != log.environment["hashes"]["data_hash"]:
+        raise CheckpointError(f"{path}: made with other training data; what {c.train_files} holds has changed since")
+    for name, live in trainer.state().items():
+        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (live.shape, live.dtype):
+            raise CheckpointError(f"{path}: its tensors do not fit its configuration ({name})")
+    try:
+        step, seconds = int(told["step"]), float(told["train_time_s"])
+        validation, losses = json.loads(told["validation"]), json.loads(told["train_loss"])
+        sane = 0 <= step <= c.num_iterations and 0 <= seconds < math.inf
+        if not sane or any(not 0 <= p["step"] <= step or not math.isfinite(p["loss"]) for p in validation):
+            raise ValueError(f"step {step}, {seconds} s")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: what it says of its run makes no sense ({error})") from error
+    trainer.load(tensors)
+    log.cut_back_to(step)
+    return step, seconds, validation, losses
 
 
 def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
@@ -1186,18 +1135,23 @@ def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: in
     state = trainer.state()
     if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
         raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
-    if _rank() == 0:
-        told = dict(
-            config=json.dumps(dataclasses.asdict(trainer.config)), step=str(step), run_name=log.name,
-            train_time_s=repr(clock.seconds), validation=json.dumps(log.validation),
-            train_loss=json.dumps(log.train_losses), code_hash=log.environment["hashes"]["code_hash"],
-        )  # fmt: skip
-        save_checkpoint(folder / f"step-{step:06d}.safetensors", state, told)
-        keep = trainer.config.keep_checkpoints
-        for old in checkpoints_of(folder)[keep:] if keep else []:
-            old.unlink(missing_ok=True)
-        log.line(f"checkpoint:{step} {folder.name}/step-{step:06d}.safetensors", echo=False)
-    _barrier()
+    on_rank_0(lambda: _save(state, trainer.config, log, clock, folder, step))
+
+
+def _save(state: dict[str, Tensor], config: Config, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
+    hashes = log.environment["hashes"]
+    told = dict(
+        format=CHECKPOINT_FORMAT, config=json.dumps(dataclasses.asdict(config)), step=str(step),
+        run_name=log.name, train_time_s=repr(clock.seconds), validation=json.dumps(log.validation),
+        train_loss=json.dumps(log.train_losses), code_hash=hashes["code_hash"], data_hash=hashes["data_hash"],
+    )
+    for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
+    save_tensors(folder / f"step-{step:06d}.safetensors", state, told)
+    keep = config.keep_checkpoints
+    for old in checkpoints_of(folder)[keep:] if keep else []:
+        old.unlink(missing_ok=True)
+    log.line(f"checkpoint:{step} {folder.name}/step-{step:06d}.safetensors", echo=False)
 
 
 def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequest) -> int:
@@ -1267,12 +1221,18 @@ def run(config: Config) -> int:
     """Everything from set-up to the report. Returns the exit code; errors are raised after they are logged."""
     stop = StopRequest()
     device = set_up(config)
-    config = fit_to_world(config, dist.get_world_size() if dist.is_initialized() else 1)
+    asked, config = config, fit_to_world(config, dist.get_world_size() if dist.is_initialized() else 1)
     streams = open_streams(config)
     trainer = Trainer(config, device)
     environment = describe_environment(config, device, trainer.model, streams[0].data_hash())
     log = RunLog(config, unique_name(config), environment, resuming=bool(config.resume))
     try:
+        if config != asked:
+            log.line(
+                f"{trainer.world_size} processes: training sequences cut from {asked.train_seq_len} to "
+                f"{config.train_seq_len} tokens. Documents and windows end at their borders, so this is another run "
+                "than with 8 processes: its loss may be slightly higher, and its checkpoints need as many processes"
+            )
         log.summary("running")
         ceiling = matmul_ceiling(device, getattr(torch, config.dtype), trainer.world_size)
         warm_up(trainer)
@@ -1303,7 +1263,9 @@ def run(config: Config) -> int:
 
 
 @torch.no_grad()
-def generate(model: GPT, tokens: list[int], max_new_tokens: int, *, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def generate(
+    model: GPT, tokens: list[int], max_new_tokens: int, *, temperature=1.0, top_k=0, top_p=1.0, generator=None
+):
     """Yield new token ids until the end-of-text token or `max_new_tokens`.
 
     `temperature` 0 takes the likeliest token; `top_k` (0: off) and `top_p` (1: off) cut the tail before sampling
@@ -1323,20 +1285,18 @@ def pick(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generat
     """One token id from logits."""
     if temperature <= 0:
         return logits_V.argmax()
-    logits_V = logits_V.float() / temperature
+    logits_V = logits_V.float() / temperature  # a copy: the caller's logits stay
     if 0 < top_k < logits_V.numel():
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -math.inf)
     if top_p < 1:
         ordered, index = logits_V.sort(descending=True)
-        before = ordered.softmax(0).cumsum(0) - ordered.softmax(0)
-        logits_V = logits_V.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(0, index, before >= top_p), -math.inf)
+        likelier = ordered.softmax(0).cumsum(0) - ordered.softmax(0)  # probability before each, likeliest first
+        logits_V[index[likelier >= top_p]] = -math.inf
     return torch.multinomial(logits_V.softmax(0), 1, generator=generator)
 
 
 def sample_command(arguments: list[str]) -> int:
     """`train_gpt.py sample CHECKPOINT`: write text, token by token."""
-    from data.tokenize import encoding_for
-
     parser = argparse.ArgumentParser(prog="train_gpt.py sample", description="Write text from a checkpoint.")
     parser.add_argument("checkpoint", help="a .safetensors file of train_gpt.py")
     parser.add_argument("--prompt", default="", help="the text to continue")
@@ -1350,6 +1310,8 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--vocab", default="", help="folder with encoder.json and vocab.bpe (GPT-2 tokens offline)")
     options = parser.parse_args(arguments)
     model, config = load_model(options.checkpoint, options.device)
+    from data.tokenize import encoding_for  # late: tiktoken is needed here only
+
     encoding = encoding_for(config.vocab_size, options.vocab or None)
     generator = torch.Generator(options.device).manual_seed(options.seed)
     for number in range(options.num_samples):
@@ -1360,11 +1322,14 @@ def sample_command(arguments: list[str]) -> int:
         new = generate(
             model, encoding.encode(options.prompt), options.max_new_tokens, temperature=options.temperature,
             top_k=options.top_k, top_p=options.top_p, generator=generator,
-        )  # fmt: skip
+        )
         for token in new:
             print(decoder(token), end="", flush=True)
         print()
     return 0
+
+
+EXIT_CODES = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFiniteLoss: 4, OSError: 5}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1373,14 +1338,19 @@ def main(arguments: list[str] | None = None) -> int:
     if "--help" in arguments[:1] or "-h" in arguments[:1]:
         print_help()
         return 0
-    codes = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFiniteLoss: 4, OSError: 5}
     try:
         if arguments[:1] == ["sample"]:
             return sample_command(arguments[1:])
         return run(parse_config(arguments))
-    except tuple(codes) as error:
-        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return next(code for kind, code in codes.items() if isinstance(error, kind))
+    except tuple(EXIT_CODES) as error:
+        if _rank() == 0 or not getattr(error, "shared", False):
+            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("by peer|Broken pipe", str(error)):
+            raise
+        print(f"train_gpt.py: rank {_rank()} lost another process of the run, which says why", file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             with contextlib.suppress(Exception):

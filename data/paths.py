@@ -152,7 +152,8 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        with os.fdopen(handle, mode, **text) as file:
+        os.close(handle)
+        with open(temporary, mode, **text) as file:  # by name, so that file.name can be handed to other writers
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -45,7 +45,7 @@ def rotate(x_THDh: torch.Tensor) -> torch.Tensor:
 
 
 def spec_loss(weights: dict, tokens: torch.Tensor, targets: torch.Tensor, *, layers: int, heads: int, window: int,
-              eos_id: int, no_attention: set, long_layers: set, skips: dict, tables: int):  # fmt: skip
+              eos_id: int, no_attention: set, long_layers: set, skips: dict, tables: int):
     """Mean cross-entropy of one packed sequence; `weights` are float64, named as in train_gpt.GPT."""
     scalars = weights["scalars"]
     skip_w, lambdas = scalars[:layers], scalars[layers : 4 * layers].view(layers, 3)
