@@ -11,6 +11,8 @@ loss is kept as best.safetensors; with --test=true it, and only it, is scored on
 
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ class TrainConfig:
 
     model: str = field("mlp", f"rung of the ladder: {', '.join(LADDER)}")
     data: str = field(
-        "names", "how the corpus is read: names (one a line), text (passages) or stories (cleaned)"
+        "names", "how the corpus is read: names (one a line), text (passages), stories (cleaned), sums"
     )
     path: str = field("", "corpus file, UTF-8; '': the embedded corpus")
     tokens: str = field("char", "char, word or byte")
@@ -171,6 +173,33 @@ def checkpoint_steps(steps: int, count: int) -> list[int]:
     first = max(1, steps // 200)
     spaced = [round(first * (steps / first) ** (i / max(count - 2, 1))) for i in range(count - 1)]
     return sorted({0, *spaced, steps})
+
+
+class Stopped(SystemExit):
+    """Training was asked to stop, and has saved its state; the exit code is 128 and the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask for an end between two steps, where the state is whole; a second one ends the
+    process at once. Only the main thread can hear signals: elsewhere nobody asks."""
+
+    def __init__(self) -> None:
+        self.signal, self._before = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._asked)
+
+    def _asked(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Back to the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -336,8 +365,13 @@ class Run:
             skip=start,
         )
         self.model.train()
+        stop = StopRequest()
         try:
             for step in range(start, c.steps + 1):
+                if stop.signal and step < c.steps:
+                    self.save_state(step)
+                    self.log.summary("interrupted", best=self.best)
+                    raise Stopped(stop.signal)
                 if step % c.val_every == 0 or step == c.steps:
                     if not self.log.validation or self.log.validation[-1]["step"] < step:
                         self.validate(step)
@@ -362,13 +396,11 @@ class Run:
                             f"training loss is {value} at step {step + 1}; lower the learning rate"
                         )
                     self.log.trained(step + 1, self.seconds, value)
-        except KeyboardInterrupt:
-            self.save_state(step)
-            self.log.summary("interrupted", best=self.best)
-            raise
         except LabError as error:
             self.log.summary("failed", str(error))
             raise
+        finally:
+            stop.restore()
         return self.finish(step)
 
     def finish(self, step: int) -> Result:
