@@ -34,11 +34,10 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, lru_cache
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +45,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import paths, shards
+from data.grammar import END, Choice, Grammar, Measure, Option, Rule, read_grammar
 
 GRAMMAR_FILE = Path(__file__).with_name("grammar.txt")
 SEPARATOR = 0  # the byte before each document
@@ -53,148 +53,12 @@ VOCAB_SIZE = 256
 DOMAINS = ("story", "sums", "names")  # the options of the rule "document", in order
 TRAIN_BYTES, VAL_BYTES = 16 << 20, 1 << 20
 
-_END = "\0"  # `$` in the grammar: the separator that follows a document
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _DRAWS = 160  # choices drawn at once per document; most take fewer, more are drawn one by one
 _BATCH = 128  # documents drawn at once
 _STREAMS = {"train": 0, "val": 1}
 _SUMS, _NAMES = 24, 12  # lines of the longest document of sums, of names
-_PRONOUNS = {
-    "she": {"he": "she", "him": "her", "his": "her", "himself": "herself", "He": "She", "His": "Her"},
-    "he": {"he": "he", "him": "him", "his": "his", "himself": "himself", "He": "He", "His": "His"},
-}
-
-
-class GrammarError(ValueError):
-    """The grammar file is wrong; the message names rule and option."""
-
-
-# -----------------------------------------------------------------------------------------------------------
-# The grammar: rules, options, and the parts of an option's text. A part is a str, to be written as it is, or
-# one of these.
-
-
-class Choice(NamedTuple):
-    """`<rule>` or `<rule:v>`: one of the rule's options, remembered as `bind` unless that is None."""
-
-    rule: str
-    bind: str | None
-
-
-class Dispatch(NamedTuple):
-    """`<v!col>` or `<v!col:w>`: one of the options of the rule that column `column` of `var` names."""
-
-    var: str
-    column: str
-    bind: str | None
-
-
-class Recall(NamedTuple):
-    """`<v.col>` or `<v>`: a column of what `var` remembers; the column "" is its text."""
-
-    var: str
-    column: str
-
-
-class Arithmetic(NamedTuple):
-    """`<=a+b>`: the result of an operation on the columns "value" of two variables."""
-
-    left: str
-    operator: str
-    right: str
-
-    def text(self, left: Option, right: Option) -> str:
-        a, b = left.value, right.value
-        return str(a + b if self.operator == "+" else a - b if self.operator == "-" else a * b)
-
-
-class Option:
-    """One option of a rule: its text in parts, its columns (each in parts), its column "value" as a number."""
-
-    __slots__ = ("binds", "columns", "key", "parts", "value", "weight")
-
-    def __init__(self, key: str, weight: int, parts: tuple, columns: dict[str, tuple]):
-        self.key, self.weight, self.parts, self.columns = key, weight, parts, columns
-        self.binds = any(getattr(part, "bind", None) for part in parts)
-        self.value = int(columns["value"][0]) if "value" in columns else None
-
-
-class Rule:
-    """A weighted list of options; `table` has each option `weight` times."""
-
-    __slots__ = ("entropy", "limit", "name", "options", "table", "total")
-
-    def __init__(self, name: str, options: list[Option]):
-        self.name, self.options = name, options
-        self.table = [option for option in options for _ in range(option.weight)]
-        self.total = len(self.table)
-        self.limit = 2**32 - 2**32 % self.total  # draws from here on would favor the first options
-        self.entropy = -math.fsum(self.probability(o) * math.log(self.probability(o)) for o in options)
-
-    def probability(self, option: Option) -> float:
-        return option.weight / self.total
-
-
-_PART = re.compile(r"<([^<>]*)>")
-_TAGS: list[tuple[re.Pattern, Callable]] = [
-    (re.compile(r"=(\w)([-+*])(\w)"), lambda m: Arithmetic(*m.groups())),
-    (re.compile(r"(\w)!(\w+)(?::(\w))?"), lambda m: Dispatch(*m.groups())),
-    (re.compile(r"(\w)(?:\.(\w+))?"), lambda m: Recall(m[1], m[2] or "")),
-    (re.compile(r"(\w\w+)(?::(\w))?"), lambda m: Choice(*m.groups())),
-]
-
-
-def _parts(text: str, where: str) -> tuple:
-    """The parts of a text in the grammar's notation."""
-    parts: list = []
-    for index, piece in enumerate(_PART.split(text.replace("\\n", "\n").replace("$", _END))):
-        if index % 2 == 0:
-            parts.extend([piece] if piece else [])
-            continue
-        for pattern, make in _TAGS:
-            if found := pattern.fullmatch(piece):
-                parts.append(make(found))
-                break
-        else:
-            raise GrammarError(
-                f"{where}: <{piece}> is not one of the notations that the file's head explains"
-            )
-    return tuple(parts)
-
-
-def _option(rule: str, names: list[str], line: str) -> Option:
-    weight, text = re.fullmatch(r"(?:(\d+)x )?(.*)", line.strip()).groups()
-    text, *cells = (cell.strip() for cell in text.split(" | "))
-    where = f"rule {rule}, option {text!r}"
-    if len(cells) != len(names):
-        raise GrammarError(f"{where}: {len(cells)} columns, expected {len(names)}: {', '.join(names)}")
-    columns = {name: _parts(cell, where) for name, cell in zip(names, cells)}
-    if "she" in columns:
-        columns.update({key: (value,) for key, value in _PRONOUNS[columns.pop("she")[0]].items()})
-    parts = _parts(text, where)
-    if not parts:
-        raise GrammarError(f"{where}: an empty option cannot be read back")
-    return Option(f"{rule}/{text}", int(weight or 1), parts, {"": parts, **columns})
-
-
-def read_grammar(text: str) -> dict[str, Rule]:
-    """Rules from the grammar's notation. Raises GrammarError."""
-    rules: dict[str, Rule] = {}
-    name, names, options = "", [], []
-    for line in [*text.splitlines(), "end_of_file"]:
-        if not line.strip() or line.startswith("#"):
-            continue
-        if line.startswith(" "):
-            options.append(_option(name, names, line))
-            continue
-        if options:
-            rules[name] = Rule(name, options)
-        head = re.fullmatch(r"(\w\w+)(?: \(([\w, ]+)\))?", line)
-        if not head or head[1] in rules:
-            raise GrammarError(f"{line!r}: a rule needs a name of its own, of two letters or more")
-        name, names, options = head[1], (head[2] or "").replace(" ", "").split(",") if head[2] else [], []
-    return rules
 
 
 def _made_rules() -> str:
@@ -217,6 +81,8 @@ def _made_rules() -> str:
             numbers("small", range(21), "="),
             numbers("factor", range(2, 10), "*"),
             numbers("times", range(2, 10), "="),
+            numbers("count_one", range(10, 60), ""),
+            numbers("count_two", range(10, 40), ""),
             lines("sums", "<sum>\\n", _SUMS, 15),
             lines("names", "<name>", _NAMES, 8),
         ]
@@ -224,8 +90,8 @@ def _made_rules() -> str:
 
 
 def _hero_rule(rules: dict[str, Rule]) -> Rule:
-    """All heroes' names in one rule, each as likely as when its kind is chosen first."""
-    kinds = rules["kind"].options
+    """All known names of heroes in one rule, each as likely as when its kind is chosen first."""
+    kinds = [k for k in rules["kind"].options if all(o.text for o in rules[k.columns["names"][0]].options)]
     scale = math.lcm(*(rules[kind.columns["names"][0]].total for kind in kinds))
     heroes = []
     for kind in kinds:
@@ -239,191 +105,33 @@ def _hero_rule(rules: dict[str, Rule]) -> Rule:
     return Rule("hero", heroes)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# What is done with a grammar: write, measure, read
-
-
-class Measure(NamedTuple):
-    """Exact expectations of a text: its entropy in nats, and its bytes."""
-
-    nats: float
-    size_bytes: float
-
-
-class Grammar:
-    """Rules that can write documents, measure them without sampling, and read them back."""
-
-    def __init__(self, rules: dict[str, Rule]):
-        self.rules = rules
-        self._measured: dict = {}
-
-    # Writing ---------------------------------------------------------------------------------------------
-
-    def write(self, parts: tuple, draw: Callable[[], int]) -> str:
-        """One text, choosing with `draw`, which returns independent uniform integers below 2^32."""
-        out: list[str] = []
-        self._write(parts, {}, draw, out)
-        return "".join(out)
-
-    def _write(self, parts: tuple, memory: dict[str, Option], draw: Callable, out: list[str]) -> None:
-        for part in parts:
-            kind = part.__class__
-            if kind is str:
-                out.append(part)
-            elif kind is Recall:
-                self._write(memory[part.var].columns[part.column], memory, draw, out)
-            elif kind is Arithmetic:
-                out.append(part.text(memory[part.left], memory[part.right]))
-            else:
-                rule = self.rules[part.rule if kind is Choice else memory[part.var].columns[part.column][0]]
-                number = draw()
-                while number >= rule.limit:
-                    number = draw()
-                option = rule.table[number % rule.total]
-                if part.bind:
-                    memory[part.bind] = option
-                # What an option's text binds is forgotten after it.
-                self._write(option.parts, dict(memory) if option.binds else memory, draw, out)
-
-    # Measuring -------------------------------------------------------------------------------------------
-
-    def measure(self, rule: str) -> Measure:
-        """Exact expected entropy and size of a text of `rule`, which uses no variables bound outside."""
-        return self._measure_rule(self.rules[rule], {})
-
-    def _measure_rule(self, rule: Rule, memory: dict[str, tuple]) -> Measure:
-        """`memory`: variable -> the options it may remember with their probabilities; all independent."""
-        key = (rule.name, *sorted((var, id(beliefs)) for var, beliefs in memory.items()))
-        if key not in self._measured:
-            inner = [(rule.probability(o), self._measure(o.parts, 0, memory)) for o in rule.options]
-            self._measured[key] = (
-                _mean(inner, rule.entropy),
-                memory,
-            )  # memory is kept, so that ids stay taken
-        return self._measured[key][0]
-
-    def _measure(self, parts: tuple, start: int, memory: dict[str, tuple]) -> Measure:
-        nats, size = 0.0, 0.0
-        for index in range(start, len(parts)):
-            part = parts[index]
-            if isinstance(part, str):
-                size += len(part.encode())
-                continue
-            if isinstance(part, Arithmetic):
-                pairs = [
-                    (p * q, part.text(a, b)) for p, a in memory[part.left] for q, b in memory[part.right]
-                ]
-                size += math.fsum(p * len(text) for p, text in pairs)
-                continue
-            if isinstance(part, Choice):
-                rule = self.rules[part.rule]
-                found = self._measure_rule(rule, memory)
-                if part.bind:
-                    memory = {**memory, part.bind: self._beliefs(rule)}
-            elif isinstance(part, Recall):
-                found = _mean(
-                    [(p, self._measure(o.columns[part.column], 0, memory)) for p, o in memory[part.var]]
-                )
-                if found.nats:
-                    raise GrammarError(f"column {part.column} of {part.var} makes a choice; only texts may")
-            else:  # given what var is, the rule is known, and so is what the bound variable may be
-                cases = []
-                for p, option in memory[part.var]:
-                    rule = self.rules[option.columns[part.column][0]]
-                    given = {**memory, part.var: self._certain(option)}
-                    case = self._measure_rule(rule, given)
-                    if part.bind:
-                        rest = self._measure(parts, index + 1, {**given, part.bind: self._beliefs(rule)})
-                        case = Measure(case.nats + rest.nats, case.size_bytes + rest.size_bytes)
-                    cases.append((p, case))
-                found = _mean(cases)
-                if part.bind:
-                    return Measure(nats + found.nats, size + found.size_bytes)
-            nats, size = nats + found.nats, size + found.size_bytes
-        return Measure(nats, size)
-
-    @cache  # noqa: B019 - the object lives as long as the program
-    def _beliefs(self, rule: Rule) -> tuple:
-        return tuple((rule.probability(option), option) for option in rule.options)
-
-    @cache  # noqa: B019
-    def _certain(self, option: Option) -> tuple:
-        return ((1.0, option),)
-
-    # Reading ---------------------------------------------------------------------------------------------
-
-    def derivations(self, parts: tuple, text: str) -> Iterator[tuple[float, tuple]]:
-        """All ways in which `parts` can write `text`, or a longer text that begins with `text`.
-
-        Yields the log-probability of each and its choices as (rule, option number) pairs. The probabilities
-        add up to that of a text with this beginning, whatever follows.
-        """
-        # A state: place in the text; what is still to be read, as a linked list of (parts, index, memory, rest);
-        # log-probability; choices so far, as a linked list.
-        agenda: list = [(0, (parts, 0, {}, None), 0.0, None)]
-        while agenda:
-            place, todo, log_p, choices = agenda.pop()
-            while todo is not None and todo[1] == len(todo[0]):
-                todo = todo[3]
-            if place == len(text):
-                yield log_p, _unlink(choices)
-                continue
-            if todo is None:
-                continue
-            parts, index, memory, rest = todo
-            part = parts[index]
-            if isinstance(part, (str, Recall, Arithmetic)):
-                wanted = self._fixed(part, memory)
-                if text.startswith(wanted[: len(text) - place], place):
-                    after = (parts, index + 1, memory, rest)
-                    agenda.append((min(place + len(wanted), len(text)), after, log_p, choices))
-                continue
-            rule = self.rules[
-                part.rule if isinstance(part, Choice) else memory[part.var].columns[part.column][0]
-            ]
-            for number, option in enumerate(rule.options):
-                first = option.parts[0]
-                if isinstance(first, str) and not text.startswith(first[: len(text) - place], place):
-                    continue
-                kept = {**memory, part.bind: option} if part.bind else memory
-                after = (option.parts, 0, kept, (parts, index + 1, kept, rest))
-                p = math.log(rule.probability(option))
-                agenda.append((place, after, log_p + p, (choices, (rule.name, number))))
-
-    def _fixed(self, part, memory: dict[str, Option]) -> str:
-        """The text of a part that makes no choice."""
-        if isinstance(part, str):
-            return part
-        if isinstance(part, Arithmetic):
-            return part.text(memory[part.left], memory[part.right])
-        return "".join(self._fixed(inner, memory) for inner in memory[part.var].columns[part.column])
-
-
-def _mean(cases: list[tuple[float, Measure]], nats: float = 0.0) -> Measure:
-    return Measure(
-        nats + math.fsum(p * m.nats for p, m in cases), math.fsum(p * m.size_bytes for p, m in cases)
+def _syllable_rule(name: str, onsets: Rule, vowels: Rule) -> Rule:
+    """Each onset with each vowel, as likely as when they are chosen one after the other."""
+    return Rule(
+        name,
+        [
+            Option(f"{name}/{o.text}{v.text}", o.weight * v.weight, (o.text + v.text,), {})
+            for o in onsets.options
+            for v in vowels.options
+        ],
     )
 
 
-def _unlink(choices) -> tuple:
-    flat = []
-    while choices is not None:
-        choices, choice = choices
-        flat.append(choice)
-    return tuple(reversed(flat))
-
-
-@lru_cache(maxsize=1)
+@cache
 def grammar() -> Grammar:
     """The grammar of the embedded corpus."""
     rules = read_grammar(GRAMMAR_FILE.read_text(encoding="utf-8") + "\n" + _made_rules())
     rules["hero"] = _hero_rule(rules)
+    for syllable, onset in (("Syllable", "Onset"), ("syllable", "onset")):
+        rules[syllable] = _syllable_rule(syllable, rules[onset], rules["vowel"])
+    for name in ("Onset", "onset", "vowel"):  # alone they are no prefix code: S, St
+        del rules[name]
     return Grammar(rules)
 
 
 def grammar_hash() -> str:
     """Hash of all that decides which documents a seed gives."""
-    made = f"{GRAMMAR_FILE.read_text(encoding='utf-8')}\n{_made_rules()}\n{_PRONOUNS}\nsplitmix64 1"
+    made = f"{GRAMMAR_FILE.read_text(encoding='utf-8')}\n{_made_rules()}\nnotation 1, splitmix64"
     return hashlib.sha256(made.encode()).hexdigest()
 
 
@@ -482,7 +190,7 @@ def iter_documents(
     if domain is not None:
         start = _domain_option(domain).parts
     for draw in _draws(seed, _STREAMS.get(stream, stream), first):
-        yield known.write(start, draw)[: -len(_END)]
+        yield known.write(start, draw)[: -len(END)]
 
 
 def _domain_option(domain: str) -> Option:
@@ -517,7 +225,7 @@ def log_prob(document: str | bytes, domain: str | None = None, *, whole: bool = 
     """
     start = (Choice("document", None),) if domain is None else _domain_option(domain).parts
     text = document if isinstance(document, str) else document.decode("latin-1")
-    logs = [log_p for log_p, _ in grammar().derivations(start, text + _END * whole)]
+    logs = [log_p for log_p, _ in grammar().derivations(start, text + END * whole)]
     if not logs:
         return -math.inf
     top = max(logs)
@@ -588,7 +296,7 @@ def _write_part(folder: Path, part: str, size: int, seed: int) -> dict:
     """Write one part as a shard of bytes and as text; returns its entry in corpus.json."""
     pieces, count, total = [], 0, 0
     for document in iter_documents(seed, stream=part):
-        pieces.append(f"{_END}{document}")
+        pieces.append(f"{END}{document}")
         count, total = count + 1, total + len(pieces[-1])
         if total >= size:
             break
@@ -663,9 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Make the embedded corpus: stories, sums and names from a grammar whose entropy is known.",
     )
     parser.add_argument("--out", metavar="DIR", help="write shards, text and corpus.json there")
-    parser.add_argument(
-        "--train-bytes", type=int, default=TRAIN_BYTES, metavar="N", help="default: %(default)s"
-    )
+    parser.add_argument("--train-bytes", type=int, default=TRAIN_BYTES, metavar="N", help="default: %(default)s")
     parser.add_argument("--val-bytes", type=int, default=VAL_BYTES, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--entropy", action="store_true", help="print the exact entropy, by domain")
@@ -691,12 +397,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"data.corpus: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
             return 3
         for part, file in (("train", found.train_files), ("val", found.val_files)):
-            print(
-                f"{file}: {found.info[part]['bytes']:,} bytes in {found.info[part]['documents']:,} documents"
-            )
-        print(
-            f"entropy {found.info['entropy_nats_per_byte']:.6f} nats per byte ({time.perf_counter() - start:.1f} s)"
-        )
+            print(f"{file}: {found.info[part]['bytes']:,} bytes in {found.info[part]['documents']:,} documents")
+        print(f"entropy {found.info['entropy_nats_per_byte']:.6f} nats per byte ({time.perf_counter() - start:.1f} s)")
     return 0
 
 

@@ -25,9 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _COPY_BYTES = 4 << 20  # one read of a download
-_SCHEME = re.compile(
-    r"^([A-Za-z][A-Za-z0-9+.\-]+)(::|://)"
-)  # two letters or more: C:\ is a drive, not a scheme
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+)(::|://)")  # two letters or more: C:\ is a drive, not a scheme
 
 
 class PathError(ValueError):
@@ -48,16 +46,12 @@ def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
     """
     if isinstance(patterns, (str, os.PathLike)):
         text = os.fspath(patterns)
-        patterns = (
-            [text] if os.path.exists(text) else [part.strip() for part in text.split(",") if part.strip()]
-        )
+        patterns = [text] if os.path.exists(text) else [part.strip() for part in text.split(",") if part.strip()]
     files: list[str] = []
     for pattern in map(os.fspath, patterns):
         matches = _matches(pattern)
         if not matches:
-            raise PathError(
-                f"{pattern}: no such file, or no file matches this pattern (searched from {os.getcwd()})"
-            )
+            raise PathError(f"{pattern}: no such file, or no file matches this pattern (searched from {os.getcwd()})")
         files.extend(matches)
     if not files:
         raise PathError("no files were named")
@@ -70,9 +64,7 @@ def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
 def _matches(pattern: str) -> list[str]:
     if not is_remote(pattern):
         local = _local(pattern)
-        return (
-            [local] if os.path.exists(local) else sorted(p for p in glob.glob(local) if not os.path.isdir(p))
-        )
+        return [local] if os.path.exists(local) else sorted(p for p in glob.glob(local) if not os.path.isdir(p))
     with _blamed(pattern):
         file_system, path = _file_system(pattern)
         if not any(mark in path for mark in "*?["):
@@ -120,11 +112,7 @@ def fetch(path: str) -> Path:
         file_system, inner = _file_system(path)
         info = file_system.info(inner)
         mark = next(
-            (
-                info[key]
-                for key in ("ETag", "etag", "generation", "LastModified", "mtime", "created")
-                if info.get(key)
-            ),
+            (info[key] for key in ("ETag", "etag", "generation", "LastModified", "mtime", "created") if info.get(key)),
             "",
         )
         key = hashlib.sha256(f"{path}\n{info['size']}\n{mark}".encode()).hexdigest()[:24]

@@ -75,8 +75,7 @@ def read_header(path: str | os.PathLike) -> ShardInfo:
 def _check_header(path: str, header: bytes, size: int) -> ShardInfo:
     if len(header) < HEADER_BYTES:
         raise ShardError(
-            f"{path}: {size} bytes, too short for the {HEADER_BYTES}-byte header of a token shard"
-            f"{_guess(header)}"
+            f"{path}: {size} bytes, too short for the {HEADER_BYTES}-byte header of a token shard{_guess(header)}"
         )
     magic, version, count = (int(x) for x in np.frombuffer(header, dtype="<i4", count=3))
     if magic != MAGIC:
@@ -89,8 +88,7 @@ def _check_header(path: str, header: bytes, size: int) -> ShardInfo:
     if size != expected:
         what = "cut short" if size < expected else "longer than it should be"
         raise ShardError(
-            f"{path}: {what}: the header counts {count} tokens, which takes {expected} bytes, "
-            f"but the file has {size}"
+            f"{path}: {what}: the header counts {count} tokens, which takes {expected} bytes, but the file has {size}"
         )
     return ShardInfo(path, count)
 
@@ -215,9 +213,7 @@ class _OpenShard:
         self.stamp = self._stamp()
         found = _check_header(info.path, os.pread(self.file, HEADER_BYTES, 0), self.stamp[0])
         if found.num_tokens != info.num_tokens:
-            raise ShardError(
-                f"{info.path}: had {info.num_tokens} tokens when the run began, now {found.num_tokens}"
-            )
+            raise ShardError(f"{info.path}: had {info.num_tokens} tokens when the run began, now {found.num_tokens}")
 
     def _stamp(self) -> tuple[int, int]:
         status = os.fstat(self.file)
@@ -235,11 +231,7 @@ class _OpenShard:
             raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
         size, _ = now = self._stamp()
         if wanted or now != self.stamp:
-            how = (
-                f"from {self.stamp[0]} to {size} bytes"
-                if size != self.stamp[0]
-                else "its time of writing moved"
-            )
+            how = f"from {self.stamp[0]} to {size} bytes" if size != self.stamp[0] else "its time of writing moved"
             raise ShardError(
                 f"{path}: the file changed while it was being read ({how}); put the original back and "
                 "resume from the last checkpoint"
@@ -284,8 +276,7 @@ class TokenStream:
     ):
         if sequence_tokens < 1 or sequences_per_step < 1:
             raise ShardError(
-                f"{sequences_per_step} sequences of {sequence_tokens} tokens make no step; both must be "
-                "at least 1"
+                f"{sequences_per_step} sequences of {sequence_tokens} tokens make no step; both must be at least 1"
             )
         try:
             self.shards = [read_header(path) for path in paths.expand(files)]
@@ -299,9 +290,7 @@ class TokenStream:
         self._first_step = np.cumsum([0, *usable])  # of each shard, with drop_shard_tail
         self._first_token = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])
         # Whole steps in one pass over the data. Only with drop_shard_tail does the next pass begin at a step.
-        self.steps_per_epoch = (
-            int(self._first_step[-1]) if drop_shard_tail else (self.num_tokens - 1) // step_tokens
-        )
+        self.steps_per_epoch = int(self._first_step[-1]) if drop_shard_tail else (self.num_tokens - 1) // step_tokens
         if self.steps_per_epoch < 1:
             raise ShardError(
                 f"{self._names()}: {self.num_tokens} tokens are too few for one step of "
@@ -329,9 +318,7 @@ class TokenStream:
     def window(self, step: int, sequence: int) -> np.ndarray:
         """The T + 1 tokens (uint16) of one sequence of one step, checked against the vocabulary."""
         if not 0 <= sequence < self.sequences_per_step or step < 0:
-            raise IndexError(
-                f"step {step}, sequence {sequence}: a step has {self.sequences_per_step} sequences"
-            )
+            raise IndexError(f"step {step}, sequence {sequence}: a step has {self.sequences_per_step} sequences")
         if not self.cycle and step >= self.steps_per_epoch:
             raise ShardError(
                 f"{self._names()}: step {step} asks for more than the {self.num_tokens} tokens there are; "
@@ -383,9 +370,7 @@ class TokenStream:
 
             threading.Thread(target=download, name="shard-download", daemon=True).start()
 
-    def prefetch(
-        self, order: Iterable[tuple[int, int]], *, depth: int = 4, pin_memory: bool = False
-    ) -> Iterator:
+    def prefetch(self, order: Iterable[tuple[int, int]], *, depth: int = 4, pin_memory: bool = False) -> Iterator:
         """Yield CPU tensors (inputs_T int32, targets_T int64) for each (step, sequence) of `order`.
 
         A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to
