@@ -402,7 +402,7 @@ def _run_leaderboard(options: argparse.Namespace) -> int:
     return Exit.PASS
 
 
-_REPORT_HELP = """A report on one or more series: Markdown for a pull request, and one HTML file with all pictures in it.
+_REPORT_HELP = """A report on one or more series: Markdown for a pull request, and one HTML file with its pictures.
 
 Without --html and --markdown the Markdown is printed. Exit code 0: every series passes at alpha; 1: some do not."""
 

@@ -133,8 +133,7 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
                 cell(entry.threshold, "g"), "-" if entry.p_value is None else p_text(entry.p_value),
             ]
         )  # fmt: skip
-    header = ["series", "evidence", "passes", "runs", "steps", "time (s)", "sd", "p above", "mean loss", "sd", "p above",
-              "threshold", "p"]  # fmt: skip
+    header = "series,evidence,passes,runs,steps,time (s),sd,p above,mean loss,sd,p above,threshold,p".split(",")
     legend = (
         f"passes: one-sided t-test that the mean loss is below the threshold, at alpha {alpha:g}. "
         "p above: against the row above (Welch, two-sided, Holm-corrected); a large one is no evidence of a "

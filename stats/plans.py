@@ -283,7 +283,7 @@ def pilot_facts(sample: Sample) -> dict:
     high = sigma * math.sqrt((n - 1) / float(scipy.stats.chi2.ppf(0.1, n - 1)))
     facts = {"sigma": sigma, "sigma_source": f"{n} runs of {sample.name}; below {high:.3g} with 90 % confidence"}
     if sample.times_s:
-        facts["seconds_per_run"] = float(np.mean(sample.times_s))
+        facts["seconds_per_run"] = sum(sample.times_s) / len(sample.times_s)
     slope = curve(sample.runs, float(x.mean())).slope_per_step
     return facts | ({"loss_per_step": slope} if slope else {})
 

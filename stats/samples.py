@@ -120,7 +120,8 @@ def mixture(runs: Sequence[Run]) -> list[str]:
         ("programs (code hash)", lambda run: run.code_hash and run.code_hash[:12]),
         ("configurations (config hash)", lambda run: run.config_hash and run.config_hash[:12]),
         ("data (data hash)", lambda run: run.data_hash and run.data_hash[:12]),
-        ("presets", lambda run: ((run.sidecar or {}).get("config") or {}).get("preset")),
+        ("presets", lambda run: run.preset),
+        ("sets of validation steps", _validation_steps),
     ):
         groups: dict[object, list[Run]] = {}
         for run in runs:
@@ -129,6 +130,11 @@ def mixture(runs: Sequence[Run]) -> list[str]:
             parts = [f"{'unknown' if value is None else value} in {_names(group)}" for value, group in groups.items()]
             found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
     return found
+
+
+def _validation_steps(run: Run) -> str:
+    steps = [point.step for point in run.validations]
+    return f"{len(steps)} up to {steps[-1]}" if steps else "none"
 
 
 def reason_left_out(launch: Launch | None) -> str | None:

@@ -65,9 +65,8 @@ class Series:
         on."""
         if self.record and isinstance(self.record.get("threshold"), (int, float)):
             return float(self.record["threshold"])
-        targets = {(run.sidecar or {}).get("config", {}).get("target_loss") for run in self.runs}
-        target = targets.pop() if len(targets) == 1 else None
-        return float(target) if isinstance(target, (int, float)) else None
+        targets = {run.target_loss for run in self.runs}
+        return targets.pop() if len(targets) == 1 else None
 
     @property
     def stop_step(self) -> int | None:
@@ -239,6 +238,7 @@ def _logs(folder: Path) -> list[Path]:
 def _with_sidecar(run: Run, beside: dict) -> Run:
     """`run` with the facts that its log leaves out filled in from the JSON beside it."""
     environment = beside.get("environment") if isinstance(beside.get("environment"), dict) else {}
+    config = beside.get("config") if isinstance(beside.get("config"), dict) else {}
     known = {
         "seed": beside.get("seed"),
         "config_hash": beside.get("config_hash"),
@@ -251,6 +251,8 @@ def _with_sidecar(run: Run, beside: dict) -> Run:
         "python": environment.get("python"),
         "hardware": environment.get("hardware"),
         "world_size": environment.get("world_size"),
+        "preset": config.get("preset"),
+        "target_loss": config.get("target_loss"),
     }
     missing = {key: value for key, value in known.items() if value is not None and getattr(run, key) is None}
     return replace(run, sidecar=beside, **missing)

@@ -256,6 +256,8 @@ def _numbers(series: Series, sample: Sample | None) -> Iterator[Finding]:
     mean = statistics.fmean(sample.losses)
     if not any(math.isclose(float(n), mean, abs_tol=1.01 * 10.0 ** -len(n.partition(".")[2])) for n in numbers):
         yield Finding("README", "D", f"README.md does not say the mean loss of the logs, {mean:.6f}")
+    else:
+        yield Finding("README", "A", f"README.md says the mean loss of the logs, {mean:.6f}")
     missing = [p.loss for p in sample.finals if not any(math.isclose(float(n), p.loss, abs_tol=5e-5) for n in numbers)]
     if missing and len(missing) < len(sample.finals):
         yield Finding(

@@ -54,9 +54,7 @@ def test_likelihood_ratio_against_independent_digits(n, effect):
             n,
             effect,
         )
-        assert math.isclose(
-            _ratio_by_integral(t, n, effect * math.sqrt(n)), exact, rel_tol=1e-9, abs_tol=1e-9
-        )
+        assert math.isclose(_ratio_by_integral(t, n, effect * math.sqrt(n)), exact, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def test_likelihood_ratio_where_the_library_underflows():
@@ -133,9 +131,7 @@ def test_errors_stay_below_alpha_and_beta(settings_):
     plan = make_plan(**TRACK, **settings_)
     at_threshold, at_margin = simulate(plan, 2.92, 4000, seed=2), simulate(plan, 2.9194, 4000, seed=3)
     assert at_threshold.accepted <= 0.01 + 3 * 0.0016
-    assert (
-        at_margin.accepted >= 1 - plan.beta - 0.03
-    )  # group-sequential: futility and t cost up to three points
+    assert at_margin.accepted >= 1 - plan.beta - 0.03  # group-sequential: futility and t cost up to three points
 
 
 @pytest.mark.slow
