@@ -122,6 +122,7 @@ def grammar() -> Grammar:
     """The grammar of the embedded corpus."""
     rules = read_grammar(GRAMMAR_FILE.read_text(encoding="utf-8") + "\n" + _made_rules())
     rules["hero"] = _hero_rule(rules)
+    rules["friends_any"] = Rule("friends_any", [*rules["friends_she"].options, *rules["friends_he"].options])
     for syllable, onset in (("Syllable", "Onset"), ("syllable", "onset")):
         rules[syllable] = _syllable_rule(syllable, rules[onset], rules["vowel"])
     for name in ("Onset", "onset", "vowel"):  # alone they are no prefix code: S, St
