@@ -52,7 +52,9 @@ from kernels.attention import implementation as attention_implementation
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
+from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
+from kernels.runtime import triton
 from records.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -308,11 +310,6 @@ def muon_momentum_at(step: int, config: Config) -> float:
 
 # -------------------------------------------------------------------------------------------------------------
 # Model
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without a gain (Zhang and Sennrich 2019)."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 def next_multiple(value: int, of: int) -> int:
@@ -934,8 +931,6 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int) -> 
 
 def describe_environment(config: Config, device: torch.device, model: GPT, data_hash: str) -> dict:
     """What the log and the JSON say of machine, software, code and data; the host appears as a hash only."""
-    import triton
-
     cuda = device.type == "cuda"
     world = dist.get_world_size() if dist.is_initialized() else 1
     sample_tensor = torch.empty(0, device=device, dtype=getattr(torch, config.dtype))

@@ -1,0 +1,45 @@
+"""RMS norm over the last axis, without a gain (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    y = x * r,   r = 1 / sqrt(mean(x^2) + eps),   eps = torch.finfo(x.dtype).eps, the framework's default
+    dx = r * (dy - y * mean(dy * y))
+
+On a GPU this is left to torch.compile, which fuses it with its neighbours. Run eagerly on a CPU, torch's own function
+is a row of elementwise operations, each a pass over memory and an entry in the autograd graph; written out with its
+derivative it takes a third of the time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm_reference(x: torch.Tensor) -> torch.Tensor:
+    """The definition, by torch."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Forward and derivative in as few passes as torch's operations allow: three and three."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = r.square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
+        y = x * r
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, r = ctx.saved_tensors
+        mean = torch.linalg.vecdot(dy, y).unsqueeze(-1).div_(-y.size(-1))
+        return torch.addcmul(dy, y, mean).mul_(r)
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis; any shape and floating dtype, differentiable once."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    if x.device.type == "cpu" and wide and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
+    return rms_norm_reference(x)
