@@ -800,8 +800,14 @@ class RunLog:
     def line(self, text: str, *, echo: bool = True) -> None:
         """Append to the log, and print it."""
         if self.file is not None:
-            self.file.write(text + "\n")
-            self.file.flush()
+            try:
+                self.file.write(text + "\n")
+                self.file.flush()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self.file.close()  # tries to write what is left; without this it would complain at exit
+                self.file = None
+                raise OSError(error.errno, error.strerror, str(self.text_path)) from error
         if echo:
             say(text)
 
@@ -818,7 +824,7 @@ class RunLog:
             gone += beyond
             if not beyond:
                 kept.append(text)
-        how = f"resumed from the checkpoint of step {step}" if step >= 0 else "started again, there is no checkpoint"
+        how = f"resumed from the checkpoint of step {step}" if step >= 0 else "no checkpoint: from the beginning"
         note = f"{how}; lines of later steps taken out: {gone}"
         with atomic_file(self.text_path, "w") as file:
             file.write(header + "=" * 100 + "\n" + "\n".join([*kept, note]) + "\n")
