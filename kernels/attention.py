@@ -284,11 +284,11 @@ class Tile(NamedTuple):
     descriptors: bool = False
 
 
-#: (device kind, kernel, bytes an element) -> tile, for head widths up to 128. Kinds: `device_kind`. A
-#: missing entry falls back to ("default", ...), which fits the 64 KiB of shared memory that every supported
-#: device has. Hopper's forward and dq tiles let two or more programs share a multiprocessor, so that the
-#: exponentials of one hide under the products of another. None has been timed on a GPU yet; `python -m
-#: bench.attention --tune` would.
+#: (device kind, kernel, bytes an element) -> tile, for head widths up to 128. Kinds: `device_kind`. A missing
+#: entry falls back to ("default", ...), which fits the 64 KiB of shared memory that every supported device has.
+#: Hopper's are the largest whose hot loops do not spill: 128 rows of queries halve the second-level cache's
+#: traffic of 64, which at 500 TFLOP/s would be 8 TB/s. None has been timed on a GPU yet:
+#: `python -m bench.attention --tune` times CANDIDATES there.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("default", "forward", 2): Tile(64, 64, 4, 2),
     ("default", "dq", 2): Tile(64, 32, 4, 2),
@@ -299,8 +299,8 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("sm_80", "forward", 2): Tile(128, 64, 8, 2),
     ("sm_80", "dq", 2): Tile(128, 32, 8, 2),
     ("sm_80", "dkdv", 2): Tile(32, 128, 8, 2),
-    ("sm_90", "forward", 2): Tile(64, 64, 4, 2, True),
-    ("sm_90", "dq", 2): Tile(64, 64, 4, 2, True),
+    ("sm_90", "forward", 2): Tile(128, 128, 8, 2, True),
+    ("sm_90", "dq", 2): Tile(128, 64, 8, 2, True),
     ("sm_90", "dkdv", 2): Tile(64, 128, 8, 2, True),
     ("sm_100", "forward", 2): Tile(128, 64, 8, 2, True),
     ("sm_100", "dq", 2): Tile(128, 64, 8, 2, True),
@@ -308,6 +308,13 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("gfx942", "forward", 2): Tile(128, 64, 4, 1),
     ("gfx942", "dq", 2): Tile(64, 32, 4, 1),
     ("gfx942", "dkdv", 2): Tile(32, 64, 4, 1),
+}
+
+#: What `--tune` tries, by kernel, with and without descriptors: (block_m, block_n, warps, stages).
+CANDIDATES = {
+    "forward": ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2)),
+    "dq": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 32, 4, 2)),
+    "dkdv": ((64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
 }
 
 
@@ -518,8 +525,9 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, ro
         o_j = key + tl.arange(0, BN)
         m_ji = (o_i[None, :] >= o_j[:, None]) & (o_i[None, :] < b_end[:, None])
         b_p = tl.where(m_ji, b_p, 0.0)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    # dv before dp: the other order holds one more tile in registers and spills
     b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv

@@ -78,6 +78,7 @@ class Numeric(NamedTuple):
     keep_float32: tuple[str, ...] = ()
     quick: bool = True
     tolerance: float = 1.0  # factor on TOLERANCE, with a comment in the family file that says why
+    least_scale: float = 0.0  # TOLERANCE is relative to at least this, for outputs that cancel to nearly nothing
 
 
 class Launch(NamedTuple):

@@ -270,21 +270,24 @@ def checked() -> Iterator[Watch]:
             handles.origin = self.base.origin
             return handles, masks
 
-        def load(self, pointer, mask, *rest, original=builder.create_masked_load):
-            watch.access("load", pointer, mask)
-            return original(self, pointer, mask, *rest)
+        loads, stores = builder.create_masked_load, builder.create_masked_store
+        modifies, swaps = builder.create_atomic_rmw, builder.create_atomic_cas
 
-        def store(self, pointer, value, mask, *rest, original=builder.create_masked_store):
-            watch.access("store", pointer, mask)
-            return original(self, pointer, value, mask, *rest)
+        def load(self, ptrs, mask, *rest, **named):
+            watch.access("load", ptrs, mask)
+            return loads(self, ptrs, mask, *rest, **named)
 
-        def read_modify_write(self, op, pointer, value, mask, *rest, original=builder.create_atomic_rmw):
-            watch.access("atomic", pointer, mask)
-            return original(self, op, pointer, value, mask, *rest)
+        def store(self, ptrs, value, mask, *rest, **named):
+            watch.access("store", ptrs, mask)
+            return stores(self, ptrs, value, mask, *rest, **named)
 
-        def compare_and_swap(self, pointer, *rest, original=builder.create_atomic_cas):
-            watch.access("atomic", pointer, None)
-            return original(self, pointer, *rest)
+        def read_modify_write(self, op, ptr, value, mask, *rest, **named):
+            watch.access("atomic", ptr, mask)
+            return modifies(self, op, ptr, value, mask, *rest, **named)
+
+        def compare_and_swap(self, ptr, *rest, **named):
+            watch.access("atomic", ptr, None)
+            return swaps(self, ptr, *rest, **named)
 
         def set_program(self, x, y, z, original=builder.set_grid_idx):
             watch.program = (x * _GRID + y) * _GRID + z

@@ -50,7 +50,7 @@ def check_case(module: ModuleType, case: Numeric, dtype: torch.dtype, seed: int 
             raise KernelFault(f"{name} is {result.dtype} {tuple(result.shape)}, but the reference "
                               f"{same[name].dtype} {tuple(truth[name].shape)}")
         true = truth[name].detach()
-        scale = true.abs().max().item()
+        scale = max(true.abs().max().item(), case.least_scale)
         error = (result.detach().double() - true).abs().max().item()
         usual = (same[name].detach().double() - true).abs().max().item()
         allowed = 2 * usual + TOLERANCE[dtype] * case.tolerance * scale
