@@ -9,8 +9,7 @@ choices; only how long a text is and which choices come next depend on earlier o
 sampling:
 
 - the entropy of a document, the expected sum of its choices' entropies (`Grammar.measure`), because no
-document has
-  two derivations;
+  document has two derivations (`Grammar.conflicts`);
 - the expected number of bytes of a document;
 - the probability of a given text, by reading it with the grammar (`log_prob`).
 
@@ -279,8 +278,11 @@ def ensure_corpus(
         "train_bytes": train_bytes,
         "val_bytes": val_bytes,
     }
+    info = _intact(folder, wanted)  # before anything is written: the folder may be read-only
+    if info is not None:
+        return _corpus_paths(folder, info)
     with paths.locked(folder / ".lock"):
-        info = _intact(folder, wanted)
+        info = _intact(folder, wanted)  # another process may have been quicker
         if info is None:
             info = dict(wanted)
             (folder / "corpus.json").unlink(missing_ok=True)
@@ -290,6 +292,10 @@ def ensure_corpus(
             info["domains"] = {name: _domain_facts(name) for name in DOMAINS}
             with paths.atomic_file(folder / "corpus.json", "w") as file:
                 json.dump(info, file, indent=1)
+    return _corpus_paths(folder, info)
+
+
+def _corpus_paths(folder: Path, info: dict) -> CorpusPaths:
     return CorpusPaths(str(folder / "train_000000.bin"), str(folder / "val_000000.bin"), info)
 
 
