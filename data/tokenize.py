@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -320,8 +321,6 @@ _worker: Callable | None = None
 
 def _start_worker(name: str, vocab: str | None) -> None:
     global _worker
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     _worker = partial(encode_batch, encoder=make_encoder(name, vocab), end_of_text=ENCODINGS[name][1])
 
@@ -650,6 +649,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = _parser()
@@ -661,7 +671,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.max_tokens is not None and options.max_tokens < 1:
         parser.error("--max-tokens must be at least 1")
     # Bytes cost less to encode than to send to another process.
-    workers = options.workers or (1 if options.encoding == "bytes" else len(os.sched_getaffinity(0)))
+    workers = options.workers or (1 if options.encoding == "bytes" else _cores())
     if workers < 1:
         parser.error("--workers must be at least 1")
     fields = {**vars(options), "workers": workers}
@@ -687,4 +697,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # end as on Ctrl-C, and clean up
     sys.exit(main())
