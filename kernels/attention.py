@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
 from kernels.runtime import INTERPRETED, implementation_of, tl, triton
 
@@ -41,12 +42,15 @@ class AttentionPlan(NamedTuple):
     end_query_BT: int32; key j is seen by the queries j .. end_query[j] - 1. Never decreases along T.
     query_order_N, key_order_N: int32; the 128-token chunks (chunk c of sequence b is b * ceil(T/128) + c) by
         falling work, for tiles of queries and of keys: the last programs to start are short.
+    band_mask: float32, what the CPU's path adds to the logits (kernels/attention_banded.py); None on a GPU, in a
+        compiled graph, or where it would be large.
     """
 
     first_key_BT: torch.Tensor
     end_query_BT: torch.Tensor
     query_order_N: torch.Tensor
     key_order_N: torch.Tensor
+    band_mask: torch.Tensor | None = None
 
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
@@ -107,11 +111,13 @@ def attention_plan(
     chunk_end = (chunk + SCHEDULE_TOKENS).clamp(max=T)
     query_work = chunk_end - first_key_BT[:, chunk]
     key_work = end_query_BT[:, chunk_end - 1] - chunk
+    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
     return AttentionPlan(
         first_key_BT.to(torch.int32),
         end_query_BT.to(torch.int32),
         query_work.flatten().argsort(descending=True, stable=True).to(torch.int32),
         key_work.flatten().argsort(descending=True, stable=True).to(torch.int32),
+        band_mask(first_key_BT) if on_cpu else None,
     )
 
 
@@ -181,93 +187,6 @@ def attention_reference(q_BTHDh, k_BTKDh, v_BTKDh, plan: AttentionPlan, *, scale
     score_BHTT = (q @ k.transpose(-1, -2)).to(wide) * scale
     score_BHTT = score_BHTT.masked_fill(~allowed_pairs(plan)[:, None], float("-inf"))
     return (score_BHTT.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-
-
-# ---- banded: the CPU's path --------------------------------------------------------------------------------
-
-
-def _bands(first_key_BT: torch.Tensor, dtype: torch.dtype):
-    """Yield (sequence, first query, end query, first key, additive mask) for each chunk of queries."""
-    T = first_key_BT.shape[1]
-    position = torch.arange(T)
-    masked = max(_MASKED, torch.finfo(dtype).min)
-    oldest = first_key_BT[:, ::SCHEDULE_TOKENS].tolist()
-    for b, row in enumerate(oldest):
-        for start, low in zip(range(0, T, SCHEDULE_TOKENS), row):
-            end = min(start + SCHEDULE_TOKENS, T)
-            keys, queries = position[low:end], position[start:end, None]
-            hidden = (keys > queries) | (keys < first_key_BT[b, start:end, None])
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, masked)
-            yield b, start, end, low, mask[None, None]
-
-
-@torch.library.custom_op("speedrun::banded_attention", mutates_args=(), device_types="cpu")
-def _banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: torch.Tensor,
-            scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each chunk of queries against its own band of keys: time in proportion to T x window, nothing T x T."""
-    B, T, H, _ = q.shape
-    group = H // k.shape[2]
-    o = torch.empty_like(q)
-    lse = torch.empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    for b, start, end, low, mask in _bands(first_key_BT, q.dtype):
-        q_c, k_c, v_c = _band_views(q, k, v, b, start, end, low, group)
-        o_c, lse_c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_c, k_c, v_c, attn_mask=mask,
-                                                                                scale=scale)
-        o[b, start:end] = o_c[0].transpose(0, 1)
-        lse[b, :, start:end] = lse_c[0]
-    return o, lse
-
-
-def _band_views(q, k, v, b, start, end, low, group):
-    """(1, H, queries or keys, Dh) views of one chunk; key heads repeated for their group of query heads."""
-    q_c, k_c, v_c = (x[b, s:end].transpose(0, 1)[None] for x, s in ((q, start), (k, low), (v, low)))
-    if group > 1:
-        k_c, v_c = (x.repeat_interleave(group, dim=1) for x in (k_c, v_c))
-    return q_c, k_c, v_c
-
-
-@torch.library.custom_op("speedrun::banded_attention_backward", mutates_args=(), device_types="cpu")
-def _banded_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
-                     lse: torch.Tensor, first_key_BT: torch.Tensor,
-                     scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `_banded`; sums over chunks in float32 and in a fixed order, so the bits repeat."""
-    group, K = q.shape[2] // k.shape[2], k.shape[2]
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
-    for b, start, end, low, mask in _bands(first_key_BT, q.dtype):
-        q_c, k_c, v_c = _band_views(q, k, v, b, start, end, low, group)
-        o_c, do_c = (x[b, start:end].transpose(0, 1)[None] for x in (o, do))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do_c, q_c, k_c, v_c, o_c, lse[b:b + 1, :, start:end], 0.0, False, attn_mask=mask, scale=scale)
-        dq[b, start:end] = grads[0][0].transpose(0, 1)
-        for total, part in ((dk, grads[1]), (dv, grads[2])):
-            total[b, low:end] += part[0].unflatten(0, (K, group)).sum(1).transpose(0, 1)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-@_banded.register_fake
-def _(q, k, v, first_key_BT, scale):
-    B, T, H, _ = q.shape
-    return torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@_banded_backward.register_fake
-def _(do, q, k, v, o, lse, first_key_BT, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _banded_setup(ctx, inputs, output):
-    q, k, v, first_key_BT, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, first_key_BT)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _banded_grad(ctx, do, _dlse):
-    q, k, v, o, lse, first_key_BT = ctx.saved_tensors
-    return *_banded_backward(do.contiguous(), q, k, v, o, lse, first_key_BT, ctx.scale), None, None
-
-
-_banded.register_autograd(_banded_grad, setup_context=_banded_setup)
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------
@@ -740,11 +659,13 @@ def attention(q_BTHDh: torch.Tensor, k_BTKDh: torch.Tensor, v_BTKDh: torch.Tenso
         o = attention_reference(q, k, v, plan, scale=scale)
     elif chosen == "flex":
         o = _flex(q, k, v, plan, scale)
+    elif chosen == "banded" and plan.band_mask is not None and q.dtype == torch.float32 and q.shape == k.shape:
+        o = chunked_attention(q, k, v, plan.band_mask, float(scale))
     elif chosen == "banded":
-        o, _ = _banded(q, k, v, plan.first_key_BT, float(scale))
+        o = banded_attention(q, k, v, plan.first_key_BT, float(scale))
     else:
         check_width(q)
-        o, _ = _attention(q.contiguous(), k.contiguous(), v.contiguous(), *plan, float(scale))
+        o, _ = _attention(q.contiguous(), k.contiguous(), v.contiguous(), *plan[:4], float(scale))
     return o.reshape(q_BTHDh.shape)
 
 

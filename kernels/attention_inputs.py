@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.norm import norm_gradient, normed
 from kernels.runtime import implementation_of, tl, triton
 
 #: The names of `attention`; all of the plain-torch ones mean the reference here.
@@ -32,6 +33,39 @@ def attention_inputs_reference(q, k, v, ve, s, cos_TR, sin_TR):
     if ve is not None:
         mixed = mixed + s[1].to(v.dtype) * ve
     return rotate(q), rotate(k), mixed
+
+
+class _Written(torch.autograd.Function):
+    """The reference with its derivative written out, for eager training on a CPU: a third of the passes.
+
+    With y = x r the normed head (kernels/norm.py), rotary is y * [cos, cos] + swap(y) * [sin, -sin], where swap
+    exchanges the halves of a head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, ve, s, cos_TR, sin_TR):
+        cos = torch.cat((cos_TR, cos_TR), dim=-1)[:, None]
+        sin = torch.cat((sin_TR, -sin_TR), dim=-1)[:, None]
+        (q_y, q_r), (k_y, k_r), (v_y, v_r) = (normed(x) for x in (q, k, v))
+        mixed = v_y * s[0] if ve is None else torch.mul(v_y, s[0]).addcmul_(ve, s[1])
+        ctx.save_for_backward(q_y, q_r, k_y, k_r, v_y, v_r, ve, s, cos, sin)
+        q, k = (torch.addcmul(y * cos, _swap(y), sin) for y in (q_y, k_y))
+        return q, k, mixed
+
+    @staticmethod
+    def backward(ctx, dq, dk, dmixed):
+        q_y, q_r, k_y, k_r, v_y, v_r, ve, s, cos, sin = ctx.saved_tensors
+        dq, dk = ((d * cos).add_(_swap(d * sin)) for d in (dq, dk))
+        flat = dmixed.reshape(-1)
+        ds_ve = flat.new_zeros(()) if ve is None else flat.dot(ve.reshape(-1))
+        ds = torch.stack([flat.dot(v_y.reshape(-1)), ds_ve])
+        dve = None if ve is None else dmixed * s[1]
+        grads = (norm_gradient(dq, q_y, q_r), norm_gradient(dk, k_y, k_r), norm_gradient(dmixed * s[0], v_y, v_r))
+        return (*grads, dve, ds.to(s.dtype), None, None)
+
+
+def _swap(x: torch.Tensor) -> torch.Tensor:
+    """The halves of the last axis exchanged."""
+    return x.roll(x.size(-1) // 2, dims=-1)
 
 
 # ---- Triton: the layer's inputs ----------------------------------------------------------------------------
@@ -271,6 +305,8 @@ def attention_inputs(q, k, v, ve, s, cos_TR, sin_TR, *, impl: str = "auto"):
     """
     chosen = implementation_of(impl, q, cpu="reference", choices=IMPLEMENTATIONS)
     _check_inputs(q, k, v, ve, s, cos_TR, sin_TR)
+    if chosen == "banded" and q.dtype == s.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return _Written.apply(q, k, v, ve, s, cos_TR, sin_TR)
     if chosen != "triton":
         return attention_inputs_reference(q, k, v, ve, s, cos_TR, sin_TR)
     check_width(q)

@@ -19,22 +19,29 @@ def rms_norm_reference(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Forward and derivative in as few passes as torch's operations allow: three and three."""
+def normed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, r) of the docstring above in three passes over x; no autograd."""
+    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    r = r.square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
+    return x * r, r
 
+
+def norm_gradient(dy: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """dx of the docstring above in three passes."""
+    mean = torch.linalg.vecdot(dy, y).unsqueeze(-1).div_(-y.size(-1))
+    return torch.addcmul(dy, y, mean).mul_(r)
+
+
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = r.square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
-        y = x * r
+        y, r = normed(x)
         ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        y, r = ctx.saved_tensors
-        mean = torch.linalg.vecdot(dy, y).unsqueeze(-1).div_(-y.size(-1))
-        return torch.addcmul(dy, y, mean).mul_(r)
+        return norm_gradient(dy, *ctx.saved_tensors)
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
