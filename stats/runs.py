@@ -11,11 +11,11 @@ A log of the first kind opens with its program's own source, which contains look
 the first line of 60 or more `=`. A log whose source was moved elsewhere says `source sha256:<hash> kept in
 <path>` instead.
 
-Two rules keep a damaged log from passing as a whole one. A run is finished only if its last validation is
-at the planned step, or at the stopping step that the caller names. And whatever in a log does not fit (a
-broken line, a step that is missing, repeated or out of order) is kept as a `Problem` of the run with its
-line, never skipped: `final_validation` refuses such a run. One hole cannot be told from a log that is whole: a validation that is missing
-right after the first one, in a log without step lines; the runs of a series must agree in their validation steps.
+Two rules keep a damaged log from passing as a whole one. A run is finished only if its last validation is at
+the planned step, or at the stopping step that the caller names. And whatever in a log does not fit (a broken
+line, a step that is missing, repeated or out of order) is kept as a `Problem` of the run with its line, never
+skipped: `final_validation` refuses such a run. What cannot be noticed is whole lines that are gone such that the
+others still keep one cadence: the runs of a series have to agree in their validation steps, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +42,7 @@ _PAIR = re.compile(r"([A-Za-z_][\w.]*):(\S+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.(\d{1,17}))?(?:[eE][+-]?\d{1,2})?|nan|inf)")
 # A line that is none of the above but smells of one: a flipped bit or a cut leaves some of these words
 # standing.
-_BROKEN = re.compile(rb"train_time|val_loss|train_loss|step_avg|^.?.?.?tep.?\d|^step:|^s:\d+ |^.:\d+ te?l?:|\d tel:")
+_BROKEN = re.compile(rb"train_time|val_loss|train_loss|step_avg|tel:[\d.-]|^.?.?.?tep.?\d|^step:|^s:")
 _RESUMED = re.compile(rb"^\W*resum\w*\b.*\bstep[ :=]*(\d{1,9})", re.IGNORECASE)
 _KEPT_SOURCE = re.compile(rb"^source sha256:([0-9a-f]{64})\b", re.MULTILINE)
 
@@ -237,6 +238,7 @@ class _LogReader:
         self.path, self.code_hash = path, code_hash
         self.runs: list[_RunBuilder] = []
         self.run: _RunBuilder | None = None
+        self.broken: Problem | None = None  # the last line before this one, if it should have been a result
         self.head: list[str] = []  # what stands before the first result line: the environment
 
     def read(self, number: int, line: bytes) -> None:
@@ -244,8 +246,10 @@ class _LogReader:
         match = _STEP.match(line)
         if match:
             self._step_line(number, int(match[1]), int(match[2]), match[3])
+            self.broken = None
         elif line[:2] == b"s:" and (match := _LLMC.match(line)):
             self._llmc_line(number, int(match[1]), match[2], match[3])
+            self.broken = None
         elif line and not line.isspace():
             self._other_line(number, line)
 
@@ -258,6 +262,8 @@ class _LogReader:
             return run
         self.run = run = _RunBuilder(dialect, number, planned)
         self.runs.append(run)
+        if self.broken is not None:  # it may have been the first line of this run
+            run.problems.append(self.broken)
         return run
 
     def _step_line(self, number: int, step: int, planned: int, rest: bytes) -> None:
@@ -304,10 +310,11 @@ class _LogReader:
         elif match := _PEAK_MEMORY.match(line[:200].decode("utf-8", "replace")):
             self.run.peak_memory_mib = int(match[1])
             return
+        self.broken = None  # a later line that is no result ends the doubt about this one
         if _BROKEN.search(line):
-            if self.run is None:
-                self._run_for(number, 0, None, "steps").first_line = number
-            self.run.problem(number, f"a broken result line: {_shown(line)}")
+            self.broken = Problem(number, f"a broken result line: {_shown(line)}")
+            if self.run is not None:
+                self.run.problem(self.broken.line, self.broken.text)
 
     def finish(self) -> list[Run]:
         """All runs of the file, as frozen values."""
@@ -329,44 +336,55 @@ class _RunBuilder:
         self.problems: list[Problem] = []
         self.peak_memory_mib: int | None = None
         self.step_lines = 0
-        self.first_step_line = self.last_step_line = self.step_gap = None
+        self.first_step_line: int | None = None
+        self.last_step_line: int | None = None
+        self.step_gap: int | None = None  # between the last two step lines
 
     def problem(self, line: int | None, text: str) -> None:
         if len(self.problems) < self.MOST_PROBLEMS:
             self.problems.append(Problem(line, text))
 
     def step_line(self, number: int, step: int) -> None:
-        last, gap = self.last_step_line, self.step_gap
+        """One line between validations. They come at one cadence, of which only the first (`1, 10, 20`) and the
+        last may stand off."""
+        last = self.last_step_line
         if last is None:
             self.first_step_line = step
-        elif step - last != gap:
-            self._check_gap(number, last, step, gap, "step line")
-            self.step_gap = step - last
+        elif step - last != self.step_gap:
+            gap, self.step_gap = self.step_gap, step - last
+            ends = gap is not None and step == self.planned_steps and step - last < gap
+            starts = gap is not None and last - gap == 1 and step - last == gap + 1 == last
+            if step == last:
+                self.problem(number, f"a second step line for step {step}")
+            elif gap is not None and not ends and not starts:
+                self.problem(number, f"the step lines jump from {last} to {step}, after a distance of {gap}")
         self.last_step = self.last_step_line = step
         self.step_lines += 1
-        if self.planned_steps is not None and step > self.planned_steps:
-            self.problem(number, f"step {step} of {self.planned_steps} planned")
+        self._check_end(number, step)
 
     def validation(self, point: Validation) -> None:
+        """One validation. Their distance may only become smaller (`125, 250, ..., 5625, 5690`), and all print alike."""
+        number, step = point.line, point.step
         if self.validations:
-            last = self.validations[-1].step
-            before = self.validations[-2].step if len(self.validations) > 1 else None
-            self._check_gap(point.line, last, point.step, None if before is None else last - before, "validation")
-        if self.last_step_line is not None and point.step - self.last_step_line > (self.step_gap or point.step):
-            self.problem(point.line, f"steps between {self.last_step_line} and {point.step} are missing")
-        if self.planned_steps is not None and point.step > self.planned_steps:
-            self.problem(point.line, f"step {point.step} of {self.planned_steps} planned")
-        self.last_step = point.step
+            before = self.validations[-1]
+            gap = before.step - self.validations[-2].step if len(self.validations) > 1 else None
+            if step == before.step:
+                self.problem(number, f"a second validation for step {step}")
+            elif gap is not None and step - before.step > gap:
+                self.problem(number, f"a validation is missing between steps {before.step} and {step}")
+            if None not in (point.decimals, before.decimals) and point.decimals != before.decimals:
+                self.problem(number, f"a loss with {point.decimals} decimals, {before.decimals} in the lines before")
+            if point.time_s is None and before.time_s is not None:
+                self.problem(number, "no train_time, unlike the validations before")
+        if self.last_step_line is not None and step - self.last_step_line >= (self.step_gap or step + 1):
+            self.problem(number, f"step lines between {self.last_step_line} and {step} are missing")
+        self._check_end(number, step)
+        self.last_step = step
         self.validations.append(point)
 
-    def _check_gap(self, number: int | None, last: int, step: int, gap: int | None, kind: str) -> None:
-        """Result lines come at a cadence that may only become finer (`125, 250, ..., 5625, 5690`): a wider
-        gap is a missing line. A first line at step 0 or 1 may stand off the cadence by one (`1, 10,
-        20`)."""
-        if step == last:
-            self.problem(number, f"a second {kind} for step {step}")
-        elif gap is not None and step - last > gap and not (last - gap <= 1 and step - last == gap + 1 > 2):
-            self.problem(number, f"a {kind} is missing between steps {last} and {step}")
+    def _check_end(self, number: int | None, step: int) -> None:
+        if self.planned_steps is not None and step > self.planned_steps:
+            self.problem(number, f"step {step} of {self.planned_steps} planned")
 
     def resume(self, step: int) -> None:
         """The run went on from a checkpoint at `step`: what came later in the log is told again."""
@@ -374,17 +392,17 @@ class _RunBuilder:
         self.last_step, self.last_step_line = step, None if self.last_step_line is None else step
 
     def _check_start(self) -> None:
+        """A run begins at step 0 or 1, or at the first step of its cadence."""
+        first = self.first_step_line
+        if first is not None and first > 1 and first != self.step_gap:
+            self.problem(self.first_line, f"the step lines begin at {first}: what came before is missing")
         steps = [point.step for point in self.validations]
-        if self.first_step_line is not None:
-            first, cadence = self.first_step_line, self.step_gap or 1
-        elif len(steps) > 1:
-            first, cadence = steps[0], steps[1] - steps[0]
-        elif steps:
-            first, cadence = steps[0], 1
-        else:
-            return
-        if first > max(cadence, 1):
-            self.problem(self.first_line, f"the log of this run begins at step {first}: what came before is missing")
+        gaps = [after - before for before, after in pairwise(steps)]
+        at_cadence = steps[0] <= 1 or steps[:1] == gaps[:1] if steps else True
+        if not at_cadence and (self.first_step_line is None or len(steps) > 2):
+            self.problem(self.first_line, f"a validation is missing before step {steps[0]}")
+        if len(gaps) > 2 and gaps[0] == 2 * gaps[1] and gaps[1] == gaps[2]:
+            self.problem(self.first_line, f"a validation is missing between steps {steps[0]} and {steps[1]}")
 
     def build(self, path: str, name: str, code_hash: str | None, facts: dict) -> Run:
         self._check_start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stats.errors import DataError
@@ -115,26 +115,30 @@ def in_launch_order(series: Series) -> list[Run]:
 def mixture(runs: Sequence[Run]) -> list[str]:
     """What differs among runs that should be one configuration, in words; empty if nothing does."""
     found = []
-    for what, key in (
-        ("planned steps", lambda run: run.planned_steps),
-        ("programs (code hash)", lambda run: run.code_hash and run.code_hash[:12]),
-        ("configurations (config hash)", lambda run: run.config_hash and run.config_hash[:12]),
-        ("data (data hash)", lambda run: run.data_hash and run.data_hash[:12]),
-        ("presets", lambda run: run.preset),
-        ("sets of validation steps", _validation_steps),
-    ):
+    for what, key in _CONFIGURATION:
         groups: dict[object, list[Run]] = {}
         for run in runs:
             groups.setdefault(key(run), []).append(run)
         if len(groups) > 1:
-            parts = [f"{'unknown' if value is None else value} in {_names(group)}" for value, group in groups.items()]
+            parts = [f"{_value_text(value)} in {_names(group)}" for value, group in groups.items()]
             found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
     return found
 
 
-def _validation_steps(run: Run) -> str:
-    steps = [point.step for point in run.validations]
-    return f"{len(steps)} up to {steps[-1]}" if steps else "none"
+_CONFIGURATION: tuple[tuple[str, Callable[[Run], object]], ...] = (
+    ("planned steps", lambda run: run.planned_steps),
+    ("programs (code hash)", lambda run: run.code_hash),
+    ("configurations (config hash)", lambda run: run.config_hash),
+    ("data (data hash)", lambda run: run.data_hash),
+    ("presets", lambda run: run.preset),
+    ("sets of validation steps", lambda run: tuple(point.step for point in run.validations)),
+)
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} validations up to step {value[-1]}" if value else "no validation"
+    return "unknown" if value is None else str(value)[:12]
 
 
 def reason_left_out(launch: Launch | None) -> str | None:

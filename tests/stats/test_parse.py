@@ -15,7 +15,8 @@ def _one(text: str):
     return run
 
 
-# (file, runs, step lines, validations of the first run, planned steps, last step, final step and loss, seconds, decimals)
+# (file, runs, step lines, validations of the first run, planned steps, last step,
+#  (final step, loss, seconds, decimals))
 PUBLIC = [
     ("medium_second_input_embedding.txt", 1, 5690, 47, 5690, 5690, (5690, 2.919956, 1407.511, 6)),
     ("train_loss_nanms.txt", 1, 5100, 42, 5100, 5100, (5100, 3.2755, 721.882, 4)),
@@ -56,8 +57,10 @@ def test_every_result_line_of_the_public_logs_is_read(shared_data):
 
 def test_the_reference_run_point_by_point(shared_data):
     (run,) = read_runs(shared_data / "logs" / "medium_second_input_embedding.txt")
-    published = {0: 10.82584, 125: 4.290908, 250: 3.87262, 500: 3.577053, 1000: 3.356537, 1500: 3.258505,
-                 2000: 3.192431, 3000: 3.09572, 4000: 3.018777, 5000: 2.951173, 5500: 2.924833, 5690: 2.919956}  # fmt: skip
+    published = {
+        0: 10.82584, 125: 4.290908, 250: 3.87262, 500: 3.577053, 1000: 3.356537, 1500: 3.258505,
+        2000: 3.192431, 3000: 3.09572, 4000: 3.018777, 5000: 2.951173, 5500: 2.924833, 5690: 2.919956,
+    }  # fmt: skip
     assert {step: run.losses_by_step[step] for step in published} == published
     final = final_validation(run)
     assert (final.step_avg_ms, run.peak_memory_mib) == (247.37, 53988)
@@ -182,14 +185,14 @@ def test_a_diverged_run_keeps_its_nan():
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda lines: lines[:40] + lines[41:], "missing between steps"),
+        (lambda lines: lines[:40] + lines[41:], "step lines jump from"),
         (lambda lines: [*lines[:40], lines[39], *lines[40:]], "a second step line for step"),
         (lambda lines: [line for line in lines if not line.startswith("step:40/60 val")], "validation is missing"),
         (lambda lines: [line.replace("step:33/60", "stfp:33/60") for line in lines], "broken result line"),
         (lambda lines: [line.replace("step:20/60 val_loss:", "step:20/60 val_loss:x") for line in lines], "number"),
         (lambda lines: [line.replace("step:20/60 val_loss:", "step:20/60 val_loss:1e9999 ") for line in lines], "line"),
         (lambda lines: [line.replace("step:33/60", "step:33/61") for line in lines], "61 planned steps, but 60"),
-        (lambda lines: lines[30:], "begins at step"),
+        (lambda lines: lines[30:], "missing before step"),
         (
             lambda lines: [line.replace("60 val_loss", "60 val_loss:2.0 val_loss", 1) for line in lines],
             "not a validation line",

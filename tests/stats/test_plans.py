@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stats.errors import DataError, UsageError
-from stats.plans import Plan, design, least_margin, make_plan, power, read_plan, runs_for_power, write_plan
+from stats.plans import (
+    Plan,
+    _power_by_integral,
+    design,
+    least_margin,
+    make_plan,
+    power,
+    read_plan,
+    runs_for_power,
+    write_plan,
+)
 
 
 def test_runs_for_the_track():
@@ -25,6 +35,17 @@ def test_power_is_the_tail_of_the_noncentral_t(n, effect, alpha):
     critical = scipy.stats.t.isf(alpha, n - 1)
     exact = scipy.stats.nct.sf(critical, n - 1, effect * math.sqrt(n))
     assert power(n, effect, 1.0, alpha) == pytest.approx(exact, abs=1e-8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 60), st.floats(0.05, 4), st.floats(0.001, 0.2))
+def test_power_by_integral_agrees_with_the_library(n, effect, alpha):
+    assert _power_by_integral(n, effect, alpha) == pytest.approx(power(n, effect, 1.0, alpha), abs=1e-6)
+
+
+def test_power_of_effects_beyond_the_library():
+    assert power(562, 1.625, 1.0, 0.005) == pytest.approx(1.0, abs=1e-9)
+    assert 0 < power(2, 60.0, 1.0, 0.001) < power(2, 90.0, 1.0, 0.001) < 1
 
 
 @settings(max_examples=15, deadline=None)
