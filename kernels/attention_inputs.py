@@ -303,7 +303,7 @@ def attention_inputs(q, k, v, ve, s, cos_TR, sin_TR, *, impl: str = "auto"):
     Returns: (q, k, v) in the inputs' shapes and dtype.
     Raises: ValueError or TypeError naming the argument.
     """
-    chosen = implementation_of(impl, q, cpu="reference", choices=IMPLEMENTATIONS)
+    chosen = implementation_of(impl, q, cpu="banded", choices=IMPLEMENTATIONS)
     _check_inputs(q, k, v, ve, s, cos_TR, sin_TR)
     if chosen == "banded" and q.dtype == s.dtype == torch.float32 and not torch.compiler.is_compiling():
         return _Written.apply(q, k, v, ve, s, cos_TR, sin_TR)
