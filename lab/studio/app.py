@@ -1,0 +1,69 @@
+"""The page as a whole: its look, its four parts, and what they share."""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+
+from data.shards import ShardError
+from lab import LabError
+from lab.studio.catalogue import Catalogue, Models
+from lab.studio.jobs import Queue, QueueError
+from lab.studio.places import Places, Refused
+from lab.studio.samples import Samples
+from stats.errors import StatsError
+
+STYLE = Path(__file__).with_name("style.css")
+EXPECTED = (Refused, QueueError, LabError, StatsError, ShardError, OSError)
+
+
+class Studio:
+    """What the pages share: places, queue, lists, and the models in memory."""
+
+    def __init__(self, places: Places):
+        self.places = places
+        self.queue = Queue(places.trainings)
+        self.catalogue = Catalogue(places)
+        self.models = Models(places)
+        self.samples = Samples(self.models)
+
+
+def told(handler: Callable) -> Callable:
+    """`handler` with the errors that a user can do something about shown on the page, in their own words."""
+
+    @functools.wraps(handler)
+    def wrapped(*arguments, **named):
+        try:
+            return handler(*arguments, **named)
+        except EXPECTED as error:
+            raise gr.Error(html.escape(str(error)), duration=12, print_exception=False) from error
+
+    return wrapped
+
+
+def look() -> dict:
+    """Launch options of the look: fonts that the machine has, nothing fetched."""
+    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
+    mono = ["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
+    return {"theme": theme, "css": STYLE.read_text(encoding="utf-8")}
+
+
+def build(places: Places) -> gr.Blocks:
+    """The studio's four pages as one Gradio app, not yet served."""
+    from lab.studio.pages import models, series, train, write
+
+    studio = Studio(places)
+    with gr.Blocks(title="Studio") as page:
+        gr.Navbar(main_page_name="Models", value=None)
+        models.build(studio, page)
+    for name, part in (("Train", train), ("Write", write), ("Series", series)):
+        with page.route(name, f"/{name.lower()}"):
+            part.build(studio, page)
+    page.queue(default_concurrency_limit=4)
+    studio.queue.work()
+    return page

@@ -1,0 +1,153 @@
+"""Checkpoints and series found in the project's folders. Headers are read without torch, so a list is quick."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.studio.places import Places, Refused
+from lab.studio.progress import read_progress
+from records.launch import read_run_json
+
+if TYPE_CHECKING:
+    from lab.checkpoints import Checkpoint
+
+MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
+NOT_MODELS = ("resume.safetensors",)  # a training's state, for lab.train alone
+
+
+@dataclass(frozen=True)
+class Found:
+    """One run that left checkpoints; `path` is the one to open: the best by validation, else the newest."""
+
+    path: Path
+    model: str
+    run: str
+    step: int
+    parameters: int | None
+    size_bytes: int
+    loss: float | None  # validation, nats a token, at that step
+    saved: float  # seconds since 1970
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """(texts, {tensor: shape}) in the header of a safetensors file. Refused if it is not one."""
+    try:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > MOST_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            header = json.loads(file.read(size))
+            texts = header.pop("__metadata__", {})
+            return texts, {name: entry["shape"] for name, entry in header.items()}
+    except OSError as error:
+        raise Refused(f"{path.name} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise Refused(f"{path.name} is not a safetensors file ({error})") from None
+
+
+def describe(path: Path) -> Found:
+    """One checkpoint, as its header and the log beside it tell. Refused if it is not one of the project's."""
+    texts, shapes = read_header(path)
+    kind = str(texts.get("format", ""))
+    run = path.parent.name.removesuffix(".checkpoints")
+    try:
+        if kind.startswith("train_gpt"):
+            model = json.loads(texts["config"])["preset"]
+            step, tensors = int(texts["step"]), {n: s for n, s in shapes.items() if n.startswith("model.")}
+        else:
+            told = json.loads(texts["lab"])
+            model, step, tensors = told["model"], int(told["step"]), shapes
+    except (KeyError, ValueError, TypeError):
+        raise Refused(f"{path.name} is not a checkpoint of this project") from None
+    beside = path.parent.with_name(f"{run}.json")
+    parameters = read_run_json(beside).get("num_parameters") or sum(map(_product, tensors.values()))
+    losses = [loss for at, loss in read_progress(beside.with_suffix(".txt")).val if at <= step]
+    stat = path.stat()
+    return Found(path, str(model), run, step, parameters, stat.st_size, losses[-1] if losses else None, stat.st_mtime)
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def steps_of(path: Path) -> list[Path]:
+    """Every checkpoint of the run that `path` belongs to, the best first, then by step."""
+    best = path.parent / "best.safetensors"
+    steps = sorted(path.parent.glob("step-*.safetensors"))
+    return ([best] if best.exists() else []) + steps or [path]
+
+
+class Catalogue:
+    """What can be opened. Headers are kept by file time, so that a second look is quicker still."""
+
+    def __init__(self, places: Places):
+        self.places = places
+        self._seen: dict[tuple[Path, int], Found] = {}
+
+    def checkpoints(self) -> list[Found]:
+        """One entry a run, the newest first. Files that are no checkpoints of the project are passed over."""
+        folders: dict[Path, list[Path]] = {}
+        for root in self.places.roots:
+            for path in root.rglob("*.safetensors") if root.is_dir() else ():
+                hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+                if path.name not in NOT_MODELS and not hidden and not path.is_relative_to(self.places.uploads):
+                    folders.setdefault(path.parent.resolve(), []).append(path.resolve())
+        found = []
+        for paths in folders.values():
+            best = [p for p in paths if p.name == "best.safetensors"]
+            path = best[0] if best else max(paths)
+            try:
+                key = (path, path.stat().st_mtime_ns)
+                if key not in self._seen:
+                    self._seen[key] = describe(path)
+                found.append(self._seen[key])
+            except (Refused, OSError):  # not ours, or gone since
+                continue
+        return sorted(found, key=lambda one: -one.saved)
+
+    def series(self) -> list[Path]:
+        """Folders with logs of runs: the records first, then trainings, each by name."""
+        found: dict[Path, None] = {}
+        for root in self.places.roots:
+            for log in sorted(root.rglob("runs/*.txt")) if root.is_dir() else ():
+                found[log.parent.parent.resolve()] = None
+        return list(found)
+
+    def row(self, one: Found) -> list:
+        """A line of the table on the Models page."""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.saved))
+        loss = "" if one.loss is None else f"{one.loss:.4f}"
+        folder = one.path.parent.parent
+        where = self.places.shown(folder.parent if folder.name == "runs" else one.path.parent)
+        return [one.model, where, one.step, f"{one.parameters:,}", f"{one.size_bytes / 1e6:.1f} MB", loss, when]
+
+
+class Models:
+    """Opened checkpoints; the last few stay in memory."""
+
+    def __init__(self, places: Places, keep: int = 2):
+        self.places, self.keep = places, keep
+        self._open: OrderedDict[tuple[Path, int], Checkpoint] = OrderedDict()
+
+    def load(self, path: str | Path) -> Checkpoint:
+        """The model of a checkpoint. Refused for paths and files that the studio does not open; LabError for
+        damaged or foreign ones. Nothing in a checkpoint is run: safetensors holds numbers and text only."""
+        from lab.checkpoints import load_checkpoint
+
+        path = self.places.checkpoint(path)
+        key = (path, path.stat().st_mtime_ns)
+        if key not in self._open:
+            self._open[key] = load_checkpoint(path)
+            while len(self._open) > self.keep:
+                self._open.popitem(last=False)
+        self._open.move_to_end(key)
+        return self._open[key]

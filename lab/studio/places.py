@@ -1,0 +1,106 @@
+"""What the studio may read: folders of the project, and texts that were uploaded. Everything else is refused.
+
+A path from the browser goes through `Places.inside`, an uploaded file through `Places.keep_text`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+MAX_UPLOAD_BYTES = 20 << 20  # a corpus for a model of a few million parameters; training reads it into memory
+
+
+class Refused(ValueError):
+    """Something the studio does not do; the message says what, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """`home` is the studio's own folder; files are opened below `roots` only (home is one of them)."""
+
+    home: Path
+    roots: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, home: str | Path | None = None) -> Places:
+        """The project's folders of runs and records, and `home` (default: lab/out/studio)."""
+        home = Path(home).resolve() if home else REPO / "lab" / "out" / "studio"
+        return cls(home, (REPO / "records", REPO / "lab" / "out", REPO / "local", home))
+
+    @property
+    def trainings(self) -> Path:
+        """The queue: a folder a training."""
+        return self.home / "trainings"
+
+    @property
+    def texts(self) -> Path:
+        """Uploaded corpora that passed `keep_text`."""
+        return self.home / "texts"
+
+    @property
+    def reports(self) -> Path:
+        """Reports made for download."""
+        return self.home / "reports"
+
+    @property
+    def uploads(self) -> Path:
+        """Where Gradio puts what arrives, before anybody looked at it."""
+        return self.home / "uploads"
+
+    def inside(self, path: str | Path) -> Path:
+        """`path` (relative to the project if it is not absolute) with links followed; Refused outside."""
+        text = str(path).strip()
+        if not text or "\0" in text:
+            raise Refused("no path was given; choose one from the list")
+        resolved = (REPO / text).resolve()
+        if not any(resolved.is_relative_to(root.resolve()) for root in self.roots):
+            allowed = ", ".join(self.shown(root) for root in self.roots)
+            raise Refused(f"{text} is outside of the folders that the studio opens ({allowed})")
+        return resolved
+
+    def checkpoint(self, path: str | Path) -> Path:
+        """`path` as an existing .safetensors file inside; Refused otherwise. Other formats may carry code."""
+        resolved = self.inside(path)
+        if resolved.suffix != ".safetensors":
+            raise Refused(f"{resolved.name} is not a .safetensors file; other kinds of checkpoints can run code")
+        if not resolved.is_file():
+            raise Refused(f"there is no checkpoint {self.shown(resolved)}; refresh the list")
+        return resolved
+
+    def shown(self, path: str | Path) -> str:
+        """`path` as the page shows it: relative to the project where it is inside."""
+        path = Path(path)
+        return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
+
+    def keep_text(self, upload: str | Path) -> Path:
+        """Check an uploaded file and keep it below `texts`, named after itself and its content.
+
+        Refused: not from the upload folder, larger than MAX_UPLOAD_BYTES, empty, or not UTF-8 text."""
+        upload = Path(upload).resolve()
+        if not upload.is_relative_to(self.uploads.resolve()) or not upload.is_file():
+            raise Refused("the text must be uploaded through the page")
+        size = upload.stat().st_size
+        if size > MAX_UPLOAD_BYTES:
+            raise Refused(
+                f"{upload.name} has {size / 1e6:.1f} MB; at most {MAX_UPLOAD_BYTES / 1e6:.0f} MB can be uploaded. "
+                "Larger texts: python -m lab.train --path=FILE"
+            )
+        raw = upload.read_bytes()
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise Refused(f"{upload.name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        if "\0" in text:
+            raise Refused(f"{upload.name} is not text: it has a zero byte at character {text.index(chr(0))}")
+        if not text.strip():
+            raise Refused(f"{upload.name} is empty; a model needs text")
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", upload.stem).strip("-")[:40] or "text"
+        kept = self.texts / f"{stem}-{hashlib.sha256(raw).hexdigest()[:8]}.txt"
+        self.texts.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            upload.replace(kept)
+        return kept

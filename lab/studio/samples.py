@@ -1,0 +1,45 @@
+"""What a model writes as it learns: one sample from each checkpoint of a training, made in the background."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.studio.places import Refused
+
+if TYPE_CHECKING:
+    from lab.studio.catalogue import Models
+
+SAMPLE_TOKENS = 120
+
+
+class Samples:
+    """Texts by checkpoint file, each made once with the same seed, so that only the learning differs."""
+
+    def __init__(self, models: Models):
+        self.models = models
+        self._made: dict[Path, str | None] = {}  # None: being made
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="samples")
+
+    def along(self, checkpoints: Path) -> list[tuple[int, str]]:
+        """(step, text) for the checkpoints in a folder that have been sampled, the latest first; the others are
+        put on the worker's list."""
+        found = []
+        for path in sorted(checkpoints.glob("step-*.safetensors"), reverse=True):
+            if path not in self._made:
+                self._made[path] = None
+                self._worker.submit(self._make, path)
+            elif self._made[path] is not None:
+                found.append((int(path.stem.partition("-")[2]), self._made[path]))
+        return found
+
+    def _make(self, path: Path) -> None:
+        from lab import LabError
+        from lab.studio.writing import write
+
+        try:
+            *_, last = write(self.models.load(path), "", max_tokens=SAMPLE_TOKENS, seed=1)
+            self._made[path] = last.text + ("" if last.ended else " ...")
+        except (LabError, Refused, OSError) as error:
+            self._made[path] = f"({error})"
