@@ -380,6 +380,7 @@ class TokenStream:
         """
         import torch  # here, so that the tokenizer and its workers start without it
 
+        device = torch.cuda.current_device() if pin_memory else None
         ready: queue.Queue = queue.Queue(maxsize=max(depth, 1))
         stop = threading.Event()
 
@@ -390,6 +391,8 @@ class TokenStream:
 
         def work() -> None:
             try:
+                if device is not None:  # a new thread would page-lock through GPU 0, whichever is this process's
+                    torch.cuda.set_device(device)
                 for step, sequence in order:
                     tensors = [torch.from_numpy(part) for part in self.batch(step, sequence)]
                     put(tuple(t.pin_memory() if pin_memory else t for t in tensors))
