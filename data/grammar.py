@@ -132,7 +132,7 @@ def _parts(text: str, where: str) -> tuple:
 
 
 def _option(rule: str, names: list[str], line: str) -> Option:
-    weight, text = re.fullmatch(r"(?:(\d+)x )?(.*)", line.strip()).groups()
+    weight, text = re.fullmatch(r"(?:(\d+)x(?: |$))?(.*)", line.strip()).groups()
     text, *cells = (cell.strip() for cell in text.split(" | "))
     where = f"rule {rule}, option {text!r}"
     if len(cells) != len(names):
