@@ -269,7 +269,7 @@ def stream_bytes(count, seed=0):
             return bytes(out[:count])
 
 
-GOLDEN = "f26cbd6ac51bf922b3415818eae20020909b2f3cb9d5b1c96d8c627a9b17dfc8"
+GOLDEN = "d6a8086b12012d04baf71b7b9f2dad5368aa45391b0691809f6de38866fcab8b"
 
 
 def test_first_megabyte_is_as_ever():
