@@ -28,15 +28,11 @@ SOURCE = Path(__file__).read_text()  # read before anything can change it: the l
 import argparse
 import contextlib
 import dataclasses
-import datetime
-import difflib
 import hashlib
 import json
 import math
-import platform
 import re
 import signal
-import socket
 import time
 import uuid
 
@@ -45,7 +41,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.paths import atomic_file
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention, attention_inputs, attention_plan
 from kernels.attention import implementation as attention_implementation
@@ -54,23 +49,15 @@ from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from kernels.runtime import triton
 from records.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
+from records.options import UsageError, help_text, parse_options, setting
+from records.runlog import Clock, Progress, RunLog, describe_environment, matmul_ceiling, now, say
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
 
 # -------------------------------------------------------------------------------------------------------------
 # Configuration
-
-
-class UsageError(ValueError):
-    """The command line or the configuration makes no sense; the message says which field and what to do."""
-
-
-def setting(default, unit: str, text: str):
-    """A dataclass field with the unit and the sentence that `--help` prints."""
-    return dataclasses.field(default=default, metadata={"unit": unit, "help": text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,43 +158,7 @@ PRESETS: dict[str, dict] = {
 
 def parse_config(arguments: list[str]) -> Config:
     """Config from `--field=value` (or `--field value`; a bare `--flag` is true). Raises UsageError."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    given: dict[str, str] = {}
-    queue = list(arguments)
-    while queue:
-        word = queue.pop(0)
-        name, equals, text = word.removeprefix("--").replace("-", "_", 0).partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean --{near[0]}?" if near else "; see --help"
-            raise UsageError(f"unknown argument {word!r}{hint}")
-        if not equals:
-            takes_next = queue and not queue[0].startswith("--")
-            text = queue.pop(0) if takes_next else {"resume": "auto"}.get(name, "true")
-        given[name] = text
-    preset = given.get("preset", "medium")
-    if preset not in PRESETS:
-        raise UsageError(f"--preset={preset}: no such preset; there are {', '.join(PRESETS)}")
-    values = PRESETS[preset] | {name: _typed(fields[name], text) for name, text in given.items()}
-    return check_config(Config(**(values | {"preset": preset})))
-
-
-def _typed(field: dataclasses.Field, text: str):
-    """`text` as the field's type. Raises UsageError with the field's name."""
-    if field.type is bool:
-        if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-            raise UsageError(f"--{field.name}={text}: a flag is true or false")
-        return text.lower() in ("true", "1", "yes", "on")
-    if field.name == "value_embeddings" and text.lower() in ("true", "false"):
-        return {"true": 5, "false": 0}[text.lower()]
-    try:
-        value = field.type(text)
-    except ValueError:
-        raise UsageError(f"--{field.name}={text}: expected {field.type.__name__} ({field.metadata['unit']})") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"--{field.name}={text}: a finite number is needed")
-    return value
+    return check_config(parse_options(Config, PRESETS, arguments, bare={"resume": "auto"}))
 
 
 def _layers(text: str) -> frozenset[int]:
@@ -271,17 +222,6 @@ def config_hash(config: Config) -> str:
     """sha256 over the fields that decide what a run computes, the seed left out: one hash a series."""
     told = {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUN_FIELDS and k != "seed"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def print_help() -> None:
-    """Usage, then every field with type, unit, the medium default and where nano differs."""
-    print(__doc__)
-    print(f"Fields (--field=value), with the default of `medium`; presets: {', '.join(PRESETS)}\n")
-    for field in dataclasses.fields(Config):
-        about = f"{field.type.__name__}, {field.metadata['unit']}"
-        print(f"  --{field.name}={field.default}\n        {field.metadata['help']} ({about})")
-        if field.name in PRESETS["nano"]:
-            print(f"        nano: {PRESETS['nano'][field.name]}")
 
 
 # -------------------------------------------------------------------------------------------------------------
@@ -711,269 +651,6 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
 
 
 # -------------------------------------------------------------------------------------------------------------
-# The log: own source, environment, then one line a step and one a validation; beside it one JSON a run.
-
-
-class Clock:
-    """Training time. It stops for validation and checkpoints, and waits for the device when it is read."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.started = device, 0.0, None
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def start(self) -> None:
-        self._wait()
-        self.started = time.perf_counter()
-
-    def stop(self) -> float:
-        """Total milliseconds of training so far; the clock stands still from here."""
-        self._wait()
-        if self.started is not None:
-            self.seconds += time.perf_counter() - self.started
-        self.started = None
-        return self.seconds * 1000
-
-    def read(self) -> float:
-        """Total milliseconds so far, without waiting for the device or stopping."""
-        return (self.seconds + (time.perf_counter() - self.started if self.started else 0.0)) * 1000
-
-
-class RunLog:
-    """One run's log (`<name>.txt`) and summary (`<name>.json`) in a folder; only rank 0 writes.
-
-    Raises UsageError if a run of that name exists or is being written by another process."""
-
-    def __init__(self, config: Config, name: str, environment: dict, resuming: bool = False):
-        self.config, self.name, self.environment = config, name, environment
-        self.writes = _rank() == 0
-        self.folder = Path(config.output_dir)
-        self.text_path, self.json_path = self.folder / f"{name}.txt", self.folder / f"{name}.json"
-        self.validation: list[dict] = []
-        self.train_losses: list[float] = []
-        self.started = _now()
-        self.file = self.lock = None
-        on_rank_0(lambda: self._open(resuming))
-
-    def _open(self, resuming: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        if self.text_path.exists() and not (resuming or self.config.overwrite):
-            raise UsageError(
-                f"{self.text_path} exists; choose another --run_name, --resume=auto to continue it, or --overwrite"
-            )
-        if not (resuming and self.text_path.exists()):
-            with atomic_file(self.text_path, "w") as file:  # a log that exists has a whole header
-                file.write(self._header())
-        self.file = open(self.text_path, "a")
-
-    def _take_lock(self) -> None:
-        """Two starts under one name must not mix their lines: the second one is refused."""
-        try:
-            import fcntl
-        except ImportError:  # no such locks on Windows
-            return
-        self.lock = open(self.folder / f".{self.name}.lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{self.text_path}: another process is writing this run") from None
-
-    def _header(self) -> str:
-        e, ruler = self.environment, "=" * 100
-        told = [
-            SOURCE.rstrip("\n"),
-            ruler,
-            f"Running Python {e['python']}",
-            f"Running PyTorch {e['torch']} compiled for {e['compute']}",
-            f"Running Triton version {e['triton']}",
-            f"Running on device_name={e['hardware']} with world_size={e['world_size']}",
-            *(f"{key}:{value}" for key, value in e["hashes"].items() if value),
-            "implementations:" + json.dumps(e["implementations"], sort_keys=True),
-            "config:" + json.dumps(dataclasses.asdict(self.config), sort_keys=True),
-            ruler,
-        ]
-        return "\n".join(told) + "\n"
-
-    def line(self, text: str, *, echo: bool = True) -> None:
-        """Append to the log, and print it."""
-        if self.file is not None:
-            try:
-                self.file.write(text + "\n")
-                self.file.flush()
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    self.file.close()  # tries to write what is left; without this it would complain at exit
-                self.file = None
-                raise OSError(error.errno, error.strerror, str(self.text_path)) from error
-        if echo:
-            say(text)
-
-    def cut_back_to(self, step: int) -> None:
-        """On resuming: take lines of steps after `step` out, since those steps are about to be done again."""
-        if self.file is None:
-            return
-        self.file.close()
-        header, _, body = self.text_path.read_text().rpartition("=" * 100 + "\n")
-        kept, gone = [], 0
-        for text in body[: body.rfind("\n") + 1].splitlines():  # a last line without an end was cut by the disk
-            number = text.removeprefix("step:").partition("/")[0] if text.startswith("step:") else ""
-            beyond = number.isdigit() and int(number) > step
-            gone += beyond
-            if not beyond:
-                kept.append(text)
-        how = f"resumed from the checkpoint of step {step}" if step >= 0 else "no checkpoint: from the beginning"
-        note = f"{how}; lines of later steps taken out: {gone}"
-        with atomic_file(self.text_path, "w") as file:
-            file.write(header + "=" * 100 + "\n" + "\n".join([*kept, note]) + "\n")
-        self.file = open(self.text_path, "a")
-        say(note)
-
-    def trained(self, step: int, clock_ms: float, loss: float | None) -> None:
-        """The line of a training step; `step` counts from 1."""
-        total = self.config.num_iterations
-        told = "" if loss is None else f" train_loss:{loss:.6f}"
-        if loss is not None:
-            self.train_losses.append(loss)
-        self.line(f"step:{step}/{total}{told} train_time:{clock_ms:.0f}ms step_avg:{clock_ms / step:.2f}ms", echo=False)
-
-    def validated(self, step: int, clock_ms: float, loss: float) -> None:
-        """The line of a validation after `step` training steps."""
-        average = clock_ms / max(step, 1)
-        point = dict(step=step, loss=loss, train_time_s=clock_ms / 1000, step_avg_ms=average)
-        self.validation.append(point)
-        total = self.config.num_iterations
-        self.line(f"step:{step}/{total} val_loss:{loss:.6f} train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms")
-
-    def summary(self, status: str, error: str = "", **more) -> None:
-        """(Re)write the JSON beside the log. `status`: running, finished, interrupted or failed."""
-        if not self.writes:
-            return
-        last = self.validation[-1] if self.validation else None
-        finished = status == "finished" and last is not None
-        told = dict(
-            schema=1, status=status, run_name=self.name, seed=self.config.seed,
-            config=dataclasses.asdict(self.config), config_hash=config_hash(self.config),
-            **self.environment["hashes"], environment=self.environment, validation=self.validation,
-            train_loss=[round(loss, 6) for loss in self.train_losses],
-            final_loss=last["loss"] if finished else None, train_time_s=last["train_time_s"] if last else None,
-            start_time=self.started, end_time=_now(), error=error, **more,
-        )
-        with atomic_file(self.json_path, "w") as file:
-            json.dump(told, file, indent=1, sort_keys=True)
-
-
-def say(text: str) -> None:
-    """Print from rank 0, above the progress bar if there is one."""
-    if _rank() == 0:
-        if Progress.bar is not None:
-            Progress.bar.write(text)
-        else:
-            print(text, flush=True)
-
-
-class Progress:
-    """A bar on a terminal (loss, tokens/s, model FLOP utilisation, time left); a plain line now and then in a pipe."""
-
-    bar = None
-
-    def __init__(self, config: Config, model: GPT, ceiling: float, start: int):
-        self.config, self.ceiling, self.flops = config, ceiling, flops_per_token(model)
-        self.first, self.shown = start, time.perf_counter()
-        self.begin_ms: float | None = None
-        if _rank() == 0 and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            Progress.bar = tqdm(total=config.num_iterations, initial=start, unit="step", dynamic_ncols=True)
-
-    def due(self) -> bool:
-        """Whether it is time to show something: reading the loss makes the program wait for the GPU."""
-        return _rank() == 0 and time.perf_counter() - self.shown >= (1 if Progress.bar is not None else 15)
-
-    def update(self, step: int, clock_ms: float, loss: Tensor) -> None:
-        """After training step number `step` (from 1)."""
-        if self.begin_ms is None:
-            self.begin_ms = clock_ms
-        if not self.due():
-            return
-        self.shown = time.perf_counter()
-        seconds = (clock_ms - self.begin_ms) / 1000 / max(step - self.first - 1, 1)
-        tokens_s = self.config.tokens_per_step / max(seconds, 1e-9)
-        utilisation = tokens_s * self.flops / self.ceiling
-        left = (self.config.num_iterations - step) * seconds
-        if Progress.bar is not None:
-            Progress.bar.n = step
-            Progress.bar.set_postfix_str(f"loss {loss.item():.4f}, {tokens_s:,.0f} tok/s, MFU {utilisation:.0%}")
-        else:
-            say(
-                f"progress: step {step} of {self.config.num_iterations}, loss {loss.item():.4f}, "
-                f"{tokens_s:,.0f} tokens/s, MFU {utilisation:.0%}, {left:,.0f} s left"
-            )
-
-    def close(self) -> None:
-        if Progress.bar is not None:
-            Progress.bar.close()
-            Progress.bar = None
-
-
-def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int) -> float:
-    """FLOP/s of large square products on this machine, measured in a moment: the ceiling that MFU refers to.
-
-    Processes on one CPU share its cores, so only GPUs multiply it."""
-    n = 8192 if device.type == "cuda" else 512
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    clock, best = Clock(device), 0.0
-    for _ in range(4):
-        before = clock.seconds
-        clock.start()
-        for _ in range(3):
-            a @ a
-        clock.stop()
-        best = max(best, 3 * 2 * n**3 / (clock.seconds - before))
-    return best * (processes if device.type == "cuda" else 1)
-
-
-def describe_environment(config: Config, device: torch.device, model: GPT, data_hash: str) -> dict:
-    """What the log and the JSON say of machine, software, code and data; the host appears as a hash only."""
-    cuda = device.type == "cuda"
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    sample_tensor = torch.empty(0, device=device, dtype=getattr(torch, config.dtype))
-    ran = model.impls | {"attention": attention_implementation(model.impls["attention"], sample_tensor)}
-    hashes = dict(code_hash=hashlib.sha256(SOURCE.encode()).hexdigest(), kernels_hash=_folder_hash("kernels"),
-                  data_hash=data_hash, plan_hash=config.plan_hash)
-    return dict(
-        python=sys.version.split()[0], torch=torch.__version__, triton=triton.__version__,
-        compute=f"CUDA {torch.version.cuda}" if cuda else f"CPU, {torch.get_num_threads()} threads",
-        hardware=torch.cuda.get_device_name() if cuda else _cpu_name(), device=device.type, world_size=world,
-        system=f"{platform.system()} {platform.machine()}",
-        host_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
-        implementations=ran, hashes=hashes,
-    )
-
-
-def _folder_hash(folder: str) -> str:
-    """sha256 over the Python files of a folder beside this file: the kernels are code that runs, too."""
-    seen = hashlib.sha256()
-    for path in sorted((Path(__file__).resolve().parent / folder).glob("*.py")):
-        seen.update(path.name.encode() + path.read_bytes())
-    return seen.hexdigest()
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-# -------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -1164,7 +841,8 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
     mine = my_sequences(c, _rank(), trainer.world_size)
     order = ((step, sequence) for step in range(start, c.num_iterations) for sequence in mine)
     batches = (_to_device(batch, trainer.device) for batch in stream.prefetch(order))
-    progress = Progress(c, trainer.model, ceiling, start)
+    flops = flops_per_token(trainer.model)
+    progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=_rank() == 0)
     saved = start if start else -1
     clock.start()
     try:
@@ -1212,10 +890,20 @@ def _mean_over_ranks(loss: Tensor) -> float:
 
 def unique_name(config: Config) -> str:
     """The run's name: as given, or preset, time and a random suffix, the same on every rank."""
-    name = [config.run_name or f"{config.preset}-{_now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"]
+    name = [config.run_name or f"{config.preset}-{now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"]
     if dist.is_initialized():
         dist.broadcast_object_list(name, 0)
     return name[0]
+
+
+def describe(config: Config, trainer: Trainer, data_hash: str) -> dict:
+    """The environment as the log tells it, with the names of the kernels that run."""
+    sample = torch.empty(0, device=trainer.device, dtype=getattr(torch, config.dtype))
+    ran = trainer.model.impls | {"attention": attention_implementation(trainer.model.impls["attention"], sample)}
+    return describe_environment(
+        trainer.device, world_size=trainer.world_size, source=SOURCE, implementations=ran, data_hash=data_hash,
+        plan_hash=config.plan_hash,
+    )
 
 
 def run(config: Config) -> int:
@@ -1225,8 +913,12 @@ def run(config: Config) -> int:
     asked, config = config, fit_to_world(config, dist.get_world_size() if dist.is_initialized() else 1)
     streams = open_streams(config)
     trainer = Trainer(config, device)
-    environment = describe_environment(config, device, trainer.model, streams[0].data_hash())
-    log = RunLog(config, unique_name(config), environment, resuming=bool(config.resume))
+    environment = describe(config, trainer, streams[0].data_hash())
+    log = RunLog(
+        config.output_dir, unique_name(config), dataclasses.asdict(config), environment, SOURCE, config_hash(config),
+        writes=_rank() == 0,
+    )
+    on_rank_0(lambda: log.open(resuming=bool(config.resume), overwrite=config.overwrite))
     try:
         if config != asked:
             log.line(
@@ -1337,7 +1029,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code of the module's docstring."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments[:1] or "-h" in arguments[:1]:
-        print_help()
+        print(__doc__, help_text(Config, PRESETS, beside="nano"), sep="\n")
         return 0
     try:
         if arguments[:1] == ["sample"]:

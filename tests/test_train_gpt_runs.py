@@ -15,6 +15,7 @@ import torch
 
 import train_gpt
 from data.shards import write_shard
+from records import runlog
 from records.checkpoints import CheckpointError, load_tensors, newest_whole
 
 REPO = Path(__file__).resolve().parent.parent
@@ -321,7 +322,7 @@ def test_sampling_filters_are_what_they_say():
 
 
 def test_plain_lines_in_a_pipe_show_speed_and_time_left(shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_gpt.Progress, "due", lambda self: True)
+    monkeypatch.setattr(runlog.Progress, "due", lambda self: True)
     assert run_here(arguments(shards, tmp_path)) == 0
     said = capsys.readouterr().out
     assert re.search(r"progress: step 6 of 12, loss [\d.]+, [\d,]+ tokens/s, MFU \d+%, \d+ s left", said)

@@ -1,0 +1,302 @@
+"""A run's own record: the clock, the log in the speedrun's dialect, its JSON summary, and what shows progress.
+
+The log begins with the source that ran, then the environment between two rulers, then
+
+    step:125/5690 train_loss:4.31 train_time:28446ms step_avg:227.57ms      one line a step
+    step:125/5690 val_loss:4.290908 train_time:28446ms step_avg:227.57ms    one line a validation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import platform
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from data.paths import atomic_file
+from kernels.runtime import triton
+from records.options import UsageError
+
+RULER = "=" * 100
+REPO = Path(__file__).resolve().parent.parent
+
+
+class Clock:
+    """Training time. It stops for validation and checkpoints, and waits for the device when it starts or stops."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.started = device, 0.0, None
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def start(self) -> None:
+        self._wait()
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Total milliseconds of training so far; the clock stands still from here."""
+        self._wait()
+        if self.started is not None:
+            self.seconds += time.perf_counter() - self.started
+        self.started = None
+        return self.seconds * 1000
+
+    def read(self) -> float:
+        """Total milliseconds so far, without waiting for the device or stopping."""
+        return (self.seconds + (time.perf_counter() - self.started if self.started else 0.0)) * 1000
+
+
+class RunLog:
+    """One run's log (`<name>.txt`) and summary (`<name>.json`) in a folder.
+
+    Args:
+        config: all fields of the run; `config["seed"]` and `config["num_iterations"]` are used.
+        environment: of `describe_environment`.
+        source: the text of the program that runs.
+        config_hash: one value for all runs of a series.
+        writes: False on the ranks that only follow.
+    """
+
+    def __init__(
+        self, folder: str | Path, name: str, config: Mapping[str, Any], environment: Mapping[str, Any], source: str,
+        config_hash: str, writes: bool = True,
+    ):
+        self.folder, self.name, self.writes = Path(folder), name, writes
+        self.config, self.environment = dict(config), dict(environment)
+        self.source, self.config_hash = source, config_hash
+        self.text_path, self.json_path = self.folder / f"{name}.txt", self.folder / f"{name}.json"
+        self.validation: list[dict] = []
+        self.train_losses: list[float] = []
+        self.started = now()
+        self.file: TextIO | None = None
+        self.lock: TextIO | None = None
+
+    def open(self, *, resuming: bool = False, overwrite: bool = False) -> None:
+        """Begin the log, or continue it. Raises UsageError if a run of that name exists or is being written by
+        another process, OSError if the folder cannot be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if self.text_path.exists() and not (resuming or overwrite):
+            raise UsageError(
+                f"{self.text_path} exists; choose another --run_name, --resume=auto to continue it, or --overwrite"
+            )
+        if not (resuming and self.text_path.exists()):
+            with atomic_file(self.text_path, "w") as file:  # a log that exists has a whole header
+                file.write(self._header())
+        self.file = open(self.text_path, "a")
+
+    def _take_lock(self) -> None:
+        """Two starts under one name must not mix their lines: the second one is refused."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            return
+        self.lock = open(self.folder / f".{self.name}.lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{self.text_path}: another process is writing this run") from None
+
+    def _header(self) -> str:
+        e = self.environment
+        told = [
+            self.source.rstrip("\n"),
+            RULER,
+            f"Running Python {e['python']}",
+            f"Running PyTorch {e['torch']} compiled for {e['compute']}",
+            f"Running Triton version {e['triton']}",
+            f"Running on device_name={e['hardware']} with world_size={e['world_size']}",
+            *(f"{key}:{value}" for key, value in e["hashes"].items() if value),
+            "implementations:" + json.dumps(e["implementations"], sort_keys=True),
+            "config:" + json.dumps(self.config, sort_keys=True),
+            RULER,
+        ]
+        return "\n".join(told) + "\n"
+
+    def line(self, text: str, *, echo: bool = True) -> None:
+        """Append to the log, and print it."""
+        if self.file is not None:
+            try:
+                self.file.write(text + "\n")
+                self.file.flush()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self.file.close()  # tries to write what is left; without this it would complain at exit
+                self.file = None
+                raise OSError(error.errno, error.strerror, str(self.text_path)) from error
+        if echo and self.writes:
+            say(text)
+
+    def cut_back_to(self, step: int) -> None:
+        """On resuming: take lines of steps after `step` out, since those steps are about to be done again."""
+        if self.file is None:
+            return
+        self.file.close()
+        header, _, body = self.text_path.read_text().rpartition(RULER + "\n")
+        kept, gone = [], 0
+        for text in body[: body.rfind("\n") + 1].splitlines():  # a last line without an end was cut by the disk
+            number = text.removeprefix("step:").partition("/")[0] if text.startswith("step:") else ""
+            beyond = number.isdigit() and int(number) > step
+            gone += beyond
+            if not beyond:
+                kept.append(text)
+        how = f"resumed from the checkpoint of step {step}" if step >= 0 else "no checkpoint: from the beginning"
+        note = f"{how}; lines of later steps taken out: {gone}"
+        with atomic_file(self.text_path, "w") as file:
+            file.write(header + RULER + "\n" + "\n".join([*kept, note]) + "\n")
+        self.file = open(self.text_path, "a")
+        say(note)
+
+    def trained(self, step: int, clock_ms: float, loss: float | None) -> None:
+        """The line of a training step; `step` counts from 1."""
+        told = "" if loss is None else f" train_loss:{loss:.6f}"
+        if loss is not None:
+            self.train_losses.append(loss)
+        times = f"train_time:{clock_ms:.0f}ms step_avg:{clock_ms / step:.2f}ms"
+        self.line(f"step:{step}/{self.config['num_iterations']}{told} {times}", echo=False)
+
+    def validated(self, step: int, clock_ms: float, loss: float) -> None:
+        """The line of a validation after `step` training steps."""
+        average = clock_ms / max(step, 1)
+        self.validation.append(dict(step=step, loss=loss, train_time_s=clock_ms / 1000, step_avg_ms=average))
+        times = f"train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms"
+        self.line(f"step:{step}/{self.config['num_iterations']} val_loss:{loss:.6f} {times}")
+
+    def summary(self, status: str, error: str = "", **more: Any) -> None:
+        """(Re)write the JSON beside the log. `status`: running, finished, interrupted or failed."""
+        if not self.writes:
+            return
+        last = self.validation[-1] if self.validation else None
+        finished = status == "finished" and last is not None
+        told = dict(
+            schema=1, status=status, run_name=self.name, seed=self.config["seed"], config=self.config,
+            config_hash=self.config_hash, **self.environment["hashes"], environment=self.environment,
+            validation=self.validation, train_loss=[round(loss, 6) for loss in self.train_losses],
+            final_loss=last["loss"] if finished else None, train_time_s=last["train_time_s"] if last else None,
+            start_time=self.started, end_time=now(), error=error, **more,
+        )
+        with atomic_file(self.json_path, "w") as file:
+            json.dump(told, file, indent=1, sort_keys=True)
+
+
+class Progress:
+    """A bar on a terminal (loss, tokens/s, model FLOP utilisation, time left); a plain line now and then in a pipe.
+
+    Args:
+        tokens_per_step, flops_per_token: of the whole run, all processes together.
+        ceiling: FLOP/s that count as 100 %, of `matmul_ceiling`.
+        shows: False on the ranks that only follow.
+    """
+
+    bar = None  # the one bar of this process, which `say` prints above
+
+    def __init__(
+        self, total: int, start: int, tokens_per_step: int, flops_per_token: float, ceiling: float, shows: bool = True
+    ):
+        self.total, self.first, self.shows = total, start, shows
+        self.tokens_per_step, self.flops, self.ceiling = tokens_per_step, flops_per_token, ceiling
+        self.shown, self.begin_ms = time.perf_counter(), None
+        if shows and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            Progress.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def due(self) -> bool:
+        """Whether it is time to show something: reading the loss makes the program wait for the GPU."""
+        return self.shows and time.perf_counter() - self.shown >= (1 if Progress.bar is not None else 15)
+
+    def update(self, step: int, clock_ms: float, loss: torch.Tensor) -> None:
+        """After training step number `step` (from 1)."""
+        if self.begin_ms is None:
+            self.begin_ms = clock_ms
+        if not self.due():
+            return
+        self.shown = time.perf_counter()
+        seconds = (clock_ms - self.begin_ms) / 1000 / max(step - self.first - 1, 1)
+        tokens_s = self.tokens_per_step / max(seconds, 1e-9)
+        speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s, MFU {tokens_s * self.flops / self.ceiling:.0%}"
+        if Progress.bar is not None:
+            Progress.bar.n = step
+            Progress.bar.set_postfix_str(speed)
+        else:
+            left = (self.total - step) * seconds
+            say(f"progress: step {step} of {self.total}, {speed}, {left:,.0f} s left")
+
+    def close(self) -> None:
+        if Progress.bar is not None:
+            Progress.bar.close()
+            Progress.bar = None
+
+
+def say(text: str) -> None:
+    """Print, above the progress bar if there is one."""
+    if Progress.bar is not None:
+        Progress.bar.write(text)
+    else:
+        print(text, flush=True)
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int = 1) -> float:
+    """FLOP/s of large square products on this machine, measured in a moment: the ceiling that MFU refers to.
+
+    Processes on one CPU share its cores, so only GPUs multiply it."""
+    n = 8192 if device.type == "cuda" else 512
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    clock, best = Clock(device), 0.0
+    for _ in range(4):
+        before = clock.seconds
+        clock.start()
+        for _ in range(3):
+            a @ a
+        clock.stop()
+        best = max(best, 3 * 2 * n**3 / (clock.seconds - before))
+    return best * (processes if device.type == "cuda" else 1)
+
+
+def describe_environment(
+    device: torch.device, *, world_size: int, source: str, implementations: Mapping[str, str], **hashes: str
+) -> dict[str, Any]:
+    """What log and JSON say of machine, software, code and data; the host appears as a hash only."""
+    cuda = device.type == "cuda"
+    code = dict(code_hash=hashlib.sha256(source.encode()).hexdigest(), kernels_hash=folder_hash(REPO / "kernels"))
+    return dict(
+        python=sys.version.split()[0], torch=torch.__version__, triton=triton.__version__,
+        compute=f"CUDA {torch.version.cuda}" if cuda else f"CPU, {torch.get_num_threads()} threads",
+        hardware=torch.cuda.get_device_name() if cuda else cpu_name(), device=device.type, world_size=world_size,
+        system=f"{platform.system()} {platform.machine()}",
+        host_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
+        implementations=dict(implementations), hashes=code | hashes,
+    )
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 over the Python files of a folder: what the program imports from there runs, too."""
+    seen = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        seen.update(path.name.encode() + path.read_bytes())
+    return seen.hexdigest()
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
