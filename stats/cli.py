@@ -120,11 +120,13 @@ def _ttest_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_ttest(options: argparse.Namespace) -> int:
-    from stats.ttest import POOLED_SIGMA, check_alpha, judge, judge_each, render, ttest
+    from stats.ttest import POOLED_SIGMA, POOLED_SIGMA_DF, check_alpha, judge, judge_each, render, ttest
 
     check_alpha(options.alpha)
-    sigma = POOLED_SIGMA if options.pooled_sigma == -1.0 else options.pooled_sigma
-    settings = {"alpha": options.alpha, "pooled_sigma": sigma, "sensitivity": not options.no_sensitivity}
+    settings = {"alpha": options.alpha, "sensitivity": not options.no_sensitivity}
+    settings["pooled_sigma"] = options.pooled_sigma
+    if options.pooled_sigma == -1.0:
+        settings |= {"pooled_sigma": POOLED_SIGMA, "pooled_sigma_df": POOLED_SIGMA_DF}
     losses, decimals = _losses_on_command_line(options.paths)
     if losses:
         threshold = {} if options.threshold is None else {"threshold": options.threshold}

@@ -72,7 +72,7 @@ class PooledZ:
     """z-test with a standard deviation from elsewhere. Assumes that these runs scatter as those did."""
 
     sigma: float
-    sigma_df: int
+    sigma_df: int | None  # degrees of freedom of that standard deviation, where they are known
     z_stat: float
     p_value: float
     variance_p: float  # two-sided chi-square test of that assumption on this sample
@@ -121,7 +121,7 @@ def ttest(
     decimals: int | None = None,
     sensitivity: bool = True,
     pooled_sigma: float | None = None,
-    pooled_sigma_df: int = POOLED_SIGMA_DF,
+    pooled_sigma_df: int | None = None,
     resamples: int = 9999,
     seed: int = 0,
 ) -> TTest:
@@ -242,7 +242,7 @@ def sensitivity_of(losses: np.ndarray, threshold: float, alpha: float, resamples
     return Sensitivity(finite_bound, resamples, float(flip.pvalue), 2**n <= resamples, 2.0**-n)
 
 
-def pooled_z(losses: np.ndarray, threshold: float, sigma: float, sigma_df: int = POOLED_SIGMA_DF) -> PooledZ:
+def pooled_z(losses: np.ndarray, threshold: float, sigma: float, sigma_df: int | None = None) -> PooledZ:
     """One-sided z-test with `sigma` from other series, and the chi-square test of whether that sigma fits
     here."""
     if not (sigma > 0 and math.isfinite(sigma)):
@@ -315,10 +315,10 @@ def render(result: TTest) -> str:
     if r := result.rounding:
         lines.append(f"rounding to {r.decimals} decimals leaves p in [{p_text(r.p_low)}, {p_text(r.p_high)}]")
     if z := result.pooled:
+        df = "" if z.sigma_df is None else f" ({z.sigma_df} degrees of freedom)"
         lines.append(
-            f"z-test: z = {z.z_stat:.4g}, p = {p_text(z.p_value)}, assuming that these runs scatter with "
-            f"sigma = {z.sigma},\n  as the series it comes from did ({z.sigma_df} degrees of freedom); "
-            f"this sample fits that with p = {p_text(z.variance_p)}"
+            f"z-test: z = {z.z_stat:.4g}, p = {p_text(z.p_value)}, assuming that these runs scatter with sigma = "
+            f"{z.sigma},\n  as the series it comes from did{df}; this sample fits that with p = {p_text(z.variance_p)}"
         )
     lines += [f"left out: {entry.run}: {entry.reason}" for entry in result.left_out]
     lines += [f"note: {note}" for note in result.notes]
