@@ -49,6 +49,7 @@ _READ_BYTES = 1 << 20
 # GPT-2's split into words, from the release of its vocabulary; an alternation of the contractions is equivalent.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
@@ -104,11 +105,9 @@ def _cut_after(text: str, place: int) -> int:
 
 def _chunks(path: str) -> Iterator[str]:
     """The text of a file, decompressed by its suffix, in chunks; line ends stay as they are, a BOM is dropped."""
-    import fsspec
-
     decoder, read = codecs.getincrementaldecoder("utf-8-sig")(), 0
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        with _open(path) as file:
             while block := file.read(_READ_BYTES):
                 read += len(block)
                 yield decoder.decode(block)
@@ -120,6 +119,15 @@ def _chunks(path: str) -> Iterator[str]:
         raise TokenizeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:  # zlib.error, lzma.LZMAError and what remote file systems raise
         raise TokenizeError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _open(path: str):
+    """A file to read bytes from, unpacked by its suffix."""
+    if paths.is_remote(path) or path.endswith(_PACKED):
+        import fsspec
+
+        return fsspec.open(path, "rb", compression="infer")
+    return open(path, "rb")  # a pipe will do, too
 
 
 def _whole_file(path: str) -> Iterator[Piece]:
@@ -588,7 +596,7 @@ def _facts(files: list[str], settings: Settings, writers: dict[str, PartWriter])
 
 def _total_bytes(files: list[str]) -> int | None:
     """Bytes of all inputs, or None where that says nothing about the text in them."""
-    if any(file_kind(file) == "parquet" or file.endswith((".gz", ".bz2", ".xz", ".zst")) for file in files):
+    if any(file_kind(file) == "parquet" or file.endswith(_PACKED) for file in files):
         return None
     with contextlib.suppress(paths.PathError):
         return sum(map(paths.file_size, files))

@@ -243,12 +243,14 @@ def test_stories_are_well_formed():
         assert story.isascii() and re.fullmatch(r"[\n -~]+", story)
         assert re.search(r"[.!?]\n$", story), story
         assert story.count('"') % 2 == 0, story
-        assert not re.search(r"\ba (?!one-)[aeiou]|\ban [^aeiouh]|  | \n|\n\n| [.,!?]|<|\||[.,!?][.,]", story), story
+        assert not re.search(r"\ba (?!one-)[aeiou]|\ban [^aeiouh]|  | \n|\n\n| [.,!?]|<|\||[.,!?][.,]", story)
         for line in story.splitlines():
             assert re.match(r'["A-Z]', line), line
             assert re.search(r'[.!?]"?$', line), line
-            assert not re.search(r'[.!?]"? [a-z](?!\w* (said|cried|called|asked|thought|told|whispered|sniffed|promised|'
-                                 r'grumbled|laughed|with|went|which|of|in|it))(?<!" [a-z])', line), line  # fmt: skip
+            # After a sentence comes a capital, unless a quotation is followed by who said it.
+            assert not re.search(r"(?<!Mr|rs)[.!?] [a-z]", line), line
+            spoken = "said|asked|cried|called|laughed|he|she|it|and"
+            assert not re.search(rf'[.!?]" (?!({spoken})\b)[a-z]', line), line
 
 
 def test_heroes_keep_their_names():
@@ -303,8 +305,11 @@ def test_documents_do_not_depend_on_those_before():
 
 
 def test_hash_seed_and_locale_do_not_matter():
-    program = "import hashlib, itertools; from data.corpus import *; print(hashlib.sha256(''.join(" \
-              "itertools.islice(iter_documents(0), 60)).encode()).hexdigest(), repr(entropy_nats_per_byte()))"  # fmt: skip
+    program = """
+import hashlib, itertools
+from data.corpus import *
+text = "".join(itertools.islice(iter_documents(0), 60))
+print(hashlib.sha256(text.encode()).hexdigest(), repr(entropy_nats_per_byte()))"""
     runs = {
         subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": "C"},
                        capture_output=True, text=True, check=True).stdout
