@@ -204,17 +204,17 @@ class Tile(NamedTuple):
 
 
 #: (device kind, kernel, bytes an element) -> tile, for head widths up to 128. Kinds: `device_kind`. A missing
-#: entry falls back to ("default", ...), which fits the 64 KiB of shared memory that every supported device has.
-#: Hopper's are the largest whose hot loops do not spill: 128 rows of queries halve the second-level cache's
-#: traffic of 64, which at 500 TFLOP/s would be 8 TB/s. None has been timed on a GPU yet:
-#: `python -m bench.attention --tune` times CANDIDATES there.
+#: entry falls back to ("default", ...), which fits the shared memory of every device that torch supports (99 KiB
+#: on NVIDIA, 64 KiB on AMD). Hopper's are the largest whose hot loops do not spill: 128 rows of queries halve
+#: the second-level cache's traffic of 64, which at 500 TFLOP/s would be 8 TB/s. None has been timed on a GPU
+#: yet: `python -m bench.attention --tune` times CANDIDATES there.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("default", "forward", 2): Tile(64, 64, 4, 2),
     ("default", "dq", 2): Tile(64, 32, 4, 2),
     ("default", "dkdv", 2): Tile(32, 64, 4, 2),
-    ("default", "forward", 4): Tile(32, 32, 4, 1),
-    ("default", "dq", 4): Tile(32, 32, 4, 1),
-    ("default", "dkdv", 4): Tile(32, 32, 4, 1),
+    ("default", "forward", 4): Tile(32, 32, 8, 1),
+    ("default", "dq", 4): Tile(32, 32, 8, 1),
+    ("default", "dkdv", 4): Tile(32, 32, 8, 1),
     ("sm_80", "forward", 2): Tile(128, 64, 8, 2),
     ("sm_80", "dq", 2): Tile(128, 32, 8, 2),
     ("sm_80", "dkdv", 2): Tile(32, 128, 8, 2),
@@ -507,6 +507,8 @@ def _operand(x: torch.Tensor, rows: int, tile: Tile):
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if x.data_ptr() % 16:  # the copy engine's addresses are multiples of 16 bytes
+        x = x.clone()
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, x.shape[-1]])
 
 
