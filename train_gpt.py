@@ -1003,7 +1003,7 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--vocab", default="", help="folder with encoder.json and vocab.bpe (GPT-2 tokens offline)")
     options = parser.parse_args(arguments)
     model, config = load_model(options.checkpoint, options.device)
-    from data.tokenize import encoding_for  # late: tiktoken is needed here only
+    from data.encoding import encoding_for  # late: only this needs it
 
     encoding = encoding_for(config.vocab_size, options.vocab or None)
     generator = torch.Generator(options.device).manual_seed(options.seed)
