@@ -22,7 +22,7 @@ class Entry:
     series: str
     path: str
     grade: str
-    passes: bool  # significant at alpha
+    passes: bool  # significant at alpha, or accepted by its sequential plan
     threshold: float | None
     n: int | None
     steps: int | None
@@ -79,7 +79,7 @@ def _entry(series: Series, sample: Sample | None, assessment: Assessment, error:
         reason = error or next((f.text for f in assessment.findings if f.grade == "F"), None)
         return Entry(series.name, series.path, assessment.grade, False, threshold, n, None, None, None, None, reason)
     return Entry(
-        series.name, series.path, assessment.grade, test.significant, test.threshold, test.n,
+        series.name, series.path, assessment.grade, assessment.passes, test.threshold, test.n,
         steps.pop() if len(steps) == 1 else None, test.loss, test.time_s, test.p_value, None,
     )  # fmt: skip
 
@@ -135,7 +135,7 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
         )  # fmt: skip
     header = "series,evidence,passes,runs,steps,time (s),sd,p above,mean loss,sd,p above,threshold,p".split(",")
     legend = (
-        f"passes: one-sided t-test that the mean loss is below the threshold, at alpha {alpha:g}. "
+        f"passes: the mean loss is below the threshold at alpha {alpha:g}, by the t-test or the plan of the series. "
         "p above: against the row above (Welch, two-sided, Holm-corrected); a large one is no evidence of a "
         "difference, not a proof that there is none. evidence: `python -m stats validate`."
     )

@@ -14,6 +14,7 @@ from stats.leaderboard import Leaderboard, leaderboard
 from stats.monitor import Monitoring, monitor
 from stats.plans import Plan, read_plan
 from stats.samples import Sample, sample_of
+from stats.sequential import ACCEPT
 from stats.series import Series
 from stats.ttest import STRICT_ALPHA, TTest, judge
 from stats.validate import Assessment, validate
@@ -43,6 +44,13 @@ class Section:
     sample: Sample | None = field(repr=False)
     plan: Plan | None = field(repr=False)
 
+    @property
+    def passes(self) -> bool:
+        """By the sequential test where the series has a plan for one, else by the t-test."""
+        if self.monitoring and self.plan and self.plan.method != "fixed":
+            return self.monitoring.decision.verdict == ACCEPT
+        return self.test is not None and self.test.significant
+
 
 @dataclass(frozen=True)
 class Report:
@@ -58,7 +66,7 @@ class Report:
         tests = [section.test for section in self.sections]
         if all(test is None for test in tests):
             return Exit.INVALID_DATA
-        return Exit.PASS if all(test is not None and test.significant for test in tests) else Exit.NOT_SIGNIFICANT
+        return Exit.PASS if all(section.passes for section in self.sections) else Exit.NOT_SIGNIFICANT
 
 
 def make_report(

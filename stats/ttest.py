@@ -176,7 +176,23 @@ def judge(
     except DataError as error:
         left_out = "".join(f"; left out: {entry.run} ({entry.reason})" for entry in sample.left_out)
         raise DataError(error.cause + left_out, series.path) from None
-    return replace(result, series=sample.name, left_out=sample.left_out, notes=sample.notes)
+    notes = sample.notes + _plan_note(series)
+    return replace(result, series=sample.name, left_out=sample.left_out, notes=notes)
+
+
+def _plan_note(series: Series) -> tuple[str, ...]:
+    """That this p is not the verdict, where the series was planned to be looked at as it went."""
+    from stats.plans import read_plan
+
+    if series.plan_path is None:
+        return ()
+    try:
+        plan = read_plan(series.plan_path)
+    except StatsError as error:
+        return (f"its plan cannot be used: {error}",)
+    if plan.method == "fixed":
+        return ()
+    return (f"this series has a {plan.method} plan: the verdict of `python -m stats monitor` counts, not this p",)
 
 
 def judge_each(series: Sequence[Series], *arguments, **settings) -> TTests:

@@ -54,6 +54,15 @@ class Assessment:
     test: TTest | None
     left_out: tuple[LeftOut, ...]
 
+    @property
+    def passes(self) -> bool:
+        """True if the claim holds; of a series that claims nothing, if it would have been significant."""
+        if self.test is None:
+            return False
+        if self.claim == "none":
+            return self.test.significant
+        return not any(finding.check == "claim" and finding.grade == "F" for finding in self.findings)
+
 
 @dataclass(frozen=True, slots=True)
 class Assessments:
