@@ -569,10 +569,7 @@ def embedded_files(config: Config) -> Config:
     from data.corpus import ensure_corpus
 
     folder = config.data_dir or str(Path(__file__).resolve().parent / "data" / "embedded")
-    if _rank() == 0:
-        corpus = ensure_corpus(folder)
-    _barrier()
-    corpus = ensure_corpus(folder)
+    corpus = ensure_corpus(folder)  # one process writes, the others wait
     found = {"train_files": str(corpus.train_files), "val_files": str(corpus.val_files)}
     return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) == "embedded"})
 
@@ -590,6 +587,17 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
         sequences_per_step=config.val_tokens // config.val_seq_len, vocab_size=config.vocab_size, cycle=False,
     )
     return train, val
+
+
+def loss_floor(config: Config) -> float | None:
+    """The least mean loss that anything could reach on the validation tokens, if they are of the embedded corpus,
+    whose grammar tells every document's exact probability (data/corpus.py)."""
+    if config.val_files != "embedded":
+        return None
+    from data.corpus import best_loss
+    from data.shards import open_shard
+
+    return best_loss(open_shard(embedded_files(config).val_files)[: config.val_tokens + 1])
 
 
 def my_sequences(config: Config, rank: int, world_size: int) -> range:
@@ -678,11 +686,6 @@ class StopRequest:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def set_up(config: Config) -> torch.device:
@@ -945,7 +948,11 @@ def run(config: Config) -> int:
 
         memory = dict(peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
         log.line(f"peak memory resident: {memory['peak_memory_mib']} MiB")
-    log.summary("interrupted" if signal_number else "finished", **memory)
+    floor = None if signal_number else on_rank_0(lambda: loss_floor(config))
+    if floor is not None:
+        above = log.validation[-1]["loss"] - floor
+        log.line(f"best possible on these tokens: {floor:.6f} nats; the final loss is {above:.6f} above it")
+    log.summary("interrupted" if signal_number else "finished", loss_floor=floor, **memory)
     if signal_number:
         log.line(f"stopped by {signal.Signals(signal_number).name} after a checkpoint; --resume=auto continues")
     return 128 + signal_number if signal_number else 0
@@ -1003,9 +1010,13 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--vocab", default="", help="folder with encoder.json and vocab.bpe (GPT-2 tokens offline)")
     options = parser.parse_args(arguments)
     model, config = load_model(options.checkpoint, options.device)
-    from data.encoding import encoding_for  # late: only this needs it
+    from data.encoding import TokenizeError, encoding_for  # late: only this needs it
 
-    encoding = encoding_for(config.vocab_size, options.vocab or None)
+    try:
+        encoding = encoding_for(config.vocab_size, options.vocab or None)
+        prompt = encoding.encode(options.prompt)
+    except TokenizeError as error:
+        raise UsageError(str(error)) from error
     generator = torch.Generator(options.device).manual_seed(options.seed)
     for number in range(options.num_samples):
         if number:
@@ -1013,7 +1024,7 @@ def sample_command(arguments: list[str]) -> int:
         decoder = encoding.stream_decoder()
         print(options.prompt, end="", flush=True)
         new = generate(
-            model, encoding.encode(options.prompt), options.max_new_tokens, temperature=options.temperature,
+            model, prompt, options.max_new_tokens, temperature=options.temperature,
             top_k=options.top_k, top_p=options.top_p, generator=generator,
         )
         for token in new:
