@@ -401,3 +401,7 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert corpus.main(["--out", str(tmp_path / "file")]) == 3
     assert "file" in capsys.readouterr().err
+
+
+def test_the_readme_states_the_entropy(repo):
+    assert corpus._table() in (repo / "data" / "README.md").read_text(encoding="utf-8")

@@ -104,7 +104,8 @@ def hub():
 def download(folder, address, count, *more, **environment):
     """Run the command; returns its exit code, output and errors."""
     env = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent / "home"),
-           "HF_HUB_DISABLE_TELEMETRY": "1", **environment}  # fmt: skip
+           "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1", **environment}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "data.fineweb", "--shards", str(count), "--out", str(folder), *more],
         env=env, capture_output=True, text=True, timeout=100,
