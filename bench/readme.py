@@ -1,0 +1,127 @@
+"""Fill the generated parts of README.md from records/ and bench/results/, so that no figure is typed.
+
+    python -m bench.readme           # rewrite them
+    python -m bench.readme --check   # exit 1 if README.md does not say what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "bench" / "results"
+#: What belongs on a GPU: the result's name, how to measure it.
+ON_A_GPU = {
+    "attention": "`python -m bench.attention`: against FlexAttention and others, ms and TFLOP/s",
+    "cross_entropy": "`python -m bench.cross_entropy`: against eager, compiled and other fused losses",
+    "mlp": "`python -m bench.mlp`",
+    "muon": "`python -m bench.muon`",
+    "step": "`python -m bench.step`: a whole step of `medium`, its parts against their floors",
+    "gpu": "`python -m bench.gpu`: all of the above, the GPU tests and a short real training",
+}
+
+
+def leaderboard() -> str:
+    """All series of records/, as Markdown."""
+    from stats.leaderboard import leaderboard as board
+    from stats.series import find_series
+
+    found = find_series([REPO / "records"])
+    return board(found).markdown.strip() if found else "No series in records/ yet."
+
+
+def _results(name: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+
+
+def _machine(result: dict) -> str:
+    """The device that a result was measured on."""
+    environment = result.get("environment", {})
+    gpus = environment.get("gpus") or []
+    return gpus[0]["name"] if gpus else f"{environment.get('cpu', 'CPU')}, {environment.get('cores', '?')} cores"
+
+
+def measured() -> str:
+    """A table: what, on which machine, when; and what has not been run on a GPU."""
+    lines = ["| what | measured on | date |", "|-|-|-|"]
+    on_gpu = set()
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "environment" not in result:
+            continue
+        name = path.name.rsplit("-", 1)[0] if "-" in path.name else path.stem
+        if result["environment"].get("gpus"):
+            on_gpu.add(result.get("name", name))
+        link = path.relative_to(REPO)
+        lines.append(f"| [{result.get('name', name)}]({link}) | {_machine(result)} | {result.get('date', '')[:10]} |")
+    for name, how in ON_A_GPU.items():
+        if name not in on_gpu:
+            lines.append(f"| {how} | **not yet measured on a GPU** | |")
+    lines.append("| the `medium` preset trained to its end, 19 times | **not yet measured** | |")
+    return "\n".join(lines)
+
+
+def race() -> str:
+    """The race of `bench.race`, median over its repeats."""
+    results = _results("race")
+    if not results:
+        return "Not measured yet: `python -m bench.race`."
+    told = results[-1].get("result", results[-1])
+    columns = "| | seconds to the target, whole process | training steps alone, s | final loss, nats a character | n |"
+    lines = [columns, "|-|-|-|-|-|"]
+    names = {"nanogpt": "nanoGPT, published CPU recipe", "nano": "`--preset=nano`"}
+    for key, name in names.items():
+        rows = told["runs"][key]
+        if rows:
+            spread = [row["seconds_to_target"] for row in rows]
+            lines.append(
+                f"| {name} | {statistics.median(spread):.1f} ({min(spread):.1f} to {max(spread):.1f}) "
+                f"| {statistics.median(row['train_seconds'] for row in rows):.1f} "
+                f"| {statistics.median(row['final_loss'] for row in rows):.4f} | {len(rows)} |"
+            )
+    ratio = told.get("ratio_of_seconds")
+    if ratio:
+        lines.append(
+            f"\nOn the same 90/10 split of Shakespeare, to {told['target']} nats per character, taking turns on the "
+            f"same two cores: {ratio['median']:.2f} of nanoGPT's time ({ratio['min']:.2f} to {ratio['max']:.2f}, pair "
+            "by pair). nanoGPT ends above the target, so its time is that of its whole run."
+        )
+    return "\n".join(lines)
+
+
+PARTS = {"leaderboard": leaderboard, "measured": measured, "race": race}
+
+
+def filled(text: str) -> str:
+    """`text` with every generated part made anew."""
+    for name, make in PARTS.items():
+        pattern = rf"<!-- generated: {name} -->\n.*?<!-- end -->"
+        part = f"<!-- generated: {name} -->\n{make()}\n<!-- end -->"
+        text, count = re.subn(pattern, lambda _, part=part: part, text, count=1, flags=re.DOTALL)
+        if not count:
+            raise ValueError(f"README.md has no part <!-- generated: {name} --> ... <!-- end -->")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    options = parser.parse_args(argv)
+    path = REPO / "README.md"
+    old = path.read_text()
+    new = filled(old)
+    if options.check:
+        print("README.md is " + ("up to date" if new == old else "out of date: python -m bench.readme"))
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
