@@ -95,15 +95,8 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def device(name: str) -> Iterator[list[Compiled]]:
-    """Inside, Triton launches into nothing on device `name`; yields the list that each launch is added to.
-
-    Raises: RuntimeError if the interpreter is on or Triton is missing; ValueError for an unknown device. A
-    launch raises what it would raise on that device: a compilation error, or OutOfResources."""
-    if not HAVE_TRITON or INTERPRETED:
-        raise RuntimeError("a dry run needs Triton with its interpreter off: unset TRITON_INTERPRET")
-    if name not in SHARED_MEMORY_BYTES:
-        raise ValueError(f"no pretend device {name!r}; there are {', '.join(SHARED_MEMORY_BYTES)}")
+def recorded(name: str) -> Iterator[list[Compiled]]:
+    """Inside, every launch is added to the list that this yields, under the device name `name`."""
     from triton.runtime.jit import JITFunction
 
     launched: list[Compiled] = []
@@ -116,12 +109,28 @@ def device(name: str) -> Iterator[list[Compiled]]:
         launched.append(Compiled(self.fn.__name__, name, constants, where, kernel.metadata.shared, kernel.asm))
         return kernel
 
-    drivers = triton.runtime.driver
-    before = drivers._active  # not `active`, which looks for a real driver and raises where there is none
-    drivers.set_active(_Driver(name))
     JITFunction.run = run
     try:
         yield launched
     finally:
         JITFunction.run = original
+
+
+@contextlib.contextmanager
+def device(name: str) -> Iterator[list[Compiled]]:
+    """Inside, Triton launches into nothing on device `name`; yields the list that each launch is added to.
+
+    Raises: RuntimeError if the interpreter is on or Triton is missing; ValueError for an unknown device. A
+    launch raises what it would raise on that device: a compilation error, or OutOfResources."""
+    if not HAVE_TRITON or INTERPRETED:
+        raise RuntimeError("a dry run needs Triton with its interpreter off: unset TRITON_INTERPRET")
+    if name not in SHARED_MEMORY_BYTES:
+        raise ValueError(f"no pretend device {name!r}; there are {', '.join(SHARED_MEMORY_BYTES)}")
+    drivers = triton.runtime.driver
+    before = drivers._active  # not `active`, which looks for a real driver and raises where there is none
+    drivers.set_active(_Driver(name))
+    try:
+        with recorded(name) as launched:
+            yield launched
+    finally:
         drivers._active = before
