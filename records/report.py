@@ -80,11 +80,26 @@ def write_report(folder: str | Path, alpha: float = ALPHA) -> dict:
     record |= facts_of(results)
     record["ledger"] = ledger_summary(Ledger(folder).events())
     record["results"] = results_of(results, verdict, why_none)
+    if (folder / "plan.json").exists():
+        record["sequential"] = sequential_words(folder)
     write_record(folder, record)
     if results:
         draw_losses(folder, record, results)
     write_whole(folder / "README.md", readme(folder.name, record, results))
     return record
+
+
+def sequential_words(folder: Path) -> str:
+    """What the series' plan says of the runs so far."""
+    from records.sequential import losses_in_order
+    from stats.errors import StatsError
+    from stats.plans import read_plan
+    from stats.sequential import decide
+
+    try:
+        return decide(losses_in_order(folder), read_plan(folder / "plan.json")).words
+    except StatsError as error:
+        return f"No verdict: {error}."
 
 
 def facts_of(results: Sequence[dict]) -> dict:
@@ -365,26 +380,55 @@ def machine_words(record: dict) -> str:
 # The verdict on the terminal
 
 
-def print_verdict(folder: Path, alpha: float = ALPHA) -> int:
-    """Print the t-test's verdict and note in the ledger that it was looked at; returns its exit code."""
+def judge(folder: Path, alpha: float = ALPHA) -> int:
+    """Note that the test is looked at, write the report, print the verdict; returns the verdict's exit code."""
     from stats.ttest import render
 
+    if (folder / "plan.json").exists():
+        return _judge_sequential(folder, alpha)
     states = Ledger(folder).runs()
     finished = [s for s in states.values() if s.status == "finished"]
     if len(finished) == 1 and all(s.status in ("finished", "dropped") for s in states.values()):
+        write_report(folder, alpha)
         result = read_run_json(folder / "runs" / f"{finished[0].run}.json")
         target = result["config"].get("target_loss")
         print(f"one run: loss {result['final_loss']:.6f}, target {target}; a verdict needs at least two runs")
         return 0
     verdict, why_none = verdict_of(folder, alpha)
     if verdict is None:
+        write_report(folder, alpha)
         print(f"no verdict: {why_none}", file=sys.stderr)
         return 3
-    looks = [e for e in Ledger(folder).events() if e["event"] == "judge"]
-    if not looks or looks[-1].get("n") != verdict.n:
-        Ledger(folder).append("judge", n=verdict.n, decision=verdict.decision, p_value=verdict.p_value)
+    _note_look(folder, verdict.n, verdict.decision, verdict.p_value)
+    write_report(folder, alpha)
     print(f"\n{render(verdict)}")
     return 0 if verdict.significant else 1
+
+
+def _judge_sequential(folder: Path, alpha: float) -> int:
+    """The verdict of the series' plan."""
+    from records.sequential import exit_code, losses_in_order
+    from stats.errors import StatsError
+    from stats.plans import read_plan
+    from stats.sequential import decide
+
+    try:
+        decision = decide(losses_in_order(folder), read_plan(folder / "plan.json"))
+    except StatsError as error:
+        write_report(folder, alpha)
+        print(f"no verdict: {error}", file=sys.stderr)
+        return 3
+    _note_look(folder, decision.n, decision.verdict, None)
+    write_report(folder, alpha)
+    print(f"\n{decision.words}")
+    return exit_code(decision)
+
+
+def _note_look(folder: Path, n: int, decision: str, p_value: float | None) -> None:
+    """A line in the ledger, unless the same runs were looked at before."""
+    looks = [event for event in Ledger(folder).events() if event["event"] == "judge"]
+    if not looks or looks[-1].get("n") != n:
+        Ledger(folder).append("judge", n=n, decision=decision, p_value=p_value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,12 +39,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from records.launch import (
     EXIT_BAD_INPUT,
     EXIT_IO,
+    EXIT_NON_FINITE,
     Job,
     Local,
     default_nproc,
@@ -53,6 +54,7 @@ from records.launch import (
     visible_gpus,
 )
 from records.ledger import Ledger, LedgerError, RunState, now
+from stats.errors import StatsError
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
@@ -101,7 +103,8 @@ def code_files(trainer: Path) -> dict[str, str]:
     """{path relative to the trainer's folder: hash} of the trainer and of the modules it trains with."""
     root = trainer.parent
     files = [trainer, *sorted(root.glob("kernels/*.py")), *sorted(root.glob("data/*.py"))]
-    files += root.glob("records/checkpoints.py")
+    files += [path for name in ("checkpoints", "options", "runlog") for path in root.glob(f"records/{name}.py")]
+    files = [path for path in files if path.name not in ("fineweb.py", "tokenize.py")]  # only make the shards
     return {str(path.relative_to(root)): source_hash(path.read_text(encoding="utf-8")) for path in files}
 
 
@@ -548,7 +551,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--repeats", type=int, default=1, metavar="N", help="runs in all, seeds 0..N-1 (1)")
+    add("--repeats", type=int, metavar="N", help="runs in all, seeds 0..N-1 (1; with --sequential the plan's)")
     add("--preset", help="the trainer's preset (medium with GPUs, nano without)")
     add("--name", help="the series' folder (the preset, with the changed fields); auto: with a hash of the code")
     add(
@@ -560,6 +563,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--root", default=str(REPO / "records"), metavar="DIR", help="where series' folders lie (records/)")
     add("--retry-crashed", action="store_true", help="give every crashed run another attempt")
     add("--sequential", action="store_true", help="stop as soon as the sequential test has decided")
+    add("--plan", metavar="FILE", help="for --sequential: a plan made by `python -m stats plan`")
+    add("--margin", type=float, metavar="NATS", help="for --sequential: true distance below the threshold")
+    add("--sigma", type=float, metavar="NATS", help="for --sequential: noise of the loss between runs")
     add(
         "--timeout-s",
         type=float,
@@ -592,7 +598,7 @@ def default_name(preset: str, overrides: dict[str, str]) -> str:
 
 def series_from(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Path, Identity]:
     """(folder, wanted identity); a name alone continues that series with the flags it was started with."""
-    if options.repeats < 1:
+    if options.repeats is not None and options.repeats < 1:
         raise SeriesError(f"--repeats {options.repeats}: at least 1")
     trainer = Path(options.trainer)
     if not trainer.is_file():
@@ -635,33 +641,74 @@ def run_command(argv: Sequence[str]) -> int:
     with sole_start(folder):
         series = open_series(folder, wanted, Path(options.trainer))
         settle_lost(series)
-        return run_and_judge(series, options)
+        series, plan = with_plan(series, options)
+        return run_and_judge(series, options, plan)
 
 
-def run_and_judge(series: Series, options: argparse.Namespace) -> int:
+def with_plan(series: Series, options: argparse.Namespace):
+    """(series, its plan or None). A series is sequential from its first run on or never. Raises SeriesError."""
+    if not options.sequential:
+        if any(value is not None for value in (options.plan, options.margin, options.sigma)):
+            raise SeriesError("--plan, --margin and --sigma belong to --sequential")
+        if series.plan_hash:
+            raise SeriesError(f"{series.folder} has a plan: continue it with --sequential")
+        return series, None
+    if not series.plan_hash and series.ledger.events():
+        raise SeriesError(f"{series.folder} began without a plan: a sequential series needs another --name")
+    from records.sequential import plan_of, target_loss
+
+    identity = series.identity
+    try:
+        plan = plan_of(
+            series.folder, options.plan, lambda: target_loss(series.trainer, identity.preset, identity.overrides),
+            options.margin, options.sigma,
+        )  # fmt: skip
+    except (StatsError, ValueError) as error:
+        raise SeriesError(str(error)) from None
+    if series.plan_hash not in ("", plan.hash):
+        raise SeriesError(f"{series.folder / 'plan.json'} is not the plan that this series began with")
+    record = read_record(series.folder)
+    write_record(series.folder, record | {"plan_hash": plan.hash})
+    return replace(series, plan_hash=plan.hash), plan
+
+
+def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int:
     """The series' work, with the folder held."""
-    tasks, crashed = choose(series, options.repeats, options.retry_crashed)
+    repeats = options.repeats or (plan.cap if plan else 1)
+    if plan and repeats > plan.cap:
+        raise SeriesError(f"--repeats {repeats}: the plan allows {plan.cap} runs at most")
+    tasks, crashed = choose(series, repeats, options.retry_crashed)
     parallel = options.parallel if options.launcher == "local" else None
     try:
         launcher = Local(slots(parallel, series.identity.nproc))
     except ValueError as error:
         raise SeriesError(str(error)) from None
-    print(f"{series.folder}: {options.repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed")
+    print(f"{series.folder}: {repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed", flush=True)
     for state in crashed:
         end = state.attempts[-1].end or {}
-        print(f"  {state.run} crashed: {end.get('error')} (again with --retry-crashed)")
-    runner = Runner(series, launcher, quiet=parallel is not None, timeout_s=options.timeout_s)
+        print(f"  {state.run} crashed: {end.get('error')} (again with --retry-crashed)", flush=True)
+    decided = None
+    if plan:
+        from records.sequential import Watch
+
+        decided = Watch(series.folder, plan)
+    runner = Runner(series, launcher, quiet=parallel is not None, timeout_s=options.timeout_s, decide=decided)
     try:
         runner.run(tasks)
-    except Stopped as stop:
-        print(f"stopped by {stop}; give the same command again to continue where it stopped", file=sys.stderr)
-        return 128 + stop.number
-    finally:
+    except (Stopped, SeriesError) as stop:
         if not options.no_judge:
             from records import report
 
-            report.write_report(series.folder)
-    verdict = 0 if options.no_judge else report.print_verdict(series.folder, alpha=options.alpha)
+            report.write_report(series.folder, options.alpha)
+        if isinstance(stop, Stopped):
+            print(f"stopped by {stop}; the same command continues where it stopped", file=sys.stderr)
+            return 128 + stop.number
+        raise
+    verdict = 0
+    if not options.no_judge:
+        from records import report
+
+        verdict = report.judge(series.folder, alpha=options.alpha)
     return verdict if not (runner.crashes or crashed) else EXIT_CRASHED
 
 
@@ -688,6 +735,10 @@ def amend_command(verb: str, argv: Sequence[str]) -> int:
                 f"{run} finished, and stays in the verdict: dropping a run after seeing its loss "
                 "makes every p-value wrong"
             )
+        if state.status == "crashed" and state.attempts[-1].end.get("exit_code") == EXIT_NON_FINITE:
+            raise SeriesError(
+                f"{run} ended because its loss was not finite: that is a result, and stays in the verdict"
+            )
         Ledger(folder).append("drop", run=run, reason=reason)
         print(f"{run} is left out of {folder.name}: {reason}")
         return 0
@@ -709,6 +760,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SeriesError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except StatsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
     except LedgerError as error:
         print(f"error: {error.strerror}", file=sys.stderr)
         return EXIT_IO
