@@ -59,12 +59,13 @@ _FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("world_size", re.compile(r"\bworld_size[ :=]+(\d{1,6})\b")),
     ("seed", re.compile(r"\bseed[ :=]+(\d{1,18})\b")),
     ("host", re.compile(r"\bhost(?:name)?(?:_hash)?[ :=]+(\S+)")),
-    ("config_hash", re.compile(r"\bconfig[ _](?:hash|sha256)[ :=]+([0-9a-f]{8,64})\b")),
-    ("data_hash", re.compile(r"\bdata[ _](?:hash|sha256)[ :=]+([0-9a-f]{8,64})\b")),
-    ("plan_hash", re.compile(r"\bplan[ _](?:hash|sha256)[ :=]+([0-9a-f]{8,64})\b")),
+    ("config_hash", re.compile(r"\bconfig[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
+    ("kernels_hash", re.compile(r"\bkernels[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
+    ("data_hash", re.compile(r"\bdata[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
+    ("plan_hash", re.compile(r"\bplan[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
 )
 _CONFIG = re.compile(r"^config:(\{.*\})\s*$", re.MULTILINE)
-_PEAK_MEMORY = re.compile(r"peak memory allocated:\s*(\d{1,12}) MiB")
+_PEAK_MEMORY = re.compile(r"peak memory (?:allocated|resident):\s*(\d{1,12}) MiB")
 
 
 class EmptyLog(DataError):
@@ -115,6 +116,7 @@ class Run:
     world_size: int | None = None
     peak_memory_mib: int | None = None
     config_hash: str | None = None
+    kernels_hash: str | None = None
     data_hash: str | None = None
     plan_hash: str | None = None
     preset: str | None = None

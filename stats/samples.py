@@ -128,6 +128,7 @@ def mixture(runs: Sequence[Run]) -> list[str]:
 _CONFIGURATION: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("planned steps", lambda run: run.planned_steps),
     ("programs (code hash)", lambda run: run.code_hash),
+    ("kernels (kernels hash)", lambda run: run.kernels_hash),
     ("configurations (config hash)", lambda run: run.config_hash),
     ("data (data hash)", lambda run: run.data_hash),
     ("presets", lambda run: run.preset),

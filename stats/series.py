@@ -242,10 +242,11 @@ def _with_sidecar(run: Run, beside: dict) -> Run:
     known = {
         "seed": beside.get("seed"),
         "config_hash": beside.get("config_hash"),
+        "kernels_hash": beside.get("kernels_hash"),
         "data_hash": beside.get("data_hash"),
         "plan_hash": beside.get("plan_hash") or None,
         "code_hash": beside.get("code_hash"),
-        "host": environment.get("hostname_hash"),
+        "host": environment.get("host_hash") or environment.get("hostname_hash"),
         "torch": environment.get("torch"),
         "triton": environment.get("triton"),
         "python": environment.get("python"),
@@ -254,6 +255,9 @@ def _with_sidecar(run: Run, beside: dict) -> Run:
         "preset": config.get("preset"),
         "target_loss": config.get("target_loss"),
     }
+    for key, value in known.items():
+        if key.endswith("_hash") and isinstance(value, str):
+            known[key] = value.removeprefix("sha256:")
     missing = {key: value for key, value in known.items() if value is not None and getattr(run, key) is None}
     return replace(run, sidecar=beside, **missing)
 

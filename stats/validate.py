@@ -243,8 +243,9 @@ def _sidecar_disagreements(run: Run) -> Iterator[str]:
         yield f"status {beside.get('status')!r}, but the log is complete"
     for key in ("seed", "code_hash", "config_hash", "data_hash", "plan_hash"):
         here, there = getattr(run, key), beside.get(key)
-        if here and there and not str(there).startswith(str(here)):
-            yield f"{key} {str(there)[:16]}, {str(here)[:16]} in the log"
+        there = str(there).removeprefix("sha256:") if there not in (None, "") else ""
+        if here is not None and there and not there.startswith(str(here)):
+            yield f"{key} {there[:16]}, {str(here)[:16]} in the log"
 
 
 def _numbers(series: Series, sample: Sample | None) -> Iterator[Finding]:

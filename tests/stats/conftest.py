@@ -23,7 +23,7 @@ def log_text(final: float, *, steps=STEPS, every=EVERY, step_ms=50.0, source=SOU
     digest = hashlib.sha256(source.encode()).hexdigest()
     lines = [source, "=" * 100, "Running Python 3.11.9 (main)", "Running PyTorch 2.13.0 compiled for cpu"]
     lines += ["Running Triton version 3.9.0", "Running on device_name=Example CPU with world_size=1"]
-    lines += [f"code_hash:{digest}", "config_hash:" + "c" * 64, "data_hash:" + "d" * 64]
+    lines += [f"code_hash:{digest}", "config_hash:" + "c" * 64, "data_hash:sha256:" + "d" * 64]
     lines += [f"plan_hash:{plan_hash}"] if plan_hash else []
     lines += ["config:" + json.dumps({"seed": seed, "preset": "nano", "target_loss": 2.92} | (facts or {}))]
     lines.append("=" * 100)
@@ -53,8 +53,8 @@ def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, r
         (folder / "runs" / f"{name}.txt").write_text(text)
         beside = {
             "schema": 1, "status": "finished", "run_name": name, "seed": seed, "code_hash": code_hash(),
-            "config": {"num_iterations": STEPS, "target_loss": 2.92, "preset": "nano"}, "config_hash": "c" * 64,
-            "environment": {"hostname_hash": hosts[seed % len(hosts)] if hosts else "abc"}, "validation": [],
+            "config": {"num_iterations": STEPS, "target_loss": 2.92, "preset": "nano"}, "config_hash": "c" * 64, "data_hash": "sha256:" + "d" * 64,
+            "environment": {"host_hash": hosts[seed % len(hosts)] if hosts else "abc"}, "validation": [],
         }  # fmt: skip
         for step, value in re.findall(r"^step:(\d+)/\d+ val_loss:(\S+)", text.split("=" * 100)[2], re.MULTILINE):
             beside["validation"].append({"step": int(step), "loss": float(value)})
