@@ -1,0 +1,68 @@
+"""What only a GPU can show about attention: the compiled kernels' numbers, at sizes the interpreter cannot reach."""
+
+import pytest
+import torch
+
+from kernels.attention import attention, attention_inputs, attention_plan, attention_reference
+from kernels.proof import TOLERANCE
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
+SCALE = 0.12
+
+
+def draw(B, T, H, K, width, dtype):
+    random = torch.Generator(device="cuda").manual_seed(0)
+    return [torch.randn(B, T, h, width, generator=random, device="cuda").to(dtype) for h in (H, K, K, H)]
+
+
+def with_gradients(run, inputs, do):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    o = run(*leaves)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(o.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B, T, H, K, width", [(1, 1000, 4, 4, 128), (2, 2049, 4, 2, 64), (1, 130, 2, 2, 32)])
+@pytest.mark.parametrize("window", [{}, {"window_blocks": 1}, {"window_blocks": 5}, {"window_tokens": 300}])
+def test_against_float64(B, T, H, K, width, dtype, window):
+    tokens = torch.randint(0, 200, (B, T), generator=torch.Generator().manual_seed(1)).cuda()
+    plan = attention_plan(tokens, eos_id=0, **window)
+    *inputs, do = draw(B, T, H, K, width, dtype)
+
+    def reference(q, k, v):
+        return attention_reference(q, k, v, plan, scale=SCALE)
+    truth = with_gradients(reference, [x.double() for x in inputs], do)
+    same = with_gradients(reference, inputs, do)
+    got = with_gradients(lambda q, k, v: attention(q, k, v, plan, scale=SCALE), inputs, do)
+    again = with_gradients(lambda q, k, v: attention(q, k, v, plan, scale=SCALE), inputs, do)
+    for name, true, usual, mine, twin in zip(("o", "dq", "dk", "dv"), truth, same, got, again):
+        allowed = 2 * (usual.double() - true).abs().max() + TOLERANCE[dtype] * true.abs().max().clamp(min=1)
+        error = (mine.double() - true).abs().max()
+        assert error <= allowed, f"{name}: {error} > {allowed}"
+        assert torch.equal(mine, twin), f"{name}: two runs differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prologue_against_the_reference(dtype):
+    q, k, v, _ = draw(2, 777, 4, 4, 128, dtype)
+    ve, s = torch.randn_like(v), torch.tensor([0.5, 0.5], device="cuda")
+    angle = torch.arange(777, device="cuda")[:, None] * torch.linspace(0, 1, 64, device="cuda")
+    out = {impl: attention_inputs(q, k, v, ve, s, angle.cos(), angle.sin(), impl=impl)
+           for impl in ("triton", "reference")}
+    for mine, usual in zip(out["triton"], out["reference"]):
+        torch.testing.assert_close(mine, usual, rtol=2e-2, atol=TOLERANCE[dtype] * 4)
+
+
+def test_compiled_with_a_growing_window():
+    *inputs, do = draw(1, 4096, 4, 4, 128, torch.bfloat16)
+    tokens = torch.randint(0, 700, (1, 4096), device="cuda")
+
+    def loss(tokens, window, q, k, v):
+        plan = attention_plan(tokens, eos_id=0, window_blocks=window)
+        return (attention(q, k, v, plan, scale=SCALE) * do).sum()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for window in (1, 3, 9):
+        w = torch.tensor(window, device="cuda")
+        torch.testing.assert_close(compiled(tokens, w, *inputs), loss(tokens, w, *inputs), rtol=1e-3, atol=1e-2)
+    assert counter.frame_count == 1
