@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 
 from stats.compare import Difference, compare
 from stats.errors import StatsError
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two series of the board: the second minus the first, Holm-corrected over all pairs of neighbours."""
+    """Two series of the board: the second minus the first, Holm-corrected over all pairs."""
 
     first: str
     second: str
@@ -66,7 +66,7 @@ def leaderboard(series: Sequence[Series], alpha: float = STRICT_ALPHA) -> Leader
         samples[one.path] = sample
     entries.sort(key=_rank)
     judged = [entry for entry in entries if entry.error is None]
-    pairs = _pairs([(a, b, samples[a.path], samples[b.path]) for a, b in pairwise(judged)])
+    pairs = _pairs([(a, b, samples[a.path], samples[b.path]) for a, b in combinations(judged, 2)])
     return Leaderboard(tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha))
 
 
@@ -97,12 +97,12 @@ def _rank(entry: Entry) -> tuple:
     )
 
 
-def _pairs(neighbours: Sequence[tuple[Entry, Entry, Sample, Sample]]) -> list[Pair]:
-    """Welch's tests between neighbours on the board, corrected together."""
+def _pairs(couples: Sequence[tuple[Entry, Entry, Sample, Sample]]) -> list[Pair]:
+    """Welch's tests between every two series of the board, corrected together."""
     from stats.compare import holm
 
     found = []
-    for first, second, a, b in neighbours:
+    for first, second, a, b in couples:
         try:
             one = compare(a, [b]).comparisons[0]
         except StatsError:
@@ -119,9 +119,10 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
     def cell(value: float | None, style: str) -> str:
         return "-" if value is None else format(value, style)
 
-    rows, above = [], iter([None, *pairs])
+    rows, above, by_names = [], None, {(pair.first, pair.second): pair for pair in pairs}
     for entry in entries:
-        pair = None if entry.error else next(above, None)
+        pair = by_names.get((above, entry.series))
+        above = entry.series
         loss_p = p_text(pair.loss.holm_p) if pair and pair.loss else "-"
         time_p = p_text(pair.time_s.holm_p) if pair and pair.time_s else "-"
         loss, time = entry.loss, entry.time_s
@@ -136,7 +137,7 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
     header = "series,evidence,passes,runs,steps,time (s),sd,p above,mean loss,sd,p above,threshold,p".split(",")
     legend = (
         f"passes: the mean loss is below the threshold at alpha {alpha:g}, by the t-test or the plan of the series. "
-        "p above: against the row above (Welch, two-sided, Holm-corrected); a large one is no evidence of a "
-        "difference, not a proof that there is none. evidence: `python -m stats validate`."
+        "p above: against the row above (Welch, two-sided, Holm-corrected over all pairs); a large one is no "
+        "evidence of a difference, not a proof that there is none. evidence: `python -m stats validate`."
     )
     return "\n".join([table(header, rows), "", legend, *(f"\n{e.series}: {e.error}" for e in entries if e.error)])

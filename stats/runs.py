@@ -20,6 +20,7 @@ others still keep one cadence: the runs of a series have to agree in their valid
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -188,8 +189,11 @@ def parse_log(stream: BinaryIO, path: str = "<stdin>") -> list[Run]:
     code_hash, offset, number = _skip_source(stream)
     stream.seek(offset)
     reader = _LogReader(path, code_hash)
-    for number, line in _numbered_lines(stream, number + 1):  # noqa: B020  (numbers go on from the source's)
-        reader.read(number, line)
+    for number, line, ended in _numbered_lines(stream, number + 1):  # noqa: B020  (the source's go on)
+        if ended:
+            reader.read(number, line)
+        else:
+            reader.read_unended(number, line)
     runs = reader.finish()
     if not runs:
         raise EmptyLog(f"no training run in it: {number} lines, none of them a step or a validation", path)
@@ -201,7 +205,7 @@ def _skip_source(stream: BinaryIO) -> tuple[str | None, int, int]:
     separator line there is nothing to skip: (None, 0, 0)."""
     digest, blank_lines, offset = hashlib.sha256(), 0, 0
     kept, has_source = None, False
-    for number, line in _numbered_lines(stream, 1):
+    for number, line, _ in _numbered_lines(stream, 1):
         offset += len(line) + 1
         if line[:1] == b"=" and _SEPARATOR.fullmatch(line):
             digest.update(b"\n")
@@ -217,20 +221,20 @@ def _skip_source(stream: BinaryIO) -> tuple[str | None, int, int]:
     return None, 0, 0
 
 
-def _numbered_lines(stream: BinaryIO, first: int) -> Iterator[tuple[int, bytes]]:
-    """(line number, line without its end). A line longer than LONGEST_LINE_BYTES is no text: DataError."""
+def _numbered_lines(stream: BinaryIO, first: int) -> Iterator[tuple[int, bytes, bool]]:
+    """(line number, line without its end, whether it has one). DataError for a line that is too long for a text."""
     carry, number = b"", first
     while block := stream.read(BLOCK_BYTES):
         lines = (carry + block).split(b"\n")
         carry = lines.pop()
         for line in lines:
-            yield number, line
+            yield number, line, True
             number += 1
         if len(carry) > LONGEST_LINE_BYTES:
             name = getattr(stream, "name", None)
             raise DataError("a line of more than a megabyte: not a log", name, number)
     if carry:
-        yield number, carry
+        yield number, carry, False
 
 
 class _LogReader:
@@ -254,6 +258,15 @@ class _LogReader:
             self.broken = None
         elif line and not line.isspace():
             self._other_line(number, line)
+
+    def read_unended(self, number: int, line: bytes) -> None:
+        """A last line without its end: it is being written, or was cut off. It counts only if it is whole."""
+        runs, run, broken = [copy.deepcopy(run) for run in self.runs], self.run, self.broken
+        before = sum(len(one.problems) for one in self.runs)
+        self.read(number, line)
+        if sum(len(one.problems) for one in self.runs) > before or self.broken is not broken:
+            index = self.runs.index(run) if run is not None else None
+            self.runs, self.run = runs, None if index is None else runs[index]
 
     def _run_for(self, number: int, step: int, planned: int | None, dialect: str) -> _RunBuilder:
         """The run that a result line belongs to: the open one, or a new one where the steps start again."""

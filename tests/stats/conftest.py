@@ -53,7 +53,8 @@ def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, r
         (folder / "runs" / f"{name}.txt").write_text(text)
         beside = {
             "schema": 1, "status": "finished", "run_name": name, "seed": seed, "code_hash": code_hash(),
-            "config": {"num_iterations": STEPS, "target_loss": 2.92, "preset": "nano"}, "config_hash": "c" * 64, "data_hash": "sha256:" + "d" * 64,
+            "config": {"num_iterations": STEPS, "target_loss": 2.92, "preset": "nano"},
+            "config_hash": "c" * 64, "data_hash": "sha256:" + "d" * 64,
             "environment": {"host_hash": hosts[seed % len(hosts)] if hosts else "abc"}, "validation": [],
         }  # fmt: skip
         for step, value in re.findall(r"^step:(\d+)/\d+ val_loss:(\S+)", text.split("=" * 100)[2], re.MULTILINE):

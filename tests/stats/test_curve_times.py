@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import scipy
+from statsmodels.stats.multitest import multipletests
 
 from stats.cli import main
 from stats.curve import curve
@@ -141,7 +142,10 @@ def test_leaderboard(make_series, capsys):
     assert [entry.series for entry in board.entries] == ["fast", "slow", "above", "broken"]
     assert [entry.passes for entry in board.entries] == [True, True, False, False]
     assert [entry.grade for entry in board.entries] == ["B", "B", "F", "F"]
-    assert [(pair.first, pair.second) for pair in board.pairs] == [("fast", "slow"), ("slow", "above")]
+    names = [(pair.first, pair.second) for pair in board.pairs]
+    assert names == [("fast", "slow"), ("fast", "above"), ("slow", "above")]
+    raw = [pair.loss.p_value for pair in board.pairs]
+    assert [pair.loss.holm_p for pair in board.pairs] == pytest.approx(multipletests(raw, method="holm")[1])
     first = board.pairs[0]
     assert first.time_s.estimate == pytest.approx(0.6, rel=0.02) and first.time_s.holm_p < 1e-6
     assert first.loss.holm_p > 0.05

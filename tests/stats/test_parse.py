@@ -147,10 +147,10 @@ def test_sixty_equal_signs_end_the_source_and_fewer_do_not():
 
 def test_seconds_milliseconds_and_nothing():
     text = (
-        "step:0/4 val_loss:5.0 train_time:0.5s step_avg:nanms\nstep:4/4 val_loss:4.25 train_time:1500ms step_avg:375ms"
+        "step:0/4 val_loss:5.00 train_time:0.5s step_avg:nanms\nstep:4/4 val_loss:4.25 train_time:1500ms step_avg:375ms"
     )
     points = _one(text).validations
-    assert [(p.time_s, p.step_avg_ms, p.decimals) for p in points] == [(0.5, None, 1), (1.5, 375.0, 2)]
+    assert [(p.time_s, p.step_avg_ms, p.decimals) for p in points] == [(0.5, None, 2), (1.5, 375.0, 2)]
 
 
 def test_windows_line_ends(make_log):
@@ -239,3 +239,22 @@ def test_memory_does_not_grow_with_the_log(tmp_path):
     tracemalloc.stop()
     assert run.step_lines == 150_000
     assert peak < 6_000_000
+
+
+def test_a_last_line_that_is_being_written_does_not_damage_the_run(make_log):
+    whole = make_log(2.912345)
+    end = whole.index("peak memory")
+    finals = set()
+    for cut in range(1, 400):
+        (run,) = parse_log(io.BytesIO(whole[: end - cut].encode()), "a.txt")
+        assert run.problems == (), (cut, run.problems)
+        finals.add(final_validation(run).loss if is_finished(run) else None)
+    assert finals == {None, 2.912345}  # never a loss with fewer digits
+    without_newline = _one(whole[: end - 1])
+    assert final_validation(without_newline).loss == 2.912345
+
+
+def test_the_last_line_of_llmc_is_taken_only_whole():
+    text = "".join(f"s:{step} tel:{5 - step / 100:.4f}\n" for step in range(0, 50, 10))
+    losses = {_one(text[:-cut]).validations[-1].loss for cut in range(1, 7)}
+    assert losses == {4.6, 4.7}
