@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention, attention_inputs, attention_plan
 from kernels.attention import implementation as attention_implementation
+from kernels.communication import GradientExchange
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
@@ -115,7 +116,7 @@ class Config:
     device: str = setting("auto", "name", "auto, cuda or cpu")
     compile: str = setting("auto", "name", "torch.compile: auto (on GPUs), on or off")
     kernels: str = setting("auto", "name", "auto, triton or reference (FlexAttention and eager loss on GPUs)")
-    communication: str = setting("plain", "name", "of gradients: plain, or overlap with the backward pass")
+    communication: str = setting("auto", "name", "of gradients: plain, overlap, or auto: overlap on several GPUs")
     deterministic: bool = setting(False, "flag", "ask torch for bitwise repeatable algorithms (slower on GPUs)")
     # Output
     output_dir: str = setting("local/runs", "folder", "for the log, its JSON and the checkpoints")
@@ -187,7 +188,7 @@ def check_config(config: Config) -> Config:
     choices = {
         "dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"), "compile": ("auto", "on", "off"),
         "kernels": ("auto", "triton", "reference"), "soft_cap": ("rsqrt", "sigmoid", "none"),
-        "communication": ("plain", "overlap"), "muon_coefficients": ("spec", "polar_express"),
+        "communication": ("auto", "plain", "overlap"), "muon_coefficients": ("spec", "polar_express"),
     }
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
@@ -430,7 +431,8 @@ class Muon:
     A bfloat16 weight keeps its lower 16 mantissa bits beside it, so that the pair is a float32 master
     (@YouJiacheng); momentum is float32. Matrices of one shape are orthogonalised as one batch."""
 
-    def __init__(self, named: dict[str, nn.Parameter], config: Config, impl: str):
+    def __init__(self, named: dict[str, nn.Parameter], config: Config, impl: str, mine: list[str] | None = None):
+        """`mine`: the parameters that this process updates; by default all."""
         self.config, self.impl = config, impl
         self.named = named
         self.dtype = getattr(torch, config.dtype)
@@ -438,8 +440,8 @@ class Muon:
         low = {n: torch.zeros_like(p, dtype=torch.int16) for n, p in named.items() if p.dtype == torch.bfloat16}
         self.mantissa = low
         shapes: dict[tuple, list[str]] = {}
-        for name, p in named.items():
-            shapes.setdefault(tuple(sorted(p.shape[-2:])), []).append(name)
+        for name in named if mine is None else mine:
+            shapes.setdefault(tuple(sorted(named[name].shape[-2:])), []).append(name)
         self.groups = list(shapes.values())
 
     @torch.no_grad()
@@ -475,26 +477,35 @@ class Muon:
 class AdamW:
     """torch's AdamW for the head, the embeddings and the scalars, with the run's learning-rate schedule."""
 
-    def __init__(self, named: dict[str, nn.Parameter], config: Config):
+    def __init__(self, named: dict[str, nn.Parameter], config: Config, head_rows: slice = slice(None)):
+        """`head_rows`: the rows of the head that this process updates."""
         self.config, self.named = config, named
         c = config
         rates = {n: c.head_lr if n == "head_w" else c.scalar_lr if n == "scalars" else c.embed_lr for n in named}
-        groups = [dict(params=[p], lr=rates[n], initial_lr=rates[n]) for n, p in named.items()]
+        self.rows = {n: head_rows if n == "head_w" else slice(None) for n in named}
+        self.parts = {n: nn.Parameter(p.detach()[self.rows[n]]) for n, p in named.items()}  # views, not copies
+        groups = [dict(params=[p], lr=rates[n], initial_lr=rates[n]) for n, p in self.parts.items()]
         betas = (c.adam_beta1, c.adam_beta2)
         self.inner = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
-        for p in named.values():  # created now rather than at the first step, so that state() is complete
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.inner.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)} | moments
+        # Made now rather than at the first step, and whole, so that a checkpoint does not depend on who updates what.
+        self.moments = {n: {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")} for n, p in named.items()}
+        self.steps = {n: torch.zeros((), dtype=torch.float32, device=p.device) for n, p in named.items()}
+        for n, part in self.parts.items():
+            moments = {key: moment[self.rows[n]] for key, moment in self.moments[n].items()}
+            self.inner.state[part] = {"step": self.steps[n]} | moments
 
     def step(self, step: int) -> None:
         for group in self.inner.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(step, self.config)
+        for name, part in self.parts.items():
+            part.grad = self.named[name].grad[self.rows[name]]
         self.inner.step()
+        self.inner.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; live, not copies."""
-        named = self.named.items()
-        return {f"adam.{key}.{name}": t for name, p in named for key, t in self.inner.state[p].items()}
+        moments = {f"adam.{key}.{n}": t for n, pair in self.moments.items() for key, t in pair.items()}
+        return moments | {f"adam.step.{n}": t for n, t in self.steps.items()}
 
 
 class Trainer:
@@ -505,10 +516,17 @@ class Trainer:
         torch.manual_seed(config.seed)
         with device:
             self.model = GPT(config)
-        named = dict(self.model.named_parameters())
-        self.muon = Muon({n: p for n, p in named.items() if n.startswith("blocks.")}, config, self.model.impls["muon"])
-        self.adam = AdamW({n: p for n, p in named.items() if not n.startswith("blocks.")}, config)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        matrices = {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.")}
+        others = {n: p for n, p in self.model.named_parameters() if not n.startswith("blocks.")}
+        overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
+        self.exchange = None
+        if overlap and self.world_size > 1:
+            tables = {n: p for n, p in others.items() if "embed" in n}
+            self.exchange = GradientExchange(matrices, tables, self.model.head_w, [self.model.scalars])
+        x = self.exchange
+        self.muon = Muon(matrices, config, self.model.impls["muon"], mine=x.mine if x else None)
+        self.adam = AdamW(others, config, head_rows=x.head_rows if x else slice(None))
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
@@ -522,6 +540,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes: parameters and optimizer state by name; live, not copies."""
+        self.wait_weights()
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         return parameters | self.muon.state() | self.adam.state()
 
@@ -533,23 +552,50 @@ class Trainer:
     def set_window(self, step: int) -> None:
         self.window.fill_(window_blocks_at(step, self.config))
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """`state()` with every process's share of the optimizers in it. Collective."""
+        if self.exchange is not None:
+            muon, moments = self.muon, self.adam.moments["head_w"]
+            low = muon.mantissa
+            shares = {n: [m, *([low[n]] if n in low else [])] for n, m in muon.momentum.items()}
+            self.exchange.gather_state(shares, list(moments.values()))
+        return self.state()
+
+    def wait_weights(self) -> None:
+        """Before weights are read: those that other processes updated have arrived."""
+        if self.exchange is not None:
+            self.exchange.wait_weights()
+
     def step(self, step: int, batches) -> Tensor:
-        """Accumulate gradients over this process's (inputs_T, targets_T), then update. Returns their mean loss,
-        detached."""
+        """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
+        mean loss, detached."""
         sequences = self.config.tokens_per_step // self.config.train_seq_len
         self.set_window(step)
+        self.wait_weights()
+        if self.exchange is not None:
+            self.exchange.begin([inputs_T for inputs_T, _ in batches])
         losses = []
-        for inputs_T, targets_T in batches:
+        for number, batch in enumerate(batches, 1):
+            inputs_T, targets_T = _to_device(batch, self.device)
             loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window)
+            if self.exchange is not None and number == len(batches):
+                self.exchange.arm()
             (loss / sequences).backward()
             losses.append(loss.detach())
-        self.exchange_gradients()
-        self.adam.step(step)
-        self.muon.step(step)
+        if self.exchange is None:
+            self.sum_gradients()
+            self.adam.step(step)
+            self.muon.step(step)
+        else:
+            self.exchange.wait_gradients()
+            self.muon.step(step)
+            self.exchange.publish_matrices()
+            self.adam.step(step)
+            self.exchange.publish_head()
         self.model.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
 
-    def exchange_gradients(self) -> None:
+    def sum_gradients(self) -> None:
         """Sum gradients over processes; each process has already divided by the sequences of the whole step."""
         if self.world_size == 1:
             return
@@ -610,6 +656,7 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
     """Mean loss in nats per token over the validation tokens, with the window of `step`; equal on all ranks."""
     c, rank = trainer.config, _rank()
     trainer.set_window(step)
+    trainer.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
     for sequence in range(rank, count, trainer.world_size):
@@ -621,6 +668,7 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
 
 
 def _to_device(batch, device):
+    """A batch from the host, as int32 inputs and int64 targets."""
     inputs, targets = (torch.as_tensor(part) for part in batch)
     inputs = inputs.to(device, torch.int32, non_blocking=True)
     return inputs, targets.to(device, torch.int64, non_blocking=True)
@@ -700,7 +748,14 @@ def set_up(config: Config) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo beside NCCL carries the processes' agreement to stop, which lives in host memory
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, device_id=device if cuda else None)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # Processes that `torchrun --max-restarts` starts again share the store of the dead, whose addresses they
+            # must not read (github.com/pytorch/pytorch/issues/135712). Several hosts: docs/scaling.md.
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, device_id=device if cuda else None
+        )
     torch.use_deterministic_algorithms(config.deterministic)
     return device
 
@@ -758,7 +813,7 @@ def warm_up(trainer: Trainer) -> None:
     mine = len(my_sequences(c, _rank(), trainer.world_size))
     for i in range(c.warmup_steps):
         step = 0 if i % 2 else c.num_iterations - 1
-        batches = [_to_device((draw(c.train_seq_len), draw(c.train_seq_len)), device) for _ in range(mine)]
+        batches = [(draw(c.train_seq_len), draw(c.train_seq_len)) for _ in range(mine)]
         trainer.step(step, batches)
     with torch.no_grad():
         tokens, targets = _to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
@@ -813,7 +868,7 @@ def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list
 
 def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
     """A checkpoint after `step` steps; older ones beyond `keep_checkpoints` go once it is safely there."""
-    state = trainer.state()
+    state = trainer.whole_state()
     if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
         raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
     on_rank_0(lambda: _save(state, trainer.config, log, clock, folder, step))
@@ -843,7 +898,7 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
     start = resume(trainer, log, clock, folder)
     mine = my_sequences(c, _rank(), trainer.world_size)
     order = ((step, sequence) for step in range(start, c.num_iterations) for sequence in mine)
-    batches = (_to_device(batch, trainer.device) for batch in stream.prefetch(order))
+    batches = stream.prefetch(order)
     flops = flops_per_token(trainer.model)
     progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=_rank() == 0)
     saved = start if start else -1
