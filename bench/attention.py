@@ -77,8 +77,14 @@ def passes(run: Callable[..., torch.Tensor], q, k, v, do) -> dict[str, Callable[
 
 
 def contestants(plan: AttentionPlan) -> dict[str, Callable]:
-    """The implementations of exactly this plan's mask."""
-    flex = torch.compile(functools.partial(attention, plan=plan, scale=SCALE, impl="flex"), fullgraph=True)
+    """The implementations of exactly this plan's mask, which is made beforehand, as layers share it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled, mask = torch.compile(flex_attention), module.flex_mask(plan)
+
+    def flex(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, scale=SCALE).transpose(1, 2)
     return {"triton": functools.partial(attention, plan=plan, scale=SCALE, impl="triton"), "flex": flex}
 
 

@@ -609,17 +609,17 @@ _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
 # ---- FlexAttention -----------------------------------------------------------------------------------------
 
 
-def _flex(q, k, v, plan, scale):
-    """torch's FlexAttention on the same plan: what the fused kernel is measured against."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+def flex_mask(plan: AttentionPlan):
+    """The plan as FlexAttention's BlockMask, with its full and partial blocks told apart."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    block, T = SCHEDULE_TOKENS, q.shape[1]
     first_BT = plan.first_key_BT
+    block, T = SCHEDULE_TOKENS, first_BT.shape[1]
 
     def may_see(b, h, i, j):
         return (j <= i) & (j >= first_BT[b, i])
 
-    start = torch.arange(0, T, block, device=q.device)
+    start = torch.arange(0, T, block, device=first_BT.device)
     last = (start + block - 1).clamp(max=T - 1)
     query, key = start[:, None], start[None, :]
     visited = (key <= query) & (key + block > first_BT[:, start, None])
@@ -630,11 +630,18 @@ def _flex(q, k, v, plan, scale):
         return (chosen.sum(-1).int().contiguous(),
                 chosen.argsort(dim=-1, descending=True, stable=True).int().contiguous())
 
-    mask = BlockMask.from_kv_blocks(*ordered(visited & ~full), *ordered(full), BLOCK_SIZE=block,
+    return BlockMask.from_kv_blocks(*ordered(visited & ~full), *ordered(full), BLOCK_SIZE=block,
                                     mask_mod=may_see, seq_lengths=(T, T))
+
+
+def _flex(q, k, v, plan, scale):
+    """torch's FlexAttention on the same plan: what the fused kernel is measured against."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    o = flex_attention(q, k, v, block_mask=flex_mask(plan), scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2)
 
 
 # ---- public functions --------------------------------------------------------------------------------------
