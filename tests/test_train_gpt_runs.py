@@ -102,14 +102,14 @@ WORLD = """
 import os, sys, json
 import torch, train_gpt
 args, worlds, port = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-for world in worlds:  # forked before torch has started any thread: one import for all processes
+for world, *more in worlds:  # forked before torch has started any thread: one import for all processes
     children = []
     for rank in range(world):
         child = os.fork()
         if not child:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port + world))
-            code = train_gpt.main([*args, f"--run_name=world{world}"])
+            code = train_gpt.main([*args, f"--run_name=world{world}", *more])
             sys.stdout.flush()
             os._exit(code)
         children.append(child)
@@ -118,26 +118,53 @@ for world in worlds:  # forked before torch has started any thread: one import f
 """
 
 
-def test_1_2_4_and_8_processes_give_the_same_training(undisturbed, shards, tmp_path):
-    """Loss by loss within 1e-3 nats. Only the order of float32 sums differs, but the first steps blow that up:
-    orthogonalisation multiplies small singular values, which are rounding noise there, by up to 493."""
+def in_worlds(args: list[str], worlds: list[list]) -> None:
+    """Run the trainer in worlds of several processes, one world after the other: [[size, more arguments...], ...]."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] % 50000 + 2000
-    args = [a for a in arguments(shards, tmp_path) if not a.startswith("--run_name")]
     done = subprocess.run(
-        [sys.executable, "-c", WORLD, json.dumps(args), "[2, 4, 8]", str(port)],
-        cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        [sys.executable, "-c", WORLD, json.dumps(args), json.dumps(worlds), str(port)],
+        cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_1_2_4_and_8_processes_give_the_same_training(undisturbed, shards, tmp_path):
+    """Loss by loss within 1e-3 nats. Only the order of float32 sums differs, but the first steps blow that up:
+    orthogonalisation multiplies small singular values, which are rounding noise there, by up to 493."""
+    args = [a for a in arguments(shards, tmp_path) if not a.startswith("--run_name")]
+    in_worlds(args, [[2], [4], [8]])
     alone = losses(undisturbed / "run.txt")
     for world in (2, 4, 8):
         together = losses(tmp_path / f"world{world}.txt")
         assert [row[:2] for row in together] == [row[:2] for row in alone]
         gaps = [abs(float(a[2]) - float(b[2])) for a, b in zip(together, alone)]
         assert max(gaps) <= 1e-3, (world, max(gaps))
+
+
+def test_overlapped_communication_trains_as_the_plain_one(shards, tmp_path):
+    """The same sums by other routes, at 2 and 4 processes; and a checkpoint of either continues under the other."""
+    args = arguments(shards, tmp_path, checkpoint_every=8, keep_checkpoints=0)
+    plain, overlap = "--communication=plain", "--communication=overlap"
+    in_worlds(args, [[n, way, f"--run_name={way[16:]}{n}"] for n in (2, 4) for way in (plain, overlap)])
+    for n in (2, 4):
+        gaps = [
+            abs(float(a[2]) - float(b[2]))
+            for a, b in zip(losses(tmp_path / f"plain{n}.txt"), losses(tmp_path / f"overlap{n}.txt"), strict=True)
+        ]
+        assert max(gaps) <= (1e-6 if n == 2 else 1e-3), gaps  # of two numbers there is one sum
+    whole = {way: load_tensors(tmp_path / f"{way}2.checkpoints" / "step-000008.safetensors", "train_gpt-1")[1]
+             for way in ("plain", "overlap")}  # fmt: skip
+    assert whole["plain"].keys() == whole["overlap"].keys()
+    for name, tensor in whole["plain"].items():
+        torch.testing.assert_close(whole["overlap"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    before = losses(tmp_path / "overlap2.txt")
+    (tmp_path / "overlap2.checkpoints" / "step-000012.safetensors").unlink()
+    in_worlds([*args, "--resume=auto", "--run_name=overlap2"], [[2, plain]])
+    assert max(abs(float(a[2]) - float(b[2])) for a, b in zip(losses(tmp_path / "overlap2.txt"), before)) <= 1e-6
 
 
 def test_resuming_continues_bit_for_bit(undisturbed, shards, tmp_path):
