@@ -848,8 +848,9 @@ def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list
     if differing:
         names = ", ".join(differing)
         raise CheckpointError(f"{path}: made with another configuration; these fields differ: {names}")
-    if told.get("data_hash") != log.environment["hashes"]["data_hash"]:
-        raise CheckpointError(f"{path}: made with other training data; what {c.train_files} holds has changed since")
+    for key, files in (("data_hash", c.train_files), ("val_data_hash", c.val_files)):
+        if told.get(key) != log.environment["hashes"][key]:
+            raise CheckpointError(f"{path}: made with other data; what {files} holds has changed since")
     for name, live in trainer.state().items():
         if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (live.shape, live.dtype):
             raise CheckpointError(f"{path}: its tensors do not fit its configuration ({name})")
@@ -869,17 +870,17 @@ def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list
 def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
     """A checkpoint after `step` steps; older ones beyond `keep_checkpoints` go once it is safely there."""
     state = trainer.whole_state()
-    if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
-        raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
     on_rank_0(lambda: _save(state, trainer.config, log, clock, folder, step))
 
 
 def _save(state: dict[str, Tensor], config: Config, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
+    if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
+        raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
     hashes = log.environment["hashes"]
     told = dict(
         format=CHECKPOINT_FORMAT, config=json.dumps(dataclasses.asdict(config)), step=str(step),
         run_name=log.name, train_time_s=repr(clock.seconds), validation=json.dumps(log.validation),
-        train_loss=json.dumps(log.train_losses), code_hash=hashes["code_hash"], data_hash=hashes["data_hash"],
+        train_loss=json.dumps(log.train_losses), **{k: hashes[k] for k in ("code_hash", "data_hash", "val_data_hash")},
     )
     for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
@@ -954,13 +955,13 @@ def unique_name(config: Config) -> str:
     return name[0]
 
 
-def describe(config: Config, trainer: Trainer, data_hash: str) -> dict:
+def describe(config: Config, trainer: Trainer, streams) -> dict:
     """The environment as the log tells it, with the names of the kernels that run."""
     sample = torch.empty(0, device=trainer.device, dtype=getattr(torch, config.dtype))
     ran = trainer.model.impls | {"attention": attention_implementation(trainer.model.impls["attention"], sample)}
     return describe_environment(
-        trainer.device, world_size=trainer.world_size, source=SOURCE, implementations=ran, data_hash=data_hash,
-        plan_hash=config.plan_hash,
+        trainer.device, world_size=trainer.world_size, source=SOURCE, implementations=ran,
+        data_hash=streams[0].data_hash(), val_data_hash=streams[1].data_hash(), plan_hash=config.plan_hash,
     )
 
 
@@ -971,7 +972,7 @@ def run(config: Config) -> int:
     asked, config = config, fit_to_world(config, dist.get_world_size() if dist.is_initialized() else 1)
     streams = open_streams(config)
     trainer = Trainer(config, device)
-    environment = describe(config, trainer, streams[0].data_hash())
+    environment = describe(config, trainer, streams)
     log = RunLog(
         config.output_dir, unique_name(config), dataclasses.asdict(config), environment, SOURCE, config_hash(config),
         writes=_rank() == 0,

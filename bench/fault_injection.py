@@ -144,7 +144,8 @@ def _at(place: str, call: int, act: Callable[[], None]) -> None:
     if place == "before the first step":
         before(train_gpt, "train")
     elif place == "in a step, before the update":
-        before(train_gpt.Trainer, "exchange_gradients")
+        before(train_gpt.Trainer, "sum_gradients")  # one of the two is called in a step
+        before(train_gpt.GradientExchange, "wait_gradients")
     elif place == "in a step, between the two optimizers":
         before(train_gpt.Muon, "step")
     elif place == "in a validation":
@@ -164,26 +165,34 @@ def _at(place: str, call: int, act: Callable[[], None]) -> None:
 
 
 def _nan_in_a_gradient(fault: Fault) -> None:
-    """One element of one parameter's gradient becomes NaN before ranks exchange them."""
+    """One element of one gradient becomes NaN: of any parameter before ranks sum them, or of a matrix in the hands of
+    the rank that updates it."""
     import train_gpt
 
-    real, passes = train_gpt.Trainer.exchange_gradients, 0
+    passes = 0
 
-    def poisoned(trainer) -> None:
+    def poison(parameters) -> None:
         nonlocal passes
         passes += 1
         if passes == fault.call:
-            parameters = [p for p in trainer.model.parameters() if p.grad is not None]
             gradient = parameters[int(fault.amount * len(parameters))].grad
             gradient.view(-1)[int(fault.amount * 1e6) % gradient.numel()] = float("nan")
-        real(trainer)
 
-    train_gpt.Trainer.exchange_gradients = poisoned
+    def sum_gradients(trainer) -> None:
+        poison(list(trainer.model.parameters()))
+        real_sum(trainer)
+
+    def wait_gradients(exchange) -> None:
+        real_wait(exchange)
+        poison([exchange.matrices[name] for name in exchange.mine])
+
+    real_sum, real_wait = train_gpt.Trainer.sum_gradients, train_gpt.GradientExchange.wait_gradients
+    train_gpt.Trainer.sum_gradients, train_gpt.GradientExchange.wait_gradients = sum_gradients, wait_gradients
 
 
 def turn_the_clock_back() -> None:
     """From here on the wall clock of this process runs backwards, in leaps of an hour, from a day in 2001."""
-    import train_gpt
+    import records.runlog
 
     calls = 0
 
@@ -201,7 +210,7 @@ def turn_the_clock_back() -> None:
         datetime, timezone = WrongDatetime, datetime.timezone
 
     time.time, time.time_ns = wrong_time, lambda: int(wrong_time() * 1e9)
-    train_gpt.datetime = Module
+    records.runlog.datetime = Module
 
 
 def main(arguments: list[str]) -> int:

@@ -155,6 +155,7 @@ class Sandbox:
 
     folder: Path
     nproc: int = 1
+    communication: str = "plain"  # of several ranks
     ends: list[Ended] = field(default_factory=list)
 
     @property
@@ -171,8 +172,9 @@ class Sandbox:
         """The program's command line."""
         shards = self.folder / "shards"
         fields = TINY | dict(
-            train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", output_dir=str(self.out)
-        )
+            train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", output_dir=str(self.out),
+            communication=self.communication,
+        )  # fmt: skip
         return [f"--{name}={value}" for name, value in fields.items()] + list(more)
 
     def begin(self, *more: str, fault: Fault | None = None, restarts: int = 0) -> tuple[int, Path]:
@@ -304,37 +306,41 @@ class Campaign:
     def __init__(self, folder: Path):
         self.folder = folder
         self.shards = folder / "shards"
-        self.wanted: dict[int, Trace] = {}
+        self.wanted: dict[tuple[int, str], Trace] = {}
         self.seconds: dict[int, float] = {}
         self.size_bytes = 0
+        self.count = 0
         make_shards(self.shards)
 
-    def sandbox(self, name: str, nproc: int = 1) -> Sandbox:
+    def sandbox(self, name: str, nproc: int = 1, communication: str = "plain") -> Sandbox:
         """Fresh folders."""
         folder = self.folder / name
         shutil.copytree(self.shards, folder / "shards")
-        return Sandbox(folder, nproc)
+        return Sandbox(folder, nproc, communication)
 
-    def reference(self, nproc: int) -> Trace:
+    def reference(self, nproc: int, communication: str) -> Trace:
         """The undisturbed run with so many processes; trained at first need."""
-        if nproc not in self.wanted:
-            box = self.sandbox(f"undisturbed-{nproc}", nproc)
+        key = nproc, communication
+        if key not in self.wanted:
+            box = self.sandbox(f"undisturbed-{nproc}-{communication}", nproc, communication)
             before = time.monotonic()
             end = box.start()
             self.seconds[nproc] = time.monotonic() - before
             if end.code != 0:
                 raise RuntimeError(f"the undisturbed run of {nproc} processes failed:\n{end.output}")
-            self.wanted[nproc] = trace_of(box.out)
+            self.wanted[key] = trace_of(box.out)
             self.size_bytes = sum(path.stat().st_size for path in box.out.rglob("*") if path.is_file())
-        return self.wanted[nproc]
+        return self.wanted[key]
 
     def run(self, kind: str, seed: str) -> Outcome:
         """One run of `kind`; `seed` decides every detail of it."""
         draw = random.Random(seed)
         outcome = Outcome(kind, {})
         case = KINDS[kind]
-        box = self.sandbox(f"run-{len(list(self.folder.glob('run-*')))}", case.nproc)
-        wanted = self.reference(case.nproc)
+        self.count += 1
+        communication = draw.choice(["plain", "overlap"]) if case.nproc > 1 else "plain"
+        box = self.sandbox(f"run-{self.count}", case.nproc, communication)
+        wanted = self.reference(case.nproc, communication)
         try:
             with contextlib.ExitStack() as stack:
                 case.hurt(self, box, draw, outcome, stack)
@@ -561,7 +567,7 @@ def damaged_shard(action: str):
         damage_shard(fault) if not box.ends[-1].code else None
         if box.ends[-1].code:
             box.start(*RESUME)
-            still = cause if action == "shrink" else "made with other (training|validation) data"
+            still = cause if action == "shrink" else "made with other data"
             if not stopped(outcome, box, {3}, still):
                 raise Unexpected(f"it went on with a shard that is not the one it began with ({name})")
         shutil.copyfile(campaign.shards / name, target)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import glob
 import hashlib
 import json
 import platform
@@ -69,8 +70,14 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: str | Path, name: str, config: Mapping[str, Any], environment: Mapping[str, Any], source: str,
-        config_hash: str, writes: bool = True,
+        self,
+        folder: str | Path,
+        name: str,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        source: str,
+        config_hash: str,
+        writes: bool = True,
     ):
         self.folder, self.name, self.writes = Path(folder), name, writes
         self.config, self.environment = dict(config), dict(environment)
@@ -87,6 +94,9 @@ class RunLog:
         another process, OSError if the folder cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        for path in (self.text_path, self.json_path):
+            for left in self.folder.glob(f".{glob.escape(path.name)}.*.part"):  # by a process killed while it wrote
+                left.unlink(missing_ok=True)
         if self.text_path.exists() and not (resuming or overwrite):
             raise UsageError(
                 f"{self.text_path} exists; choose another --run_name, --resume=auto to continue it, or --overwrite"
@@ -180,11 +190,22 @@ class RunLog:
         last = self.validation[-1] if self.validation else None
         finished = status == "finished" and last is not None
         told = dict(
-            schema=1, status=status, run_name=self.name, seed=self.config["seed"], config=self.config,
-            config_hash=self.config_hash, **self.environment["hashes"], environment=self.environment,
-            validation=self.validation, train_loss=[round(loss, 6) for loss in self.train_losses],
-            final_loss=last["loss"] if finished else None, train_time_s=last["train_time_s"] if last else None,
-            start_time=self.started, end_time=now(), error=error, **more,
+            schema=1,
+            status=status,
+            run_name=self.name,
+            seed=self.config["seed"],
+            config=self.config,
+            config_hash=self.config_hash,
+            **self.environment["hashes"],
+            environment=self.environment,
+            validation=self.validation,
+            train_loss=[round(loss, 6) for loss in self.train_losses],
+            final_loss=last["loss"] if finished else None,
+            train_time_s=last["train_time_s"] if last else None,
+            start_time=self.started,
+            end_time=now(),
+            error=error,
+            **more,
         )
         with atomic_file(self.json_path, "w") as file:
             json.dump(told, file, indent=1, sort_keys=True)
@@ -271,12 +292,17 @@ def describe_environment(
     cuda = device.type == "cuda"
     code = dict(code_hash=hashlib.sha256(source.encode()).hexdigest(), kernels_hash=folder_hash(REPO / "kernels"))
     return dict(
-        python=sys.version.split()[0], torch=torch.__version__, triton=triton.__version__,
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        triton=triton.__version__,
         compute=f"CUDA {torch.version.cuda}" if cuda else f"CPU, {torch.get_num_threads()} threads",
-        hardware=torch.cuda.get_device_name() if cuda else cpu_name(), device=device.type, world_size=world_size,
+        hardware=torch.cuda.get_device_name() if cuda else cpu_name(),
+        device=device.type,
+        world_size=world_size,
         system=f"{platform.system()} {platform.machine()}",
         host_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
-        implementations=dict(implementations), hashes=code | hashes,
+        implementations=dict(implementations),
+        hashes=code | hashes,
     )
 
 
