@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -32,15 +34,30 @@ class Studio:
         self.samples = Samples(self.models)
 
 
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Errors that a user can do something about become messages on the page, in their own words."""
+    try:
+        yield
+    except EXPECTED as error:
+        raise gr.Error(html.escape(str(error)), duration=12, print_exception=False) from error
+
+
 def told(handler: Callable) -> Callable:
-    """`handler` with the errors that a user can do something about shown on the page, in their own words."""
+    """`handler`, a function or a generator, within `telling`."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def streamed(*arguments):
+            with telling():
+                yield from handler(*arguments)
+
+        return streamed
 
     @functools.wraps(handler)
-    def wrapped(*arguments, **named):
-        try:
-            return handler(*arguments, **named)
-        except EXPECTED as error:
-            raise gr.Error(html.escape(str(error)), duration=12, print_exception=False) from error
+    def wrapped(*arguments):
+        with telling():
+            return handler(*arguments)
 
     return wrapped
 
@@ -59,10 +76,11 @@ def build(places: Places) -> gr.Blocks:
 
     studio = Studio(places)
     with gr.Blocks(title="Studio") as page:
-        gr.Navbar(main_page_name="Models", value=None)
+        gr.Navbar(main_page_name="Models")
         models.build(studio, page)
     for name, part in (("Train", train), ("Write", write), ("Series", series)):
         with page.route(name, f"/{name.lower()}"):
+            gr.Navbar(main_page_name="Models")
             part.build(studio, page)
     page.queue(default_concurrency_limit=4)
     studio.queue.work()

@@ -42,7 +42,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
             (size,) = struct.unpack("<Q", file.read(8))
             if size > MOST_HEADER_BYTES:
                 raise ValueError("its header is too long")
-            header = json.loads(file.read(size))
+            raw = file.read(size)
+            if len(raw) < size:
+                raise ValueError("it ends within its header")
+            header = json.loads(raw)
             texts = header.pop("__metadata__", {})
             return texts, {name: entry["shape"] for name, entry in header.items()}
     except OSError as error:
@@ -122,12 +125,20 @@ class Catalogue:
                 found[log.parent.parent.resolve()] = None
         return list(found)
 
+    def folder(self, one: Found) -> Path:
+        """The series that a checkpoint belongs to, or the folder that it lies in."""
+        folder = one.path.parent.parent
+        return folder.parent if folder.name == "runs" else one.path.parent
+
+    def label(self, one: Found) -> str:
+        """A short name for lists: model, series and the run within it."""
+        return f"{one.model} · {self.folder(one).name} · {one.run}"
+
     def row(self, one: Found) -> list:
         """A line of the table on the Models page."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.saved))
         loss = "" if one.loss is None else f"{one.loss:.4f}"
-        folder = one.path.parent.parent
-        where = self.places.shown(folder.parent if folder.name == "runs" else one.path.parent)
+        where = f"{self.places.shown(self.folder(one))} · {one.run}"
         return [one.model, where, one.step, f"{one.parameters:,}", f"{one.size_bytes / 1e6:.1f} MB", loss, when]
 
 
@@ -141,9 +152,9 @@ class Models:
     def load(self, path: str | Path) -> Checkpoint:
         """The model of a checkpoint. Refused for paths and files that the studio does not open; LabError for
         damaged or foreign ones. Nothing in a checkpoint is run: safetensors holds numbers and text only."""
-        from lab.checkpoints import load_checkpoint
-
         path = self.places.checkpoint(path)
+        from lab.checkpoints import load_checkpoint  # takes torch along, so only for what may be opened
+
         key = (path, path.stat().st_mtime_ns)
         if key not in self._open:
             self._open[key] = load_checkpoint(path)

@@ -66,6 +66,7 @@ BOUNDS = {  # field: (least, most); 0 is allowed beside them where there is a de
     "layers": (1, 12),
     "seed": (0, 1_000_000),
 }
+LEAST_VAL_BYTES = 1_000  # a tenth of the text; training needs a few sequences of 1024 bytes
 _DEFAULT_AT_ZERO = ("batch_tokens", "learning_rate", "width", "layers")
 
 
@@ -187,7 +188,7 @@ def _nano(r: Request, text: Path | None, places: Places) -> list[str]:
         if r.corpus != "all":
             raise Refused("nano reads the whole embedded corpus (stories, sums and names), or an uploaded text")
         return [*words, "--val_tokens=65536"]
-    return words + _byte_shards(text, places)
+    return words + _byte_shards(text, r.reading, places)
 
 
 def _nano_floor(text: Path | None) -> float | None:
@@ -198,6 +199,23 @@ def _nano_floor(text: Path | None) -> float | None:
     return entropy_nats_per_byte()
 
 
-def _byte_shards(text: Path, places: Places) -> list[str]:
-    """The text as shards of bytes, and the flags that make train_gpt.py read them."""
-    raise Refused("nano reads the embedded corpus only, for now")
+def _byte_shards(text: Path, reading: str, places: Places) -> list[str]:
+    """The text as shards of bytes (a tenth of it for validation), and the flags that make train_gpt.py read them."""
+    from data.shards import read_header
+    from data.tokenize import Settings, TokenizeError, tokenize
+
+    documents = {"text": "file", "names": "line", "stories": "marker"}[reading]
+    folder = places.home / "shards" / f"{text.stem}-{reading}"
+    settings = Settings(str(folder), encoding="bytes", kind="text", documents=documents, val_fraction=0.1,
+                        split="characters", overwrite=True)  # fmt: skip
+    try:
+        tokenize([str(text)], settings)
+    except TokenizeError as error:
+        raise Refused(str(error)) from error
+    sizes = {part: sum(read_header(f).num_tokens for f in folder.glob(f"{part}_*.bin")) for part in ("train", "val")}
+    if sizes["val"] < LEAST_VAL_BYTES:
+        raise Refused(f"{text.name} is too short for nano: at least {LEAST_VAL_BYTES * 10 // 1000} kB are needed")
+    length = min(8192, sizes["val"] - 1)
+    count = min((sizes["val"] - 1) // length, 65_536 // length)
+    return [f"--train_files={folder}/train_*.bin", f"--val_files={folder}/val_*.bin", f"--val_seq_len={length}",
+            f"--val_tokens={count * length}"]  # fmt: skip

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from lab.studio.places import MAX_UPLOAD_BYTES, Places, Refused
 
 USER, PASSWORD_VARIABLE, SHORTEST_PASSWORD = "studio", "STUDIO_PASSWORD", 8
-FIRST_PORT, PORTS = 7860, 100
+FIRST_PORT = 7860
 # Everything comes from this server; Gradio's front end writes scripts and styles into the page itself.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.name} is missing: pip install -r requirements-lab.txt", file=sys.stderr)
         return 2
     except OSError as error:
+        if "port" in str(error):  # Gradio's own sentence speaks of its settings rather than ours
+            error = f"port {options.port or FIRST_PORT} on {options.host} is taken; choose another with --port"
         print(f"error: {error}", file=sys.stderr)
         return 5
     print(f"The studio is at {address}  (Ctrl-C ends it; trainings go on)", flush=True)

@@ -96,5 +96,36 @@ def guess(checkpoint: Checkpoint, ids: tuple[int, ...], place: int, count: int =
 
 
 def drivers(checkpoint: Checkpoint, ids: tuple[int, ...], place: int) -> list[tuple[str, float]]:
-    """How much each token before `place` drove the token there; empty for a table of counts."""
-    return []
+    """How much each token before `place` drove the logit of the token there, from -1 (against it) to 1.
+
+    Gradient times activation, summed over the token's vectors in every table. Empty for a table of counts, which
+    has no gradient."""
+    import torch
+
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    tables = model.token_embeddings()
+    before = [tokenizer.mark, *ids[:place]][-(model.context or MOST_CONTEXT) :]
+    chosen = ids[place] if place < len(ids) else tokenizer.mark
+    if not tables:
+        return []
+    caught: list[torch.Tensor] = []
+
+    def catch(module, inputs, output):
+        output.retain_grad()
+        caught.append(output)
+
+    hooks = [table.register_forward_hook(catch) for table in tables]
+    try:
+        with torch.enable_grad():
+            model(torch.tensor([before]))[0][0, -1, chosen].backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    scores = torch.zeros(len(before))
+    for output in caught:
+        product = (output.grad * output.detach()).sum(-1)[0]
+        # (T,), or (T, n) where every place looks up a window of n tokens of its own
+        scores += product if product.ndim == 1 else product[-1, -len(before) :]
+    scores = (scores / scores.abs().max().clamp_min(1e-12)).tolist()
+    return [(tokenizer.piece(token), round(score, 4)) for token, score in zip(before, scores)]

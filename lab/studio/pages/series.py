@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import gradio as gr
 
+from lab.studio.places import Refused
 from lab.studio.verdicts import HEADERS, fingerprint, view, write_report
 
 REFRESH_S = 3.0
+
+
+def judging(threshold: str, alpha: float | None) -> tuple[float | None, float]:
+    """Threshold (None: the series' own) and alpha as the page gives them. Refused if they are no such numbers."""
+    try:
+        limit = float(threshold) if threshold and threshold.strip() else None
+    except ValueError:
+        limit = math.nan
+    if limit is not None and not math.isfinite(limit):
+        raise Refused(f"the threshold is a loss in nats, such as 2.92, not {threshold!r}")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha <= 0.5:
+        raise Refused("alpha is above 0 and at most 0.5")
+    return limit, float(alpha)
 
 
 def build(studio, page: gr.Blocks) -> None:
@@ -15,9 +31,10 @@ def build(studio, page: gr.Blocks) -> None:
 
     with gr.Row(equal_height=True):
         folder = gr.Dropdown([], label="Series", elem_id="series", allow_custom_value=True, scale=3, min_width=280)
-        threshold = gr.Number(None, label="Threshold (empty: the series' own)", elem_id="threshold", scale=1, min_width=160)
+        threshold = gr.Textbox(label="Threshold", placeholder="the series' own", max_length=20, elem_id="threshold",
+                               scale=1, min_width=140)  # fmt: skip
         alpha = gr.Number(0.05, label="Alpha", minimum=0.001, maximum=0.5, elem_id="alpha", scale=1, min_width=120)
-        report = gr.DownloadButton("Download the report", elem_id="report", scale=1, min_width=160)
+        report = gr.DownloadButton("Download the report", elem_id="report", size="sm", scale=1, min_width=160)
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             verdict = gr.Textbox(label="t-test, as python -m stats.ttest prints it", lines=12, max_lines=30,
@@ -38,7 +55,7 @@ def build(studio, page: gr.Blocks) -> None:
         now = (str(where), limit, level, fingerprint(where))
         if before and tuple(before) == now:
             return [gr.skip()] * len(outputs)
-        seen_now = view(where, limit, level)
+        seen_now = view(where, *judging(limit, level))
         drawn = "".join(f"<div>{svg}</div>" for svg in (seen_now.curves, seen_now.losses, seen_now.path) if svg)
         plan = gr.update(value=seen_now.sequential, visible=bool(seen_now.sequential))
         return [seen_now.verdict, plan, drawn, seen_now.rows, now]
@@ -56,6 +73,6 @@ def build(studio, page: gr.Blocks) -> None:
 
     @told
     def make(path, limit, level):
-        return str(write_report(studio.places.inside(path or ""), studio.places, limit, level))
+        return str(write_report(studio.places.inside(path or ""), studio.places, *judging(limit, level)))
 
     report.click(make, inputs, report)

@@ -148,7 +148,8 @@ class _Watch:
         samples = self.studio.samples.along(entry.checkpoints)
         points = (entry.id, len(progress.train), progress.step, len(progress.val))
         drawn = seen and tuple(seen) == points
-        plot = gr.skip() if drawn else gr.update(value=curves(progress, entry.training.floor), visible=bool(progress.step))
+        figure = None if drawn else curves(progress, entry.training.floor)
+        plot = gr.skip() if drawn else gr.update(value=figure, visible=bool(progress.step))
         can = [("queued", "running"), ("paused", "stopped", "failed"), ("queued", "running", "paused", "pausing"),
                ("queued", "paused", "stopped", "finished", "failed")]  # fmt: skip
         buttons = [gr.update(interactive=state in states) for states in can]

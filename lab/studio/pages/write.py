@@ -18,7 +18,8 @@ def build(studio, page: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             chosen = gr.Dropdown([], label="Model", allow_custom_value=True, elem_id="checkpoint")
-            prompt = gr.Textbox(label="Beginning", placeholder="Once upon a time", lines=3, max_length=4000, elem_id="prompt")
+            prompt = gr.Textbox(label="Beginning", placeholder="Once upon a time", lines=3, max_length=4000,
+                                elem_id="prompt")  # fmt: skip
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature (0: always the likeliest)")
             top_k = gr.Slider(0, 200, 0, step=1, label="Top-k (0: off)")
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p (1: off)")
@@ -30,7 +31,8 @@ def build(studio, page: gr.Blocks) -> None:
         with gr.Column(scale=2, min_width=320):
             story = gr.HTML(story_html("", "", None), elem_id="story")
             tokens = gr.HighlightedText(label="Tokens", show_legend=False, combine_adjacent=False, elem_id="tokens",
-                                        show_inline_category=False, visible=False)  # fmt: skip
+                                        show_inline_category=False, visible=False,
+                                        color_map={"written": "#93c5fd", "end": "#94a3b8"})  # fmt: skip
             about = gr.Markdown(HINT, elem_id="about")
             bars = gr.Label(label="What the model expected there", num_top_classes=10, visible=False, elem_id="bars")
             drove = gr.HighlightedText(label="What drove it", show_legend=True, elem_id="drove", visible=False)
@@ -54,7 +56,7 @@ def build(studio, page: gr.Blocks) -> None:
 
     def open_page(request: gr.Request):
         found = studio.catalogue.checkpoints()
-        labels = [(f"{one.model} · {studio.catalogue.row(one)[1]}", studio.places.shown(one.path)) for one in found]
+        labels = [(studio.catalogue.label(one), studio.places.shown(one.path)) for one in found]
         asked = request.query_params.get("checkpoint") if request else None
         return gr.update(choices=labels, value=asked or (labels[0][1] if labels else None))
 
@@ -67,17 +69,18 @@ def _compose(studio, path, beginning, settings):
 
     temperature, top_k, top_p, seed, length = settings
     clean = dict(
-        temperature=min(max(float(temperature), 0.0), 5.0), top_k=max(int(top_k), 0), top_p=min(max(float(top_p), 0.01), 1.0),
-        seed=int(seed or 0) % 2**31, max_tokens=min(max(int(length), 1), LONGEST),
+        temperature=min(max(float(temperature), 0.0), 5.0), top_k=max(int(top_k), 0),
+        top_p=min(max(float(top_p), 0.01), 1.0), seed=int(seed or 0) % 2**31, max_tokens=min(max(int(length), 1), LONGEST),
     )  # fmt: skip
     checkpoint = studio.models.load(path)
     hidden = gr.update(visible=False)
     now = None
     for now in write(checkpoint, beginning or "", **clean):
         yield story_html(now.text, beginning, None), hidden, None, HINT, hidden, hidden
-    pieces = [(checkpoint.tokenizer.piece(i), None if n < now.prompt_tokens else "written") for n, i in enumerate(now.ids)]
+    piece = checkpoint.tokenizer.piece
+    pieces = [(piece(i), None if n < now.prompt_tokens else "written") for n, i in enumerate(now.ids)]
     if now.ended:
-        pieces.append((checkpoint.tokenizer.piece(checkpoint.tokenizer.mark), "end"))
+        pieces.append((piece(checkpoint.tokenizer.mark), "end"))
     state = (path, now.ids, now.prompt_tokens)
     yield story_html(now.text, beginning, now.ended), gr.update(value=pieces, visible=True), state, HINT, hidden, hidden
 

@@ -1,0 +1,219 @@
+"""Checkpoints in the studio: found, described, opened without running anything in them, written with."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import LabError
+from lab.checkpoints import save_checkpoint
+from lab.models import LADDER, build_model
+from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
+from lab.studio.places import Places, Refused
+from lab.studio.samples import Samples
+from lab.studio.writing import drivers, guess, write
+from lab.tokens import ByteTokenizer, CharTokenizer, UnknownTextError, WordTokenizer
+
+CHARACTERS = CharTokenizer("abcd .")
+
+
+def save(folder: Path, rung: str = "mlp", tokenizer=CHARACTERS, step: int = 5, name: str | None = None) -> Path:
+    """A checkpoint of an untrained rung, where a run would leave it."""
+    torch.manual_seed(0)
+    model = build_model(rung, tokenizer.vocab_size)
+    if rung == "counts":
+        model.observe(torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 3, 0]]))
+    path = folder / "runs" / "seed-000.checkpoints" / (name or f"step-{step:06d}.safetensors")
+    told = {"model": rung, "fields": {}, "step": step, "run_name": "seed-000", "series": folder.name}
+    save_checkpoint(path, model, tokenizer, told)
+    return path
+
+
+@pytest.fixture
+def places(tmp_path) -> Places:
+    return Places(tmp_path, (tmp_path,))
+
+
+def test_runs_are_found_with_size_loss_and_date(places, tmp_path):
+    for step in (0, 5, 9):
+        save(tmp_path / "one", step=step)
+    best = save(tmp_path / "one", step=5, name="best.safetensors")
+    save(tmp_path / "two", "bigram")
+    save(tmp_path / "two", "bigram", name="resume.safetensors")
+    log = "=" * 100 + "\n" + "".join(
+        f"step:{s}/9 val_loss:{v} train_time:1ms step_avg:1ms\n" for s, v in ((0, 3.0), (5, 2.0), (9, 2.5))
+    )
+    (tmp_path / "one" / "runs" / "seed-000.txt").write_text(log)
+    (tmp_path / "one" / "torn.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    catalogue = Catalogue(places)
+    found = {one.model: one for one in catalogue.checkpoints()}
+    assert set(found) == {"mlp", "bigram"}
+    mlp = found["mlp"]
+    assert (mlp.path, mlp.step, mlp.loss, mlp.size_bytes) == (best, 5, 2.0, best.stat().st_size)
+    assert mlp.parameters == build_model("mlp", CHARACTERS.vocab_size).num_parameters()
+    assert found["bigram"].path.name == "step-000005.safetensors" and found["bigram"].loss is None
+    assert [p.stem for p in steps_of(best)] == ["best", "step-000000", "step-000005", "step-000009"]
+    row = catalogue.row(mlp)
+    assert row[0] == "mlp" and row[5] == "2.0000" and "one" in row[1]
+
+
+def test_checkpoints_of_the_trainer_are_described_too(places, tmp_path):
+    import dataclasses
+    import json
+
+    from records.checkpoints import save_tensors
+    from train_gpt import CHECKPOINT_FORMAT, GPT, parse_config
+
+    config = parse_config(["--preset=nano", "--model_dim=16", "--num_heads=1"])
+    gpt = GPT(config)
+    state = {f"model.{n}": p.detach() for n, p in gpt.named_parameters()} | {"muon.momentum.x": torch.zeros(9)}
+    told = {"format": CHECKPOINT_FORMAT, "config": json.dumps(dataclasses.asdict(config)), "step": "7", "run_name": "a"}
+    path = tmp_path / "s" / "runs" / "a.checkpoints" / "step-000007.safetensors"
+    path.parent.mkdir(parents=True)
+    save_tensors(path, state, told)
+    (one,) = Catalogue(places).checkpoints()
+    assert (one.model, one.step, one.parameters) == ("nano", 7, sum(p.numel() for p in gpt.parameters()))
+    *_, written = write(Models(places).load(path), "ab", max_tokens=5, temperature=0)
+    assert written.text.startswith("ab")
+
+
+class Bomb:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize("maker", ["pickle", "torch"])
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(places, tmp_path, maker):
+    ran, path = tmp_path / "ran", tmp_path / "bomb.safetensors"
+    if maker == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(str(ran))))
+    else:
+        torch.save({"model": Bomb(str(ran))}, path)
+    with pytest.raises((Refused, LabError)):
+        Models(places).load(path)
+    with pytest.raises(Refused):
+        Models(places).load(path.rename(tmp_path / "bomb.pt"))
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Bomb(str(ran))))
+    assert ran.exists()  # the bomb is live
+
+
+def test_a_foreign_checkpoint_is_refused(places, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(LabError, match="not a checkpoint of the lab"):
+        Models(places).load(path)
+    assert Catalogue(places).checkpoints() == []
+
+
+def test_headers_that_lie_are_refused(tmp_path):
+    for content in (b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0{}", b'\x07\0\0\0\0\0\0\0{"a":1}'):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(Refused, match="not a safetensors file"):
+            read_header(path)
+
+
+def test_a_damaged_checkpoint_is_refused(places, tmp_path):
+    path = save(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LabError, match="damaged"):
+        Models(places).load(path)
+
+
+def test_models_stay_open_until_their_file_changes(places, tmp_path):
+    models, path = Models(places, keep=1), save(tmp_path / "a")
+    first = models.load(path)
+    assert models.load(path) is first
+    models.load(save(tmp_path / "b"))
+    assert models.load(path) is not first
+
+
+@pytest.mark.parametrize("rung", LADDER)
+def test_every_rung_writes_the_same_for_the_same_seed(places, tmp_path, rung):
+    checkpoint = Models(places).load(save(tmp_path, rung))
+    runs = [list(write(checkpoint, "ab", max_tokens=12, seed=seed)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1]
+    first = runs[0][0]
+    assert first.text == "ab" and first.prompt_tokens == 2 and not first.ended
+    for before, after in zip(runs[0], runs[0][1:]):
+        assert after.ended or len(after.ids) == len(before.ids) + 1
+        assert after.text.startswith("ab") and len(after.ids) <= 14
+
+
+def test_a_model_ends_its_text_by_itself(places, tmp_path):
+    checkpoint = Models(places).load(save(tmp_path, "counts"))  # it has seen one text, of its first three characters
+    *_, last = write(checkpoint, "", max_tokens=50, temperature=0)
+    assert last.ended and last.text == CHARACTERS.decode([1, 2, 3])
+
+
+def test_what_the_model_expected(places, tmp_path):
+    checkpoint = Models(places).load(save(tmp_path, "gpt"))
+    found = guess(checkpoint, (1, 2, 3), 2, count=4)
+    assert len(found.top) == 4 and [p for _, p in found.top] == sorted((p for _, p in found.top), reverse=True)
+    assert 0 < found.entropy_nats <= torch.tensor(float(CHARACTERS.vocab_size)).log() + 1e-6
+    assert found.chosen == CHARACTERS.piece(3)
+    assert guess(checkpoint, (1, 2, 3), 3).chosen == "<mark>"
+
+
+def test_an_embedded_direction_drives_what_it_should(places, tmp_path):
+    """In a bigram only the token just before can matter, and its share is its whole logit."""
+    checkpoint = Models(places).load(save(tmp_path, "bigram"))
+    with torch.no_grad():
+        checkpoint.model.table.weight.normal_(generator=torch.Generator().manual_seed(1))
+    assert drivers(checkpoint, (1, 2, 3), 3)[0][0] == CHARACTERS.piece(3)
+    scores = drivers(Models(places).load(save(tmp_path / "r", "recurrent")), (1, 2, 3, 4), 3)
+    assert [piece for piece, _ in scores] == ["<mark>", *map(CHARACTERS.piece, (1, 2, 3))]
+    assert max(abs(score) for _, score in scores) == 1.0
+    assert drivers(Models(places).load(save(tmp_path / "c", "counts")), (1, 2), 1) == []
+
+
+def test_a_prompt_with_unknown_characters_is_refused(places, tmp_path):
+    checkpoint = Models(places).load(save(tmp_path))
+    with pytest.raises(UnknownTextError, match="'z'"):
+        next(write(checkpoint, "abz"))
+
+
+def test_bytes_that_are_half_a_character_are_not_shown(places, tmp_path):
+    checkpoint = Models(places).load(save(tmp_path, "bigram", ByteTokenizer()))
+    with torch.no_grad():
+        checkpoint.model.table.weight.zero_()
+        for before, after in ((ord("a"), 0xC3), (0xC3, 0xA9), (0xA9, 0)):
+            checkpoint.model.table.weight[before, after] = 50.0
+    texts = [now.text for now in write(checkpoint, "a", temperature=0)]
+    assert texts == ["a", "a", "aé", "aé"]
+
+
+def test_words_are_written_with_spaces_and_capitals(places, tmp_path):
+    words = WordTokenizer(["the", "cat", "sat", "."])
+    checkpoint = Models(places).load(save(tmp_path, "bigram", words))
+    with torch.no_grad():
+        checkpoint.model.table.weight.zero_()
+        for before, after in ((2, 3), (3, 4), (4, 5), (5, 0)):
+            checkpoint.model.table.weight[before, after] = 50.0
+    *_, last = write(checkpoint, "the", temperature=0)
+    assert last.text == "The cat sat." and last.ended
+
+
+def test_samples_are_made_once_for_each_checkpoint(places, tmp_path):
+    import time
+
+    folder = save(tmp_path, "counts", step=1).parent
+    save(tmp_path, "counts", step=2)
+    samples = Samples(Models(places))
+    end = time.monotonic() + 30
+    while len(found := samples.along(folder)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert [step for step, _ in found] == [2, 1] and found[0][1] == found[1][1]
+    assert samples.along(folder) == found

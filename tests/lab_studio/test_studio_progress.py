@@ -1,0 +1,57 @@
+"""What the page reads from a log that is being written."""
+
+import pytest
+
+from lab.studio.progress import MOST_POINTS, Progress, clock_text, curves, read_progress
+
+RULER = "=" * 100
+SOURCE = "print('step:9/9 train_loss:1.0 train_time:1ms step_avg:1ms')\nstep:1/1 val_loss:0.5 train_time:1ms step_avg:1ms\n"
+HEAD = f"{SOURCE}{RULER}\nRunning Python 3\n{RULER}\n"
+
+
+def log(tmp_path, body: str):
+    path = tmp_path / "seed-000.txt"
+    path.write_text(HEAD + body)
+    return path
+
+
+def test_losses_time_and_what_is_left(tmp_path):
+    lines = ["step:0/100 val_loss:4.0 train_time:0ms step_avg:nanms"]
+    lines += [f"step:{s}/100 train_loss:{4 - s / 50} train_time:{s * 200}ms step_avg:200.00ms" for s in range(1, 41)]
+    lines += ["step:40/100 val_loss:3.3 train_time:8000ms step_avg:200.00ms"]
+    found = read_progress(log(tmp_path, "\n".join(lines) + "\nstep:41/100 train_lo"))
+    assert (found.step, found.steps, found.seconds) == (40, 100, 8.0)
+    assert found.val == ((0, 4.0), (40, 3.3)) and found.train[-1] == (40, pytest.approx(3.2))
+    assert found.seconds_left == pytest.approx(12.0)
+
+
+def test_the_source_in_a_log_is_not_read_as_results(tmp_path):
+    assert read_progress(log(tmp_path, "")) == Progress()
+    assert read_progress(tmp_path / "none.txt") == Progress()
+    (tmp_path / "half.txt").write_text(SOURCE)
+    assert read_progress(tmp_path / "half.txt") == Progress()
+
+
+def test_lines_without_a_loss_count_steps_and_losses_that_are_not_finite_are_left_out(tmp_path):
+    body = "step:1/3 train_time:5ms step_avg:5ms\nstep:2/3 train_loss:nan train_time:9ms step_avg:4ms\n"
+    found = read_progress(log(tmp_path, body))
+    assert found.step == 2 and found.train == () and found.seconds_left == pytest.approx(0.004)
+
+
+def test_long_curves_are_thinned_to_means(tmp_path):
+    count = 3 * MOST_POINTS
+    lines = [f"step:{s}/{count} train_loss:{s}.0 train_time:{s}ms step_avg:1ms" for s in range(1, count + 1)]
+    found = read_progress(log(tmp_path, "\n".join(lines) + "\n"))
+    assert len(found.train) == MOST_POINTS and found.train[0] == (3, 2.0) and found.step == count
+
+
+def test_clock_texts():
+    assert [clock_text(s) for s in (None, 4.2, 187, 3720)] == ["unknown", "4 s", "3:07 min", "1:02:00 h"]
+
+
+def test_the_picture_shows_curves_and_the_floor():
+    (axes,) = curves(Progress(5, 10, ((1, 3.0), (5, 2.0)), ((0, 4.0), (5, 2.5)), 1.0, 1.0), 0.5).axes
+    assert [line.get_label() for line in axes.lines] == ["training", "validation", "entropy of the corpus 0.500"]
+    assert list(axes.lines[1].get_ydata()) == [4.0, 2.5] and axes.get_xlim() == (0, 10)
+    (empty,) = curves(Progress(), None).axes
+    assert not empty.lines and empty.get_legend() is None

@@ -1,0 +1,121 @@
+"""Requests become command lines that the trainers accept; what is out of bounds is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.studio.places import Places, Refused
+from lab.studio.recipes import BOUNDS, CORPORA, MODELS, READINGS, Request, checked, corpora_for, training_of
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    found = Places.of(tmp_path)
+    found.texts.mkdir(parents=True)
+    return found
+
+
+def test_every_rung_of_the_ladder_is_there():
+    from lab.models import LADDER
+    from lab.stories import STORY_MODELS
+
+    assert {m.rung for m in MODELS.values() if m.rung and not m.stories} == set(LADDER)
+    assert {m.rung for m in MODELS.values() if m.stories} == set(STORY_MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_trainers_accept_every_model(places, model):
+    from lab import stories, train
+    from train_gpt import parse_config
+
+    for _, corpus in corpora_for(model):
+        if corpus == "upload":
+            continue
+        size = {} if model == "nano" else {"width": 32, "layers": 2}
+        request = Request(model, corpus, steps=7, seed=3, batch_tokens=2048, learning_rate=0.01, **size)
+        command = training_of(request, places).command
+        if model == "nano":
+            config = parse_config(list(command[1:]))
+            assert (config.num_iterations, config.seed, config.tokens_per_step) == (7, 3, 2048)
+            continue
+        given_fields = dict(word[2:].split("=", 1) for word in command if word.startswith("--"))
+        if MODELS[model].stories:
+            given_fields = {k: str(v) for k, v in stories.STORY_MODELS[given_fields["model"]].items()} | given_fields
+        config, fields = train.parse(given_fields)
+        assert (config.model, config.seed, config.batch_tokens) == (MODELS[model].rung, 3, 2048)
+        assert config.steps == (1 if model == "counts" else 7)
+        for name, value in ((MODELS[model].width, 32), (MODELS[model].layers, 2)):
+            assert not name or getattr(fields, name) == value
+
+
+def test_an_uploaded_text_is_handed_on(places):
+    text = places.texts / "mine.txt"
+    text.write_text("Some words. " * 2000)
+    for reading in READINGS:
+        request = Request("mlp", "upload", reading, str(text))
+        assert f"--path={text}" in training_of(request, places).command
+        assert f"--data={reading}" in training_of(request, places).command
+        assert training_of(request, places).floor is None
+    words = training_of(Request("nano", "upload", "text", str(text)), places).command
+    from data.shards import TokenStream
+    from train_gpt import parse_config
+
+    config = parse_config(list(words[1:]))
+    stream = TokenStream(config.val_files, sequence_tokens=config.val_seq_len, vocab_size=256, cycle=False,
+                         sequences_per_step=config.val_tokens // config.val_seq_len)  # fmt: skip
+    inputs, _ = stream.batch(0, 0)
+    assert bytes(int(i) for i in inputs[-12:]).decode() in "Some words. " * 2
+
+
+def test_the_entropy_floor_stands_where_it_is_known(places):
+    from data.corpus import entropy_nats_per_byte
+    from lab.embedded import entropy_floor
+
+    assert training_of(Request("mlp", "names"), places).floor == entropy_floor("names") > 0
+    assert training_of(Request("mlp", "names", tokens="word"), places).floor is None
+    assert training_of(Request("nano", "all"), places).floor == entropy_nats_per_byte()
+    assert training_of(Request("stories-gpt", "stories"), places).floor is None
+
+
+def test_texts_that_were_not_uploaded_are_refused(places, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("text")
+    for path in ("", str(other), "/etc/passwd", str(places.texts / "gone.txt"), str(places.texts)):
+        with pytest.raises(Refused):
+            training_of(Request("mlp", "upload", text=path), places)
+
+
+def test_a_text_too_short_for_nano_is_refused(places):
+    text = places.texts / "short.txt"
+    text.write_text("too short")
+    with pytest.raises(Refused, match="short"):
+        training_of(Request("nano", "upload", text=str(text)), places)
+
+
+@pytest.mark.parametrize("field", ["model", "corpus", "reading", "tokens"])
+def test_what_is_not_a_choice_is_refused(places, field):
+    with pytest.raises(Refused, match=field):
+        training_of(dataclasses.replace(Request(), **{field: "--output_dir=/"}), places)
+
+
+@given(st.sampled_from(sorted(BOUNDS)), st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3), st.booleans()))
+def test_numbers_are_within_their_bounds_or_refused(name, value):
+    try:
+        found = getattr(checked(dataclasses.replace(Request(), **{name: value})), name)
+    except Refused:
+        return
+    least, most = BOUNDS[name]
+    assert found == value and (least <= found <= most or found == 0)
+    assert isinstance(found, float if name == "learning_rate" else int)
+
+
+@pytest.mark.parametrize(
+    ("model", "corpus"), [("nano", "names"), ("mlp", "all"), ("stories-gpt", "names"), ("stories-recurrent", "sums")]
+)
+def test_a_corpus_that_does_not_suit_the_model_is_refused(places, model, corpus):
+    assert corpus in CORPORA and corpus not in dict(corpora_for(model)).values()
+    with pytest.raises(Refused):
+        training_of(Request(model, corpus), places)

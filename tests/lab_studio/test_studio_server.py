@@ -1,0 +1,193 @@
+"""The server as it is started: how soon, for whom, and what it refuses."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from lab.studio.places import MAX_UPLOAD_BYTES, REPO, Refused
+from lab.studio.server import PASSWORD_VARIABLE, is_loopback, main, password_for
+
+pytest.importorskip("gradio", reason="gradio is not installed (requirements-lab.txt)")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Server:
+    """A studio in a process of its own."""
+
+    def __init__(self, folder: Path, *flags: str, **environment: str):
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}/"
+        words = [sys.executable, "-m", "lab.studio", f"--port={self.port}", f"--folder={folder}", *flags]
+        clean = {k: v for k, v in os.environ.items() if k != PASSWORD_VARIABLE and not k.startswith("GRADIO")}
+        began = time.monotonic()
+        self.process = subprocess.Popen(words, cwd=REPO, env=clean | environment, stdout=subprocess.PIPE, text=True)
+        while True:
+            try:
+                self.get("")
+                break
+            except urllib.error.HTTPError:
+                break
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() - began < 120, "the studio did not start"
+                time.sleep(0.05)
+        self.seconds = time.monotonic() - began
+        ticks = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        self.cpu_seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+    def get(self, path: str, data: bytes | None = None, **headers: str):
+        request = urllib.request.Request(self.address + path, data, {k.replace("_", "-"): v for k, v in headers.items()})
+        return urllib.request.urlopen(request, timeout=30)
+
+    def status(self, path: str, data: bytes | None = None, **headers: str) -> int:
+        try:
+            return self.get(path, data, **headers).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def upload(self, content: bytes, **headers: str) -> int:
+        body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n' + content + b"\r\n--b--\r\n"
+        return self.status("gradio_api/upload", body, Content_Type="multipart/form-data; boundary=b", **headers)
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    found = Server(tmp_path_factory.mktemp("studio"))
+    yield found
+    found.end()
+
+
+def test_the_first_page_is_there_within_five_seconds(server):
+    """On cores that others use too only the processor time can be asserted."""
+    assert server.cpu_seconds < 5
+    if os.getloadavg()[0] < 0.5:
+        assert server.seconds < 5
+
+
+def test_all_four_pages_are_served_and_nothing_is_asked_from_outside(server):
+    for page in ("", "train", "write", "series"):
+        answer = server.get(page)
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        text = answer.read().decode()
+        loaded = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(https?:[^\"]+)", text)
+        assert loaded == [] and "gradio_config" in text
+
+
+def test_it_listens_on_the_loopback_address_only(server):
+    listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    found = [line.split()[1] for line in listening.splitlines() if f":{server.port:04X} " in line and " 0A " in line]
+    assert found == [f"0100007F:{server.port:04X}"]
+
+
+def test_names_from_elsewhere_are_not_answered(server):
+    assert server.status("", Host=f"localhost:{server.port}") == 200
+    assert server.status("", Host=f"studio.example:{server.port}") == 403
+    assert server.status("train", Host="studio.example") == 403
+
+
+def test_uploads_larger_than_the_limit_are_refused_by_the_server(server):
+    assert server.upload(b"a" * 1000) == 200
+    assert server.upload(b"a" * (MAX_UPLOAD_BYTES + 1)) == 413
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", str(REPO / "train_gpt.py"), str(REPO / "lab" / "studio" / "app.py")])
+def test_files_are_not_served(server, path):
+    assert server.status(f"gradio_api/file={path}") in (403, 404)
+
+
+def test_a_handler_refuses_a_path_outside(server):
+    """As a browser would call it, without the page: the Write page's handler with another file."""
+    config = json.loads(server.get("config").read())
+    (index,) = (d["id"] for d in config["dependencies"] if d["api_name"] == "compose")
+    session = {"fn_index": index, "session_hash": "test"}
+    data = ["/etc/passwd", "x", 0.8, 0, 1, 0, 5]
+    joined = server.get("gradio_api/queue/join", json.dumps({"data": data, **session}).encode(),
+                        Content_Type="application/json")  # fmt: skip
+    assert joined.status == 200
+    with server.get("gradio_api/queue/data?session_hash=test") as stream:
+        for line in stream:
+            if b"process_completed" in line:
+                break
+    told = json.loads(line.removeprefix(b"data: "))
+    assert told["success"] is False and "outside of the folders" in told["output"]["error"]
+
+
+def test_memory_stays_small_while_nothing_is_open(server):
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+)", status)[1]) < 400 << 10
+
+
+def test_elsewhere_a_password_is_asked_for(tmp_path):
+    server = Server(tmp_path, "--host=0.0.0.0", **{PASSWORD_VARIABLE: "correct horse"})
+    try:
+        assert server.status("config") == 401
+        assert server.upload(b"text") == 401
+        assert server.status("gradio_api/queue/join", b"{}", Content_Type="application/json") == 401
+        form = dict(Content_Type="application/x-www-form-urlencoded")
+        assert server.status("login", b"username=studio&password=wrong+horse", **form) == 400
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        answer = opener.open(server.address + "login", b"username=studio&password=correct+horse", timeout=30)
+        assert answer.status == 200 and opener.open(server.address + "config", timeout=30).status == 200
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("password", ["", "short"])
+def test_elsewhere_it_does_not_start_without_a_good_password(monkeypatch, capsys, password):
+    monkeypatch.setenv(PASSWORD_VARIABLE, password)
+    monkeypatch.setattr(sys, "stdin", None)
+    for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
+        with pytest.raises(Refused, match=PASSWORD_VARIABLE):
+            password_for(host)
+    assert main(["--host=0.0.0.0"]) == 2
+    assert "needs a password" in capsys.readouterr().err
+
+
+def test_here_no_password_is_needed_but_one_is_kept(monkeypatch):
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
+    assert password_for("127.0.0.1") is None
+    monkeypatch.setenv(PASSWORD_VARIABLE, "correct horse")
+    assert password_for("localhost") == "correct horse"
+
+
+def test_which_hosts_are_this_machine_only():
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "", "10.0.0.1", "localhost.example", "127.0.0.1.example")))
+
+
+def test_a_taken_port_is_said(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main([f"--port={port}", f"--folder={tmp_path}"]) == 5
+    assert f"port {port}" in capsys.readouterr().err
+
+
+def test_the_quicker_import_leaves_everything_as_it_was():
+    import inspect
+
+    before = inspect.getfile
+    with pytest.raises(ZeroDivisionError), quick_import():
+        assert inspect.getfile(Server) == __file__
+        with pytest.raises(OSError):
+            inspect.getfile(type("Component", (), {"EVENTS": []}))
+        raise ZeroDivisionError
+    assert inspect.getfile is before
