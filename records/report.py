@@ -117,6 +117,7 @@ def facts_of(results: Sequence[dict]) -> dict:
         "data_hash": first.get("data_hash"),
         "kernels_hash": first.get("kernels_hash"),
         "threshold": config.get("target_loss"),
+        "loss_floor": loss_floor(results),
         "machines": [json.loads(text) | {"runs": runs} for text, runs in machines.items()],
         "first_start": min(r["start_time"] for r in results),
         "last_end": max(r["end_time"] for r in results),
@@ -214,9 +215,9 @@ def draw_losses(folder: Path, record: dict, results: Sequence[dict]) -> None:
     if threshold is not None:
         for axis in (curves, finals):
             axis.axhline(threshold, color="tab:red", linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
-    floor = entropy_floor(record)
+    floor = record.get("loss_floor")
     if floor is not None:
-        curves.axhline(floor, color="tab:gray", linewidth=1, linestyle=":", label=f"entropy of the corpus {floor:.4f}")
+        curves.axhline(floor, color="tab:gray", linewidth=1, linestyle=":", label=f"best possible {floor:.4f}")
     finals.set(xlabel="seed", title="final loss")
     finals.xaxis.get_major_locator().set_params(integer=True)
     curves.legend(fontsize="small", frameon=False)
@@ -231,13 +232,10 @@ def draw_losses(folder: Path, record: dict, results: Sequence[dict]) -> None:
     temporary.replace(folder / "losses.png")
 
 
-def entropy_floor(record: dict) -> float | None:
-    """The best possible loss, known exactly for the embedded corpus only (nats per byte)."""
-    if record.get("config", {}).get("val_files") != "embedded":
-        return None
-    from data.corpus import entropy_nats_per_byte
-
-    return entropy_nats_per_byte()
+def loss_floor(results: Sequence[dict]) -> float | None:
+    """The best possible loss on the validation tokens where the trainer knows it (embedded corpus), in nats."""
+    floors = {result.get("loss_floor") for result in results}
+    return floors.pop() if len(floors) == 1 else None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -283,11 +281,11 @@ def summary_words(record: dict) -> str:
     if loss["n"] > 1:
         words += f" (standard deviation {loss['sample_std']:.6f})"
     words += f", mean training time **{times['mean']:.1f} s**."
-    floor = entropy_floor(record)
+    floor = record.get("loss_floor")
     if floor is not None:
         words += (
-            f" The corpus has an entropy of {floor:.6f} nats; the mean is {loss['mean'] - floor:.6f} nats "
-            "above the best possible loss."
+            f" The best possible loss on these validation tokens is {floor:.6f} nats; "
+            f"the mean is {loss['mean'] - floor:.6f} above it."
         )
     return words
 

@@ -1,0 +1,120 @@
+"""The one command for a GPU: a stage that fails, hangs or is missing loses nothing of the others."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from bench import gpu
+from bench.gpu import Stage
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu, "GRACE_S", 1.0)
+
+
+def python(code):
+    return (sys.executable, "-c", code)
+
+
+def test_every_stage_is_on_disk_before_the_next_starts(tmp_path):
+    seen = []
+    chosen = [
+        Stage("good", python("print('fine')"), 20),
+        Stage("bad", python("import sys; print('why it failed'); sys.exit(3)"), 20),
+        Stage("hangs", python("import time; print('stuck', flush=True); time.sleep(60)"), 0.7),
+        Stage("absent", python("0"), 20, needs="bench/no_such_file.py"),
+        Stage("gpu", python("0"), 20, gpu_only=True),
+        Stage("last", python("print('still here')"), 20),
+    ]
+    started = time.monotonic()
+    outcomes = gpu.run_all(chosen, 60, False, lambda o: seen.append({k: v["status"] for k, v in o.items()}))
+    assert time.monotonic() - started < 20
+    assert [o["status"] for o in outcomes.values()] == [
+        "passed",
+        "failed",
+        "out of time",
+        "skipped",
+        "skipped",
+        "passed",
+    ]
+    assert [len(o) for o in seen] == [1, 2, 3, 4, 5, 6]
+    assert outcomes["bad"]["exit_code"] == 3 and outcomes["bad"]["tail"] == ["why it failed"]
+    assert outcomes["hangs"]["tail"] == ["stuck"]
+    assert "no_such_file" in outcomes["absent"]["why"]
+    assert gpu.headline("last", outcomes["last"]) == "still here"
+
+
+def test_what_a_stage_started_ends_with_it(tmp_path):
+    """A child that ignores SIGTERM, in a stage that runs out of time."""
+    mark = tmp_path / "child"
+    child = (
+        f"import signal, time, os; signal.signal(15, signal.SIG_IGN); "
+        f"open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    outcome = gpu.run_stage(Stage("family", python(code), 2.0), 2.0)
+    assert outcome["status"] == "out of time"
+    pid = int(mark.read_text())
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+            os.kill(pid, 0)
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} outlived its stage")
+
+
+def test_time_for_all_stages_is_kept():
+    outcomes = gpu.run_all([Stage("a", python("0"), 60), Stage("b", python("0"), 60)], 10, False, lambda o: None)
+    assert [o["status"] for o in outcomes.values()] == ["out of time"] * 2
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "ask_environment", lambda: {"gpus": []})
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert gpu.main(["--cpu", "--only", "nothing"]) == 2
+    assert "--only takes tests, attention" in capsys.readouterr().err
+
+
+def test_the_json_holds_stages_and_their_results(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "old-cpu.json").write_text("{}")
+    os.utime(results / "old-cpu.json", (1, 1))
+    make = f"open({str(results / 'new-cpu.json')!r}, 'w').write('{{\"n\": 1}}'); print('made it')"
+    monkeypatch.setattr(gpu, "ask_environment", lambda: {"gpus": []})
+    monkeypatch.setattr(gpu, "stages", lambda options, on_gpu: [Stage("one", python(make), 20)])
+    assert gpu.main(["--cpu", "--out", str(results)]) == 0
+    record = json.loads((results / "gpu-cpu.json").read_text())
+    assert record["stages"]["one"]["status"] == "passed" and record["results"] == {"new-cpu.json": {"n": 1}}
+    assert "made it" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "stages", lambda options, on_gpu: [Stage("one", python("1/0"), 20)])
+    assert gpu.main(["--cpu", "--out", str(results)]) == 1
+
+
+def test_the_real_stages_exist_and_parse():
+    """Every module that a stage names is there (or the stage knows that it may not be), and its flags are known."""
+    import argparse
+
+    import train_gpt
+
+    for tokens in (None, "x*.bin"):
+        options = argparse.Namespace(tokens=tokens, val_tokens=None)
+        for on_gpu in (True, False):
+            for stage in gpu.stages(options, on_gpu):
+                words = list(stage.command[1:])
+                if words[0] == "-m" and words[1].startswith("bench.") and not stage.needs:
+                    assert (gpu.REPO / (words[1].replace(".", "/") + ".py")).exists()
+                if words[0] == "train_gpt.py":
+                    train_gpt.parse_config(words[1:])
