@@ -24,7 +24,7 @@ import torch
 
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
-from kernels.runtime import INTERPRETED, implementation_of, tl, triton
+from kernels.runtime import device_kind, implementation_of, tl, triton
 
 __all__ = ["AttentionPlan", "Tile", "allowed_pairs", "attention", "attention_inputs", "attention_plan",
            "attention_reference", "implementation"]
@@ -236,14 +236,6 @@ CANDIDATES = {
     "dq": ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
     "dkdv": ((64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
 }
-
-
-def device_kind() -> str:
-    """The name in TILES of the device that Triton compiles for: "sm_90", "gfx942", ..., or "default"."""
-    if INTERPRETED:
-        return "default"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
 def tile_for(kernel: str, dtype: torch.dtype, kind: str | None = None) -> Tile:

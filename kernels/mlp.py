@@ -1,11 +1,131 @@
 """The block's MLP: linear, relu squared, linear.
 
 y = relu(x w_in^T)^2 w_out^T           x (N, D), w_in (F, D), w_out (D, F), y (N, D); F = 4 D in SPEC
+
+On a GPU the activation sits in the epilogue of the first product, and its derivative in that of the backward product
+dh = (dy w_out) * 2 relu(h). Only a = relu(h)^2 is stored: relu(h) is its root. Products: 4 N D F FLOPs forward, 8 N D F
+backward. Bytes beside operands and results of the products: none forward, one read of a (2 N F) backward; unfused, the
+activation reads and writes 4 N F bytes twice in each direction. The products that have no epilogue are the library's.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from kernels.runtime import implementation_of
+from kernels.runtime import device_kind, implementation_of, tl, triton
+
+
+class Tile(NamedTuple):
+    """rows, columns and depth of a product's step, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: By device (`device_kind`) and bytes of an element. "default" is small enough for any device.
+TILES = {
+    ("default", 2): Tile(64, 64, 32, 4, 2),
+    ("default", 4): Tile(32, 32, 32, 4, 2),
+    ("sm_80", 2): Tile(128, 128, 64, 8, 3),
+    ("sm_90", 2): Tile(128, 256, 64, 8, 3),
+    ("sm_100", 2): Tile(128, 256, 64, 8, 3),
+    ("gfx942", 2): Tile(128, 128, 32, 8, 2),
+}
+_GROUP = 8  # tiles of rows that share tiles of columns while those are in the second-level cache
+
+
+@triton.jit
+def _product(p_a, p_b, p_act, p_out, M, N, K, stride_n, stride_k, BM: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr):
+    """out (M, N) = relu(a b^T)^2, or, BACKWARD, (a b^T) * 2 sqrt(act); a (M, K) dense, b[n, k] by its strides."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    first = group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    o_m = (first + within % height) * BM + tl.arange(0, BM)
+    o_n = (within // height) * BN + tl.arange(0, BN)
+    p_rows = p_a + o_m[:, None].to(tl.int64) * K
+    p_columns = p_b + o_n[:, None].to(tl.int64) * stride_n
+    b_out = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        b_a = tl.load(p_rows + o_k[None, :], mask=(o_m < M)[:, None] & (o_k < K)[None, :], other=0.0)
+        b_b = tl.load(p_columns + o_k[None, :] * stride_k, mask=(o_n < N)[:, None] & (o_k < K)[None, :], other=0.0)
+        b_out = tl.dot(b_a, tl.trans(b_b), b_out, input_precision=PRECISION)
+    o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
+    m_out = (o_m < M)[:, None] & (o_n < N)[None, :]
+    if BACKWARD:
+        b_out *= 2 * tl.sqrt(tl.load(p_act + o_out, mask=m_out, other=0.0).to(tl.float32))
+    else:
+        b_out = tl.maximum(b_out, 0.0)
+        b_out *= b_out
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+
+
+def _launch(a_MK, b_NK, act_MN=None):
+    """One product with its epilogue; b_NK may be a transposed view."""
+    a_MK = a_MK.contiguous()
+    (M, K), N = a_MK.shape, b_NK.shape[0]
+    tile = TILES.get((device_kind(), a_MK.element_size())) or TILES["default", a_MK.element_size()]
+    out = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
+    programs = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
+    _product[(programs,)](
+        a_MK, b_NK, out if act_MN is None else act_MN, out, M, N, K, b_NK.stride(0), b_NK.stride(1),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=_GROUP, BACKWARD=act_MN is not None, PRECISION="ieee",
+        num_warps=tile.warps, num_stages=tile.stages,
+    )
+    return out
+
+
+def launch_activation(x_ND, w_in_FD):
+    """relu(x w_in^T)^2, (N, F)."""
+    return _launch(x_ND, w_in_FD)
+
+
+def launch_slope(dy_ND, w_out_DF, a_NF):
+    """(dy w_out) * 2 sqrt(a), (N, F): the gradient at the first product's result."""
+    return _launch(dy_ND, w_out_DF.t(), a_NF)
+
+
+@torch.library.custom_op("speedrun::relu_squared_mlp", mutates_args=())
+def _mlp(x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    a_NF = launch_activation(x_ND, w_in_FD)
+    return a_NF @ w_out_DF.t(), a_NF
+
+
+@torch.library.custom_op("speedrun::relu_squared_mlp_backward", mutates_args=())
+def _mlp_backward(
+    dy_ND: torch.Tensor, x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor, a_NF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dw_out_DF = dy_ND.t() @ a_NF
+    dh_NF = launch_slope(dy_ND, w_out_DF, a_NF)
+    return dh_NF @ w_in_FD, dh_NF.t() @ x_ND, dw_out_DF
+
+
+@_mlp.register_fake
+def _(x_ND, w_in_FD, w_out_DF):
+    return torch.empty_like(x_ND), x_ND.new_empty(x_ND.shape[0], w_in_FD.shape[0])
+
+
+@_mlp_backward.register_fake
+def _(dy_ND, x_ND, w_in_FD, w_out_DF, a_NF):
+    return torch.empty_like(x_ND), torch.empty_like(w_in_FD), torch.empty_like(w_out_DF)
+
+
+def _mlp_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _mlp_grad(ctx, dy_ND, _):
+    return _mlp_backward(dy_ND.contiguous(), *ctx.saved_tensors)
+
+
+_mlp.register_autograd(_mlp_grad, setup_context=_mlp_setup)
 
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
@@ -55,5 +175,6 @@ def relu_squared_mlp(
     rows = x_ND.reshape(-1, x_ND.shape[-1])
     w_in_FD, w_out_DF = w_in_FD.to(x_ND.dtype), w_out_DF.to(x_ND.dtype)
     if implementation(impl, x_ND) == "triton":
-        raise NotImplementedError("the Triton kernels of kernels/mlp.py are being written")
+        y_ND, _ = _mlp(rows.contiguous(), w_in_FD.contiguous(), w_out_DF.contiguous())
+        return y_ND.view(x_ND.shape)
     return _ReluSquaredMLP.apply(rows, w_in_FD, w_out_DF).view(x_ND.shape)

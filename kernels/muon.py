@@ -8,9 +8,11 @@ A bfloat16 weight with a 16-bit mantissa beside it is a float32 master cut in tw
 16 bits (so it is the master rounded towards zero), the mantissa the lower 16.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from kernels.runtime import implementation_of
+from kernels.runtime import device_kind, implementation_of, tl, triton
 
 # (a, b, c) of each step. "spec" is SPEC.md's; "polar_express" is the optimal composition for singular values
 # in [1e-3, 1] (Amsel, Persson, Musco, Gower, "The Polar Express", arXiv 2505.16932, 2025), five steps.
@@ -22,12 +24,156 @@ COEFFICIENTS = {
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     ),
+    "polar_express": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    ),
 }
 
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
     """The name of what would run for that tensor: triton | reference."""
     return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------
+# Prefixes: p_ pointer, b_ block of values, o_ offset, m_ mask. Bytes and FLOPs, for B matrices (M, K): a symmetric
+# product computes the tiles on and below the diagonal, about B M^2 K FLOPs in place of 2 B M^2 K, and writes each tile
+# twice, once mirrored. The elementwise kernels touch every number once: 16 bytes a weight for momentum (buffer read and
+# written, gradient read, update written) and 10 for the update (weight and mantissa read and written, update read).
+
+
+class Tile(NamedTuple):
+    """rows and columns of the output, depth of a product's step, warps, pipeline stages."""
+
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: By device (`device_kind`) and bytes of an element. "default" is small enough for any device.
+TILES = {
+    ("default", 2): Tile(64, 32, 4, 2),
+    ("default", 4): Tile(32, 32, 4, 2),
+    ("sm_80", 2): Tile(128, 64, 8, 3),
+    ("sm_90", 2): Tile(128, 64, 8, 4),
+    ("sm_100", 2): Tile(128, 64, 8, 4),
+    ("gfx942", 2): Tile(128, 32, 8, 2),
+}
+_ELEMENTS = 4096  # a program of the elementwise kernels
+
+
+@triton.jit
+def _symmetric(p_x, p_e, p_out, M, K, alpha, beta, BM: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
+               PRECISION: tl.constexpr):
+    """out = alpha X X^T (+ beta E, E symmetric): tiles below the diagonal are computed once and written twice."""
+    tiles = tl.cdiv(M, BM)
+    i, j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if j > i:
+        return
+    batch = tl.program_id(1).to(tl.int64)
+    p_x += batch * M * K
+    o_i = i * BM + tl.arange(0, BM)
+    o_j = j * BM + tl.arange(0, BM)
+    b_out = tl.zeros([BM, BM], tl.float32)
+    for k in range(0, K, BK):
+        o_k = k + tl.arange(0, BK)
+        b_i = tl.load(p_x + o_i[:, None] * K + o_k[None, :], mask=(o_i < M)[:, None] & (o_k < K)[None, :], other=0.0)
+        b_j = tl.load(p_x + o_j[:, None] * K + o_k[None, :], mask=(o_j < M)[:, None] & (o_k < K)[None, :], other=0.0)
+        b_out = tl.dot(b_i, tl.trans(b_j), b_out, input_precision=PRECISION)
+    b_out *= alpha
+    m_out = (o_i < M)[:, None] & (o_j < M)[None, :]
+    p_ij = batch * M * M + o_i[:, None] * M + o_j[None, :]
+    if ADD:
+        b_out += beta * tl.load(p_e + p_ij, mask=m_out, other=0.0).to(tl.float32)
+    b_out = b_out.to(p_out.dtype.element_ty)
+    tl.store(p_out + p_ij, b_out, mask=m_out)
+    if i > j:
+        p_ji = batch * M * M + o_j[:, None] * M + o_i[None, :]
+        tl.store(p_out + p_ji, tl.trans(b_out), mask=(o_j < M)[:, None] & (o_i < M)[None, :])
+
+
+@triton.jit
+def _momentum(p_buffer, p_grad, p_update, N, momentum, BLOCK: tl.constexpr):
+    """buffer <- m buffer + (1 - m) grad; update = m buffer + (1 - m) grad."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < N
+    b_grad = tl.load(p_grad + o, mask=m, other=0.0).to(tl.float32)
+    b_buffer = tl.load(p_buffer + o, mask=m, other=0.0)
+    b_buffer += (b_grad - b_buffer) * (1 - momentum)
+    tl.store(p_buffer + o, b_buffer, mask=m)
+    tl.store(p_update + o, b_grad + (b_buffer - b_grad) * momentum, mask=m)
+
+
+@triton.jit
+def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """master <- master * keep - lr * update. If SPLIT, weight and mantissa are the int16 halves of the master."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < N
+    b_update = tl.load(p_update + o, mask=m, other=0.0).to(tl.float32)
+    if SPLIT:
+        b_high = tl.load(p_weight + o, mask=m, other=0).to(tl.int32) << 16
+        b_low = tl.load(p_mantissa + o, mask=m, other=0).to(tl.int32) & 0xFFFF
+        b_master = (b_high | b_low).to(tl.float32, bitcast=True) * keep - lr * b_update
+        b_bits = b_master.to(tl.int32, bitcast=True)
+        tl.store(p_weight + o, (b_bits >> 16).to(tl.int16), mask=m)
+        tl.store(p_mantissa + o, b_bits.to(tl.int16), mask=m)
+    else:
+        b_master = tl.load(p_weight + o, mask=m, other=0.0) * keep - lr * b_update
+        tl.store(p_weight + o, b_master, mask=m)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------
+
+
+def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0):
+    """alpha X X^T + beta E for each matrix of x (B, M, K), contiguous; E (B, M, M) must be symmetric."""
+    B, M, K = x_BMK.shape
+    tile = TILES.get((device_kind(), x_BMK.element_size())) or TILES["default", x_BMK.element_size()]
+    out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)
+    tiles = triton.cdiv(M, tile.rows)
+    _symmetric[(tiles * tiles, B)](
+        x_BMK, x_BMK if e_BMM is None else e_BMM, out, M, K, alpha, beta, BM=tile.rows, BK=tile.depth,
+        ADD=e_BMM is not None, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )
+    return out
+
+
+def launch_momentum(buffer, grad, momentum: float):
+    """`momentum_` for a contiguous float32 buffer; the update is float32."""
+    update = torch.empty_like(buffer)
+    programs = triton.cdiv(buffer.numel(), _ELEMENTS)
+    _momentum[(programs,)](buffer, grad.contiguous(), update, buffer.numel(), momentum, BLOCK=_ELEMENTS, num_warps=8)
+    return update
+
+
+def launch_update(weight, mantissa, update, lr: float, weight_decay: float) -> None:
+    """`apply_update_` for contiguous weights, in place."""
+    split = mantissa is not None
+    halves = (weight.view(torch.int16), mantissa.view(torch.int16)) if split else (weight, weight)
+    programs = triton.cdiv(weight.numel(), _ELEMENTS)
+    _update[(programs,)](
+        *halves, update.contiguous(), weight.numel(), lr, 1 - weight_decay, SPLIT=split, BLOCK=_ELEMENTS, num_warps=8
+    )
+
+
+def orthogonalize_triton(g_BMN, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16):
+    """`orthogonalize_reference` with the symmetric products of the kernel; the third product is the library's."""
+    x = g_BMN.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_norm_dtype(dtype)) + 1e-7
+    rows = (x / norm.to(dtype)).reshape(-1, *x.shape[-2:]).contiguous()
+    for a, b, c in COEFFICIENTS[coefficients]:
+        product = launch_symmetric(rows)
+        polynomial = launch_symmetric(product, product, alpha=c, beta=b)  # A A = A A^T, as A is symmetric
+        rows = torch.baddbmm(rows, polynomial, rows, beta=a)
+    x = rows.view(x.shape)
+    return (x.mT if tall else x).to(g_BMN.dtype)
 
 
 def orthogonalize_reference(
@@ -73,7 +219,7 @@ def orthogonalize(
     if g_BMN.dim() < 2:
         raise ValueError(f"orthogonalize needs matrices (..., M, N), got shape {tuple(g_BMN.shape)}")
     if implementation(impl, g_BMN) == "triton":
-        raise NotImplementedError("the Triton kernels of kernels/muon.py are being written")
+        return orthogonalize_triton(g_BMN, coefficients, dtype)
     return orthogonalize_reference(g_BMN, coefficients, dtype)
 
 
@@ -82,7 +228,7 @@ def momentum_(
 ) -> torch.Tensor:
     """buffer <- m buffer + (1 - m) grad in place (float32); returns m buffer + (1 - m) grad, float32."""
     if implementation(impl, buffer) == "triton":
-        raise NotImplementedError("the Triton kernels of kernels/muon.py are being written")
+        return launch_momentum(buffer, grad, momentum)
     grad = grad.to(buffer.dtype)
     buffer.lerp_(grad, 1 - momentum)
     return grad.lerp(buffer, momentum)
@@ -121,7 +267,8 @@ def apply_update_(
     if mantissa is not None and weight.dtype != torch.bfloat16:
         raise ValueError(f"a mantissa goes with a bfloat16 weight, got {weight.dtype}; pass mantissa=None")
     if implementation(impl, weight) == "triton":
-        raise NotImplementedError("the Triton kernels of kernels/muon.py are being written")
+        launch_update(weight, mantissa, update, lr, weight_decay)
+        return
     if mantissa is None:
         weight.mul_(1 - weight_decay).add_(update, alpha=-lr)
         return

@@ -52,3 +52,11 @@ def implementation_of(impl: str, tensor: torch.Tensor, *, cpu: str, choices: tup
         raise ValueError("impl='triton' on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 "
                          f"before the first import of triton, or choose impl={cpu!r}")
     return impl
+
+
+def device_kind() -> str:
+    """The name in tile tables of the device that Triton compiles for: "sm_90", "gfx942", ..., or "default"."""
+    if INTERPRETED:
+        return "default"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]

@@ -1,0 +1,93 @@
+"""Proof cases of the rows of logits that become losses and gradients (kernels/cross_entropy.py)."""
+
+import torch
+
+from kernels.proof import Demand, Family, Fault, Launch, Numeric
+
+IGNORED = -100
+
+
+def _inputs(N, V, scale=3.0):
+    def make(random):
+        targets = torch.randint(V, (N,), generator=random)
+        targets[1::5] = IGNORED
+        targets[-1] = V - 1
+        return {"z": torch.randn(N, V, generator=random) * scale, "targets": targets}
+    return make
+
+
+def _kernel(softcap, block):
+    def run(module, given):
+        z = given["z"].clone()
+        alone = module.launch_rows(z.clone(), given["targets"], softcap, IGNORED, False, block)
+        losses = module.launch_rows(z, given["targets"], softcap, IGNORED, True, block)
+        return {"alone": alone, "losses": losses, "dz": z}
+    return run
+
+
+def _reference(softcap):
+    def run(module, given):
+        z = given["z"].detach().requires_grad_()
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))  # the kernel's arithmetic is float32
+        losses = torch.nn.functional.cross_entropy(
+            module._apply_softcap(wide, softcap), given["targets"], reduction="none", ignore_index=IGNORED
+        )
+        (dz,) = torch.autograd.grad(losses.sum(), z)
+        return {"alone": losses, "losses": losses, "dz": dz}
+    return run
+
+
+def _numeric(name, N, V, softcap, block=None, quick=True, **options):
+    return Numeric(name, _inputs(N, V, **options), _kernel(softcap, block), _reference(softcap), quick=quick)
+
+
+def _launch(dtype, N=4096, V=50304, softcap="rsqrt"):
+    def run():
+        import kernels.cross_entropy as module
+
+        z = torch.empty(N, V, dtype=dtype, device="meta")
+        targets = torch.empty(N, dtype=torch.int64, device="meta")
+        module.launch_rows(z, targets, softcap, IGNORED, True)
+        module.launch_rows(z, targets, softcap, IGNORED, False)
+    return run
+
+
+FAMILY = Family(
+    name="cross_entropy",
+    module="kernels.cross_entropy",
+    kernels=("_row_loss",),
+    numeric=(
+        _numeric("rsqrt, ragged row in registers", 11, 300, "rsqrt"),
+        _numeric("sigmoid, row in registers", 6, 256, "sigmoid"),
+        _numeric("no cap, row in registers", 6, 77, None),
+        _numeric("rsqrt, row in blocks", 6, 300, "rsqrt", block=64),
+        _numeric("no cap, row in blocks", 6, 130, None, block=64),
+        _numeric("sigmoid, row in blocks", 4, 200, "sigmoid", block=32, quick=False),
+        _numeric("no cap, extreme logits, in registers", 6, 100, None, scale=1e4, quick=False),
+        _numeric("no cap, extreme logits, in blocks", 6, 100, None, block=16, scale=1e4, quick=False),
+        _numeric("rsqrt, extreme logits", 6, 100, "rsqrt", scale=1e4, quick=False),
+    ),
+    launches=(
+        Launch("bf16, a chunk of the head", _launch(torch.bfloat16), quick=True),
+        Launch("bf16, sigmoid", _launch(torch.bfloat16, softcap="sigmoid")),
+        Launch("bf16, no cap, more classes than registers", _launch(torch.bfloat16, V=131072, softcap=None)),
+        Launch("float32, bytes", _launch(torch.float32, V=256)),
+    ),
+    # 64 classes a thread in float32, with 32 warps of 64 registers each at most: some of them spill
+    demands={"_row_loss": Demand(stack_bytes=1024)},
+    faults=(
+        Fault("the target is not subtracted", "tl.where(o == target, 1.0, 0.0)", "tl.where(o == target, 0.0, 0.0)"),
+        Fault("the cap's slope is left out", "b_slope\n            b_g = tl.where", "1\n            b_g = tl.where"),
+        Fault("classes past the end are counted", "b_c = tl.where(o < V, b_c, float(\"-inf\"))", "b_c = b_c"),
+        Fault("classes past the end are read", "tl.load(p_z + o, mask=o < V, other=0.0)",
+              "tl.load(p_z + o, mask=o < V + 1, other=0.0)"),
+        Fault("classes past the end are written", "mask=o < V)\n    else", "mask=o < V + 1)\n    else"),
+        Fault("ignored rows have a gradient", "b_g = tl.where(counted, b_g, 0.0)", "b_g = b_g"),
+        Fault("ignored rows have a loss", "tl.where(counted, loss, 0.0)", "loss"),
+        Fault("the target's logit is not capped", "+ tl.log(total) - c_target", "+ tl.log(total) - z_target"),
+        Fault("all rows are the first", "p_z += row * V", "p_z += 0 * V"),
+        Fault("blocks forget what came before", "b_total = b_total * tl.exp(b_most - b_shift) + ", "b_total = "),
+        Fault("the blocks' gradient misses the target", "tl.where(start + o == target, 1.0, 0.0)",
+              "tl.where(o == target, 1.0, 0.0)"),
+    ),
+)

@@ -1,0 +1,69 @@
+"""Proof cases of the MLP's products with their epilogues (kernels/mlp.py)."""
+
+import torch
+
+from kernels.proof import Demand, Family, Fault, Launch, Numeric
+
+
+def _inputs(N, D, F):
+    def make(random):
+        shapes = dict(x=(N, D), w_in=(F, D), w_out=(D, F), dy=(N, D))
+        return {name: torch.randn(*shape, generator=random) * D**-0.25 for name, shape in shapes.items()}
+    return make
+
+
+def _kernel(module, given):
+    a = module.launch_activation(given["x"], given["w_in"])
+    return {"a": a, "dh": module.launch_slope(given["dy"], given["w_out"], a)}
+
+
+def _reference(module, given):
+    r = (given["x"] @ given["w_in"].t()).relu()
+    return {"a": r * r, "dh": (given["dy"] @ given["w_out"]) * 2 * r}
+
+
+def _launch(dtype, N=65536, D=1024, F=4096):
+    def run():
+        import kernels.mlp as module
+
+        def meta(*shape):
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        a = module.launch_activation(meta(N, D), meta(F, D))
+        module.launch_slope(meta(N, D), meta(D, F), a)
+    return run
+
+
+FAMILY = Family(
+    name="mlp",
+    module="kernels.mlp",
+    kernels=("_product",),
+    numeric=(
+        Numeric("ragged in all three axes", _inputs(70, 37, 130), _kernel, _reference),
+        Numeric("whole tiles", _inputs(64, 32, 64), _kernel, _reference, quick=False),
+        Numeric("one token", _inputs(1, 5, 20), _kernel, _reference, quick=False),
+        Numeric("more groups of rows than one", _inputs(600, 16, 40), _kernel, _reference, quick=False),
+    ),
+    launches=(
+        Launch("bf16, a training step", _launch(torch.bfloat16), quick=True),
+        Launch("bf16, a validation sequence", _launch(torch.bfloat16, N=262144), devices=("sm_90",)),
+        Launch("bf16, ragged", _launch(torch.bfloat16, N=1000, D=100, F=300)),
+        Launch("float32", _launch(torch.float32, N=1000, D=64, F=256), demanding=False),
+    ),
+    demands={"_product": Demand(instructions=("HGMMA",))},
+    faults=(
+        Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
+        Fault("negative values pass", "tl.maximum(b_out, 0.0)", "b_out"),
+        Fault("the slope lacks its two", "b_out *= 2 * tl.sqrt", "b_out *= tl.sqrt"),
+        Fault("rows past the end are read", "(o_m < M)[:, None] & (o_k < K)[None, :]",
+              "(o_m < M + 1)[:, None] & (o_k < K)[None, :]"),
+        Fault("depth past the end is read", "(o_n < N)[:, None] & (o_k < K)[None, :]",
+              "(o_n < N)[:, None] & (o_k < K + 1)[None, :]"),
+        Fault("columns past the end are written", "m_out = (o_m < M)[:, None] & (o_n < N)[None, :]",
+              "m_out = (o_m < M)[:, None] & (o_n < N + 1)[None, :]"),
+        Fault("two programs take the same tile", "first + within % height", "first"),
+        Fault("a row of the result is one too long", "o_m[:, None].to(tl.int64) * N",
+              "o_m[:, None].to(tl.int64) * (N + 1)"),
+        Fault("the second factor's strides are exchanged", "o_k[None, :] * stride_k", "o_k[None, :] * stride_n"),
+    ),
+)

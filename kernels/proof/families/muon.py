@@ -1,0 +1,103 @@
+"""Proof cases of Muon's kernels: symmetric products, momentum, the update of split weights (kernels/muon.py)."""
+
+import torch
+
+from kernels.proof import Demand, Family, Fault, Launch, Numeric
+
+ALPHA, BETA, MOMENTUM, LR, DECAY = 0.7, -1.3, 0.9, 0.3, 0.1
+
+
+def _matrices(B, M, K):
+    def make(random):
+        e = torch.randn(B, M, M, generator=random)
+        return {"x": torch.randn(B, M, K, generator=random), "e": e + e.mT}
+    return make
+
+
+def _symmetric_kernel(module, given):
+    plain = module.launch_symmetric(given["x"])
+    return {"plain": plain, "added": module.launch_symmetric(given["x"], given["e"], alpha=ALPHA, beta=BETA)}
+
+
+def _symmetric_reference(module, given):
+    product = given["x"] @ given["x"].mT
+    return {"plain": product, "added": torch.baddbmm(given["e"], given["x"], given["x"].mT, beta=BETA, alpha=ALPHA)}
+
+
+def _vectors(size):
+    def make(random):
+        return {name: torch.randn(size, generator=random) for name in ("weight", "buffer", "grad", "update")}
+    return make
+
+
+def _vector_kernel(module, given):
+    weight, buffer = given["weight"].clone(), given["buffer"].clone()
+    high, low = module.split_master(given["weight"])
+    high, low = high.clone(), low.view(torch.int16).clone()
+    step = module.launch_momentum(buffer, given["grad"], MOMENTUM)
+    module.launch_update(weight, None, given["update"], LR, DECAY)
+    module.launch_update(high, low, given["update"], LR, DECAY)
+    return {"buffer": buffer, "step": step, "weight": weight, "master": module.join_master(high, low)}
+
+
+def _vector_reference(module, given):
+    buffer = MOMENTUM * given["buffer"] + (1 - MOMENTUM) * given["grad"]
+    weight = given["weight"] * (1 - DECAY) - LR * given["update"]
+    step = MOMENTUM * buffer + (1 - MOMENTUM) * given["grad"]
+    return {"buffer": buffer, "step": step, "weight": weight, "master": weight}
+
+
+def _launch(dtype, B=60, M=1024, K=1024):
+    def run():
+        import kernels.muon as module
+
+        x = torch.empty(B, M, K, dtype=dtype, device="meta")
+        product = module.launch_symmetric(x)
+        module.launch_symmetric(product, product, alpha=ALPHA, beta=BETA)
+        wide = torch.empty(M, K, dtype=torch.float32, device="meta")
+        module.launch_momentum(wide, torch.empty(M, K, dtype=dtype, device="meta"), MOMENTUM)
+        if dtype == torch.bfloat16:
+            low = torch.empty(M, K, dtype=torch.int16, device="meta")
+            module.launch_update(x[0], low, torch.empty(M, K, dtype=dtype, device="meta"), LR, DECAY)
+        else:
+            module.launch_update(wide, None, wide, LR, DECAY)
+    return run
+
+
+FAMILY = Family(
+    name="muon",
+    module="kernels.muon",
+    kernels=("_symmetric", "_momentum", "_update"),
+    numeric=(
+        Numeric("ragged matrices", _matrices(2, 70, 37), _symmetric_kernel, _symmetric_reference),
+        Numeric("whole tiles", _matrices(1, 64, 64), _symmetric_kernel, _symmetric_reference, quick=False),
+        Numeric("one row", _matrices(3, 1, 5), _symmetric_kernel, _symmetric_reference, quick=False),
+        Numeric("ragged vectors", _vectors(5000), _vector_kernel, _vector_reference, dtypes=(torch.float32,)),
+        Numeric("short vectors", _vectors(3), _vector_kernel, _vector_reference, dtypes=(torch.float32,), quick=False),
+    ),
+    launches=(
+        Launch("bf16, attention's matrices", _launch(torch.bfloat16), quick=True),
+        Launch("bf16, the MLP's matrices", _launch(torch.bfloat16, B=32, K=4096)),
+        Launch("bf16, ragged", _launch(torch.bfloat16, B=1, M=100, K=50)),
+        Launch("float32, ragged", _launch(torch.float32, B=1, M=100, K=50), demanding=False),
+    ),
+    demands={"_symmetric": Demand(instructions=("HGMMA",)), "_momentum": Demand(), "_update": Demand()},
+    faults=(
+        Fault("the mirrored tile is not turned", "tl.trans(b_out), mask", "b_out, mask"),
+        Fault("tiles above the diagonal are lost", "if i > j:", "if i > j + 1000:"),
+        Fault("the diagonal is skipped", "if j > i:", "if j >= i:"),
+        Fault("rows past the end are read", "mask=(o_i < M)[:, None] & (o_k < K)[None, :], other",
+              "mask=(o_k < K + 0 * o_k)[None, :] & (o_i < M + 1)[:, None], other"),
+        Fault("columns past the end are read", "(o_j < M)[:, None] & (o_k < K)[None, :]",
+              "(o_j < M)[:, None] & (o_k < K + 1)[None, :]"),
+        Fault("rows past the end are written", "m_out = (o_i < M)[:, None] & (o_j < M)[None, :]",
+              "m_out = (o_i < M + 1)[:, None] & (o_j < M)[None, :]"),
+        Fault("every batch is the first", "batch = tl.program_id(1).to(tl.int64)",
+              "batch = tl.program_id(1).to(tl.int64) * 0"),
+        Fault("beta is left out", "b_out += beta * tl.load", "b_out += tl.load"),
+        Fault("Nesterov's step is the plain buffer", "b_grad + (b_buffer - b_grad) * momentum", "b_buffer"),
+        Fault("the mantissa's sign is spread", ".to(tl.int32) & 0xFFFF", ".to(tl.int32)"),
+        Fault("the mantissa is not kept", "tl.store(p_mantissa + o, b_bits.to(tl.int16), mask=m)", "pass"),
+        Fault("vectors are written past the end", "m = o < N", "m = o < N + 1"),
+    ),
+)
