@@ -23,7 +23,9 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -127,7 +129,29 @@ def _open(path: str):
         import fsspec
 
         return fsspec.open(path, "rb", compression="infer")
-    return open(path, "rb")  # a pipe will do, too
+    file = open(path, "rb", buffering=0)
+    return file if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else _Pipe(file)
+
+
+class _Pipe:
+    """A pipe or terminal, read in waits of a fraction of a second, between which signals are noticed.
+
+    A read that blocks would not end if the kernel gave the signal to another thread (numpy's library has some).
+    """
+
+    def __init__(self, file):
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        while not select.select([self._file], [], [], 0.2)[0]:
+            pass
+        return self._file.read(size)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
 
 
 def _whole_file(path: str) -> Iterator[Piece]:
