@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench.common import RESULTS, compare, device_name, measure, table, write_result
+from bench.common import RESULTS, compare, device_name, measure, summary, table, write_result
 from data.shards import open_shard
 from kernels import attention as module
 from kernels.attention import AttentionPlan, attention, attention_plan
@@ -29,6 +30,7 @@ from kernels.attention import AttentionPlan, attention, attention_plan
 EOS = 50256
 BLOCK = 128
 WINDOWS_TOKENS = (128, 896, 1664, 3456)
+TUNE_WINDOWS_TOKENS = (3456, 896)
 SCALE = 0.12
 
 
@@ -58,7 +60,7 @@ def read_tokens(path: str | None, length: int) -> torch.Tensor:
     return tokens
 
 
-def draw(length: int, heads: int, width: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+def draw(length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device | str) -> list[torch.Tensor]:
     """q, k, v and the gradient at o, (1, T, H, Dh), standard normal."""
     random = torch.Generator(device=device).manual_seed(0)
     return [torch.randn(1, length, heads, width, generator=random, device=device).to(dtype) for _ in range(4)]
@@ -132,7 +134,7 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
     """The comparison at every window, and the dense one at `sdpa_length` tokens."""
     from kernels.proof import machine_code, pretend
 
-    inputs = draw(len(tokens), heads, width, torch.bfloat16, "cuda")
+    inputs = draw(len(tokens), heads, width, torch.bfloat16, tokens.device)
     rows, ran = [], {}
     for window in WINDOWS_TOKENS:
         about = {"T": len(tokens), "window": window}
@@ -146,7 +148,7 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
                        for r in new if r["impl"] == "triton"}
             if "cubin" in code.asm:
                 entry = ran.setdefault(machine_code.text_hash(code.asm["cubin"]),
-                                       {"kernel": code.kernel, "device": torch.cuda.get_device_name()})
+                                       {"kernel": code.kernel, "device": device_name()})
                 entry.update(figures)
         if flash := flash_contestant(tokens, window):
             flops = pass_flops(allowed_pair_count(flash[1]), heads, width)
@@ -162,9 +164,9 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
 
 def tune(tokens: torch.Tensor, heads: int, width: int, repeats: int) -> list[dict]:
     """Time every candidate tile of every kernel, with and without descriptors, at a wide and a short window."""
-    q, k, v, do = draw(len(tokens), heads, width, torch.bfloat16, "cuda")
+    q, k, v, do = draw(len(tokens), heads, width, torch.bfloat16, tokens.device)
     rows = []
-    for window in (WINDOWS_TOKENS[-1], WINDOWS_TOKENS[1]):
+    for window in TUNE_WINDOWS_TOKENS:
         plan = attention_plan(tokens, eos_id=EOS, window_blocks=window // BLOCK)
         flops = pass_flops(allowed_pair_count(plan), heads, width)
         o, lse = module.launch_forward(q, k, v, plan, SCALE)
@@ -192,6 +194,17 @@ def tune(tokens: torch.Tensor, heads: int, width: int, repeats: int) -> list[dic
 # ---- on a CPU ----------------------------------------------------------------------------------------------
 
 
+def processor_times(run: Callable[[], object], repeats: int) -> dict:
+    """Processor time of `run()` on one thread, after one untimed call: waiting for a busy core does not count."""
+    run()
+    times_ms = []
+    for _ in range(repeats):
+        started = time.thread_time()
+        run()
+        times_ms.append((time.thread_time() - started) * 1e3)
+    return summary(times_ms)
+
+
 def on_cpu(heads: int, width: int, repeats: int, lengths: tuple[int, ...], blocks: tuple[int, ...]) -> list[dict]:
     """Forward and backward time of the banded path over T and window, one document; the quadratic reference too."""
     rows = []
@@ -201,15 +214,21 @@ def on_cpu(heads: int, width: int, repeats: int, lengths: tuple[int, ...], block
         if length <= 4096:
             runs["reference", blocks[0]] = attention_plan(length=length, window_blocks=blocks[0])
         for (impl, window), plan in runs.items():
-            run = passes(functools.partial(attention, plan=plan, scale=SCALE, impl=impl), *inputs)
-            stats = measure(lambda run=run: (run["forward"](), run["backward"]()), repeats=repeats, warmup=1)
+            leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+
+            def step(plan=plan, impl=impl, leaves=leaves, do=inputs[3]):
+                # in one thread: autograd runs a CPU's backward pass on the caller's
+                torch.autograd.grad(attention(*leaves, plan, scale=SCALE, impl=impl), leaves, do)
+            stats = processor_times(step, repeats)
             rows.append({"impl": impl, "T": length, "window_blocks": window, "pairs": allowed_pair_count(plan),
                          "T_x_window": length * window * BLOCK, **stats})
     return rows
 
 
 def fit(rows: list[dict]) -> dict:
-    """Least squares, relative errors: time_ms = fixed + slope * (T x window / 1e6), over the banded rows."""
+    """Least squares, relative errors: time = fixed + slope * (T x window / 1e6), over the banded rows.
+
+    Times are medians of processor time."""
     banded = [r for r in rows if r["impl"] == "banded"]
     x = torch.tensor([[1.0, r["T_x_window"] / 1e6] for r in banded], dtype=torch.float64)
     y = torch.tensor([r["median_ms"] for r in banded], dtype=torch.float64)
@@ -229,16 +248,18 @@ def picture(rows: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
     for length in sorted({r["T"] for r in rows}):
-        line = sorted((r["T_x_window"], r["median_ms"]) for r in rows if r["T"] == length and r["impl"] == "banded")
+        banded = [r for r in rows if r["T"] == length and r["impl"] == "banded"]
+        line = sorted((r["T_x_window"], r["median_ms"]) for r in banded)
         axes.plot(*zip(*line), marker="o", label=f"banded, T = {length:,}")
-    dense = sorted((r["T_x_window"], r["median_ms"], r["T"]) for r in rows if r["impl"] == "reference")
+    dense = sorted((r["T_x_window"], r["median_ms"], r["T"]) for r in rows
+                   if r["impl"] == "reference")
     axes.plot([x for x, _, _ in dense], [y for _, y, _ in dense], "k--", marker="x",
               label="quadratic reference, window of one block")
     xs = sorted(r["T_x_window"] for r in rows if r["impl"] == "banded")
     middle = fit(rows)["ms_per_million_T_x_window"] / 1e6
     axes.plot(xs, [middle * x for x in xs], color="0.7", zorder=0, label="in proportion to T x window")
     axes.set(xscale="log", yscale="log", xlabel="T x window (pairs before the diagonal is cut)",
-             ylabel="forward + backward (ms, median)", title="Attention on a CPU costs T x window, not T x T")
+             ylabel="forward + backward, processor time (ms)", title="Attention on one core: T x window, not T x T")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -257,7 +278,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="timed calls of each (30 on a GPU, 7 on a CPU)")
     parser.add_argument("--cpu-lengths", default="1024,2048,4096,8192,16384")
     parser.add_argument("--cpu-windows", default="1,2,4,8,16", help="in blocks of 128 tokens")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--tune", action="store_true", help="time the candidate tiles (GPU)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
@@ -278,11 +298,12 @@ def main(argv: list[str] | None = None) -> int:
         print("not measured: no GPU (candidate tiles)")
         return 0
     lengths, windows = (tuple(map(int, text.split(","))) for text in (options.cpu_lengths, options.cpu_windows))
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     rows = on_cpu(options.heads or 4, options.width or 32, options.repeats or 7, lengths, windows)
     line = fit(rows)
     print(table(rows, ("impl", "T", "window_blocks", "T_x_window", "median_ms", "iqr_ms")))
-    print(f"time = {line['fixed_ms']:.2f} ms + {line['ms_per_million_T_x_window']:.2f} ms a million of T x window; "
+    slope = line["ms_per_million_T_x_window"]
+    print(f"time = {line['fixed_ms']:.2f} ms + {slope:.2f} ms a million of T x window; "
           f"correlation of the logarithms {line['correlation_of_logs']:.4f}")
     result = {"gpu": "not measured: no GPU", "fit": line, "rows": rows}
     written = write_result("attention", result, folder=options.out)

@@ -7,6 +7,7 @@ import torch
 
 from bench import attention as bench
 from kernels.attention import allowed_pairs, attention_plan
+from kernels.runtime import INTERPRETED
 
 
 def test_pairs_are_those_of_the_mask():
@@ -57,3 +58,25 @@ def test_command_on_a_cpu(tmp_path, capsys):
     assert (tmp_path / "attention-cpu.png").stat().st_size > 10_000
     assert bench.main(["--tune"]) == 0
     assert "not measured: no GPU (candidate tiles)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a rehearsal in the interpreter")
+def test_rehearsal_of_the_gpu_parts(monkeypatch, tmp_path):
+    """The GPU's own code path on tiny CPU tensors: every row is there, and FLOPs are those of the exact pairs."""
+    from kernels.proof import machine_code
+
+    monkeypatch.setattr(machine_code, "MANIFEST", tmp_path / "measured.json")
+    monkeypatch.setattr(bench, "WINDOWS_TOKENS", (128,))
+    monkeypatch.setattr(bench, "TUNE_WINDOWS_TOKENS", (256,))
+    plain = {impl: (lambda plan, impl=impl: lambda *x: bench.attention(*x, plan, scale=0.1, impl=impl))
+             for impl in ("triton", "banded")}
+    monkeypatch.setattr(bench, "contestants", lambda plan: {impl: make(plan) for impl, make in plain.items()})
+    tokens = torch.zeros(150, dtype=torch.int32)
+    rows = bench.on_gpu(tokens, heads=1, width=16, repeats=1, sdpa_length=60)
+    kinds = {(r["T"], r["window"], r["impl"], r["pass"]) for r in rows}
+    assert len(kinds) == len(rows) == 2 * 2 + 2 * 2
+    (row,) = [r for r in rows if (r["T"], r["window"], r["impl"], r["pass"]) == (60, 128, "triton", "forward")]
+    assert row["tflops"] == pytest.approx(4 * (60 * 61 // 2) * 16 / row["median_ms"] / 1e9)
+    monkeypatch.setattr(bench.module, "CANDIDATES", {k: ((64, 64, 4, 1),) for k in ("forward", "dq", "dkdv")})
+    tiles = bench.tune(tokens, heads=1, width=16, repeats=1)
+    assert len(tiles) == 3 * 2 and all(r["median_ms"] > 0 for r in tiles)
