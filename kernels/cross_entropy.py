@@ -10,11 +10,12 @@ targets are (N,) integers. Losses are float32, dx has x's dtype, dw is accumulat
 On a GPU the tokens go through in chunks: the library computes a chunk's logits in x's dtype; one kernel reads each row
 of them once, keeps it in registers, and leaves the loss, and in place of the logits their gradient; the library turns
 that into dx and adds it to dw. So the logits cross the memory bus four times (written by one product, read and written
-by the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs. Memory beside x and w,
-for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 4096 tokens: 412 MB of logits, 103 MB for w in bfloat16, 206
-MB dw and as much for what is added to it, 134 MB dx: 1.06 GB, where all logits in float32 with their gradient take 26.
-`chunk_tokens` = N keeps all logits (6.6 GB), for fewer launches. The gradients are computed in the forward pass, for an
-upstream gradient of one.
+by the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs.
+
+Memory beside x and w, for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 4096 tokens: 412 MB of logits, 103
+MB for w in bfloat16, 206 MB dw and as much for what is added to it, 134 MB dx: 1.06 GB, where all logits in float32 and
+their gradient take 26 GB. `chunk_tokens` = N keeps all logits (6.6 GB), for fewer launches. The gradients are computed
+in the forward pass, for an upstream gradient of one.
 """
 
 import torch
