@@ -90,3 +90,10 @@ def make_series(tmp_path):
 def make_log():
     """log_text."""
     return log_text
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests may take their time, also on a machine that is shared."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))

@@ -89,27 +89,28 @@ def test_words_never_say_that_two_are_the_same():
 
 
 def test_false_positive_rate_of_compare():
-    """2,000 pairs of equal recipes at alpha .05: Monte-Carlo error 0.5 %."""
+    """20,000 pairs of equal recipes at alpha .05, unequal scatter: Monte-Carlo error 0.16 %."""
     rng = np.random.default_rng(3)
-    hits = 0
-    for _ in range(2000):
-        a, b = rng.normal(0, 1, 6), rng.normal(0, 2, 9)
-        hits += scipy.stats.ttest_ind(a, b, equal_var=False).pvalue < 0.05
-    assert abs(hits / 2000 - 0.05) < 3 * 0.005
-    samples = [(_sample("a", rng.normal(0, 1, 6)), _sample("b", rng.normal(0, 2, 9))) for _ in range(150)]
+    a, b = rng.normal(0, 1, (20_000, 6)), rng.normal(0, 2, (20_000, 9))
+    p = scipy.stats.ttest_ind(a, b, equal_var=False, axis=1).pvalue
+    assert abs((p < 0.05).mean() - 0.05) < 3 * 0.0016
+    samples = [(_sample("a", rng.normal(0, 1, 6)), _sample("b", rng.normal(0, 2, 9))) for _ in range(60)]
     rate = np.mean([compare(a, [b]).found_something for a, b in samples])
-    assert rate < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 150)
+    assert rate < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 60)
 
 
-@pytest.mark.slow
-def test_false_positive_rate_of_holm_with_10_000_series():
-    """Three candidates equal to the baseline: the chance of any claim stays at or below alpha (error 0.22 %)."""
-    rng = np.random.default_rng(4)
-    hits = 0
-    for _ in range(10_000):
-        base, *others = (_sample(str(i), rng.normal(0, 1, 6)) for i in range(4))
-        hits += compare(base, others).found_something
-    assert hits / 10_000 < 0.05 + 3 * 0.0022
+def test_false_positive_rate_of_holm():
+    """Three candidates equal to the baseline, 20,000 times: the chance of any claim stays at or below alpha .05
+    (Monte-Carlo error 0.15 %). Holm claims something just if the least p is below alpha / 3; that `compare` does so is
+    checked on some of them."""
+    x = np.random.default_rng(4).normal(0, 1, (4, 20_000, 6))
+    p = scipy.stats.ttest_ind(x[1:], x[:1], equal_var=False, axis=2).pvalue.min(axis=0)
+    assert (p < 0.05 / 3).mean() < 0.05 + 3 * 0.0015
+    order = np.argsort(p)
+    near = np.searchsorted(p[order], 0.05 / 3)
+    for index in order[near - 4 : near + 4]:
+        base, *others = (_sample(str(i), x[i, index]) for i in range(4))
+        assert compare(base, others).found_something == (p[index] < 0.05 / 3)
 
 
 def test_refusals():
