@@ -70,6 +70,7 @@ def attention_plan(
     window_blocks: int | torch.Tensor | None = None,
     window_tokens: int | torch.Tensor | None = None,
     block_tokens: int = 128,
+    device: torch.device | str | None = None,
 ) -> AttentionPlan:
     """Work out which keys each query sees, on the tokens' device and without a host synchronisation.
 
@@ -82,6 +83,7 @@ def attention_plan(
             SPEC's W // 2 may be) keeps the diagonal block, as 1 does. An int or a 0-d integer tensor; under
             torch.compile give a tensor, so that a growing window is data and never recompiles.
         window_tokens: instead: a query sees itself and `window_tokens` - 1 tokens before it. Neither: causal.
+        device: where the plan is made when no tokens say so; by default that of `document_starts`, else the CPU.
 
     Raises:
         ValueError, TypeError: naming the argument. A window inside a GPU tensor is not read (that would wait
@@ -89,7 +91,8 @@ def attention_plan(
     """
     if window_blocks is not None and window_tokens is not None:
         raise ValueError("window_blocks and window_tokens exclude each other: give one")
-    opens_BT, device = _document_openings(tokens_BT, document_starts, length, eos_id)
+    opens_BT = _document_openings(tokens_BT, document_starts, length, eos_id, device)
+    device = opens_BT.device
     T = opens_BT.shape[1]
     position_T = torch.arange(T, device=device)
     first_key_BT = torch.where(opens_BT, position_T, 0).cummax(dim=1).values
@@ -121,7 +124,7 @@ def attention_plan(
     )
 
 
-def _document_openings(tokens_BT, document_starts, length, eos_id) -> tuple[torch.Tensor, torch.device]:
+def _document_openings(tokens_BT, document_starts, length, eos_id, device) -> torch.Tensor:
     """(B, T) bool: does a document open here? From token ids, from start positions, or from a bare length."""
     if tokens_BT is not None:
         if document_starts is not None:
@@ -132,11 +135,13 @@ def _document_openings(tokens_BT, document_starts, length, eos_id) -> tuple[torc
             raise ValueError(f"tokens_BT must be (T,) or (B, T) and not empty, got {tuple(tokens_BT.shape)}")
         if length is not None and length != tokens_BT.shape[-1]:
             raise ValueError(f"length={length} disagrees with tokens_BT of {tokens_BT.shape[-1]} tokens")
-        return (tokens_BT == eos_id).reshape(-1, tokens_BT.shape[-1]), tokens_BT.device
+        if device is not None and torch.device(device).type != tokens_BT.device.type:
+            raise ValueError(f"device={device} disagrees with tokens_BT, which are on {tokens_BT.device}")
+        return (tokens_BT == eos_id).reshape(-1, tokens_BT.shape[-1])
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"length must be a positive int when no tokens_BT are given, got {length!r}")
     if document_starts is None:
-        return torch.zeros(1, length, dtype=torch.bool), torch.device("cpu")
+        return torch.zeros(1, length, dtype=torch.bool, device=device)
     starts = torch.as_tensor(document_starts)
     if starts.ndim != 1 or starts.is_floating_point():
         raise ValueError(f"document_starts must be a flat list of integers, got shape {tuple(starts.shape)} "
@@ -148,8 +153,10 @@ def _document_openings(tokens_BT, document_starts, length, eos_id) -> tuple[torc
                              f"got {starts.tolist()[:8]}... for length={length}")
     else:
         torch._assert_async(sound, "document_starts must increase and lie in 0 .. length - 1")
+    if device is not None:
+        starts = starts.to(device)
     opens = torch.zeros(length, dtype=torch.bool, device=starts.device)
-    return opens.index_fill(0, starts.long(), True)[None], starts.device
+    return opens.index_fill(0, starts.long(), True)[None]
 
 
 def _window(name: str, window: int | torch.Tensor, least: int) -> int | torch.Tensor:

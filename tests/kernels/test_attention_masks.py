@@ -110,6 +110,12 @@ def test_starts_and_tokens_agree():
         assert all(torch.equal(a, b) for a, b in zip(by_tokens[:4], by_starts[:4]))
 
 
+def test_device_is_followed():
+    for arguments in ({"document_starts": torch.tensor([0, 3], device="meta")}, {"device": "meta"}):
+        plan = attention_plan(length=200, window_blocks=1, **arguments)
+        assert {x.device.type for x in plan[:4]} == {"meta"}
+
+
 def test_batch_is_each_sequence_alone():
     tokens = torch.randint(0, 12, (3, 333), generator=torch.Generator().manual_seed(1))
     together = attention_plan(tokens, eos_id=EOS, window_blocks=2)
@@ -139,6 +145,7 @@ def test_batch_is_each_sequence_alone():
     ({"tokens_BT": torch.zeros(3)}, TypeError, "tokens_BT"),
     ({"tokens_BT": [1, 2]}, TypeError, "tokens_BT"),
     ({"tokens_BT": torch.zeros(0, dtype=torch.int32)}, ValueError, "tokens_BT"),
+    ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "device": "meta"}, ValueError, "device"),
     ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "length": 5}, ValueError, "length"),
     ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "document_starts": [0]}, ValueError, "document_starts"),
 ])
