@@ -7,6 +7,7 @@ One JSON object a line. Events:
   drop    run, reason                              left out of the verdict by a person, who says why
   cancel  run, reason                              queued, then not needed: the sequential test had decided
   judge   n, decision, p_value                     somebody looked at the test: looks count, so they are kept
+  submit  run, seed, attempt, job                  in a cluster's queue; its launch is written where it starts
   torn    text                                     what a writer had written of its line when it died
 
 Any number of processes on any number of hosts may append at once (O_APPEND under flock, then fsync). A line
@@ -28,7 +29,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 NAME = "ledger.jsonl"
-EVENTS = ("launch", "start", "end", "drop", "cancel", "judge", "torn")
+EVENTS = ("launch", "start", "end", "drop", "cancel", "judge", "torn", "submit")
 ENDS = ("finished", "crashed", "interrupted")
 
 
@@ -101,6 +102,7 @@ class RunState:
     attempts: list[Attempt] = field(default_factory=list)
     dropped: dict | None = None
     cancelled: dict | None = None
+    submitted: dict | None = None  # to a cluster's queue
 
     @property
     def status(self) -> str:
@@ -212,6 +214,8 @@ def run_states(events: Iterable[dict]) -> dict[str, RunState]:
             if kind == "end" and event.get("status") not in ENDS:
                 continue
             setattr(_attempt(state, event), kind, event)
+        elif kind == "submit":
+            state.submitted, state.cancelled = event, None
         elif kind == "drop":
             state.dropped = event
         elif kind == "cancel":

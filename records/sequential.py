@@ -75,6 +75,8 @@ def losses_in_order(folder: Path) -> list[float]:
     losses = []
     for state in Ledger(folder).runs().values():
         if not state.attempts:
+            if state.submitted and not state.cancelled:
+                break  # in a cluster's queue: later ones that were quicker must wait for it
             continue
         if state.status == "finished":
             (run,) = read_runs(folder / "runs" / f"{state.run}.txt")

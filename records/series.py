@@ -37,7 +37,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ from records.launch import (
     visible_gpus,
 )
 from records.ledger import Ledger, LedgerError, RunState, now
+from records.slurm import SlurmError
 from stats.errors import StatsError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -398,12 +399,17 @@ class Task:
     resume: bool
 
 
-def choose(series: Series, repeats: int, retry_crashed: bool) -> tuple[list[Task], list[RunState]]:
-    """(runs to start, in order of seed; runs that stay crashed). Finished and dropped runs are in neither."""
+def choose(
+    series: Series, repeats: int, retry_crashed: bool, adopted: Container[str] = ()
+) -> tuple[list[Task], list[RunState]]:
+    """(runs to start, in order of seed; runs that stay crashed). Finished, dropped and `adopted` runs (a cluster
+    has them already) are in neither."""
     states = series.ledger.runs()
     tasks, crashed = [], []
     for seed in range(repeats):
         run = run_name(seed)
+        if run in adopted:
+            continue
         state = states.get(run)
         if state is None or not state.attempts:
             if state is None or not state.dropped:
@@ -488,12 +494,12 @@ class Runner:
         self.pending_signals.append(number)
 
     def _loop(self, queue: list[Task]) -> None:
-        while queue or self.launcher.active:
+        while queue or self.launcher.active or getattr(self.launcher, "waiting", None):
             while self.pending_signals:
                 self.launcher.signal(self.pending_signals.pop(0))
             if self.stop_signal is not None or self.give_up:
                 queue.clear()
-            if queue and (reason := self.decide()):
+            if (queue or self.launcher.active) and (reason := self.decide()):
                 self._cancel(queue, reason)
             while queue and self.launcher.has_room() and self.stop_signal is None:
                 self._start(queue.pop(0))
@@ -503,8 +509,12 @@ class Runner:
     def _cancel(self, queue: list[Task], reason: str) -> None:
         for task in queue:
             self.series.ledger.append("cancel", run=task.run, seed=task.seed, reason=reason)
-        print(f"{len(queue)} queued runs cancelled: {reason}", flush=True)
+        cancelled = len(queue)
         queue.clear()
+        if hasattr(self.launcher, "cancel_pending"):
+            cancelled += self.launcher.cancel_pending(reason)
+        if cancelled:
+            print(f"{cancelled} queued runs cancelled: {reason}", flush=True)
 
     def _start(self, task: Task) -> None:
         series = self.series
@@ -584,6 +594,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="runs side by side (as many as the machine holds)",
     )
+    add("--partition", help="for slurm: where to queue")
+    add("--minutes", type=int, default=60, help="for slurm: time limit of a run (60)")
+    add("--gpus", type=int, help="for slurm: GPUs a run (--nproc with GPUs on this machine or --preset=medium, else 0)")
+    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="for slurm: any other sbatch option")
+    add("--cluster", choices=("slurm", "local"), help="for slurm: submitit's executor; local tries it without SLURM")
     add("--alpha", type=float, default=0.01, help="significance level of the verdict (0.01, the track's)")
     add("--no-judge", action="store_true", help="run only; no report and no verdict")
     add("--trainer", default=str(REPO / "train_gpt.py"), help=argparse.SUPPRESS)
@@ -672,17 +687,35 @@ def with_plan(series: Series, options: argparse.Namespace):
     return replace(series, plan_hash=plan.hash), plan
 
 
+def make_launcher(series: Series, options: argparse.Namespace):
+    """Where the runs go: one after the other, side by side, or to a cluster. Raises SeriesError."""
+    nproc = series.identity.nproc
+    try:
+        if options.launcher != "slurm":
+            return Local(slots(options.parallel if options.launcher == "local" else None, nproc))
+        from records.slurm import Request, Slurm
+
+        gpus = options.gpus
+        if gpus is None:
+            gpus = nproc if visible_gpus() or series.identity.preset != "nano" else 0
+        more = dict(word.partition("=")[::2] for word in options.slurm)
+        request = Request(
+            minutes=options.minutes, partition=options.partition, gpus=gpus, cores=max(1, nproc if not gpus
+            else 4 * nproc), at_once=options.parallel or 256, cluster=options.cluster, more=more,
+        )  # fmt: skip
+        return Slurm(series.folder, request)
+    except ValueError as error:
+        raise SeriesError(str(error)) from None
+
+
 def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int:
     """The series' work, with the folder held."""
     repeats = options.repeats or (plan.cap if plan else 1)
     if plan and repeats > plan.cap:
         raise SeriesError(f"--repeats {repeats}: the plan allows {plan.cap} runs at most")
-    tasks, crashed = choose(series, repeats, options.retry_crashed)
-    parallel = options.parallel if options.launcher == "local" else None
-    try:
-        launcher = Local(slots(parallel, series.identity.nproc))
-    except ValueError as error:
-        raise SeriesError(str(error)) from None
+    launcher = make_launcher(series, options)
+    adopted = launcher.adopt() if options.launcher == "slurm" else set()
+    tasks, crashed = choose(series, repeats, options.retry_crashed, adopted)
     print(f"{series.folder}: {repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed", flush=True)
     for state in crashed:
         end = state.attempts[-1].end or {}
@@ -692,7 +725,7 @@ def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int
         from records.sequential import Watch
 
         decided = Watch(series.folder, plan)
-    runner = Runner(series, launcher, quiet=parallel is not None, timeout_s=options.timeout_s, decide=decided)
+    runner = Runner(series, launcher, quiet=options.launcher is not None, timeout_s=options.timeout_s, decide=decided)
     try:
         runner.run(tasks)
     except (Stopped, SeriesError) as stop:
@@ -760,6 +793,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SeriesError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except SlurmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     except StatsError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
