@@ -43,7 +43,9 @@ _PAIR = re.compile(r"([A-Za-z_][\w.]*):(\S+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.(\d{1,17}))?(?:[eE][+-]?\d{1,2})?|nan|inf)")
 # A line that is none of the above but smells of one: a flipped bit or a cut leaves some of these words
 # standing.
-_BROKEN = re.compile(rb"train_time|val_loss|train_loss|step_avg|tel:[\d.-]|^.?.?.?tep.?\d|^step:|^s:")
+_BROKEN = re.compile(
+    rb"(?:train_time|val_loss|train_loss|step_avg):\S|\dms step_avg|tel:[\d.-]|^.?.?.?tep.?\d|^step:|^s:"
+)
 _RESUMED = re.compile(rb"^\W*resum\w*\b.*\bstep[ :=]*(\d{1,9})", re.IGNORECASE)
 _KEPT_SOURCE = re.compile(rb"^source sha256:([0-9a-f]{64})\b", re.MULTILINE)
 
@@ -325,7 +327,6 @@ class _LogReader:
         elif match := _PEAK_MEMORY.match(line[:200].decode("utf-8", "replace")):
             self.run.peak_memory_mib = int(match[1])
             return
-        self.broken = None  # a later line that is no result ends the doubt about this one
         if _BROKEN.search(line):
             self.broken = Problem(number, f"a broken result line: {_shown(line)}")
             if self.run is not None:

@@ -258,3 +258,18 @@ def test_the_last_line_of_llmc_is_taken_only_whole():
     text = "".join(f"s:{step} tel:{5 - step / 100:.4f}\n" for step in range(0, 50, 10))
     losses = {_one(text[:-cut]).validations[-1].loss for cut in range(1, 7)}
     assert losses == {4.6, 4.7}
+
+
+def test_chatter_about_losses_is_no_damage(make_log):
+    head, body = make_log(2.9).rsplit("=" * 100 + "\n", 1)
+    lines = body.splitlines()
+    chatter = [
+        "best val_loss so far",
+        "val_loss improved, saving",
+        "Step time is fine",
+        "{'val_loss_every': 20}",
+        "peak",
+    ]
+    run = _one(head + "=" * 100 + "\n" + "\n".join([*chatter, *lines[:30], *chatter, *lines[30:], *chatter]) + "\n")
+    assert run.problems == ()
+    assert final_validation(run).loss == 2.9
