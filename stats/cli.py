@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m stats
         sys.stderr.close()  # whoever read the output has left, as `| head` does
         return int(Exit.PASS)
     except OSError as error:  # a name that is too long, a folder that may not be read
-        print(f"error: {ascii(error.filename)}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename!a}: {error.strerror or error}", file=sys.stderr)
         return int(Exit.INVALID_DATA)
 
 

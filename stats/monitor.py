@@ -47,7 +47,7 @@ def monitor(series: Series, plan: Plan | None = None, drop: Mapping[str, str] | 
     for name, launch in _launches(series, stop_step):
         run = runs.get(name)
         reason = (drop or {}).get(name)
-        if launch and launch.status in ("running", "interrupted") and not reason:
+        if launch and launch.status in ("queued", "running", "interrupted") and not reason:
             waiting.append(name)
         elif reason := reason or reason_left_out(launch):
             left_out.append(LeftOut(name, reason))

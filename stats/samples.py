@@ -150,6 +150,8 @@ def reason_left_out(launch: Launch | None) -> str | None:
         if not (launch.reason or "").strip():
             raise DataError(f"ledger.jsonl:{launch.line}: run {launch.run} was dropped without a reason")
         return f"dropped: {launch.reason}"
+    if launch.status == "queued":
+        return "in a queue, not started yet"
     if launch.status == "running":
         return "launched, and its end is not in the ledger: running, or killed"
     details = [] if launch.exit_code is None else [f"exit code {launch.exit_code}"]

@@ -36,8 +36,8 @@ class Launch:
     """One start of a run, from the ledger, and what became of it."""
 
     run: str
-    status: str  # finished, crashed, interrupted, running, cancelled or dropped
-    line: int  # of the launch in the ledger
+    status: str  # queued, running, finished, crashed, interrupted, cancelled or dropped
+    line: int  # of its first launch (or submission to a queue) in the ledger
     seed: int | None = None
     attempt: int | None = None
     exit_code: int | None = None
@@ -165,7 +165,7 @@ def _parse(stream, path: str, suffix: str) -> list[Run]:
 
 
 def read_ledger(path: str | Path) -> tuple[tuple[Launch, ...], tuple[Problem, ...]]:
-    """(runs in the order of their first launch, with what became of them; lines that make no sense).
+    """(runs in the order of their first launch or submission, with what became of them; lines that make no sense).
 
     A launch without an end counts as `running`: only its own host can tell whether its process still lives.
     A last line without its newline is being written at this moment, or was cut off: it has not happened
@@ -182,7 +182,7 @@ def read_ledger(path: str | Path) -> tuple[tuple[Launch, ...], tuple[Problem, ..
             event = None
         if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             problems.append(Problem(number, f"not an event of a ledger: {line.strip()[:80]!a}"))
-        elif event["event"] in ("launch", "end", "drop", "cancel"):
+        elif event["event"] in ("submit", "launch", "end", "drop", "cancel"):
             _add_event(event, number, launches, problems)
     return tuple(launches.values()), tuple(problems)
 
@@ -195,11 +195,13 @@ def _add_event(event: dict, number: int, launches: dict[str, Launch], problems: 
         return
     before = launches.get(run)
     reason = event.get("reason") if isinstance(event.get("reason"), str) else None
-    if kind == "launch":
+    if kind in ("launch", "submit"):
         seed, attempt = (value if isinstance(value := event.get(key), int) else None for key in ("seed", "attempt"))
-        first, count = (before.line, before.launches + 1) if before else (number, 1)
-        crashes = before.crashes if before else 0
-        launches[run] = Launch(run, "running", first, seed, attempt, launches=count, crashes=crashes)
+        status, count = ("running", 1) if kind == "launch" else ("queued", 0)
+        first, crashes = number, 0
+        if before:
+            first, count, crashes = before.line, before.launches + count, before.crashes
+        launches[run] = Launch(run, status, first, seed, attempt, launches=count, crashes=crashes)
         return
     if before is None:
         if kind != "cancel":
@@ -221,11 +223,13 @@ def _series_folders(folder: Path) -> Iterable[Path]:
     """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent."""
     if folder.name == "runs" and _logs(folder) and (folder.parent / "record.json").exists():
         yield folder.parent
-    elif _logs(folder / "runs") or _logs(folder):
+    elif any((folder / name).is_file() for name in ("record.json", "ledger.jsonl")) or _logs(folder / "runs"):
+        yield folder
+    elif _logs(folder):
         yield folder
     else:
         for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith(".") and child.name != "source":
+            if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
                 yield from _series_folders(child)
 
 

@@ -164,7 +164,7 @@ def _launches(series: Series, sample: Sample | None) -> Iterator[Finding]:
             yield Finding("launches", "B" if reason else "F", text)
         elif launch.status == "crashed":
             yield Finding("launches", "B", f"{launch.run} crashed and is not in the sample")
-        elif launch.status in ("running", "interrupted"):
+        elif launch.status in ("queued", "running", "interrupted"):
             yield Finding("launches", "B", f"{launch.run} is {launch.status}: the series is not complete")
         elif launch.crashes:
             yield Finding("launches", "A", f"{launch.run} crashed {launch.crashes} times before it finished")

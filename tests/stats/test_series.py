@@ -275,3 +275,31 @@ def test_monitor_without_a_ledger(make_series):
     log.write_text("".join(log.read_text().splitlines(True)[:-10]))
     result = monitor(load_series(folder))
     assert (result.counted, result.waiting_for) == (("seed-000",), ("seed-001",))
+
+
+def test_monitor_waits_for_a_run_in_a_clusters_queue(make_series):
+    folder = make_series("s", LOSSES, plan=make_plan(**PLAN))
+    events = _events(folder)
+    queue = [{"event": "submit", "run": f"seed-{seed:03d}", "seed": seed} for seed in range(6)]
+    _write_events(folder, queue + [event for event in events if event["run"] != "seed-003"])
+    result = monitor(load_series(folder))
+    assert (len(result.counted), result.waiting_for) == (3, ("seed-003",))
+    assert result.ended_early == ("seed-004", "seed-005")
+    _write_events(folder, [*queue, *reversed(events[0::2]), *events[1::2]])
+    assert monitor(load_series(folder)).counted == tuple(f"seed-{seed:03d}" for seed in range(6))
+
+
+def test_series_that_has_not_got_anywhere(tmp_path, capsys):
+    from stats.plans import write_plan
+
+    folder = tmp_path / "new"
+    (folder / "attempts").mkdir(parents=True)
+    (folder / "attempts" / "seed-000.1.txt").write_text("an earlier attempt\n")
+    write_plan(make_plan(**PLAN), folder / "plan.json")
+    (folder / "ledger.jsonl").write_text('{"event":"launch","run":"seed-000"}\n')
+    assert main(["monitor", str(folder)]) == 4
+    assert "waiting for seed-000" in capsys.readouterr().out
+    assert main(["ttest", str(folder)]) == 3
+    assert "found 0: []; left out: seed-000 (launched, and its end is not in the ledger" in capsys.readouterr().err
+    assert main(["validate", str(folder)]) == 1
+    assert main(["ttest", str(tmp_path)]) == 3
