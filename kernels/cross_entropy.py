@@ -8,7 +8,7 @@ x is (N, D) in bfloat16 or float32; w is the float32 master (V, D), cast to x's 
 targets are (N,) integers. Losses are float32, dx has x's dtype, dw is accumulated in float32.
 
 On a GPU the tokens go through in chunks: the library computes a chunk's logits in x's dtype; one kernel reads each row
-of them once, keeps it in registers, and leaves the loss, and in place of the logits their gradient; the library turns
+of them from memory once, and leaves the loss, and in place of the logits their gradient; the library turns
 that into dx and adds it to dw. So the logits cross the memory bus four times (written by one product, read and written
 by the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs.
 
@@ -33,8 +33,10 @@ CPU_CHUNK_LOGITS = 1 << 18
 
 #: Rows of x whose logits are in memory at once on a GPU.
 GPU_CHUNK_TOKENS = 4096
-#: Classes that one program holds in registers: 64 a thread, with 32 warps. More are read twice.
-_MOST_IN_REGISTERS = 1 << 16
+#: Classes that one program holds in registers: 32 a thread, with 16 warps. Longer rows go through in blocks, twice; the
+#: second reading finds the row in the second-level cache (100 KB a row, one row a multiprocessor). Holding 50,304 classes
+#: in the registers of 32 warps spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
+_MOST_IN_REGISTERS = 1 << 14
 FP8_DEVICES = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -258,7 +260,7 @@ def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradien
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device)
     _row_loss[(N,)](
         z_NV, targets_N, losses, V, ignore_index, CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
-        GRADIENT=gradient, ONE=block >= V, BLOCK=block, num_warps=max(min(block // 2048, 32), 4),
+        GRADIENT=gradient, ONE=block >= V, BLOCK=block, num_warps=max(min(block // 1024, 16), 4),
     )
     return losses
 

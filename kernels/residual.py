@@ -5,8 +5,8 @@ float32 and rounded once.
 
 There is no Triton kernel here, by count of bytes. For E = N D elements of 2 bytes, forward reads three tensors and
 writes one (8 E), backward reads four and writes three (14 E): elementwise work and three sums, which torch.compile
-fuses into one pass each, together with the norm that follows; a kernel of ours would force x through memory again. So on
-a GPU "auto" is the reference, left to the compiler; run eagerly there, it takes about three times the bytes.
+fuses into one pass each, together with the norm that follows; a kernel of ours would force x through memory again. So
+on a GPU "auto" is the reference, left to the compiler; run eagerly there, it takes about three times the bytes.
 """
 
 import torch
