@@ -241,6 +241,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add("--first-look", type=int, default=4, help="sequential-t decides from this many runs on (default 4)")
     add("--looks", type=_integers, default=(), metavar="N,N,...", help="group-sequential: runs at which it looks")
     add("--stop-step", type=int, metavar="N", help="judge runs by their validation at step N")
+    add("--steps-per-run", type=int, metavar="N", help="training steps of a run, for the margin in seconds")
     add("--seconds-per-run", type=float, help="for the cost in seconds and node-minutes")
     add("--loss-per-step", type=float, help="slope at the end, for the margin in steps")
     add("--nodes", type=int, default=1, help="machines that one run takes (default 1)")
@@ -262,7 +263,7 @@ def _run_plan(options: argparse.Namespace) -> int:
     if options.sigma is not None:
         facts |= {"sigma": options.sigma, "sigma_source": options.sigma_source or "given on the command line"}
     facts = {"sigma": POOLED_SIGMA, "sigma_source": POOLED_SIGMA_SOURCE} | facts
-    for name in ("seconds_per_run", "loss_per_step"):
+    for name in ("steps_per_run", "seconds_per_run", "loss_per_step"):
         if getattr(options, name) is not None:
             facts[name] = getattr(options, name)
     names = "threshold margin alpha beta method bounds cap first_look looks stop_step nodes note".split()

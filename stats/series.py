@@ -219,8 +219,14 @@ def _add_event(event: dict, number: int, launches: dict[str, Launch], problems: 
         launches[run] = replace(before, status={"drop": "dropped", "cancel": "cancelled"}[kind], reason=reason)
 
 
-def _series_folders(folder: Path) -> Iterable[Path]:
-    """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent."""
+def _series_folders(folder: Path, seen: set[Path] | None = None) -> Iterable[Path]:
+    """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent.
+
+    `seen`: where it has been; links may lead in circles."""
+    seen = set() if seen is None else seen
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
     if folder.name == "runs" and _logs(folder) and (folder.parent / "record.json").exists():
         yield folder.parent
     elif any((folder / name).is_file() for name in ("record.json", "ledger.jsonl")) or _logs(folder / "runs"):
@@ -230,7 +236,7 @@ def _series_folders(folder: Path) -> Iterable[Path]:
     else:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
-                yield from _series_folders(child)
+                yield from _series_folders(child, seen)
 
 
 def _logs(folder: Path) -> list[Path]:
