@@ -43,6 +43,7 @@ class Plan:
     looks: tuple[int, ...] = ()  # group-sequential: runs at which it looks, the last of them the cap
     bounds: str = "strict"  # sequential-t: `strict` (1/alpha, beta) or `wald` ((1-beta)/alpha, beta/(1-alpha))
     stop_step: int | None = None  # the validation that decides, where it is not at the planned last step
+    steps_per_run: int | None = None
     seconds_per_run: float | None = None
     loss_per_step: float | None = None  # slope at the end of the run, for translating nats into steps; negative
     nodes: int = 1  # machines that one run takes
@@ -56,8 +57,28 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """sha256 over every field: the plan's name in the logs."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 over every field that says something: the plan's name in the logs."""
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class FixedSample:
+    """Runs of a fixed sample that find the margin with this power."""
+
+    power: float
+    runs: int
+    node_minutes: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """A difference of the loss in what it costs to get it by training longer, at the slope of the run's end."""
+
+    loss: float  # nats
+    steps: float | None
+    seconds: float | None
+    node_minutes: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +88,9 @@ class Design:
     plan: Plan
     plan_hash: str
     power: float  # to find the margin, with `cap` runs in a fixed sample
-    fixed_runs: tuple[tuple[float, int], ...]  # (power, runs of a fixed sample that have it)
-    least_margin: float  # nats below the threshold that `cap` runs find with power 1 - beta
-    margin_steps: float | None  # the margin in training steps at the end of the run
+    fixed_samples: tuple[FixedSample, ...]
+    margin: Worth
+    least_margin: Worth  # what `cap` runs find with power 1 - beta: nothing smaller is worth claiming
     seconds: float | None  # training time of `cap` runs
     node_minutes: float | None
     expected: tuple[Expectation, ...] = ()  # sequential methods: by simulation
@@ -168,20 +189,32 @@ def design(plan: Plan, simulations: int = 2000, seed: int = 0) -> Design:
     if plan.method != "fixed" and simulations:
         means = [plan.threshold - share * plan.margin for share in (1, 0.5, 0)]
         expected = tuple(simulate(plan, mean, simulations, seed) for mean in means)
-    seconds = None if plan.seconds_per_run is None else plan.cap * plan.seconds_per_run
-    runs = []
+    samples = []
     for wanted in (0.8, 0.9, 0.95):
         try:
-            runs.append((wanted, runs_for_power(wanted, plan.margin, plan.sigma, plan.alpha)))
+            runs = runs_for_power(wanted, plan.margin, plan.sigma, plan.alpha)
         except UsageError:  # beyond any series that somebody would run
             break
+        samples.append(FixedSample(wanted, runs, _node_minutes(plan, runs)))
     return Design(
         plan=plan, plan_hash=plan.hash, power=power(plan.cap, plan.margin, plan.sigma, plan.alpha),
-        fixed_runs=tuple(runs), least_margin=least_margin(plan.cap, 1 - plan.beta, plan.sigma, plan.alpha),
-        margin_steps=None if not plan.loss_per_step else plan.margin / abs(plan.loss_per_step),
-        seconds=seconds, node_minutes=None if seconds is None else seconds / 60 * plan.nodes,
-        expected=expected,
+        fixed_samples=tuple(samples), margin=_worth(plan, plan.margin),
+        least_margin=_worth(plan, least_margin(plan.cap, 1 - plan.beta, plan.sigma, plan.alpha)),
+        seconds=None if plan.seconds_per_run is None else plan.cap * plan.seconds_per_run,
+        node_minutes=_node_minutes(plan, plan.cap), expected=expected,
     )  # fmt: skip
+
+
+def _node_minutes(plan: Plan, runs: float) -> float | None:
+    return None if plan.seconds_per_run is None else runs * plan.seconds_per_run * plan.nodes / 60
+
+
+def _worth(plan: Plan, loss: float) -> Worth:
+    steps = loss / abs(plan.loss_per_step) if plan.loss_per_step else None
+    if steps is None or plan.steps_per_run is None or plan.seconds_per_run is None:
+        return Worth(loss, steps, None, None)
+    share = steps / plan.steps_per_run
+    return Worth(loss, steps, share * plan.seconds_per_run, _node_minutes(plan, share))
 
 
 def write_plan(plan: Plan, path: str | Path, overwrite: bool = False) -> None:
@@ -239,7 +272,7 @@ def _typed(name: str, value: object) -> object:
         return None if value is None else float(value)
     if (name in _INTEGERS and is_integer) or (name in _TEXTS and isinstance(value, str)):
         return value
-    if name == "stop_step" and (value is None or is_integer):
+    if name in ("stop_step", "steps_per_run") and (value is None or is_integer):
         return value
     if name == "looks" and isinstance(value, list) and all(type(item) is int for item in value):
         return tuple(value)
@@ -266,8 +299,10 @@ def _check(plan: Plan) -> Plan:
         raise UsageError(f"the first look needs at least 2 runs, not {plan.first_look}")
     if plan.method == "sequential-t" and plan.first_look > plan.cap:
         raise UsageError(f"the first look, at {plan.first_look} runs, is beyond the cap of {plan.cap}")
-    if plan.nodes < 1:
-        raise UsageError(f"nodes: at least 1, not {plan.nodes}")
+    for name in ("nodes", "steps_per_run", "stop_step"):
+        value = getattr(plan, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: at least 1, not {value}")
     if plan.schema != 1:
         raise UsageError(f"schema {plan.schema}: this program knows 1")
     looks = plan.looks
@@ -297,6 +332,8 @@ def pilot_facts(sample: Sample) -> dict:
     facts = {"sigma": sigma, "sigma_source": f"{n} runs of {sample.name}; below {high:.3g} with 90 % confidence"}
     if sample.times_s:
         facts["seconds_per_run"] = sum(sample.times_s) / len(sample.times_s)
+    if len(steps := {point.step for point in sample.finals}) == 1 and (step := steps.pop()) > 0:
+        facts["steps_per_run"] = step
     slope = curve(sample.runs, float(x.mean())).slope_per_step
     return facts | ({"loss_per_step": slope} if slope else {})
 
@@ -312,13 +349,12 @@ def render(result: Design) -> str:
         f"alpha {plan.alpha:g}, beta {plan.beta:g}; {plan.method}, at most {plan.cap} runs",
         "",
         f"a fixed sample of {plan.cap} runs finds the margin with power {result.power:.3f}",
-        f"the least margin it finds with power {1 - plan.beta:.2f}: {result.least_margin:.3g} nats",
+        f"the least margin it finds with power {1 - plan.beta:.2f}: {_worth_text(result.least_margin)}",
+        f"the margin: {_worth_text(result.margin)}",
     ]
-    if result.fixed_runs:
-        runs = ", ".join(f"{wanted:.0%}: {n}" for wanted, n in result.fixed_runs)
-        lines.append(f"runs of a fixed sample for power {runs}")
-    if result.margin_steps is not None:
-        lines.append(f"the margin is worth {result.margin_steps:.3g} steps at the end of the run")
+    for sample in result.fixed_samples:
+        cost = "" if sample.node_minutes is None else f", {sample.node_minutes:,.1f} node-minutes"
+        lines.append(f"a fixed sample for power {sample.power:.0%}: {sample.runs} runs{cost}")
     if result.seconds is not None:
         lines.append(f"{plan.cap} runs take {result.seconds:,.0f} s: {result.node_minutes:,.1f} node-minutes")
     if result.expected:
@@ -329,3 +365,11 @@ def render(result: Design) -> str:
         ]  # fmt: skip
         lines += ["", table(["true mean", "accepted", "+-", "average runs", "+-"], rows)]
     return "\n".join([*lines, "", f"plan {result.plan_hash}"])
+
+
+def _worth_text(worth: Worth) -> str:
+    parts = [f"{worth.loss:.3g} nats"]
+    for value, unit in ((worth.steps, "steps"), (worth.seconds, "s"), (worth.node_minutes, "node-minutes")):
+        if value is not None:
+            parts.append(f"{value:.3g} {unit}")
+    return " = ".join(parts)

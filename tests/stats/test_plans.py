@@ -112,15 +112,21 @@ def test_plan_files_that_make_no_sense(tmp_path, change, words):
     assert str(path) in str(caught.value)
 
 
-def test_design_translates_the_margin():
-    plan = make_plan(method="fixed", seconds_per_run=1410.0, loss_per_step=-1.5e-5, nodes=2)
+def test_design_translates_margins_into_steps_seconds_and_node_minutes():
+    plan = make_plan(method="fixed", steps_per_run=5690, seconds_per_run=1410.0, loss_per_step=-1.5e-5, nodes=2)
     found = design(plan)
     assert found.plan.cap == runs_for_power(0.89, 0.0006, 0.0008, 0.01)
-    assert found.margin_steps == pytest.approx(40)
+    assert found.margin.steps == pytest.approx(40)
+    assert found.margin.seconds == pytest.approx(40 / 5690 * 1410)
+    assert found.margin.node_minutes == pytest.approx(40 / 5690 * 1410 / 60 * 2)
     assert found.node_minutes == pytest.approx(plan.cap * 1410 / 60 * 2)
+    assert [(sample.power, sample.runs) for sample in found.fixed_samples] == [(0.8, 21), (0.9, 26), (0.95, 31)]
+    assert found.fixed_samples[0].node_minutes == pytest.approx(21 * 1410 / 60 * 2)
     assert found.power >= 0.89
-    assert found.least_margin <= plan.margin
+    assert found.least_margin.loss <= plan.margin
+    assert found.least_margin.steps == pytest.approx(found.least_margin.loss / 1.5e-5)
     assert found.expected == ()
+    assert design(make_plan(), simulations=0).margin.steps is None
     assert len(design(make_plan(), simulations=200).expected) == 3
 
 

@@ -28,7 +28,7 @@ def _commands(a, b):
         "ttest": ["ttest", str(a), "--pooled-sigma"],
         "ttest-many": ["ttest", str(a.parent)],
         "compare": ["compare", str(a), str(b), "--loss-margin", "0.001", "--time-margin", "1"],
-        "plan": ["plan", "--seconds-per-run", "1400", "--loss-per-step=-1.4e-5"],
+        "plan": ["plan", "--seconds-per-run", "1400", "--steps-per-run", "5690", "--loss-per-step=-1.4e-5"],
         "monitor": ["monitor", str(a)],
         "validate": ["validate", str(a), str(b)],
         "curve": ["curve", str(a)],
