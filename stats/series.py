@@ -219,14 +219,8 @@ def _add_event(event: dict, number: int, launches: dict[str, Launch], problems: 
         launches[run] = replace(before, status={"drop": "dropped", "cancel": "cancelled"}[kind], reason=reason)
 
 
-def _series_folders(folder: Path, seen: set[Path] | None = None) -> Iterable[Path]:
-    """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent.
-
-    `seen`: where it has been; links may lead in circles."""
-    seen = set() if seen is None else seen
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
+def _series_folders(folder: Path) -> Iterable[Path]:
+    """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent."""
     if folder.name == "runs" and _logs(folder) and (folder.parent / "record.json").exists():
         yield folder.parent
     elif any((folder / name).is_file() for name in ("record.json", "ledger.jsonl")) or _logs(folder / "runs"):
@@ -236,7 +230,7 @@ def _series_folders(folder: Path, seen: set[Path] | None = None) -> Iterable[Pat
     else:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
-                yield from _series_folders(child, seen)
+                yield from _series_folders(child)
 
 
 def _logs(folder: Path) -> list[Path]:
