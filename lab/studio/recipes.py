@@ -23,6 +23,7 @@ class Model:
     rung: str = ""  # of lab.train; '': train_gpt.py
     width: str = ""
     layers: str = ""
+    least_layers: int = 1
     learning_rate: bool = False  # AdamW alone, so one rate says it all
     stories: bool = False  # through lab.stories: words, cleaned stories
 
@@ -38,10 +39,11 @@ MODELS = {
                      "hidden_dim", learning_rate=True),
     "recurrent": Model("Recurrent (GRU)", "Reads token by token and remembers.", 1000, "recurrent", "hidden_dim",
                        "num_layers", learning_rate=True),
-    "gpt": Model("GPT", "The trainer's own transformer at a small size.", 600, "gpt", "model_dim", "num_layers"),
+    "gpt": Model("GPT", "The trainer's own transformer at a small size.", 600, "gpt", "model_dim", "num_layers",
+                 2),
     "nano": Model("nano", "train_gpt.py's smallest preset, on bytes: what the records repeat.", 300),
     "stories-gpt": Model("Stories: transformer", "A million parameters over words; ends its stories.", 1000, "gpt",
-                         "model_dim", "num_layers", stories=True),
+                         "model_dim", "num_layers", 2, stories=True),
     "stories-recurrent": Model("Stories: recurrent", "A million parameters over words; ends its stories.", 1500,
                                "recurrent", "hidden_dim", "num_layers", stories=True),
 }  # fmt: skip
@@ -114,6 +116,9 @@ def checked(request: Request) -> Request:
         if not least <= value <= most and not (value == 0 and name in _DEFAULT_AT_ZERO):
             raise Refused(f"{name.replace('_', ' ')} is {value:g}; from {least:g} to {most:g}")
         values[name] = int(value) if whole else float(value)
+    least = MODELS[request.model].least_layers
+    if 0 < values["layers"] < least:
+        raise Refused(f"{MODELS[request.model].label} needs at least {least} layers")
     if values["width"] % 16:
         raise Refused(f"width is {values['width']}; a multiple of 16 suits every model")
     return Request(**values)

@@ -25,7 +25,8 @@ def upload(places: Places, name: str, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "../x", "records/../../x", "train_gpt.py", "data", "", " ", "records/a\0b", "~/x", ".git/config"]
+    "path",
+    ["/etc/passwd", "../x", "records/../../x", "train_gpt.py", "data", "", " ", "records/a\0b", "~/x", ".git/config"],
 )
 def test_paths_outside_of_the_folders_are_refused(places, path):
     with pytest.raises(Refused):
@@ -73,10 +74,10 @@ def test_a_missing_checkpoint_is_refused(places):
 
 
 def test_a_text_is_kept_under_a_harmless_name(places):
-    kept = places.keep_text(upload(places, "My Stories (1).txt", "Once upon a time.\n".encode()))
+    kept = places.keep_text(upload(places, "My Stories (1).txt", b"Once upon a time.\n"))
     assert kept.parent == places.texts and kept.read_text() == "Once upon a time.\n"
     assert kept.name.startswith("My-Stories-1-") and kept.suffix == ".txt"
-    again = places.keep_text(upload(places, "My Stories (1).txt", "Once upon a time.\n".encode()))
+    again = places.keep_text(upload(places, "My Stories (1).txt", b"Once upon a time.\n"))
     assert again == kept
 
 

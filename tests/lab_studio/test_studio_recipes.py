@@ -101,7 +101,10 @@ def test_what_is_not_a_choice_is_refused(places, field):
         training_of(dataclasses.replace(Request(), **{field: "--output_dir=/"}), places)
 
 
-@given(st.sampled_from(sorted(BOUNDS)), st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3), st.booleans()))
+ANYTHING = st.one_of(st.floats(), st.integers(), st.none(), st.text(max_size=3), st.booleans())
+
+
+@given(st.sampled_from(sorted(BOUNDS)), ANYTHING)
 def test_numbers_are_within_their_bounds_or_refused(name, value):
     try:
         found = getattr(checked(dataclasses.replace(Request(), **{name: value})), name)
@@ -119,3 +122,9 @@ def test_a_corpus_that_does_not_suit_the_model_is_refused(places, model, corpus)
     assert corpus in CORPORA and corpus not in dict(corpora_for(model)).values()
     with pytest.raises(Refused):
         training_of(Request(model, corpus), places)
+
+
+def test_a_transformer_of_one_layer_is_refused(places):
+    with pytest.raises(Refused, match="at least 2 layers"):
+        training_of(Request("gpt", layers=1), places)
+    assert training_of(Request("recurrent", layers=1), places)

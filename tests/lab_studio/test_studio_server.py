@@ -4,67 +4,18 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from lab_studio.studio_tools import Server
 
 from lab.studio.places import MAX_UPLOAD_BYTES, REPO, Refused
-from lab.studio.server import PASSWORD_VARIABLE, is_loopback, main, password_for
+from lab.studio.server import PASSWORD_VARIABLE, is_loopback, main, password_for, quick_import
 
 pytest.importorskip("gradio", reason="gradio is not installed (requirements-lab.txt)")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Server:
-    """A studio in a process of its own."""
-
-    def __init__(self, folder: Path, *flags: str, **environment: str):
-        self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}/"
-        words = [sys.executable, "-m", "lab.studio", f"--port={self.port}", f"--folder={folder}", *flags]
-        clean = {k: v for k, v in os.environ.items() if k != PASSWORD_VARIABLE and not k.startswith("GRADIO")}
-        began = time.monotonic()
-        self.process = subprocess.Popen(words, cwd=REPO, env=clean | environment, stdout=subprocess.PIPE, text=True)
-        while True:
-            try:
-                self.get("")
-                break
-            except urllib.error.HTTPError:
-                break
-            except OSError:
-                assert self.process.poll() is None and time.monotonic() - began < 120, "the studio did not start"
-                time.sleep(0.05)
-        self.seconds = time.monotonic() - began
-        ticks = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        self.cpu_seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-
-    def get(self, path: str, data: bytes | None = None, **headers: str):
-        request = urllib.request.Request(self.address + path, data, {k.replace("_", "-"): v for k, v in headers.items()})
-        return urllib.request.urlopen(request, timeout=30)
-
-    def status(self, path: str, data: bytes | None = None, **headers: str) -> int:
-        try:
-            return self.get(path, data, **headers).status
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    def upload(self, content: bytes, **headers: str) -> int:
-        body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n' + content + b"\r\n--b--\r\n"
-        return self.status("gradio_api/upload", body, Content_Type="multipart/form-data; boundary=b", **headers)
-
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,13 @@
 """The Series page shows what stats says, in stats' own words."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from lab_studio.studio_tools import series
 
 from lab.studio.places import REPO, Places
 from lab.studio.verdicts import fingerprint, view, write_report
-
-RULER = "=" * 100
-
-
-def series(folder: Path, losses: list[float], threshold: float = 3.0) -> Path:
-    """A folder of runs of four steps each."""
-    (folder / "runs").mkdir(parents=True)
-    (folder / "record.json").write_text(json.dumps({"threshold": threshold}))
-    for seed, loss in enumerate(losses):
-        lines = [f"step:{s}/4 val_loss:{loss + 4 - s:.6f} train_time:{s * 10}ms step_avg:10ms" for s in (0, 2, 4)]
-        head = f"print('hello')\n{RULER}\nseed:{seed}\n{RULER}\n"
-        (folder / "runs" / f"seed-{seed:03d}.txt").write_text(head + "\n".join(lines) + "\n")
-    return folder
 
 
 def test_the_verdict_is_the_command_lines(tmp_path):

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
+from lab.studio.analyses import ANALYSES, step_label
 from lab.studio.catalogue import steps_of
 
 HEADERS = ["model", "series · run", "step", "parameters", "size", "validation loss", "saved"]
@@ -21,35 +22,49 @@ def build(studio, page: gr.Blocks) -> None:
     with gr.Row(equal_height=True):
         path = gr.Dropdown([], label="Checkpoint", allow_custom_value=True, elem_id="path", scale=4, min_width=260)
         again = gr.Button("Refresh the list", size="sm", elem_id="refresh", scale=1, min_width=120)
-    facts = gr.HTML(elem_id="facts")
+    with gr.Row(visible=False) as details:
+        with gr.Column(scale=1, min_width=320):
+            facts = gr.HTML(elem_id="facts")
+            drawing = gr.Plot(label="Architecture", elem_id="diagram")
+        with gr.Column(scale=1, min_width=320):
+            kind = gr.Radio(list(ANALYSES), value=next(iter(ANALYSES)), label="Analysis", elem_id="analysis")
+            prompt = gr.Textbox(label="Prompt", placeholder="(empty: the beginning of a text)", max_length=2000,
+                                elem_id="analysis_prompt")  # fmt: skip
+            run = gr.Button("Analyse", elem_id="analyse")
+            picture = gr.Plot(show_label=False, elem_id="analysis_picture", visible=False)
+            words = gr.HTML(elem_id="samples")
 
     def refresh():
         found = studio.catalogue.checkpoints()
         rows = [studio.catalogue.row(one) for one in found]
         return rows, gr.update(choices=[(studio.catalogue.label(one), studio.places.shown(one.path)) for one in found])
 
+    def opened(chosen):
+        from lab.studio.diagram import diagram
+
+        checkpoint = studio.models.load(chosen)
+        shown = studio.places.shown
+        steps = [(step_label(one), shown(one)) for one in steps_of(checkpoint.path)]
+        listed = gr.update(choices=steps, value=shown(checkpoint.path))
+        return listed, gr.update(visible=True), facts_html(studio, checkpoint), diagram(checkpoint)
+
     @told
     def open_row(event: gr.SelectData):
         found = studio.catalogue.checkpoints()
         number = event.index[0]
-        if number >= len(found):
-            return gr.skip(), gr.skip()
-        return opened(studio.places.shown(found[number].path))
+        return opened(studio.places.shown(found[number].path)) if number < len(found) else [gr.skip()] * 4
 
-    def opened(chosen):
-        checkpoint = studio.models.load(chosen)
-        steps = [(step_label(one), studio.places.shown(one)) for one in steps_of(checkpoint.path)]
-        return gr.update(choices=steps, value=studio.places.shown(checkpoint.path)), facts_html(studio, checkpoint)
+    @told
+    def analyse(chosen, name, beginning):
+        figure, text = ANALYSES[name](studio.models, studio.models.load(chosen), beginning or "")
+        return gr.update(value=figure, visible=figure is not None), text
 
     page.load(told(refresh), None, [table, path])
     again.click(told(refresh), None, [table, path])
-    table.select(open_row, None, [path, facts])
-    path.input(told(opened), path, [path, facts])
-
-
-def step_label(path) -> str:
-    """'best', or the step in a checkpoint's name."""
-    return "best by validation" if path.stem == "best" else f"step {int(path.stem.rpartition('-')[2]):,}"
+    shown = [path, details, facts, drawing]
+    table.select(open_row, None, shown)
+    path.input(told(opened), path, shown)
+    gr.on([run.click, prompt.submit, kind.input], analyse, [path, kind, prompt], [picture, words])
 
 
 def facts_html(studio, checkpoint) -> str:
@@ -63,6 +78,7 @@ def facts_html(studio, checkpoint) -> str:
         "vocabulary": f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
     }  # fmt: skip
     lines |= {k: v for k, v in told.items() if k not in lines and not str(k).endswith(("hash", "digest"))}
-    items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in lines.items())
+    shown = [(html.escape(str(k)), html.escape(str(v))) for k, v in lines.items()]
+    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
     link = quote(studio.places.shown(checkpoint.path))
-    return f"<dl>{items}</dl><p><a href='write?checkpoint={link}'>Write with this model</a></p>"
+    return f"<p><a href='write?checkpoint={link}'>Write with this model</a></p><dl>{items}</dl>"

@@ -54,11 +54,12 @@ def _form(studio) -> tuple[dict[str, gr.Component], gr.Button]:
     tokens = gr.Radio([(label, key) for key, label in TOKENS.items()], value="char", label="Tokens")
     steps = gr.Number(MODELS[FIRST].steps, label="Steps", precision=0, minimum=1, maximum=BOUNDS["steps"][1],
                       elem_id="steps")  # fmt: skip
-    with gr.Accordion("More (0: the model's own value)", open=False):
-        batch = gr.Number(0, label="Tokens a step", precision=0, minimum=0, maximum=BOUNDS["batch_tokens"][1])
+    with gr.Accordion("More (0: the model's own value)", open=False, elem_id="more"):
+        batch = gr.Number(0, label="Tokens a step", precision=0, minimum=0, maximum=BOUNDS["batch_tokens"][1],
+                          elem_id="batch_tokens")  # fmt: skip
         rate = gr.Number(0, label="Learning rate", minimum=0, maximum=BOUNDS["learning_rate"][1], visible=False)
-        width = gr.Slider(0, BOUNDS["width"][1], 0, step=16, label="Width")
-        layers = gr.Slider(0, BOUNDS["layers"][1], 0, step=1, label="Layers")
+        width = gr.Slider(0, BOUNDS["width"][1], 0, step=16, label="Width", elem_id="width")
+        layers = gr.Slider(0, BOUNDS["layers"][1], 0, step=1, label="Layers", elem_id="layers")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=BOUNDS["seed"][1])
     start = gr.Button("Start training", variant="primary", elem_id="start")
 

@@ -70,7 +70,8 @@ def _compose(studio, path, beginning, settings):
     temperature, top_k, top_p, seed, length = settings
     clean = dict(
         temperature=min(max(float(temperature), 0.0), 5.0), top_k=max(int(top_k), 0),
-        top_p=min(max(float(top_p), 0.01), 1.0), seed=int(seed or 0) % 2**31, max_tokens=min(max(int(length), 1), LONGEST),
+        top_p=min(max(float(top_p), 0.01), 1.0), seed=int(seed or 0) % 2**31,
+        max_tokens=min(max(int(length), 1), LONGEST),
     )  # fmt: skip
     checkpoint = studio.models.load(path)
     hidden = gr.update(visible=False)

@@ -1,0 +1,258 @@
+"""The four pages in headless Chromium, driven as a user would: train, reload, stop, resume, write, judge.
+
+The default test opens every page once and judges a series; the whole drive takes a minute or two: -m slow.
+STUDIO_SCREENSHOTS names a folder for pictures of every page, wide and narrow.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lab_studio.studio_tools import Server, series
+
+from lab.studio.places import REPO
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
+MISSING += [name for name, found in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if not found]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions"
+)
+
+
+class Browser:
+    """One page at a time, with waits instead of sleeps."""
+
+    def __init__(self, address: str, profile: Path):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.options import Options
+        from selenium.webdriver.chrome.service import Service
+
+        options = Options()
+        options.binary_location = CHROMIUM
+        for flag in [*FLAGS.split(), f"--user-data-dir={profile}", "--window-size=1400,1000"]:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.server = None
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.address = address
+        self.urls: set[str] = set()
+        self.errors: list[str] = []
+
+    def open(self, page: str) -> None:
+        self.driver.get(self.address + page)
+
+    def find(self, css: str):
+        from selenium.webdriver.common.by import By
+
+        return self.driver.find_element(By.CSS_SELECTOR, css)
+
+    def all(self, css: str) -> list:
+        from selenium.webdriver.common.by import By
+
+        return self.driver.find_elements(By.CSS_SELECTOR, css)
+
+    def until(self, condition, what: str, seconds: float = 90.0):
+        """The first true value of `condition`; parts of the page that are not there yet count as false."""
+        from selenium.common.exceptions import WebDriverException
+
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if found := condition():
+                    return found
+            except WebDriverException:
+                pass
+            time.sleep(0.1)
+        shown = self.find("body").text[-1500:]
+        raise AssertionError(f"{what}: not within {seconds} s; the page says:\n{shown}")
+
+    def text(self, css: str) -> str:
+        return self.find(css).text
+
+    def value(self, css: str) -> str:
+        return self.find(css).get_attribute("value")
+
+    def type(self, css: str, text: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        box = self.until(lambda: self.find(css), css)
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(text)
+
+    def click(self, css: str) -> None:
+        """Click as soon as nothing is in the way (Gradio greys out what is being computed)."""
+        self.until(lambda: self.find(css).is_enabled() and (self.find(css).click() or True), f"click {css}")
+
+    def choose(self, css: str, label: str) -> None:
+        """An entry of a dropdown."""
+        self.click(f"{css} input")
+        listed = "ul[role=listbox] li"
+        found = lambda: [entry for entry in self.all(listed) if label in entry.text]  # noqa: E731
+        self.until(found, f"{label} in the list of {css}")[0].click()
+
+    def listen(self) -> None:
+        """Collect what was requested and what went wrong since the last call."""
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                self.urls.add(message["params"]["request"]["url"])
+        self.errors += [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
+
+    def picture(self, name: str) -> None:
+        """Screenshots of the page, wide and narrow, if wanted."""
+        if folder := os.environ.get("STUDIO_SCREENSHOTS"):
+            for width in (400, 1400):
+                self.driver.set_window_size(width, 1000)
+                time.sleep(1)
+                self.driver.save_screenshot(str(Path(folder) / f"{name}-{width}.png"))
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than its window."""
+        return self.driver.execute_script(
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("studio")
+
+
+@pytest.fixture(scope="module")
+def browser(folder):
+    server = Server(folder / "home", OMP_NUM_THREADS="1")
+    found = Browser(server.address, folder / "profile")
+    found.server = server
+    yield found
+    found.driver.quit()
+    server.end()
+
+
+def nothing_from_outside(browser: Browser) -> None:
+    browser.listen()
+    outside = {u for u in browser.urls if not u.startswith((browser.address, "data:", "blob:", "chrome"))}
+    assert outside == set() and browser.errors == []
+
+
+def printed_verdict(series: Path) -> str:
+    command = [sys.executable, "-m", "stats.ttest", str(series)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPO).stdout.rstrip("\n")
+
+
+def test_every_page_opens_and_a_series_is_judged_as_on_the_command_line(browser, folder):
+    made = series(folder / "home" / "runs-of-a-test", [2.9, 2.95, 2.91, 2.93, 2.92])
+    for page, part in (("", "#checkpoints"), ("train", "#start"), ("write", "#prompt")):
+        browser.open(page)
+        browser.until(lambda: browser.find(part).is_displayed(), f"{part} on page {page!r}")  # noqa: B023
+    browser.open("series")
+    browser.choose("#series", "runs-of-a-test")
+    expected = printed_verdict(made)
+    assert "REJECT" in expected
+    browser.until(lambda: browser.value("#verdict textarea") == expected, "the verdict of stats.ttest")
+    browser.until(lambda: "seed-004" in browser.text("#runs"), "the table of runs")
+    assert len(browser.all("#pictures svg")) == 2
+    for width in (400, 1400):
+        browser.driver.set_window_size(width, 1000)
+        assert browser.overflow() <= 0
+    nothing_from_outside(browser)
+
+
+def resident_mib(queue, server) -> float:
+    """Memory of the studio, its runner and the trainer, pages that they share counted once."""
+    pids = {server.process.pid}
+    for entry in queue.entries():
+        for attempt in entry.run.attempts if entry.run else ():
+            pids |= {event["pid"] for event in (attempt.launch, attempt.start) if event}
+    total = 0
+    for pid in pids:
+        rollup = Path(f"/proc/{pid}/smaps_rollup")
+        if rollup.exists():
+            total += int(next(line.split()[1] for line in rollup.read_text().splitlines() if line.startswith("Pss:")))
+    return total / 1024
+
+
+def status(browser: Browser) -> str:
+    return browser.text("#status").lower()
+
+
+@pytest.mark.slow
+def test_the_whole_drive(browser, folder):
+    """Train a stories model with a stop, a reload and a resumption; a second one waits; then write and look."""
+    from lab.studio.jobs import Queue
+
+    queue = Queue(folder / "home" / "trainings")
+    browser.open("train")
+    browser.choose("#model", "Stories: transformer")
+    browser.until(lambda: browser.value("#steps input") == "1000", "the suggested steps of the model")
+    browser.type("#steps input", "240\t")
+    browser.click("#more button")
+    for field, value in (("#batch_tokens", "1024"), ("#width", "32"), ("#layers", "2")):
+        browser.type(f"{field} input[type=number]", f"{value}\t")
+    browser.click("#start")
+    browser.until(lambda: "running" in status(browser), "running")
+    browser.until(lambda: "validation loss" in status(browser) and "step 0 " not in status(browser), "progress")
+    browser.until(lambda: browser.find("#curves img").is_displayed(), "the loss curves")
+
+    browser.choose("#model", "Bigram, counted")  # a second training waits for the first
+    browser.until(lambda: browser.value("#steps input") == "1", "its suggested steps")
+    browser.click("#start")
+    browser.until(lambda: "1 before it" in status(browser), "the second one in the queue")
+    assert [entry.state for entry in queue.entries()] == ["running", "queued"]
+
+    browser.open("train")  # as after closing the page: the running one is shown
+    browser.until(lambda: "running" in status(browser) and "stories: transformer" in status(browser), "after a reload")
+    memory = resident_mib(queue, browser.server)
+    assert memory < 1500
+    browser.until(lambda: "step" in browser.text("#samples"), "samples as it learns", 120)
+    browser.picture("train")
+    browser.click("#stop")
+    browser.until(lambda: "stopped" in status(browser), "stopped")
+    stopped = queue.entries()[0]
+    assert 0 < int(status(browser).split("step ")[1].split()[0]) < 240 and list(stopped.checkpoints.glob("resume*"))
+    browser.click("#resume")
+    browser.until(lambda: "finished" in status(browser) and "step 240 of 240" in status(browser), "finished", 300)
+    assert sorted(entry.state for entry in queue.entries()) == ["finished", "finished"]
+    assert "resumed from the checkpoint" in queue.entry(stopped.id).log.read_text()
+
+    browser.open("")
+    browser.until(lambda: "240" in browser.text("#checkpoints"), "the checkpoint in the list")
+    cells = lambda: browser.all("#checkpoints [role=gridcell]")  # noqa: E731
+    next(cell for cell in cells() if cell.is_displayed() and cell.text.strip() == "gpt").click()
+    browser.until(lambda: "word" in browser.text("#facts"), "what the checkpoint says of itself")
+    browser.until(lambda: browser.find("#diagram img").is_displayed(), "the architecture")
+    browser.click("#analyse")
+    browser.until(lambda: browser.find("#analysis_picture img").is_displayed(), "the first analysis")
+    browser.picture("models")
+    browser.click("#facts a")
+
+    browser.until(lambda: browser.value("#checkpoint input"), "the model chosen on the Write page")
+    browser.type("#prompt textarea", "There once was")
+    browser.click("#write")
+    browser.until(lambda: "The end." in browser.text("#story"), "a finished story", 120)
+    assert browser.text("#story").startswith("There once was") and len(browser.text("#story")) > 60
+    browser.until(lambda: len(browser.all("#tokens .token")) > 10, "the tokens")
+    browser.all("#tokens .token")[8].click()
+    browser.until(lambda: "entropy" in browser.text("#about"), "what the model expected there")
+    assert "%" in browser.text("#bars") and browser.find("#drove").is_displayed()
+    browser.picture("write")
+
+    browser.open("series")
+    browser.until(lambda: browser.value("#verdict textarea"), "a verdict")
+    record = next(iter(sorted((REPO / "records").glob("*/runs/*.txt"))), None)
+    if record:
+        made = record.parent.parent
+        browser.choose("#series", f"records/{made.name}")
+        browser.until(lambda: browser.value("#verdict textarea") == printed_verdict(made), "the verdict on the record")
+    browser.picture("series")
+    nothing_from_outside(browser)
+    print(f"studio, runner and trainer together: {memory:.0f} MiB")
