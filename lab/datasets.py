@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lab import LabError
 from lab.models.base import IGNORE
+from lab.stories import STORY_END, word_tokenizer
 from lab.tokens import ByteTokenizer, CharTokenizer, Tokenizer
 
-KINDS = ("names", "text", "stories")
+KINDS = ("names", "text", "stories", "sums")
 SPLITS = ("train", "val", "test")
-STORY_END = "<|endoftext|>"
 PASSAGE_CHARS = 2000  # running text is split in passages of at least this length, ended at a blank line
 
 
@@ -30,9 +30,7 @@ def read_text(path: str | Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise LabError(
-            f"cannot read the corpus {path}: {error.strerror}; give a text file with --path"
-        ) from error
+        raise LabError(f"cannot read the corpus {path}: {error.strerror}; give a text file with --path") from error
     except UnicodeDecodeError as error:
         raise LabError(
             f"{path} is not UTF-8 at byte {error.start}; convert it, or clean it with python -m lab.stories clean"
@@ -68,33 +66,25 @@ def text_documents(text: str, passage_chars: int = PASSAGE_CHARS) -> list[str]:
     return [p for p in passages if p.strip()]
 
 
-def embedded_text(kind: str) -> str:
-    """The part of the embedded corpus (data/corpus.py) that stands for `kind`, as text in that kind's
-    layout."""
-    from lab.embedded import embedded_documents
-
-    documents = embedded_documents("names" if kind == "names" else "stories")
-    return "\n".join(documents) if kind == "names" else f"\n{STORY_END}\n".join(documents)
-
-
 def load_documents(kind: str, path: str | Path | None = None, limit_chars: int = 0) -> list[str]:
-    """Documents of a corpus: the file at `path`, or without one the embedded corpus. `limit_chars` keeps
-    only the first so many characters (0: all)."""
+    """Documents of a corpus: the file at `path`, or without one the embedded corpus. `limit_chars` keeps only
+    the first so many characters (0: all)."""
     if kind not in KINDS:
         raise LabError(f"no data named {kind!r}; choose one of {', '.join(KINDS)}")
-    text = read_text(path) if path else embedded_text(kind)
-    if limit_chars:
-        text = text[:limit_chars]
-    if kind == "names":
-        documents = names_documents(text)
-    elif kind == "stories":
-        from lab.stories import clean_stories
+    if not path:
+        from lab.embedded import embedded_documents
 
-        documents = clean_stories(text).stories
+        return embedded_documents(kind, limit_chars)
+    if kind == "stories":
+        from lab.stories import read_stories
+
+        documents = read_stories(path).stories
     else:
-        documents = text_documents(text)
-    if not documents:
-        raise LabError(f"no document is left of the corpus {path or 'embedded'} read as {kind}; is it empty?")
+        text = read_text(path)
+        documents = names_documents(text) if kind == "names" else text_documents(text)
+    if limit_chars:
+        sizes = np.cumsum([len(d) for d in documents])
+        documents = documents[: int(np.searchsorted(sizes, limit_chars)) + 1]
     return documents
 
 
@@ -170,9 +160,7 @@ def tokenize_documents(documents: Sequence[str], tokenizer: Tokenizer, unknown: 
     return Tokens(np.concatenate(encoded), offsets, tokenizer.mark, size)
 
 
-def pack_rows(
-    tokens: Tokens, row_tokens: int, rng: np.random.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def pack_rows(tokens: Tokens, row_tokens: int, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
     """(inputs_RT, targets_RT), int64, every prediction exactly once; padding reads mark and is IGNORE.
 
     Short documents (the longest at most a quarter of a row) are never cut: each row takes whole documents
@@ -257,8 +245,6 @@ def make_tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
     if kind == "byte":
         return ByteTokenizer()
     if kind == "word":
-        from lab.stories import word_tokenizer
-
         return word_tokenizer(documents)
     raise LabError(f"no tokens named {kind!r}; choose char, word or byte")
 
