@@ -148,11 +148,12 @@ PRESETS: dict[str, dict] = {
     # The same architecture at 0.2M parameters on bytes, for a laptop without a GPU.
     "nano": dict(
         train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0,
-        num_iterations=600, tokens_per_step=4096, train_seq_len=1024, val_seq_len=8192, val_tokens=131072,
-        val_loss_every=100, cooldown_frac=0.7, target_loss=0.75,
-        num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3",
-        attention_free_layers="", window_max_tokens=512, long_window_layers="0,3",
-        embed_lr=0.1, head_lr=0.01, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
+        num_iterations=700, tokens_per_step=1024, train_seq_len=1024, val_seq_len=8192, val_tokens=65536,
+        val_loss_every=100, target_loss=0.75,
+        num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_free_layers="",
+        attention_scale=0.4,  # the medium preset's bound on logits, scale times head width, a little lower
+        block_tokens=64, window_max_tokens=192, long_window_layers="0,3",
+        embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     ),
 }
 
@@ -687,8 +688,15 @@ def checkpoint_config(path: str | Path, told: dict[str, str]) -> Config:
         stored = json.loads(told["config"])
         values = {name: known[name](value) for name, value in stored.items() if name in known}
         return check_config(Config(**values))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration makes no sense ({error})") from error
+
+
+def check_tensors(path: str | Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless `found` has all tensors of `wanted` in their shapes and types."""
+    for name, tensor in wanted.items():
+        if name not in found or (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            raise CheckpointError(f"{path}: its tensors do not fit its configuration ({name})")
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
@@ -696,13 +704,16 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     told, tensors = load_tensors(path, CHECKPOINT_FORMAT)
     config = checkpoint_config(path, told)
     config = dataclasses.replace(config, device=torch.device(device).type)
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    if config.num_layers > len(tensors):
+        raise CheckpointError(f"{path}: {config.num_layers} layers by its configuration, {len(tensors)} tensors")
     try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its tensors do not fit its configuration ({error})") from error
+        with torch.device("meta"):
+            model = GPT(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
+        raise CheckpointError(f"{path}: its configuration makes no sense ({error})") from error
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    check_tensors(path, weights, model.state_dict())
+    model.load_state_dict(weights, strict=False, assign=True)
     return model.to(device).eval(), config
 
 
@@ -851,9 +862,7 @@ def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list
     for key, files in (("data_hash", c.train_files), ("val_data_hash", c.val_files)):
         if told.get(key) != log.environment["hashes"][key]:
             raise CheckpointError(f"{path}: made with other data; what {files} holds has changed since")
-    for name, live in trainer.state().items():
-        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (live.shape, live.dtype):
-            raise CheckpointError(f"{path}: its tensors do not fit its configuration ({name})")
+    check_tensors(path, tensors, trainer.state())
     try:
         step, seconds = int(told["step"]), float(told["train_time_s"])
         validation, losses = json.loads(told["validation"]), json.loads(told["train_loss"])
