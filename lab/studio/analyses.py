@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lab.studio.catalogue import Models, steps_of
 from lab.studio.places import Refused
 from lab.studio.progress import curves, read_progress
-from lab.studio.writing import guess, write
+from lab.studio.writing import guess
 
 if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
@@ -41,22 +41,29 @@ def losses(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, st
 
 def samples(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:
     """What each checkpoint writes after the same prompt with the same seed."""
-    items = []
+    from lab.sample import generate
+
+    texts = []
     for path in along(checkpoint.path):
-        *_, last = write(models.load(path), prompt, max_tokens=SAMPLE_TOKENS, seed=1)
-        text = html.escape(last.text) + ("" if last.ended else " ...")
-        items.append(f"<div class='sample'><span>{step_label(path)}</span><div>{text}</div></div>")
-    return None, "".join(items)
+        (made,) = generate(models.load(path), prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1)
+        texts.append((step_label(path), made))
+    return None, _listed(texts)
 
 
 def variability(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:
     """Several samples of one checkpoint."""
-    items = []
-    for seed in range(6):
-        *_, last = write(checkpoint, prompt, max_tokens=SAMPLE_TOKENS, seed=seed)
-        text = html.escape(last.text) + ("" if last.ended else " ...")
-        items.append(f"<div class='sample'><span>seed {seed}</span><div>{text}</div></div>")
-    return None, "".join(items)
+    from lab.sample import generate
+
+    made = generate(checkpoint, prompt, count=6, max_tokens=SAMPLE_TOKENS, temperature=0.8)
+    return None, _listed([(f"{number}", one) for number, one in enumerate(made, 1)])
+
+
+def _listed(texts: list[tuple[str, Any]]) -> str:
+    return "".join(
+        f"<div class='sample'><span>{label}</span><div>{html.escape(one.text.strip())}{'' if one.ended else ' ...'}"
+        "</div></div>"
+        for label, one in texts
+    )
 
 
 def next_token(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:

@@ -36,10 +36,10 @@ class Samples:
 
     def _make(self, path: Path) -> None:
         from lab import LabError
-        from lab.studio.writing import write
+        from lab.sample import generate
 
         try:
-            *_, last = write(self.models.load(path), "", max_tokens=SAMPLE_TOKENS, seed=1)
-            self._made[path] = last.text + ("" if last.ended else " ...")
+            (made,) = generate(self.models.load(path), max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1)
+            self._made[path] = made.text.strip() + ("" if made.ended else " ...")
         except (LabError, Refused, OSError) as error:
             self._made[path] = f"({error})"

@@ -1,5 +1,6 @@
 """Checkpoints in the studio: found, described, opened without running anything in them, written with."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from lab import LabError
 from lab.checkpoints import save_checkpoint
 from lab.models import LADDER, build_model
+from lab.studio.analyses import ANALYSES, MOST_CHECKPOINTS, along
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
+from lab.studio.diagram import diagram, parts_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
 from lab.studio.writing import drivers, guess, write
@@ -217,3 +220,60 @@ def test_samples_are_made_once_for_each_checkpoint(places, tmp_path):
         time.sleep(0.02)
     assert [step for step, _ in found] == [2, 1] and found[0][1] == found[1][1]
     assert samples.along(folder) == found
+
+
+@pytest.mark.parametrize("rung", LADDER)
+def test_the_diagram_accounts_for_every_parameter(places, tmp_path, rung):
+    checkpoint = Models(places).load(save(tmp_path, rung))
+    parts = parts_of(checkpoint)
+    assert sum(part.parameters * part.count for part in parts) == checkpoint.model.num_parameters()
+    assert parts[-1].kind == "output" and parts[-1].shape == f"16 x {CHARACTERS.vocab_size}"
+    (axes,) = diagram(checkpoint).axes
+    assert len(axes.patches) == len(parts) + 1
+    assert not checkpoint.model._forward_hooks and not any(m._forward_hooks for m in checkpoint.model.modules())
+
+
+def test_equal_blocks_are_drawn_once(places, tmp_path):
+    (blocks,) = [p for p in parts_of(Models(places).load(save(tmp_path, "gpt"))) if "blocks" in p.name]
+    assert blocks.count == 2 and blocks.shape == "16 x 64"
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_every_analysis_looks_at_the_whole_training(places, tmp_path, name):
+    for step in (0, 5, 9):
+        path = save(tmp_path, "bigram", step=step)
+    lines = "".join(f"step:{s}/9 val_loss:{3 - s / 9} train_time:1ms step_avg:1ms\n" for s in (0, 5, 9))
+    (tmp_path / "runs" / "seed-000.txt").write_text("=" * 100 + "\n" + lines)
+    models = Models(places)
+    figure, text = ANALYSES[name](models, models.load(path), "ab")
+    if name == "Loss along training":
+        assert list(figure.axes[0].lines[0].get_xdata()) == [0, 5, 9] and "2.0000 at step 9" in text
+    elif name == "Next token along training":
+        top, bottom = figure.axes
+        assert len(top.lines) == 7 and list(bottom.lines[0].get_xdata()) == [0, 5, 9]
+        assert bottom.lines[0].get_ydata()[0] == pytest.approx(math.log(CHARACTERS.vocab_size), abs=0.1)
+    else:
+        assert figure is None and text.count("class='sample'") == (3 if "along" in name else 6)
+    with pytest.raises(UnknownTextError):
+        ANALYSES["Several samples"](models, models.load(path), "zzz")
+
+
+def test_what_a_model_writes_is_escaped(places, tmp_path):
+    """A model may have learned to write markup; the page must not run it."""
+    path = save(tmp_path, "bigram", CharTokenizer("<b>"))
+    models = Models(places)
+    checkpoint = models.load(path)
+    with torch.no_grad():
+        checkpoint.model.table.weight.fill_(-50.0)
+        checkpoint.model.table.weight[:, checkpoint.tokenizer.encode("<")[0]] = 50.0
+    _, text = ANALYSES["Several samples"](models, checkpoint, "<b>")
+    assert "<b>" not in text and "&lt;b&gt;&lt;" in text
+    story_html = pytest.importorskip("lab.studio.pages.write").story_html
+    assert "<b>" not in story_html("<b>hello", "<b>", True) and "&lt;b&gt;" in story_html("<b>hello", "<b>", True)
+
+
+def test_long_trainings_are_looked_at_from_first_to_last(tmp_path):
+    for step in range(40):
+        (tmp_path / f"step-{step:06d}.safetensors").touch()
+    found = [int(p.stem[5:]) for p in along(tmp_path / "step-000003.safetensors")]
+    assert found[0] == 0 and found[-1] == 39 and len(found) == MOST_CHECKPOINTS

@@ -10,7 +10,8 @@ import gradio as gr
 from lab.studio.analyses import ANALYSES, step_label
 from lab.studio.catalogue import steps_of
 
-HEADERS = ["model", "series · run", "step", "parameters", "size", "validation loss", "saved"]
+HEADERS = ["model", "series · run", "step", "parameters", "size", "validation", "saved"]
+WIDTHS = ["110px", "420px", "80px", "120px", "100px", "120px", "170px"]
 
 
 def build(studio, page: gr.Blocks) -> None:
@@ -18,14 +19,14 @@ def build(studio, page: gr.Blocks) -> None:
     from lab.studio.app import told
 
     table = gr.Dataframe(headers=HEADERS, label="Checkpoints (click one to open it)", interactive=False, wrap=True,
-                         max_height=320, elem_id="checkpoints")  # fmt: skip
+                         max_height=320, column_widths=WIDTHS, elem_id="checkpoints")  # fmt: skip
     with gr.Row(equal_height=True):
         path = gr.Dropdown([], label="Checkpoint", allow_custom_value=True, elem_id="path", scale=4, min_width=260)
         again = gr.Button("Refresh the list", size="sm", elem_id="refresh", scale=1, min_width=120)
     with gr.Row(visible=False) as details:
         with gr.Column(scale=1, min_width=320):
             facts = gr.HTML(elem_id="facts")
-            drawing = gr.Plot(label="Architecture", elem_id="diagram")
+            drawing = gr.Plot(show_label=False, elem_id="diagram")
         with gr.Column(scale=1, min_width=320):
             kind = gr.Radio(list(ANALYSES), value=next(iter(ANALYSES)), label="Analysis", elem_id="analysis")
             prompt = gr.Textbox(label="Prompt", placeholder="(empty: the beginning of a text)", max_length=2000,

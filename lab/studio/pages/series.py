@@ -10,6 +10,7 @@ from lab.studio.places import Refused
 from lab.studio.verdicts import HEADERS, fingerprint, view, write_report
 
 REFRESH_S = 3.0
+WIDTHS = ["150px", "90px", "220px", "140px", "170px", "190px"]
 
 
 def judging(threshold: str, alpha: float | None) -> tuple[float | None, float]:
@@ -43,7 +44,8 @@ def build(studio, page: gr.Blocks) -> None:
                                     elem_id="sequential", visible=False)  # fmt: skip
         with gr.Column(scale=1, min_width=320):
             pictures = gr.HTML(elem_classes="pictures", elem_id="pictures")
-    table = gr.Dataframe(headers=HEADERS, label="Runs", interactive=False, wrap=True, elem_id="runs")
+    table = gr.Dataframe(headers=HEADERS, label="Runs", interactive=False, wrap=True, column_widths=WIDTHS,
+                         elem_id="runs")  # fmt: skip
     seen = gr.State(())
     outputs = [verdict, sequential, pictures, table, seen]
 
