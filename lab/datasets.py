@@ -126,6 +126,7 @@ class Tokens:
     offsets: np.ndarray
     mark: int
     text_bytes: int
+    stand_in: int = 0  # what an unknown id (below 0) reads as where it is context; as a target it is not scored
 
     @property
     def num_predictions(self) -> int:
@@ -150,6 +151,12 @@ class Tokens:
         return inputs, targets, lengths + 1
 
 
+def stand_in_of(tokenizer: Tokenizer) -> int:
+    """The id that stands for unknown text in contexts: a space where there is one, else the mark."""
+    space = tokenizer.encode(" ", "keep") if tokenizer.kind in ("char", "byte") else []
+    return int(space[0]) if len(space) and space[0] >= 0 else tokenizer.mark
+
+
 def tokenize_documents(documents: Sequence[str], tokenizer: Tokenizer, unknown: str = "error") -> Tokens:
     """Encode documents one by one. LabError (UnknownTextError) for text that the vocabulary lacks."""
     if not documents:
@@ -157,7 +164,7 @@ def tokenize_documents(documents: Sequence[str], tokenizer: Tokenizer, unknown: 
     encoded = [tokenizer.encode(d, unknown) for d in documents]
     offsets = np.cumsum([0] + [len(e) for e in encoded])
     size = sum(len(d.encode("utf-8", "surrogatepass")) for d in documents)
-    return Tokens(np.concatenate(encoded), offsets, tokenizer.mark, size)
+    return Tokens(np.concatenate(encoded), offsets, tokenizer.mark, size, stand_in_of(tokenizer))
 
 
 def pack_rows(tokens: Tokens, row_tokens: int, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -181,6 +188,7 @@ def pack_rows(tokens: Tokens, row_tokens: int, rng: np.random.Generator | None =
     out_targets = np.full(rows * row_tokens, IGNORE, dtype=np.int64)
     out_inputs[place], out_targets[place] = inputs, targets
     out_targets[out_targets < 0] = IGNORE
+    out_inputs[out_inputs < 0] = tokens.stand_in
     as_rows = (torch.from_numpy(a).view(rows, row_tokens) for a in (out_inputs, out_targets))
     return tuple(as_rows)
 

@@ -197,7 +197,7 @@ def join_words(words: Iterable[str], names: set[str] | frozenset[str] = frozense
             continue
         if not word[0].isalnum() and word != "<unk>" and word != "(":
             out.append(word)
-            start = start and word not in ",;:" or word in ".!?"
+            start = (start and word not in ",;:") or word in ".!?"
             last, glue = word, word == "-"
             continue
         if last in "!?" and out and out[-1] == '"' and word in _SPEECH:
