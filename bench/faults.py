@@ -45,7 +45,7 @@ TINY = dict(
     val_loss_every=3, checkpoint_every=2, warmup_steps=0, num_layers=2, model_dim=16, num_heads=1,
     unet_skips="0>1", long_window_layers="0", block_tokens=16, window_max_tokens=64, device="cpu", run_name="run",
 )  # fmt: skip
-LIMIT_S = 120  # a start that takes longer hangs
+LIMIT_S = 240  # a start that takes longer hangs
 RESUME = ("--resume=auto",)
 
 

@@ -1,0 +1,31 @@
+"""Hostile inputs: a few cases of each kind here, ten thousand in the slow suite."""
+
+import pytest
+
+from bench.fuzz import KINDS, damage, fuzz
+
+CASES = {"series folders": 40, "plan files, hostile values": 60}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_input_gives_an_answer_or_an_error_of_ours(kind):
+    counts = fuzz(kind, CASES.get(kind, 100), seed=0)
+    assert counts["answer"] and counts["error"], f"one-sided cases test little: {counts}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_input_at_length(kind):
+    assert sum(fuzz(kind, 10000, seed=1).values()) >= 5000  # some kinds have fewer distinct cases
+
+
+def test_damage_does_what_its_operations_say():
+    data = b"step:1/20\nstep:2/20\n"
+    assert damage(data, []) == data
+    assert damage(data, [("flip", 0.0, 1)]) == b"q" + data[1:]
+    assert damage(data, [("cut", 0.5)]) == data[:10]
+    assert damage(data, [("number", 0.0, b"nan")]) == b"step:nan/20\nstep:2/20\n"
+    assert damage(data, [("line", 0.0, 0.99)]) == b"step:2/20\nstep:1/20\n"
+    assert damage(data, [("remove", 0.0, 5), ("insert", 0.0, b"x")]) == b"x" + data[5:]
+    assert damage(data, [("repeat", 0.0, 4, 0.0)]) == b"step" + data
