@@ -198,7 +198,8 @@ def draw_losses(folder: Path, record: dict, results: Sequence[dict]) -> None:
     threshold = record.get("threshold")
     figure, (curves, finals) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 1.4), layout="constrained")
     for result in results:
-        points = [p for p in result["validation"] if p["step"] > 0 or len(result["validation"]) == 1]
+        # The untrained loss would flatten the rest of the curve; with few points it is all there is.
+        points = [p for p in result["validation"] if p["step"] > 0 or len(result["validation"]) < 4]
         curves.plot([p["step"] for p in points], [p["loss"] for p in points], color="tab:blue",
                     alpha=max(0.15, 1 / len(results)), linewidth=1.2)  # fmt: skip
     curves.set(xlabel="training steps", ylabel="validation loss (nats per token)",

@@ -451,6 +451,20 @@ def after_end(series: Series, run: str, status: str) -> None:
 # Running
 
 
+def copy_away(folder: Path, url: str | None) -> bool:
+    """Copy the series to `url`, if there is one. A store that does not answer stops no training: False, and a line."""
+    if not url:
+        return True
+    from records.remote import CopyError, copy_series
+
+    try:
+        copy_series(folder, url)
+    except CopyError as error:
+        print(f"not copied: {error}; later: python -m records.remote {folder} {url}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 class Stopped(Exception):
     """A signal asked the series to end."""
 
@@ -462,10 +476,13 @@ class Stopped(Exception):
 class Runner:
     """Feeds tasks to a launcher, records how they end, passes signals on to the trainers."""
 
-    def __init__(self, series: Series, launcher: Local, *, quiet: bool, timeout_s: float | None, decide=None):
+    def __init__(
+        self, series: Series, launcher: Local, *, quiet: bool, timeout_s: float | None, decide=None, copy_to=None
+    ):  # fmt: skip
         self.series, self.launcher = series, launcher
         self.quiet, self.timeout_s = quiet, timeout_s
         self.decide = decide or (lambda: None)  # returns a reason once the sequential test has decided
+        self.copy_to = copy_to
         self.stop_signal: int | None = None
         self.pending_signals: list[int] = []
         self.give_up: str | None = None
@@ -542,6 +559,7 @@ class Runner:
         after_end(self.series, job.run, status)
         told = f"loss {end['final_loss']:.6f}" if end.get("final_loss") is not None else end.get("error", "")
         print(f"{end['time']} {job.run} {status} after {end['seconds']:.1f} s {told}".rstrip(), flush=True)
+        copy_away(self.series.folder, self.copy_to)
         if status == "crashed":
             self.crashes += 1
             if end["exit_code"] in (*EXIT_BAD_INPUT, EXIT_IO):
@@ -600,6 +618,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="for slurm: any other sbatch option")
     add("--cluster", choices=("slurm", "local"), help="for slurm: submitit's executor; local tries it without SLURM")
     add("--alpha", type=float, default=0.01, help="significance level of the verdict (0.01, the track's)")
+    add("--copy-to", metavar="URL", help="copy the series there after every run (s3://..., any fsspec URL, a folder)")
     add("--no-judge", action="store_true", help="run only; no report and no verdict")
     add("--trainer", default=str(REPO / "train_gpt.py"), help=argparse.SUPPRESS)
     return parser
@@ -725,7 +744,10 @@ def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int
         from records.sequential import Watch
 
         decided = Watch(series.folder, plan)
-    runner = Runner(series, launcher, quiet=options.launcher is not None, timeout_s=options.timeout_s, decide=decided)
+    runner = Runner(
+        series, launcher, quiet=options.launcher is not None, timeout_s=options.timeout_s, decide=decided,
+        copy_to=options.copy_to,
+    )  # fmt: skip
     try:
         runner.run(tasks)
     except (Stopped, SeriesError) as stop:
@@ -733,6 +755,7 @@ def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int
             from records import report
 
             report.write_report(series.folder, options.alpha)
+        copy_away(series.folder, options.copy_to)
         if isinstance(stop, Stopped):
             print(f"stopped by {stop}; the same command continues where it stopped", file=sys.stderr)
             return 128 + stop.number
@@ -742,6 +765,8 @@ def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int
         from records import report
 
         verdict = report.judge(series.folder, alpha=options.alpha)
+    if not copy_away(series.folder, options.copy_to):
+        return EXIT_IO
     return verdict if not (runner.crashes or crashed) else EXIT_CRASHED
 
 
