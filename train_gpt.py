@@ -152,7 +152,7 @@ PRESETS: dict[str, dict] = {
         val_loss_every=100, target_loss=0.75,
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_free_layers="",
         attention_scale=0.4,  # the medium preset's bound on logits, scale times head width, a little lower
-        block_tokens=64, window_max_tokens=192, long_window_layers="0,3",
+        block_tokens=32, window_max_tokens=256, long_window_layers="0,3",
         embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     ),
 }
