@@ -1,0 +1,58 @@
+"""What an analysis leaves: JSON, a picture, and one line for the summary page."""
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import plots
+from lab.runlog import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`name` of the analysis, its one-line `summary`, its `data`, and where JSON and PNG lie."""
+
+    name: str
+    summary: str
+    data: dict[str, Any]
+    json_path: Path
+    png_path: Path
+
+
+def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figure: Any) -> Finding:
+    """Write <out>/<name>.json and .png. Raises OSError."""
+    json_path = out / f"{name}.json"
+    write_json(json_path, {"analysis": name, "summary": summary, **data})
+    return Finding(name, summary, data, json_path, plots.save(figure, out / f"{name}.png"))
+
+
+PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.7em} h2{font-size:1.15em;margin:1.6em 0 .2em} p{margin:.3em 0} img{max-width:100%;height:auto}
+table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap}
+nav a{margin-right:.9em;white-space:nowrap}"""
+
+
+def page(title: str, sections: list[str]) -> str:
+    """One HTML page of ready sections."""
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+    return f"{head}<style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>\n" + "\n".join(sections) + "</html>\n"
+
+
+def section(finding: Finding, folder: Path) -> str:
+    """A finding as HTML: heading, its line, its picture, a link to the numbers."""
+    picture = finding.png_path.relative_to(folder).as_posix()
+    numbers = finding.json_path.relative_to(folder).as_posix()
+    name = html.escape(finding.name.replace("_", " "))
+    return (
+        f'<h2 id="{finding.name}">{name}</h2><p>{html.escape(finding.summary)} '
+        f'<a href="{numbers}">numbers</a></p><img src="{picture}" alt="{name}" loading=lazy>'
+    )
+
+
+def write_summary(out: Path, findings: list[Finding], title: str = "What the checkpoints show") -> Path:
+    """<out>/index.html: one line and one picture a finding."""
+    path = out / "index.html"
+    write_text(path, page(title, [section(f, out) for f in findings]))
+    return path

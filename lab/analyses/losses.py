@@ -1,0 +1,203 @@
+"""Analyses 5 to 8: losses recomputed, models by corpora, and what a model learns of another corpus in 200 steps."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab import LabError, plots
+from lab.analyses.finding import Finding, write_finding
+from lab.analyses.scoring import limit_documents, row_tokens_of, score
+from lab.checkpoints import Checkpoint, same_vocabulary
+from lab.datasets import row_batches, tokenize_documents
+from lab.sample import generate
+from lab.train import evaluate
+
+
+def losses(
+    checkpoints: Sequence[Checkpoint], documents: Mapping[str, Sequence[str]], out: Path, *, chars: int = 100_000
+) -> Finding:
+    """Train and validation loss recomputed from the checkpoints, on the first `chars` characters of each split."""
+    same_vocabulary(checkpoints)
+    table = []
+    for checkpoint in checkpoints:
+        row = {"step": checkpoint.step}
+        for name in ("train", "val"):
+            row[name] = score(checkpoint, limit_documents(documents[name], chars)).nats_per_token
+        table.append(row)
+    fig, ax = plots.figure()
+    for i, name in enumerate(("train", "val")):
+        ax.plot([max(1, r["step"]) for r in table], [r[name] for r in table], "o-", color=plots.color(i), label=name)
+    ax.set_xscale("log")
+    ax.set_xlabel("step (the start is drawn at 1)")
+    ax.set_ylabel("nats a token")
+    ax.set_title(f"{checkpoints[-1].label}: losses recomputed from checkpoints")
+    ax.legend()
+    last = table[-1]
+    summary = f"At step {last['step']:,}: train {last['train']:.4f}, validation {last['val']:.4f} nats a token."
+    return write_finding(out, "losses", summary, {"table": table}, fig)
+
+
+def domains(
+    models: Mapping[str, Checkpoint], corpora: Mapping[str, Sequence[str]], out: Path, *, chars: int = 100_000
+) -> Finding:
+    """Every model on every corpus, in nats a token and bits a byte. Characters that a vocabulary lacks are charged
+    8 bits a byte and reported. Row: model; column: corpus (held-out documents)."""
+    names, texts = list(models), list(corpora)
+    limited = {t: limit_documents(corpora[t], chars) for t in texts}
+    cells = {m: {t: dataclasses.asdict(score(models[m], limited[t])) for t in texts} for m in names}
+    verdicts = {key: diagonal_is_least(cells, key) for key in ("nats_per_token", "bits_per_byte")}
+    fig, axes = plots.figure(1, 2, size=(12, 1.6 + 0.9 * len(names)))
+    for ax, (key, title) in zip(axes, (("nats_per_token", "nats a token"), ("bits_per_byte", "bits a byte"))):
+        values = [[cells[m][t][key] for t in texts] for m in names]
+        ax.imshow(values, cmap="Blues", aspect="auto", vmin=0)
+        middle = max(map(max, values)) * 0.6
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > middle else "black")
+        ax.set_xticks(range(len(texts)), texts)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xlabel("corpus")
+        ax.set_ylabel("model")
+        ax.set_title(title)
+        ax.grid(False)
+    unknown = max(c["unknown_share"] for row in cells.values() for c in row.values())
+    summary = (
+        f"{len(names)} models by {len(texts)} corpora; every diagonal value the least of its row and column: "
+        f"nats {'yes' if verdicts['nats_per_token'] else 'no'}, bits a byte "
+        f"{'yes' if verdicts['bits_per_byte'] else 'no'}; at most {unknown:.1%} of a text unknown to a vocabulary."
+    )
+    return write_finding(out, "domains", summary, {"cells": cells, "diagonal_is_least": verdicts}, fig)
+
+
+def diagonal_is_least(cells: Mapping[str, Mapping[str, Mapping[str, Any]]], key: str) -> bool:
+    """Whether each model with a corpus of its own name scores least there, along its row and its column."""
+    shared = [m for m in cells if m in cells[m]]
+    rows = all(cells[m][m][key] <= min(c[key] for c in cells[m].values()) for m in shared)
+    return rows and all(cells[m][m][key] <= min(row[m][key] for row in cells.values()) for m in shared)
+
+
+def fine_tune(
+    checkpoint: Checkpoint,
+    train: Sequence[str],
+    val: Sequence[str],
+    *,
+    steps: int = 200,
+    every: int = 50,
+    rate: float = 1e-3,
+    batch_tokens: int = 2048,
+    prompt: str = "",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Train a copy of the model on other documents with AdamW; loss and a sample at 0, `every`, ..., `steps`.
+    The vocabulary stays, so its unknown characters are neither learned nor scored."""
+    model = copy.deepcopy(checkpoint.model)
+    if not list(model.parameters()):
+        raise LabError(f"{checkpoint.name} has no parameters to fine-tune; it is counted")
+    tuned = dataclasses.replace(checkpoint, model=model)
+    row = min(row_tokens_of(checkpoint), batch_tokens)
+    tokens = {n: tokenize_documents(d, checkpoint.tokenizer, _keep(checkpoint)) for n, d in (("t", train), ("v", val))}
+    batches = row_batches(tokens["t"], row, max(1, batch_tokens // row), seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    table = []
+    for step in range(steps + 1):
+        if step % every == 0:
+            model.eval()
+            sample = generate(tuned, prompt, max_tokens=100, temperature=0.8, seed=seed)[0]
+            loss = evaluate(model, tokens["v"], row)
+            table.append({"step": step, "loss": loss, "sample": sample.text})
+        if step < steps:
+            model.train()
+            loss = model(*next(batches))[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return table
+
+
+def _keep(checkpoint: Checkpoint) -> str:
+    return "error" if checkpoint.tokenizer.kind == "word" else "keep"
+
+
+def fewshot(
+    checkpoints: Sequence[Checkpoint],
+    train: Sequence[str],
+    val: Sequence[str],
+    out: Path,
+    *,
+    corpus: str = "another corpus",
+    steps: int = 200,
+    every: int = 50,
+    chars: int = 50_000,
+    prompt: str = "",
+) -> Finding:
+    """Fine-tune each checkpoint (the final one alone, or earlier ones too) on another corpus and watch it adapt."""
+    val = limit_documents(val, chars)
+    runs = [
+        {"from_step": c.step, "table": fine_tune(c, train, val, steps=steps, every=every, prompt=prompt)}
+        for c in checkpoints
+    ]
+    fig, axes = plots.figure(1, 2, size=(12, 4.2))
+    for i, run in enumerate(runs):
+        points = run["table"]
+        label = f"from step {run['from_step']:,}"
+        axes[0].plot([p["step"] for p in points], [p["loss"] for p in points], "o-", color=plots.color(i), label=label)
+    axes[0].set_xlabel("fine-tuning steps")
+    axes[0].set_ylabel(f"validation loss on {corpus}, nats a token")
+    axes[0].set_title(f"{checkpoints[-1].label} fine-tuned on {corpus}")
+    axes[0].legend()
+    starts = [max(1, r["from_step"]) for r in runs]
+    for i, (place, label) in enumerate(((0, "before"), (-1, f"after {steps} steps"))):
+        axes[1].plot(starts, [r["table"][place]["loss"] for r in runs], "o-", color=plots.color(i), label=label)
+    axes[1].set_xscale("log")
+    axes[1].set_xlabel("step of the checkpoint it starts from (0 is drawn at 1)")
+    axes[1].set_title("does longer pre-training help?")
+    axes[1].legend()
+    last = runs[-1]["table"]
+    summary = (
+        f"From step {runs[-1]['from_step']:,}, {steps} steps on {corpus} take the loss from {last[0]['loss']:.3f} to "
+        f"{last[-1]['loss']:.3f} nats a token."
+    )
+    name = "fewshot" if len(runs) == 1 else "fewshot_early"
+    return write_finding(out, name, summary, {"corpus": corpus, "runs": runs}, fig)
+
+
+@torch.no_grad()
+def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top: int = 7) -> Finding:
+    """Analysis 9: the distribution after a prompt over checkpoints: the likeliest `top` of the last checkpoint, each
+    checkpoint's own, and the entropy along training."""
+    tokenizer = same_vocabulary(checkpoints)
+    table, distributions = [], []
+    for checkpoint in checkpoints:
+        idx = torch.tensor([checkpoint.encode_prompt(prompt)])
+        p = checkpoint.model.logits(idx)[0, -1].float().softmax(-1)
+        distributions.append(p)
+        likeliest = p.topk(min(top, len(p)))
+        entropy = float(-(p * p.clamp_min(1e-30).log()).sum())
+        pairs = [[tokenizer.piece(int(t)), float(v)] for v, t in zip(likeliest.values, likeliest.indices)]
+        table.append({"step": checkpoint.step, "entropy_nats": entropy, "top": pairs})
+    fig, axes = plots.figure(1, 2, size=(12, 4.2))
+    steps = [max(1, r["step"]) for r in table]
+    final = distributions[-1].topk(min(top, len(distributions[-1]))).indices.tolist()
+    for i, t in enumerate(final):
+        label = tokenizer.piece(t).replace("$", r"\$")
+        axes[0].plot(steps, [float(p[t]) for p in distributions], "o-", color=plots.color(i), label=label)
+    axes[0].set_ylabel("probability")
+    axes[0].set_title(f"next token after {prompt[-40:]!r}".replace("$", r"\$"))
+    axes[0].legend(ncols=2)
+    axes[1].plot(steps, [r["entropy_nats"] for r in table], "o-", color=plots.color(0))
+    axes[1].axhline(math.log(tokenizer.vocab_size), color="0.6", linestyle="--", label="uniform")
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_title("entropy, nats")
+    axes[1].legend()
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.set_xlabel("step (the start is drawn at 1)")
+    last = table[-1]
+    words = ", ".join(f"{piece} {p:.0%}" for piece, p in last["top"][:3])
+    summary = f"After {prompt!r} the last checkpoint expects {words}; entropy {last['entropy_nats']:.2f} nats."
+    return write_finding(out, "next_token", summary, {"prompt": prompt, "table": table}, fig)

@@ -1,0 +1,204 @@
+"""Analysis 11: how good are the texts? Perplexity, novelty, grammaticality, repetition; HellaSwag and LAMBADA."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lab import LabError, plots
+from lab.analyses.finding import Finding, write_finding
+from lab.analyses.samples import cosine, profile
+from lab.analyses.scoring import token_losses
+from lab.checkpoints import Checkpoint
+from lab.sample import generate
+from lab.stories import split_words
+
+
+def longest_shared_run(text: str, corpus: str) -> int:
+    """Length in characters of the longest piece of `text` that stands in `corpus` word for word."""
+    longest = 0
+    for start in range(len(text)):
+        while start + longest < len(text) and text[start : start + longest + 1] in corpus:
+            longest += 1
+    return longest
+
+
+def nearest(text: str, profiles: Sequence[Counter]) -> tuple[float, int]:
+    """(cosine distance of character trigrams, index) of the training text that is most like `text`."""
+    own = profile(text)
+    best, index = max((cosine(own, p), i) for i, p in enumerate(profiles))
+    return 1.0 - best, index
+
+
+def repetition(words: Sequence[str], n: int = 3) -> float:
+    """Share of word n-grams that the text has used before."""
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class GrammarProxy:
+    """A stand-in for grammaticality: how much of a text's word pairs good text is known to use, halved with how well
+    its sentences begin and end. 1 is flawless. It sees word order only as far as neighbours go."""
+
+    def __init__(self, documents: Sequence[str]):
+        self.pairs: set[tuple[str, str]] = set()
+        for document in documents:
+            words = [w.lower() for w in split_words(document)]
+            self.pairs.update(pairwise(words))
+
+    def score(self, text: str) -> float:
+        """From 0 to 1; 0 for a text without words."""
+        words = [w.lower() for w in split_words(text)]
+        if len(words) < 2:
+            return 0.0
+        known = sum(p in self.pairs for p in pairwise(words)) / (len(words) - 1)
+        sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+        formed = [bool(re.match(r"[\"'(]?[A-Z0-9]", s)) and bool(re.search(r"[.!?][\"')]*$", s)) for s in sentences]
+        balanced = text.count('"') % 2 == 0
+        return 0.5 * known + 0.5 * (0.8 * sum(formed) / len(formed) + 0.2 * balanced)
+
+
+def assess(
+    texts: Sequence[str], train: Sequence[str], checkpoint: Checkpoint, most: int = 2000
+) -> list[dict[str, Any]]:
+    """The numbers of each text against the first `most` training documents."""
+    known = list(train[:most])
+    corpus, profiles, proxy = "\0".join(known), [profile(d) for d in known], GrammarProxy(known)
+    rows = []
+    for text in texts:
+        ids = checkpoint.tokenizer.encode(text, "error")
+        if not len(ids):
+            continue
+        distance, index = nearest(text, profiles)
+        rows.append(
+            {
+                "text": text,
+                "perplexity": math.exp(float(token_losses(checkpoint, ids.tolist()).mean())),
+                "novelty_distance": distance,
+                "nearest": known[index][:300],
+                "longest_shared_run": longest_shared_run(text, corpus),
+                "copied_share": longest_shared_run(text, corpus) / len(text) if text else 0.0,
+                "grammaticality": proxy.score(text),
+                "repetition": repetition([w.lower() for w in split_words(text)]),
+            }
+        )
+    return rows
+
+
+MEASURES = ("perplexity", "novelty_distance", "longest_shared_run", "grammaticality", "repetition")
+
+
+def quality(
+    checkpoint: Checkpoint, train: Sequence[str], held_out: Sequence[str], out: Path, *, count: int = 8, prompt: str = "",
+    max_tokens: int = 200,
+) -> Finding:  # fmt: skip
+    """Generated texts beside held-out real ones, measure by measure; real text is the yardstick."""
+    drawn = generate(checkpoint, prompt, count=count, max_tokens=max_tokens, temperature=0.8, seed=2)
+    size = max(20, sum(len(s.text) for s in drawn) // count)
+    sets = {"generated": [s.text for s in drawn if s.text], "held out": [d[:size] for d in held_out[:count]]}
+    known = set(train)
+    rows = {name: assess(texts, train, checkpoint) for name, texts in sets.items()}
+    if not rows["generated"]:
+        raise LabError("the model wrote nothing but end marks; give a prompt")
+    means = {n: {m: sum(r[m] for r in rs) / len(rs) for m in MEASURES} for n, rs in rows.items() if rs}
+    copies = sum(t in known for t in sets["generated"])
+    fig, axes = plots.figure(1, len(MEASURES), size=(14, 3.4))
+    for ax, measure in zip(axes, MEASURES):
+        for i, (name, rs) in enumerate(rows.items()):
+            ax.bar(i, means[name][measure], color=plots.color(i), width=0.6)
+            ax.plot([i] * len(rs), [r[measure] for r in rs], "o", color="0.3", markersize=3)
+        ax.set_xticks(range(len(rows)), list(rows))
+        ax.set_title(measure.replace("_", " "))
+        ax.grid(axis="x", visible=False)
+    g = means["generated"]
+    summary = (
+        f"{count} texts: perplexity {g['perplexity']:.1f}, cosine distance to the nearest training text "
+        f"{g['novelty_distance']:.2f}, longest shared run {g['longest_shared_run']:.0f} characters, grammaticality "
+        f"{g['grammaticality']:.2f}, repetition {g['repetition']:.2f}; {copies} are training texts word for word."
+    )
+    return write_finding(out, "quality", summary, {"means": means, "texts": rows, "copies": copies}, fig)
+
+
+def _lines(path: str | Path, limit: int) -> list[dict[str, Any]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"cannot read the tasks {path}: {error.strerror}") from error
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise LabError(f"{path} has no tasks")
+    return rows[:limit] if limit else rows
+
+
+def hellaswag(checkpoint: Checkpoint, path: str | Path, limit: int = 0) -> dict[str, Any]:
+    """Share of tasks whose right ending has the least loss: summed, and per byte of the ending (the usual 'norm')."""
+    right = right_norm = 0
+    tasks = _lines(path, limit)
+    for task in tasks:
+        context = checkpoint.tokenizer.encode(task["ctx"]).tolist()
+        sums, norms = [], []
+        for ending in task["endings"]:
+            ids = checkpoint.tokenizer.encode(" " + ending.lstrip()).tolist()
+            nats = float(token_losses(checkpoint, context + ids)[len(context) :].sum())
+            sums.append(nats)
+            norms.append(nats / max(1, len(ending.encode())))
+        right += sums.index(min(sums)) == int(task["label"])
+        right_norm += norms.index(min(norms)) == int(task["label"])
+    return {
+        "tasks": len(tasks),
+        "accuracy": right / len(tasks),
+        "accuracy_norm": right_norm / len(tasks),
+        "chance": 0.25,
+    }
+
+
+def lambada(checkpoint: Checkpoint, path: str | Path, limit: int = 0) -> dict[str, Any]:
+    """Share of texts whose last word the model would have written (every token of it the likeliest), and its
+    perplexity per word."""
+    import torch
+
+    right, nats = 0, 0.0
+    tasks = _lines(path, limit)
+    for task in tasks:
+        before, _, word = task["text"].rstrip().rpartition(" ")
+        context, ids = (checkpoint.tokenizer.encode(t).tolist() for t in (before, " " + word))
+        row = torch.tensor([[checkpoint.tokenizer.mark, *context, *ids]])
+        with torch.no_grad():
+            logits = checkpoint.model.logits(row[:, :-1])[0, -len(ids) :].float()
+        targets = row[0, -len(ids) :]
+        nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        right += bool((logits.argmax(-1) == targets).all())
+    return {
+        "tasks": len(tasks),
+        "accuracy": right / len(tasks),
+        "word_perplexity": math.exp(min(700, nats / len(tasks))),
+    }
+
+
+def benchmarks(
+    checkpoint: Checkpoint, out: Path, *, hellaswag_path: str = "", lambada_path: str = "", limit: int = 200
+) -> Finding:
+    """HellaSwag and LAMBADA of a model over GPT-2's tokens (or any that can write the texts)."""
+    data: dict[str, Any] = {}
+    if hellaswag_path:
+        data["hellaswag"] = hellaswag(checkpoint, hellaswag_path, limit)
+    if lambada_path:
+        data["lambada"] = lambada(checkpoint, lambada_path, limit)
+    if not data:
+        raise LabError("give --hellaswag=FILE or --lambada=FILE (JSON lines)")
+    fig, ax = plots.figure(size=(5, 3.5))
+    names = list(data)
+    ax.bar(
+        names, [100 * data[n].get("accuracy_norm", data[n]["accuracy"]) for n in names], color=plots.color(0), width=0.5
+    )
+    if "hellaswag" in data:
+        ax.axhline(25, color="0.5", linestyle="--", label="guessing at HellaSwag")
+        ax.legend()
+    ax.set_ylabel("% right")
+    ax.set_title(f"{checkpoint.label}, step {checkpoint.step:,}")
+    parts = [f"{n} {data[n].get('accuracy_norm', data[n]['accuracy']):.1%} of {data[n]['tasks']}" for n in names]
+    return write_finding(out, "benchmarks", "; ".join(parts) + ".", data, fig)
