@@ -1,112 +1,136 @@
-"""Looks into a run's checkpoints that the Models page offers, each as (matplotlib figure or None, HTML)."""
+"""The microscope on the Models page: which analyses of lab.analyses are offered, and what they are given.
+
+Each leaves a picture and its numbers below `Places.pictures`, and one line for the page.
+"""
 
 from __future__ import annotations
 
-import html
+import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lab.studio.catalogue import Models, steps_of
-from lab.studio.places import Refused
-from lab.studio.progress import curves, read_progress
-from lab.studio.writing import guess
+from lab.studio.places import Places, Refused
 
 if TYPE_CHECKING:
+    from lab.analyses import Finding
     from lab.checkpoints import Checkpoint
 
 MOST_CHECKPOINTS = 12  # along a training; more would only take longer
-TOP = 7
-SAMPLE_TOKENS = 150
+SCORED_CHARS = 20_000  # of each split, for losses recomputed from checkpoints
+_drawing = threading.Lock()  # lab.plots draws with pyplot, which is for one thread at a time
+
+
+class Microscope:
+    """Runs analyses on the checkpoints of a run."""
+
+    def __init__(self, places: Places, models: Models):
+        self.places, self.models = places, models
+
+    def look(self, name: str, path: str | Path, prompt: str) -> Finding:
+        """The finding of analysis `name` of ANALYSES on the checkpoint at `path`. Refused, or LabError, with the
+        reason where it makes no sense."""
+        if name not in ANALYSES:
+            raise Refused(f"there is no analysis {name!r}")
+        checkpoint = self.models.load(path)
+        out = self.places.pictures / checkpoint.label / checkpoint.path.stem
+        with _drawing:
+            return ANALYSES[name](self, checkpoint, prompt, out)
+
+    def along(self, checkpoint: Checkpoint) -> list[Checkpoint]:
+        """The run's checkpoints, earliest first."""
+        return [self.models.load(path) for path in along(checkpoint.path)]
+
+    def split(self, checkpoint: Checkpoint) -> dict[str, list[str]]:
+        """Train, validation and test documents that the checkpoint was made with. Refused if they are not here."""
+        from lab.datasets import documents_digest, load_documents, split_documents
+
+        data, wanted = checkpoint.told.get("data"), checkpoint.told.get("data_hash")
+        if not data:
+            raise Refused("this analysis needs the corpus, which a checkpoint of train_gpt.py does not name")
+        kept = checkpoint.path.parents[2] / "training.json" if len(checkpoint.path.parents) > 2 else Path()
+        text = json.loads(kept.read_text(encoding="utf-8"))["settings"].get("text", "") if kept.is_file() else ""
+        documents = load_documents(data, str(self.places.inside(text)) if text else None)
+        if documents_digest(documents) != wanted:
+            raise Refused("the corpus that this model was trained on is not here; see python -m lab.analyses --help")
+        return split_documents(documents, int(checkpoint.told.get("split_seed", 0)))
 
 
 def along(path: Path) -> list[Path]:
     """The checkpoints of a run by step, at most MOST_CHECKPOINTS of them, first and last included."""
-    found = [step for step in steps_of(path) if step.stem != "best"]
+    found = [step for step in steps_of(path) if step.stem != "best"] or [path]
     if len(found) <= MOST_CHECKPOINTS:
         return found
     return [found[round(i * (len(found) - 1) / (MOST_CHECKPOINTS - 1))] for i in range(MOST_CHECKPOINTS)]
 
 
-def losses(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:
-    """Training and validation loss as the run's log tells them."""
-    log = checkpoint.path.parent.with_name(checkpoint.path.parent.name.removesuffix(".checkpoints") + ".txt")
-    progress = read_progress(log)
-    if not progress.steps:
-        raise Refused("there is no log beside this checkpoint")
-    best = min(progress.val, key=lambda point: point[1], default=None)
-    words = f"Least validation loss {best[1]:.4f} at step {best[0]:,}." if best else "No validation yet."
-    return curves(progress, None), f"<p>{words}</p>"
-
-
-def samples(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:
-    """What each checkpoint writes after the same prompt with the same seed."""
-    from lab.sample import generate
-
-    texts = []
-    for path in along(checkpoint.path):
-        (made,) = generate(models.load(path), prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1)
-        texts.append((step_label(path), made))
-    return None, _listed(texts)
-
-
-def variability(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:
-    """Several samples of one checkpoint."""
-    from lab.sample import generate
-
-    made = generate(checkpoint, prompt, count=6, max_tokens=SAMPLE_TOKENS, temperature=0.8)
-    return None, _listed([(f"{number}", one) for number, one in enumerate(made, 1)])
-
-
-def _listed(texts: list[tuple[str, Any]]) -> str:
-    return "".join(
-        f"<div class='sample'><span>{label}</span><div>{html.escape(one.text.strip())}{'' if one.ended else ' ...'}"
-        "</div></div>"
-        for label, one in texts
-    )
-
-
-def next_token(models: Models, checkpoint: Checkpoint, prompt: str) -> tuple[Any, str]:
-    """The likeliest next tokens after the prompt, and the entropy there, along training."""
-    from matplotlib.figure import Figure
-
-    from lab.plots import color
-
-    ids = tuple(checkpoint.encode_prompt(prompt)[1:])
-    paths = along(checkpoint.path)
-    size = checkpoint.tokenizer.vocab_size
-    found = [guess(models.load(path), ids, len(ids), count=size) for path in paths]
-    steps = [_step(path) for path in paths]
-    figure = Figure(figsize=(7, 5), layout="constrained", dpi=110)
-    top, bottom = figure.subplots(2, sharex=True)
-    for number, (piece, _) in enumerate(found[-1].top[:TOP]):
-        shares = [dict(one.top)[piece] for one in found]
-        top.plot(steps, shares, color=color(number), marker=".", label=piece)
-    top.set(ylabel="probability", ylim=(0, 1), title=f"After {prompt[-40:]!r}")
-    top.legend(frameon=False, fontsize=8, ncols=2)
-    bottom.plot(steps, [one.entropy_nats for one in found], color=color(0), marker=".")
-    bottom.set(xlabel="step", ylabel="entropy (nats)")
-    bottom.set_ylim(bottom=0)
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
-    first, last = found[0].entropy_nats, found[-1].entropy_nats
-    return figure, f"<p>Entropy {first:.3f} nats at step {steps[0]:,}, {last:.3f} at step {steps[-1]:,}.</p>"
-
-
-def _step(path: Path) -> int:
-    name = path.stem.rpartition("-")[2]
-    return int(name) if name.isdigit() else 0
-
-
 def step_label(path: Path) -> str:
     """'best by validation', or the step in a checkpoint's name."""
-    return "best by validation" if path.stem == "best" else f"step {_step(path):,}"
+    step = path.stem.rpartition("-")[2]
+    return f"step {int(step):,}" if step.isdigit() else "best by validation" if path.stem == "best" else path.stem
 
 
-ANALYSES: dict[str, Callable[[Models, Any, str], tuple[Any, str]]] = {
-    "Loss along training": losses,
-    "Samples along training": samples,
-    "Several samples": variability,
-    "Next token along training": next_token,
+def _architecture(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import architecture
+
+    return architecture(checkpoint, out)
+
+
+def _samples(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import samples_along
+
+    return samples_along(scope.along(checkpoint), prompt, out)
+
+
+def _variability(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import variability
+
+    return variability(checkpoint, prompt, out)
+
+
+def _losses(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import losses
+
+    return losses(scope.along(checkpoint), scope.split(checkpoint), out, chars=SCORED_CHARS)
+
+
+def _next_token(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import next_token
+
+    return next_token(scope.along(checkpoint), prompt, out)
+
+
+def _attribution(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import attribution
+
+    if not prompt:
+        raise Refused("attribution needs a prompt to attribute to")
+    return attribution(checkpoint, prompt, out)
+
+
+def _quality(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import quality
+
+    split = scope.split(checkpoint)
+    return quality(checkpoint, split["train"], split["val"], out, prompt=prompt)
+
+
+def _frequency(scope: Microscope, checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    from lab.analyses import frequency
+
+    return frequency([d for part in scope.split(checkpoint).values() for d in part], checkpoint.tokenizer, out)
+
+
+Analysis = Callable[[Microscope, "Checkpoint", str, Path], "Finding"]
+ANALYSES: dict[str, Analysis] = {
+    "Architecture": _architecture,
+    "Samples along training": _samples,
+    "Variability": _variability,
+    "Loss along training": _losses,
+    "Next token along training": _next_token,
+    "Attribution": _attribution,
+    "Quality": _quality,
+    "Corpus": _frequency,
 }

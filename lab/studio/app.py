@@ -13,6 +13,7 @@ import gradio as gr
 
 from data.shards import ShardError
 from lab import LabError
+from lab.studio.analyses import Microscope
 from lab.studio.catalogue import Catalogue, Models
 from lab.studio.jobs import Queue, QueueError
 from lab.studio.places import Places, Refused
@@ -32,6 +33,7 @@ class Studio:
         self.catalogue = Catalogue(places)
         self.models = Models(places)
         self.samples = Samples(self.models)
+        self.microscope = Microscope(places, self.models)
 
 
 @contextlib.contextmanager

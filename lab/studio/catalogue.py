@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
 
 MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
+MOST_NUMBERS = 50_000_000  # parameters of all opened models together, 200 MB
 NOT_MODELS = ("resume.safetensors",)  # a training's state, for lab.train alone
 
 
@@ -143,9 +144,9 @@ class Catalogue:
 
 
 class Models:
-    """Opened checkpoints; the last few stay in memory."""
+    """Opened checkpoints; the last few stay in memory, as long as they are small together."""
 
-    def __init__(self, places: Places, keep: int = 2):
+    def __init__(self, places: Places, keep: int = 16):
         self.places, self.keep = places, keep
         self._open: OrderedDict[tuple[Path, int], Checkpoint] = OrderedDict()
 
@@ -158,7 +159,10 @@ class Models:
         key = (path, path.stat().st_mtime_ns)
         if key not in self._open:
             self._open[key] = load_checkpoint(path)
-            while len(self._open) > self.keep:
+            while len(self._open) > 1 and (len(self._open) > self.keep or self._numbers() > MOST_NUMBERS):
                 self._open.popitem(last=False)
         self._open.move_to_end(key)
         return self._open[key]
+
+    def _numbers(self) -> int:
+        return sum(checkpoint.model.num_parameters() for checkpoint in self._open.values())

@@ -47,6 +47,11 @@ class Places:
         return self.home / "reports"
 
     @property
+    def pictures(self) -> Path:
+        """Pictures and numbers of analyses."""
+        return self.home / "pictures"
+
+    @property
     def uploads(self) -> Path:
         """Where Gradio puts what arrives, before anybody looked at it."""
         return self.home / "uploads"

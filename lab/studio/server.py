@@ -110,7 +110,7 @@ def serve(places: Places, host: str, port: int | None, password: str | None):
     """Start the server in the background; returns (Gradio's Blocks, address). OSError if the port is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(places.uploads)
-    for folder in (places.uploads, places.trainings, places.reports):
+    for folder in (places.uploads, places.trainings, places.reports, places.pictures):
         folder.mkdir(parents=True, exist_ok=True)
     with quick_import():
         import gradio  # noqa: F401
@@ -122,7 +122,8 @@ def serve(places: Places, host: str, port: int | None, password: str | None):
     options = dict(
         server_name=host, server_port=port, auth=(USER, password) if password else None, quiet=True, share=False,
         prevent_thread_lock=True, show_error=True, ssr_mode=False, max_file_size=MAX_UPLOAD_BYTES, footer_links=[],
-        allowed_paths=[str(places.reports)], enable_monitoring=False, run_history=False, pwa=False, mcp_server=False,
+        allowed_paths=[str(places.reports), str(places.pictures)], enable_monitoring=False, run_history=False,
+        pwa=False, mcp_server=False,
         app_kwargs={"middleware": [Middleware(Guard, local_only=is_loopback(host))]}, **app.look(),
     )  # fmt: skip
     _, address, _ = page.launch(**options)

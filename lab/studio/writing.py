@@ -96,36 +96,21 @@ def guess(checkpoint: Checkpoint, ids: tuple[int, ...], place: int, count: int =
 
 
 def drivers(checkpoint: Checkpoint, ids: tuple[int, ...], place: int) -> list[tuple[str, float]]:
-    """How much each token before `place` drove the logit of the token there, from -1 (against it) to 1.
-
-    Gradient times activation, summed over the token's vectors in every table. Empty for a table of counts, which
-    has no gradient."""
+    """How much each token before `place` drove the logit of the token there, from -1 (against it) to 1: gradient
+    times activation, as lab.analyses.attribution has it. Empty for a table of counts, which has no gradient."""
     import torch
 
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    tables = model.token_embeddings()
-    before = [tokenizer.mark, *ids[:place]][-(model.context or MOST_CONTEXT) :]
-    chosen = ids[place] if place < len(ids) else tokenizer.mark
-    if not tables:
+    from lab.analyses.attribution import EmbeddedModel
+
+    if not checkpoint.model.token_embeddings():
         return []
-    caught: list[torch.Tensor] = []
-
-    def catch(module, inputs, output):
-        output.retain_grad()
-        caught.append(output)
-
-    hooks = [table.register_forward_hook(catch) for table in tables]
-    try:
-        with torch.enable_grad():
-            model(torch.tensor([before]))[0][0, -1, chosen].backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad(set_to_none=True)
-    scores = torch.zeros(len(before))
-    for output in caught:
-        product = (output.grad * output.detach()).sum(-1)[0]
-        # (T,), or (T, n) where every place looks up a window of n tokens of its own
-        scores += product if product.ndim == 1 else product[-1, -len(before) :]
-    scores = (scores / scores.abs().max().clamp_min(1e-12)).tolist()
-    return [(tokenizer.piece(token), round(score, 4)) for token, score in zip(before, scores)]
+    tokenizer = checkpoint.tokenizer
+    before = [tokenizer.mark, *ids[:place]][-MOST_CONTEXT:]
+    chosen = ids[place] if place < len(ids) else tokenizer.mark
+    opened = EmbeddedModel(checkpoint, before)
+    values = [value.requires_grad_() for value in opened.values()[0]]
+    gradients = torch.autograd.grad(opened.logit(values, chosen).sum(), values, allow_unused=True)
+    products = [value.detach() * slope for value, slope in zip(values, gradients) if slope is not None]
+    scores, _ = opened.by_token(products)
+    greatest = max(map(abs, scores)) or 1.0
+    return [(tokenizer.piece(token), round(score / greatest, 4)) for token, score in zip(before, scores)]

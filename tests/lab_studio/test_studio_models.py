@@ -1,6 +1,5 @@
 """Checkpoints in the studio: found, described, opened without running anything in them, written with."""
 
-import math
 import pickle
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import torch
 from lab import LabError
 from lab.checkpoints import save_checkpoint
 from lab.models import LADDER, build_model
-from lab.studio.analyses import ANALYSES, MOST_CHECKPOINTS, along
+from lab.studio.analyses import ANALYSES, MOST_CHECKPOINTS, Microscope, along
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
-from lab.studio.diagram import diagram, parts_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
 from lab.studio.writing import drivers, guess, write
@@ -222,54 +220,59 @@ def test_samples_are_made_once_for_each_checkpoint(places, tmp_path):
     assert samples.along(folder) == found
 
 
-@pytest.mark.parametrize("rung", LADDER)
-def test_the_diagram_accounts_for_every_parameter(places, tmp_path, rung):
-    checkpoint = Models(places).load(save(tmp_path, rung))
-    parts = parts_of(checkpoint)
-    assert sum(part.parameters * part.count for part in parts) == checkpoint.model.num_parameters()
-    assert parts[-1].kind == "output" and parts[-1].shape == f"16 x {CHARACTERS.vocab_size}"
-    (axes,) = diagram(checkpoint).axes
-    assert len(axes.patches) == len(parts) + 1
-    assert not checkpoint.model._forward_hooks and not any(m._forward_hooks for m in checkpoint.model.modules())
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a short real training of the lab, where the queue would have put it."""
+    from lab.models import fields_class
+    from lab.train import TrainConfig, train_model
 
-
-def test_equal_blocks_are_drawn_once(places, tmp_path):
-    (blocks,) = [p for p in parts_of(Models(places).load(save(tmp_path, "gpt"))) if "blocks" in p.name]
-    assert blocks.count == 2 and blocks.shape == "16 x 64"
+    folder = tmp_path_factory.mktemp("home") / "trainings" / "one"
+    config = TrainConfig("mlp", "names", steps=6, batch_tokens=256, limit_chars=3000, checkpoints=3, val_tokens=500)
+    train_model(config, fields_class("mlp")(hidden_dim=16), folder=folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", ANALYSES)
-def test_every_analysis_looks_at_the_whole_training(places, tmp_path, name):
-    for step in (0, 5, 9):
-        path = save(tmp_path, "bigram", step=step)
-    lines = "".join(f"step:{s}/9 val_loss:{3 - s / 9} train_time:1ms step_avg:1ms\n" for s in (0, 5, 9))
-    (tmp_path / "runs" / "seed-000.txt").write_text("=" * 100 + "\n" + lines)
-    models = Models(places)
-    figure, text = ANALYSES[name](models, models.load(path), "ab")
-    if name == "Loss along training":
-        assert list(figure.axes[0].lines[0].get_xdata()) == [0, 5, 9] and "2.0000 at step 9" in text
-    elif name == "Next token along training":
-        top, bottom = figure.axes
-        assert len(top.lines) == 7 and list(bottom.lines[0].get_xdata()) == [0, 5, 9]
-        assert bottom.lines[0].get_ydata()[0] == pytest.approx(math.log(CHARACTERS.vocab_size), abs=0.1)
-    else:
-        assert figure is None and text.count("class='sample'") == (3 if "along" in name else 6)
+def test_every_analysis_leaves_a_picture_and_a_line(trained, name):
+    from lab.datasets import load_documents
+    from lab.studio import analyses
+
+    places = Places(trained.parents[1], (trained.parents[1],))
+    scope = Microscope(places, Models(places))
+    path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(analyses, "SCORED_CHARS", 500)
+    monkey.setattr("lab.datasets.load_documents", lambda kind, text: load_documents(kind, text, 3000))
+    try:
+        found = scope.look(name, path, "an")
+    finally:
+        monkey.undo()
+    assert found.summary and found.png_path.read_bytes().startswith(b"\x89PNG")
+    assert found.png_path.is_relative_to(places.pictures)
+
+
+def test_analyses_that_make_no_sense_are_refused(trained):
+    places = Places(trained.parents[1], (trained.parents[1],))
+    scope = Microscope(places, Models(places))
+    path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
+    with pytest.raises(Refused, match="no analysis"):
+        scope.look("__class__", path, "")
+    with pytest.raises(Refused, match="needs a prompt"):
+        scope.look("Attribution", path, "")
+    with pytest.raises(Refused, match="is not here"):  # it was trained on a part of the corpus
+        scope.look("Quality", path, "an")
     with pytest.raises(UnknownTextError):
-        ANALYSES["Several samples"](models, models.load(path), "zzz")
+        scope.look("Variability", path, "1234")
+    with pytest.raises(Refused, match="outside"):
+        scope.look("Variability", "/etc/passwd", "")
 
 
-def test_what_a_model_writes_is_escaped(places, tmp_path):
+def test_what_a_model_writes_is_escaped():
     """A model may have learned to write markup; the page must not run it."""
-    path = save(tmp_path, "bigram", CharTokenizer("<b>"))
-    models = Models(places)
-    checkpoint = models.load(path)
-    with torch.no_grad():
-        checkpoint.model.table.weight.fill_(-50.0)
-        checkpoint.model.table.weight[:, checkpoint.tokenizer.encode("<")[0]] = 50.0
-    _, text = ANALYSES["Several samples"](models, checkpoint, "<b>")
-    assert "<b>" not in text and "&lt;b&gt;&lt;" in text
     story_html = pytest.importorskip("lab.studio.pages.write").story_html
-    assert "<b>" not in story_html("<b>hello", "<b>", True) and "&lt;b&gt;" in story_html("<b>hello", "<b>", True)
+    samples_html = pytest.importorskip("lab.studio.pages.train").samples_html
+    for shown in (story_html("<b>hello", "<b>", True), samples_html([(1, "<b>hello")])):
+        assert "<b>" not in shown and "&lt;b&gt;" in shown
 
 
 def test_long_trainings_are_looked_at_from_first_to_last(tmp_path):

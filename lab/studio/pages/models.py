@@ -26,14 +26,15 @@ def build(studio, page: gr.Blocks) -> None:
     with gr.Row(visible=False) as details:
         with gr.Column(scale=1, min_width=320):
             facts = gr.HTML(elem_id="facts")
-            drawing = gr.Plot(show_label=False, elem_id="diagram")
+            drawing = _picture("diagram")
         with gr.Column(scale=1, min_width=320):
-            kind = gr.Radio(list(ANALYSES), value=next(iter(ANALYSES)), label="Analysis", elem_id="analysis")
+            kinds = [name for name in ANALYSES if name != "Architecture"]
+            kind = gr.Radio(kinds, value=kinds[0], label="Analysis", elem_id="analysis")
             prompt = gr.Textbox(label="Prompt", placeholder="(empty: the beginning of a text)", max_length=2000,
                                 elem_id="analysis_prompt")  # fmt: skip
             run = gr.Button("Analyse", elem_id="analyse")
-            picture = gr.Plot(show_label=False, elem_id="analysis_picture", visible=False)
-            words = gr.HTML(elem_id="samples")
+            words = gr.Markdown(elem_id="analysis_words")
+            picture = _picture("analysis_picture", visible=False)
 
     def refresh():
         found = studio.catalogue.checkpoints()
@@ -41,13 +42,14 @@ def build(studio, page: gr.Blocks) -> None:
         return rows, gr.update(choices=[(studio.catalogue.label(one), studio.places.shown(one.path)) for one in found])
 
     def opened(chosen):
-        from lab.studio.diagram import diagram
-
         checkpoint = studio.models.load(chosen)
         shown = studio.places.shown
         steps = [(step_label(one), shown(one)) for one in steps_of(checkpoint.path)]
         listed = gr.update(choices=steps, value=shown(checkpoint.path))
-        return listed, gr.update(visible=True), facts_html(studio, checkpoint), diagram(checkpoint)
+        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn(chosen)
+
+    def drawn(chosen):
+        return str(studio.microscope.look("Architecture", chosen, "").png_path)
 
     @told
     def open_row(event: gr.SelectData):
@@ -57,8 +59,8 @@ def build(studio, page: gr.Blocks) -> None:
 
     @told
     def analyse(chosen, name, beginning):
-        figure, text = ANALYSES[name](studio.models, studio.models.load(chosen), beginning or "")
-        return gr.update(value=figure, visible=figure is not None), text
+        found = studio.microscope.look(name, chosen, beginning or "")
+        return gr.update(value=str(found.png_path), visible=True), html.escape(found.summary)
 
     page.load(told(refresh), None, [table, path])
     again.click(told(refresh), None, [table, path])
@@ -66,6 +68,11 @@ def build(studio, page: gr.Blocks) -> None:
     table.select(open_row, None, shown)
     path.input(told(opened), path, shown)
     gr.on([run.click, prompt.submit, kind.input], analyse, [path, kind, prompt], [picture, words])
+
+
+def _picture(id: str, visible: bool = True) -> gr.Image:
+    return gr.Image(type="filepath", interactive=False, show_label=False, elem_id=id, visible=visible,
+                    buttons=["download", "fullscreen"])  # fmt: skip
 
 
 def facts_html(studio, checkpoint) -> str:
