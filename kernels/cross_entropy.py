@@ -1,21 +1,23 @@
 """Fused linear layer, soft cap and cross-entropy: the language model's head and its loss.
 
-    z = x w^T                              (N, V)   N tokens, D model width, V classes; the padding's classes
-    too c = softcap(z)                         15 z / sqrt(z^2 + 225)  or  23 sigmoid((z + 5) / 7.5)  or  z
+    z = x w^T                              (N, V)   N tokens, D model width, V classes, the padding's too
+    c = softcap(z)                         15 z / sqrt(z^2 + 225)  or  23 sigmoid((z + 5) / 7.5)  or  z
     loss_n = log sum_v exp(c_nv) - c_n,target_n
 
-x is (N, D) in bfloat16 or float32; w is the float32 master (V, D), cast to x's dtype for the products;
-targets are (N,) integers. Losses are float32, dx has x's dtype, dw is accumulated in float32.
+x is (N, D) in bfloat16 or float32; w is the float32 master (V, D), cast to x's dtype for the products; targets are
+(N,) integers. Losses are float32, dx has x's dtype, dw is accumulated in float32.
 
-On a GPU the tokens go through in chunks: the library computes a chunk's logits in x's dtype; one kernel reads each row
-of them from memory once, and leaves the loss, and in place of the logits their gradient; the library turns
-that into dx and adds it to dw. So the logits cross the memory bus four times (written by one product, read and written
-by the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs.
+On a GPU the tokens go through in chunks: the library computes a chunk's logits in x's dtype; one kernel reads each
+row of them from memory once, and leaves the loss, and in place of the logits their gradient; the library turns that
+into dx and adds it to dw. So the logits cross the memory bus five times (written by one product, read and written by
+the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs.
 
-Memory beside x and w, for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 4096 tokens: 412 MB of logits, 103
-MB for w in bfloat16, 206 MB dw and as much for what is added to it, 134 MB dx: 1.06 GB, where all logits in float32 and
-their gradient take 26 GB. `chunk_tokens` = N keeps all logits (6.6 GB), for fewer launches. The gradients are computed
-in the forward pass, for an upstream gradient of one.
+Memory beside x and w, for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 4096 tokens: 412 MB of logits,
+103 MB for w in bfloat16, 206 MB dw and as much for what is added to it, 134 MB dx: 1.06 GB (counted from the launch
+code in tests/kernels/test_cross_entropy.py, not measured), where all logits in float32 and their gradient take 26 GB.
+`chunk_tokens` = N keeps all logits (6.6 GB), for fewer launches. For "mean" and "sum" the gradients are computed in
+the forward pass, for an upstream gradient of one, and scaled in the backward pass; for "none" the backward pass
+computes the logits again.
 """
 
 import torch
@@ -26,16 +28,13 @@ SOFTCAPS = ("rsqrt", "sigmoid", None)
 REDUCTIONS = ("mean", "sum", "none")
 # Beyond this the soft cap is flat to the last float32 digit, while z*z would overflow from 1.8e19 on.
 LOGIT_LIMIT = 1e6
-# A chunk of logits that stays in a CPU core's second-level cache: measured best of 128 .. 4096 tokens at 256
-# classes.
+# A chunk of logits that stays in a CPU core's caches: measured best of 128 .. 2048 tokens at 256 classes.
 CPU_CHUNK_LOGITS = 1 << 18
-
-
 #: Rows of x whose logits are in memory at once on a GPU.
 GPU_CHUNK_TOKENS = 4096
-#: Classes that one program holds in registers: 32 a thread, with 16 warps. Longer rows go through in blocks, twice; the
-#: second reading finds the row in the second-level cache (100 KB a row, one row a multiprocessor). Holding 50,304 classes
-#: in the registers of 32 warps spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
+#: Classes that one program holds in registers: 32 a thread, with 16 warps. Longer rows go through in blocks, twice;
+#: the second reading finds the row in the second-level cache (100 KB a row, one row a multiprocessor). Holding 50,304
+#: classes in the registers of 32 warps spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
 _MOST_IN_REGISTERS = 1 << 14
 FP8_DEVICES = ("sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -56,12 +55,14 @@ def _apply_softcap(z: torch.Tensor, softcap: str | None) -> torch.Tensor:
     return 23 * torch.sigmoid((z + 5) / 7.5)
 
 
-def _check(x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap, reduction) -> None:
+def _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens) -> None:
     """Raise ValueError, naming the argument, for shapes or options that cannot work."""
     if softcap not in SOFTCAPS:
         raise ValueError(f"softcap={softcap!r} is unknown; choose one of {SOFTCAPS}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is unknown; choose one of {REDUCTIONS}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1 (or None: chosen for the device)")
     if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"x {tuple(x_ND.shape)} and weight {tuple(weight_VD.shape)} must be (N, D) and (V, D)"
@@ -290,12 +291,10 @@ def _gradient_products(g, x, w, dw, fp8: bool):
     return torch._scaled_mm(g_8, w_8.t(), scale_a=g_scale, scale_b=w_scale, out_dtype=x.dtype)
 
 
-@torch.library.custom_op("speedrun::head_loss", mutates_args=())
-def _head_loss(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str, ignore_index: int,
-    chunk_tokens: int, fp8: bool, gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses (N,), dx, dw) for the sum of the losses; dx and dw are empty without `gradient`."""
+def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient, upstream_N=None):
+    """(losses (N,), dx, dw), dw in float32; dx and dw are empty without `gradient`.
+
+    The gradients are those of the losses' sum, weighted by `upstream_N` (N,) if given."""
     w_VD = weight_VD.to(x_ND.dtype)
     losses = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
     dx_ND = torch.empty_like(x_ND) if gradient else x_ND.new_empty(0)
@@ -305,8 +304,19 @@ def _head_loss(
         z = _product(x_ND[rows], w_VD, fp8)
         losses[rows] = launch_rows(z, targets_N[rows], softcap or None, ignore_index, gradient)
         if gradient:
+            if upstream_N is not None:
+                z *= upstream_N[rows, None]
             dx_ND[rows] = _gradient_products(z, x_ND[rows], w_VD, dw_VD, fp8)
+        del z  # before the next chunk's logits, or two chunks of them would exist
     return losses, dx_ND, dw_VD
+
+
+@torch.library.custom_op("speedrun::head_loss", mutates_args=())
+def _head_loss(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str, ignore_index: int,
+    chunk_tokens: int, fp8: bool, gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient)
 
 
 @_head_loss.register_fake
@@ -333,21 +343,60 @@ def _head_grad(ctx, upstream_N, *_):
 _head_loss.register_autograd(_head_grad, setup_context=_head_setup)
 
 
+@torch.library.custom_op("speedrun::head_token_losses", mutates_args=())
+def _head_token_losses(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str, ignore_index: int,
+    chunk_tokens: int, fp8: bool,
+) -> torch.Tensor:
+    """Losses (N,) whose backward pass takes a gradient a token."""
+    return launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, False)[0]
+
+
+@torch.library.custom_op("speedrun::head_gradients", mutates_args=())
+def _head_gradients(
+    upstream_N: torch.Tensor, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str,
+    ignore_index: int, chunk_tokens: int, fp8: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, dw) of sum_n upstream_n loss_n."""
+    arguments = (x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8)
+    return launch_head(*arguments, True, upstream_N)[1:]
+
+
+@_head_token_losses.register_fake
+def _(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8):
+    return x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+
+
+@_head_gradients.register_fake
+def _(upstream_N, x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8):
+    return torch.empty_like(x_ND), torch.empty_like(weight_VD, dtype=torch.float32)
+
+
+def _token_losses_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _token_losses_grad(ctx, upstream_N):
+    x_ND, weight_VD, targets_N = ctx.saved_tensors
+    dx_ND, dw_VD = _head_gradients(upstream_N, x_ND, weight_VD, targets_N, *ctx.options)
+    return dx_ND, dw_VD.to(weight_VD.dtype), *[None] * 5
+
+
+_head_token_losses.register_autograd(_token_losses_grad, setup_context=_token_losses_setup)
+
+
 def _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_tokens, fp8):
     """The Triton way of `linear_cross_entropy`."""
     if fp8 and device_kind() not in FP8_DEVICES:
         raise ValueError(f"fp8=True needs one of {', '.join(FP8_DEVICES)}, and this device is {device_kind()}")
     chunk_tokens = chunk_tokens or GPU_CHUNK_TOKENS
-    differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    if reduction == "none" and differentiable:
-        return _TokenLosses.apply(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens)
-    losses, _, _ = _head_loss(
-        x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens, fp8, differentiable
-    )
+    arguments = (x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens, fp8)
     if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total * _mean_scale(targets_N, ignore_index, losses.dtype) if reduction == "mean" else total
+        return _head_token_losses(*arguments)
+    differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    total = _head_loss(*arguments, differentiable)[0].sum()
+    return total * _mean_scale(targets_N, ignore_index, total.dtype) if reduction == "mean" else total
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -395,13 +444,13 @@ def linear_cross_entropy(
     """Cross-entropy of softcap(x w^T) without ever holding all logits.
 
     reduction: "mean" over the targets that are not `ignore_index`, "sum", or "none" for float32 losses (N,),
-    zero where ignored. chunk_tokens: rows of x whose logits are in
-    memory at once (None: chosen for the device).
+    zero where ignored.
+    chunk_tokens: rows of x whose logits are in memory at once (None: chosen for the device).
     fp8: products of the head in 8 bits, on GPUs that have them.
     impl: "auto" | "triton" | "reference" (plain torch in chunks) | "eager" (plain torch, all logits).
     Errors: ValueError for shapes or options that do not fit.
     """
-    _check(x_ND, weight_VD, targets_N, softcap, reduction)
+    _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens)
     impl = implementation(impl, x_ND)
     if impl == "eager":
         return linear_cross_entropy_reference(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index)

@@ -1,0 +1,272 @@
+"""The head's loss: every way against float64 with both gradients, its laws, its limits and its memory."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import cross_entropy as module
+from kernels.cross_entropy import (
+    REDUCTIONS,
+    SOFTCAPS,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    softcapped_logits,
+)
+from kernels.runtime import INTERPRETED
+
+IGNORED = -100
+WAYS = [pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")), "reference"]
+
+
+def draw(N=37, D=12, V=45, scale=1.0, seed=0):
+    """x, w, targets (every fifth ignored) and an upstream gradient a token."""
+    random = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(n, D, generator=random) * scale for n in (N, V))
+    targets = torch.randint(V, (N,), generator=random)
+    targets[::5] = IGNORED
+    return x, w, targets, torch.randn(N, generator=random)
+
+
+def with_gradients(run, x, w, upstream):
+    """[loss, dx, dw]; `upstream` is a number a token, of which a scalar loss takes the first."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = run(x, w)
+    upstream = upstream.to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, (x, w), upstream if loss.dim() else upstream[0])]
+
+
+@pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("chunk_tokens", [16, 100])
+def test_against_float64(impl, softcap, reduction, chunk_tokens):
+    x, w, targets, upstream = draw()
+
+    def eager(x, w):
+        return linear_cross_entropy_reference(x, w, targets, softcap, reduction, IGNORED)
+
+    def ours(x, w):
+        return linear_cross_entropy(
+            x, w, targets, softcap=softcap, reduction=reduction, chunk_tokens=chunk_tokens, impl=impl
+        )
+
+    truth = with_gradients(eager, x.double(), w.double(), upstream.double())
+    same = with_gradients(eager, x, w, upstream)
+    for name, true, usual, mine in zip(("loss", "dx", "dw"), truth, same, with_gradients(ours, x, w, upstream)):
+        assert mine.dtype == torch.float32
+        allowed = 2 * (usual - true).abs().max() + 4e-6 * true.abs().max()
+        assert (mine - true).abs().max() <= allowed, name
+
+
+@settings(deadline=None, max_examples=40)
+@given(N=st.integers(1, 40), D=st.integers(1, 9), V=st.integers(1, 40), chunk=st.integers(1, 50),
+       softcap=st.sampled_from(SOFTCAPS), reduction=st.sampled_from(REDUCTIONS), seed=st.integers(0, 99))
+def test_any_shape_and_any_chunk_is_the_definition(N, D, V, chunk, softcap, reduction, seed):
+    x, w, targets, upstream = (t.double() if t.is_floating_point() else t for t in draw(N, D, V, seed=seed))
+    targets[-1] = V - 1  # torch's mean over no target at all is NaN
+
+    def ours(x, w):
+        return linear_cross_entropy(
+            x, w, targets, softcap=softcap, reduction=reduction, chunk_tokens=chunk, impl="reference"
+        )
+
+    def eager(x, w):
+        return linear_cross_entropy_reference(x, w, targets, softcap, reduction, IGNORED)
+
+    for mine, true in zip(with_gradients(ours, x, w, upstream), with_gradients(eager, x, w, upstream)):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_a_zero_head_loses_the_logarithm_of_all_classes_padding_too(impl):
+    x, _, targets, _ = draw(V=45)
+    loss = linear_cross_entropy(x, torch.zeros(128, 12), targets, impl=impl)
+    assert loss.item() == pytest.approx(math.log(128), abs=1e-6)
+
+
+@pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("scale", [1e3, 1e10])
+def test_extreme_logits_stay_finite(impl, softcap, scale):
+    """Logits up to 1e21, whose squares overflow float32."""
+    x, w, targets, upstream = draw(scale=scale)
+    found = with_gradients(
+        lambda x, w: linear_cross_entropy(x, w, targets, softcap=softcap, chunk_tokens=16, impl=impl), x, w, upstream
+    )
+    for value in found:
+        assert torch.isfinite(value).all()
+    if softcap:
+        assert 0 <= found[0] <= 30 + math.log(w.shape[0])
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_ignored_tokens_count_for_nothing(impl):
+    x, w, targets, upstream = draw()
+    kept = targets != IGNORED
+
+    def loss(chosen, targets):
+        return with_gradients(lambda x, w: linear_cross_entropy(x, w, targets, impl=impl), chosen, w, upstream)
+
+    all_tokens, alone = loss(x, targets), loss(x[kept], targets[kept])
+    torch.testing.assert_close(all_tokens[0], alone[0])
+    torch.testing.assert_close(all_tokens[1][kept], alone[1])
+    torch.testing.assert_close(all_tokens[2], alone[2])
+    assert (all_tokens[1][~kept] == 0).all()
+    nobody = torch.full_like(targets, IGNORED)
+    assert linear_cross_entropy(x, w, nobody, reduction="sum", impl=impl) == 0
+    assert linear_cross_entropy(x, w, nobody, impl=impl).isnan()
+
+
+@pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_same_call_gives_the_same_bits(impl, reduction):
+    x, w, targets, upstream = draw()
+
+    def run(x, w):
+        return linear_cross_entropy(x, w, targets, reduction=reduction, chunk_tokens=10, impl=impl)
+
+    once, again = (with_gradients(run, x, w, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+@pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break(impl, reduction):
+    x, w, targets, upstream = draw()
+
+    def run(x, w):
+        return linear_cross_entropy(x, w, targets, reduction=reduction, chunk_tokens=16, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for mine, plain in zip(with_gradients(compiled, x, w, upstream), with_gradients(run, x, w, upstream)):
+        torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
+def test_the_operators_keep_their_contracts():
+    x, w, targets, upstream = draw(N=6, D=4, V=9)
+    checks = ("test_schema", "test_faketensor")
+    for gradient in (False, True):
+        torch.library.opcheck(
+            module._head_loss, (x, w, targets, "rsqrt", IGNORED, 4, False, gradient), test_utils=checks
+        )
+    torch.library.opcheck(
+        module._head_gradients, (upstream[:6], x, w, targets, "rsqrt", IGNORED, 4, False), test_utils=checks
+    )
+
+
+def test_half_precision_gives_float32_losses_and_a_float32_head():
+    x, w, targets, upstream = draw(N=64, D=32, V=100)
+    run = dict(impl="reference", chunk_tokens=16)
+    loss, dx, dw = with_gradients(lambda x, w: linear_cross_entropy(x, w, targets, **run), x.bfloat16(), w, upstream)
+    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    truth = with_gradients(
+        lambda x, w: linear_cross_entropy_reference(x, w, targets), x.bfloat16().double(), w.double(), upstream
+    )
+    for mine, true in zip((loss, dx, dw), truth):
+        assert (mine - true).norm() <= 2e-2 * true.norm()
+
+
+def test_gradcheck():
+    x, w, targets, _ = (t.double().requires_grad_() if t.is_floating_point() else t for t in draw(5, 3, 6))
+    for reduction in REDUCTIONS:
+        for softcap in SOFTCAPS:
+            assert torch.autograd.gradcheck(
+                lambda x, w: linear_cross_entropy(
+                    x, w, targets, softcap=softcap, reduction=reduction, chunk_tokens=2  # noqa: B023
+                ), (x, w))
+
+
+def test_logits_for_sampling_are_capped_float32():
+    x, w, _, _ = draw(scale=5.0)
+    for softcap, least, most in (("rsqrt", -15, 15), ("sigmoid", 0, 23)):
+        c = softcapped_logits(x[None].bfloat16(), w, softcap)
+        assert c.shape == (1, 37, 45) and c.dtype == torch.float32 and least <= c.min() and c.max() <= most
+    z = x @ w.t()
+    torch.testing.assert_close(softcapped_logits(x, w), 15 * z / (z * z + 225).sqrt())
+    torch.testing.assert_close(softcapped_logits(x, w, None), z)
+
+
+def test_wrong_arguments_are_named():
+    x, w, targets, _ = draw()
+    for arguments, options, word in (
+        ((x, w[:, :-1], targets), {}, "weight"), ((x, w, targets[:-1]), {}, "targets"),
+        ((x[None], w, targets), {}, "x"),
+        ((x, w, targets), dict(softcap="tanh"), "softcap"), ((x, w, targets), dict(reduction="max"), "reduction"),
+        ((x, w, targets), dict(impl="cuda"), "impl"), ((x, w, targets), dict(fp8=True), "fp8"),
+        ((x, w, targets), dict(chunk_tokens=0), "chunk_tokens"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            linear_cross_entropy(*arguments, **options)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside it that still live: now, and at most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def _gone(self, key, size):
+        self.now -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if not isinstance(t, torch.Tensor):
+                continue
+            storage = t.untyped_storage()
+            if storage._cdata in old or storage._cdata in self.known:
+                continue
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_counted_memory_at_the_size_of_the_run(monkeypatch, gradient):
+    """Counted, not measured: the real launch code on meta tensors, with stand-ins for what needs a GPU."""
+    N, D, V = 65536, 1024, 50304
+    monkeypatch.setattr(module, "launch_rows", lambda z, t, *_: torch.empty(len(z), device="meta"))
+    monkeypatch.setattr(
+        module, "_matmul_f32", lambda a, b: torch.empty(len(a), b.shape[1], dtype=torch.float32, device="meta")
+    )
+    x = torch.empty(N, D, dtype=torch.bfloat16, device="meta")
+    w, targets = torch.empty(V, D, device="meta"), torch.empty(N, dtype=torch.int64, device="meta")
+    with LiveBytes() as counted:
+        module.launch_head(x, w, targets, "rsqrt", IGNORED, module.GPU_CHUNK_TOKENS, False, gradient)
+    logits, w_bf16, dw, dx = module.GPU_CHUNK_TOKENS * V * 2, V * D * 2, V * D * 4, N * D * 2
+    least = logits + w_bf16 + (2 * dw + dx if gradient else 0)
+    assert least <= counted.most <= 1.5e9, f"{counted.most / 1e9:.2f} GB"
+    assert counted.most <= 1.1 * least
+
+
+def test_products_in_8_bits_are_near_those_in_16():
+    """torch's scaled products run on a CPU too: same calls, same scales, same layouts as on a GPU."""
+    x, w, _, _ = draw(N=64, D=32, V=96)
+    x, w = x.bfloat16(), w.bfloat16()
+    z = module._product(x, w, False)
+    try:
+        z_8 = module._product(x, w, True)
+    except (RuntimeError, NotImplementedError) as missing:
+        pytest.skip(f"this torch has no scaled product on the CPU: {missing}")
+    assert 0 < (z_8.float() - z.float()).norm() <= 6e-2 * z.float().norm()
+    g = (torch.randn(64, 96, generator=torch.Generator().manual_seed(1)) * 1e-6).bfloat16()
+    both = []
+    for fp8 in (False, True):
+        dw = torch.zeros(96, 32)
+        both.append((module._gradient_products(g, x, w, dw, fp8).float(), dw))
+    for plain, eight in zip(*both):
+        assert 0 < (eight - plain).norm() <= 0.12 * plain.norm()  # e5m2 keeps two bits behind the leading one
