@@ -1,0 +1,152 @@
+"""Under load: a series of runs, a reader that judges it again and again, and reports, all at once on this machine.
+
+    python -m bench.load --runs 19                # bench/results/load-<device>.json
+
+The same tiny runs are trained twice: alone, and while `stats monitor`, `stats ttest` and `records.report` work on the
+series' folder without a pause. Figures: how much slower the runs are then, and how long a reader takes. Checks: every
+run finishes with the loss that it has alone; no reader ever fails, names a loss that no log holds, or counts a run
+whose end the ledger does not know; the last verdict is that of the series alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.common import REPO, summary, write_result
+from bench.faults import TINY, make_shards
+
+THRESHOLD = 4.3
+PLAN = ["--threshold", str(THRESHOLD), "--margin", "0.02", "--sigma", "0.02", "--sigma-source", "guess", "--cap", "40"]
+READERS = {
+    "monitor": lambda folder: ["-m", "stats", "monitor", str(folder), "--json"],
+    "ttest": lambda folder: ["-m", "stats.ttest", str(folder), "--json", "--no-sensitivity"],
+    "report": lambda folder: ["-m", "records.report", str(folder)],
+}
+# 0 to 4 are verdicts; 3 of a series that has too few runs so far, which its message says.
+EARLY = ("at least 2", "at least two", "too few", "no validation", "no finished", "no run", "has no runs", "1 run")
+
+
+def python(*words: str, **options) -> subprocess.CompletedProcess:
+    """Our modules in a process of their own, on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, **options)
+
+
+def series_command(root: Path, shards: Path, runs: int, steps: int) -> list[str]:
+    """The series runner on tiny runs."""
+    fields = TINY | dict(
+        train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", target_loss=THRESHOLD,
+        num_iterations=steps, checkpoint_every=0,
+    )  # fmt: skip
+    own = ("preset", "run_name")
+    flags = [f"--{name}={value}" for name, value in fields.items() if name not in own]
+    return ["-m", "records.series", "--repeats", str(runs), "--preset=nano", "--name", "load", "--root", str(root),
+            "--no-judge", "--launcher=local", "--parallel=2", *flags]  # fmt: skip
+
+
+def ends_of(root: Path) -> dict[str, dict]:
+    """{run: its end} by the ledger."""
+    events = [json.loads(line) for line in (root / "load" / "ledger.jsonl").read_text().splitlines()]
+    return {event["run"]: event for event in events if event["event"] == "end"}
+
+
+def read_until(process: subprocess.Popen, folder: Path, problems: list[str]) -> dict[str, list[float]]:
+    """Readers in turn while `process` lives; {reader: its times in ms}."""
+    times: dict[str, list[float]] = {name: [] for name in READERS}
+    while process.poll() is None:
+        for name, words in READERS.items():
+            if not (folder / "record.json").exists():
+                time.sleep(0.05)
+                continue
+            begin = time.perf_counter()
+            done = python(*words(folder), timeout=300)
+            times[name].append((time.perf_counter() - begin) * 1e3)
+            problems += problems_of(name, done)
+    return times
+
+
+def problems_of(name: str, done: subprocess.CompletedProcess) -> list[str]:
+    """What is wrong with a reader's answer on a series that is still running."""
+    if "Traceback" in done.stderr:
+        return [f"{name}: {done.stderr[-400:]}"]
+    if done.returncode in (0, 1, 4) or (done.returncode == 3 and any(word in done.stderr for word in EARLY)):
+        return []
+    return [f"{name}: exit code {done.returncode}: {done.stderr[-400:]}"]
+
+
+def verdict(folder: Path) -> dict:
+    """The t-test of a series that is complete."""
+    told = json.loads(python("-m", "stats.ttest", str(folder), "--json", "--no-sensitivity").stdout)
+    return {key: told[key] for key in ("n", "sample_mean", "p_value", "decision")}
+
+
+def measure_load(runs: int, steps: int, folder: Path) -> dict:
+    """Train the series alone and under load; figures and problems."""
+    problems: list[str] = []
+    make_shards(folder / "shards")
+    alone, loaded = folder / "alone", folder / "loaded"
+    begin = time.perf_counter()
+    done = python(*series_command(alone, folder / "shards", runs, steps))
+    alone_s = time.perf_counter() - begin
+    if done.returncode:
+        raise RuntimeError(f"the series alone ended with {done.returncode}:\n{done.stdout[-900:]}{done.stderr[-2000:]}")
+    (loaded / "load").mkdir(parents=True)
+    planned = python("-m", "stats", "plan", *PLAN, "--write", str(loaded / "load" / "plan.json"))
+    if planned.returncode:
+        shutil.rmtree(loaded)
+        problems.append(f"no plan: {planned.stderr[-300:]}")
+    begin = time.perf_counter()
+    with open(folder / "output", "w") as output:
+        command = [sys.executable, *series_command(loaded, folder / "shards", runs, steps)]
+        process = subprocess.Popen(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT)
+        times = read_until(process, loaded / "load", problems)
+    loaded_s = time.perf_counter() - begin
+    if process.returncode:
+        told = (folder / "output").read_text()[-500:]
+        problems.append(f"the series under load ended with {process.returncode}: {told}")
+    before, after = ends_of(alone), ends_of(loaded)
+    for run in sorted(before.keys() | after.keys()):
+        losses = [ends.get(run, {}).get("final_loss") for ends in (before, after)]
+        if losses[0] is None or losses[0] != losses[1]:
+            problems.append(f"{run}: loss {losses[0]} alone, {losses[1]} under load")
+    verdicts = verdict(alone / "load"), verdict(loaded / "load")
+    if verdicts[0] != verdicts[1]:
+        problems.append(f"verdict alone {verdicts[0]}, under load {verdicts[1]}")
+    seconds = [sorted(end["seconds"] for end in ends.values()) for ends in (before, after)]
+    middle = [values[len(values) // 2] for values in seconds]
+    return {
+        "runs": runs, "steps": steps, "series_alone_s": alone_s, "series_loaded_s": loaded_s,
+        "run_alone_s": middle[0], "run_loaded_s": middle[1], "slow_down": middle[1] / middle[0],
+        "readers": {name: summary(values) if values else None for name, values in times.items()},
+        "verdict": verdicts[0], "problems": problems,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 if no reader and no run went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=int, default=19)
+    parser.add_argument("--steps", type=int, default=10, help="training steps of each run")
+    parser.add_argument("--json", help="write the result here instead of bench/results/")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="load-") as folder:
+        found = measure_load(options.runs, options.steps, Path(folder))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1))
+    else:
+        write_result("load", found)
+    print(json.dumps(found, indent=1))
+    return 1 if found["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
