@@ -107,8 +107,8 @@ def ladder_chart(results: dict[str, list[Result]], floor: float, out: Path) -> a
     ax.legend(loc="upper right")
     best = min(table, key=lambda r: r["mean"])
     summary = (
-        f"Best rung: {best['rung']} at {best['mean']:.4f} nats a character; the floor is {floor:.4f}. Losses are those of "
-        "the checkpoint that validation chose."
+        f"Best rung: {best['rung']} at {best['mean']:.4f} nats a character; the floor is {floor:.4f}. Losses are those "
+        "of the checkpoint that validation chose."
     )
     return analyses.write_finding(out, "ladder", summary, {"table": table, "entropy_floor": floor}, fig)
 
@@ -209,8 +209,8 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
     words = [s.text for s in generate(gpt, count=12, max_tokens=15)]
     minutes = (time.monotonic() - began) / 60
     facts = (
-        f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Every rung is a series of "
-        "runs: python -m stats compare series/names-mlp series/names-batchnorm says whether batch norm helped."
+        f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Every rung is a series "
+        "of runs: python -m stats compare series/names-mlp series/names-batchnorm says whether batch norm helped."
     )
     write_json(out / "tour.json", {"minutes": minutes, "seeds": list(seeds), "scale": scale, **chart.data})
     for finding in [chart, *findings]:

@@ -39,38 +39,28 @@ class TrainConfig:
     """Settings of a training run."""
 
     model: str = field("mlp", f"rung of the ladder: {', '.join(LADDER)}")
-    data: str = field(
-        "names", "how the corpus is read: names (one a line), text (passages), stories (cleaned), sums"
-    )
+    data: str = field("names", "how the corpus is read: names (one a line), text (passages), stories (cleaned), sums")
     path: str = field("", "corpus file, UTF-8; '': the embedded corpus")
     tokens: str = field("char", "char, word or byte")
     steps: int = field(0, "optimizer steps; 0: the model's default")
     batch_tokens: int = field(0, "tokens a step, cut in rows; 0: the model's default")
     row_tokens: int = field(0, "tokens a row of packed documents; 0: the model's default")
-    learning_rate: float = field(
-        0.0, "peak rate of AdamW; 0: the model's default. The GPT has muon_lr and others"
-    )
+    learning_rate: float = field(0.0, "peak rate of AdamW; 0: the model's default. The GPT has muon_lr and others")
     weight_decay: float = field(0.01, "of AdamW, matrices only; the GPT has muon_weight_decay")
     warmup_frac: float = field(0.02, "share of the steps in which the rate rises from 0")
     cooldown_frac: float = field(0.7, "share of the steps, at the end, in which the rate falls to 0")
     val_every: int = field(0, "steps between validations; 0: twenty times a run")
-    val_tokens: int = field(
-        100_000, "validation tokens scored during training (0: all); all of them at the end"
-    )
+    val_tokens: int = field(100_000, "validation tokens scored during training (0: all); all of them at the end")
     log_every: int = field(0, "steps between lines of training loss; 0: a hundred a run")
     checkpoints: int = field(10, "checkpoints along training, closer at the start; the first is at step 0")
-    diagnostics: bool = field(
-        False, "histograms and update-to-weight ratios at every checkpoint, JSON and PNG"
-    )
+    diagnostics: bool = field(False, "histograms and update-to-weight ratios at every checkpoint, JSON and PNG")
     test: bool = field(False, "score the chosen checkpoint once on the whole test split")
     seed: int = field(0, "of the initial weights and the order of the data")
     split_seed: int = field(0, "of the split of documents; keep it fixed to compare models")
     limit_chars: int = field(0, "use only the first so many characters of the corpus; 0: all")
 
 
-_MACHINE_FIELDS = (
-    "path",
-)  # where the corpus lies does not change what a run computes: data_hash says what it is
+_MACHINE_FIELDS = ("path",)  # where the corpus lies does not change what a run computes: data_hash says what it is
 
 # Defaults by rung: (steps, batch_tokens, row_tokens, learning_rate)
 _DEFAULTS = {
@@ -128,9 +118,7 @@ class ScheduledAdamW:
             {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-        for (
-            p
-        ) in self.named.values():  # created now rather than at the first step, so that state() is complete
+        for p in self.named.values():  # created now rather than at the first step, so that state() is complete
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.inner.state[p] = {"step": torch.zeros(()), **moments}
 
@@ -235,19 +223,13 @@ class Run:
         described = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MACHINE_FIELDS}
         described |= {"fields": dataclasses.asdict(fields), "num_parameters": self.model.num_parameters()}
         facts = {"data_hash": corpus.digest, "vocabulary_digest": corpus.tokenizer.digest()}
-        modules = [
-            "lab.train" if __name__ == "__main__" else __name__,
-            type(self.model).__module__,
-            "lab.models.base",
-        ]
-        modules[0] = __name__
+        modules = [__name__, type(self.model).__module__, "lab.models.base"]
         self.log = RunLog(folder / "runs", self.name, described, facts, sources_of(*modules))
         self.checkpoints = folder / "runs" / f"{self.name}.checkpoints"
         self.seconds = 0.0
         self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
-        self.diagnostics = (
-            Diagnostics(self.model, corpus.tokenizer.vocab_size) if config.diagnostics else None
-        )
+        looks = config.diagnostics and config.model != "counts"  # counting has no gradients to look at
+        self.diagnostics = Diagnostics(self.model, corpus.tokenizer.vocab_size) if looks else None
 
     def _check_context(self) -> None:
         smallest = min(t.num_predictions for t in self.corpus.tokens.values())
@@ -257,10 +239,7 @@ class Run:
                 f"a context of {needed} tokens is longer than the text: the smallest split has {smallest} "
                 "predictions. Lower --context or give more text"
             )
-        if (
-            self.config.model == "gpt"
-            and self.config.row_tokens > self.corpus.tokens["train"].num_predictions
-        ):
+        if self.config.model == "gpt" and self.config.row_tokens > self.corpus.tokens["train"].num_predictions:
             raise LabError(
                 f"--row_tokens={self.config.row_tokens} is longer than the training text of "
                 f"{self.corpus.tokens['train'].num_predictions} tokens; lower it or give more text"
@@ -303,17 +282,13 @@ class Run:
         }
         state |= self.optimizer.state() if self.optimizer else {}
         told = {"step": step, "seconds": self.seconds, "validation": self.log.validation, "best": self.best}
-        save_tensors(
-            self.checkpoints / "resume.safetensors", state, told | {"config_hash": self.log.config_hash}
-        )
+        save_tensors(self.checkpoints / "resume.safetensors", state, told | {"config_hash": self.log.config_hash})
 
     def load_state(self) -> int:
         """Go back to where an interrupted run stopped; returns the steps done."""
         tensors, told = load_tensors(self.checkpoints / "resume.safetensors")
         if told["config_hash"] != self.log.config_hash:
-            raise LabError(
-                f"{self.checkpoints}: the run to resume had other settings; repeat its command line"
-            )
+            raise LabError(f"{self.checkpoints}: the run to resume had other settings; repeat its command line")
         torch.set_rng_state(tensors.pop("rng"))
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(weights)
@@ -392,9 +367,7 @@ class Run:
                 if (step + 1) % c.log_every == 0:
                     value = float(loss)
                     if not math.isfinite(value):
-                        raise LabError(
-                            f"training loss is {value} at step {step + 1}; lower the learning rate"
-                        )
+                        raise LabError(f"training loss is {value} at step {step + 1}; lower the learning rate")
                     self.log.trained(step + 1, self.seconds, value)
         except LabError as error:
             self.log.summary("failed", str(error))

@@ -1,0 +1,151 @@
+"""Training, logs, checkpoints, resuming, sampling; small enough for seconds."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from lab import LabError, cli, sample, sweep, train
+from lab.checkpoints import best_checkpoint, find_checkpoints, load_checkpoint, same_vocabulary
+from lab.datasets import load_corpus
+from lab.embedded import entropy_floor, floor_on
+from lab.models import fields_class
+from lab.train import Run, TrainConfig, complete, evaluate, train_model
+
+
+@pytest.fixture(scope="module")
+def names():
+    return load_corpus("names", limit_chars=12_000)
+
+
+def config(model="mlp", steps=30, **more):
+    return complete(TrainConfig(model=model, steps=steps, batch_tokens=512, row_tokens=128, checkpoints=3, **more))
+
+
+def test_counting_and_training_a_bigram_agree(names, tmp_path):
+    counted = train_model(config("counts"), folder=tmp_path / "c", corpus=names)
+    trained = train_model(config("bigram", 250, learning_rate=0.3), folder=tmp_path / "b", corpus=names)
+    train_loss = [evaluate(r.model, names.tokens["train"], 128) for r in (counted, trained)]
+    assert abs(train_loss[0] - train_loss[1]) < 1e-2
+    assert abs(counted.final_loss - trained.final_loss) < 2e-2
+
+
+@pytest.mark.parametrize("model", ["mlp", "gpt"])
+def test_a_run_learns_and_leaves_log_json_and_checkpoints(names, tmp_path, model):
+    fields = fields_class("gpt")(model_dim=16) if model == "gpt" else None
+    result = train_model(config(model, test=True), fields, folder=tmp_path / "s", corpus=names)
+    told = json.loads((tmp_path / "s/runs/seed-000.json").read_text())
+    assert told["status"] == "finished" and told["schema"] == 1 and told["final_loss"] == result.final_loss
+    assert result.final_loss < math.log(names.tokenizer.vocab_size) - 0.3
+    assert result.test_loss == pytest.approx(evaluate(result.model, names.tokens["test"], 128))
+    log = (tmp_path / "s/runs/seed-000.txt").read_text()
+    assert log.splitlines()[-1].startswith(f"step:30/30 val_loss:{result.final_loss:.6f} train_time:")
+    loaded = load_checkpoint(best_checkpoint(tmp_path / "s"))
+    assert evaluate(loaded.model, names.tokens["val"], 128) == pytest.approx(result.best_loss, abs=1e-5)
+    assert [load_checkpoint(p).step for p in find_checkpoints(tmp_path / "s")][0] == 0
+    with pytest.raises(LabError, match="exists"):
+        train_model(config(model), fields, folder=tmp_path / "s", corpus=names)
+
+
+def test_the_statistics_read_a_series(names, tmp_path):
+    from stats.runs import read_runs
+
+    for seed in (0, 1):
+        train_model(config(steps=6, seed=seed), folder=tmp_path / "s", corpus=names)
+    runs = read_runs(tmp_path / "s" / "runs" / "seed-001.txt")
+    told = json.loads((tmp_path / "s/runs/seed-001.json").read_text())
+    assert runs[0].final_loss == pytest.approx(told["final_loss"], abs=1e-6)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(names, tmp_path):
+    c, fields = config(steps=20), fields_class("mlp")()
+    whole = Run(c, fields, names, tmp_path / "a", echo=False).train()
+    first = Run(c, fields, names, tmp_path / "b", echo=False)
+    stop = sorted(train.checkpoint_steps(20, 3))[1]
+    first.train(stop_after=stop)
+    second = Run(c, fields, names, tmp_path / "b", echo=False).train(resume=True)
+    assert second.final_loss == whole.final_loss
+    for a, b in zip(whole.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+    other = Run(dataclasses.replace(c, learning_rate=1e-4), fields, names, tmp_path / "b", echo=False)
+    with pytest.raises(LabError, match="other settings"):
+        other.train(resume=True)
+
+
+def test_damage_and_strangers_are_noticed(names, tmp_path):
+    train_model(config(steps=3), folder=tmp_path / "s", corpus=names)
+    path = best_checkpoint(tmp_path / "s")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(data)
+    with pytest.raises(LabError, match="does not match its digest"):
+        load_checkpoint(tmp_path / "flipped.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(data[:50])
+    with pytest.raises(LabError, match="not a whole safetensors"):
+        load_checkpoint(tmp_path / "cut.safetensors")
+    with pytest.raises(LabError, match="no checkpoint"):
+        find_checkpoints(tmp_path / "nowhere")
+    sums = load_corpus("sums", limit_chars=3000)
+    train_model(config(steps=3), folder=tmp_path / "t", corpus=sums)
+    with pytest.raises(LabError, match="another vocabulary"):
+        same_vocabulary([load_checkpoint(path), load_checkpoint(best_checkpoint(tmp_path / "t"))])
+
+
+def test_a_context_longer_than_the_text_is_refused(tmp_path):
+    path = tmp_path / "few.txt"
+    path.write_text("abc\nde\nfg\nhi\n")
+    for flags in (["--model=mlp", "--context=50"], ["--model=gpt", "--row_tokens=512"]):
+        code = cli.run(train.main, [*flags, f"--path={path}", f"--output_dir={tmp_path}/o", "--steps=2"])
+        assert code == 2
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--hiden_dim=3", "did you mean --hidden_dim"),
+        ("--steps=many", "expected int"),
+        ("--model=lstm", "the ladder has"),
+        ("--data=poems", "choose one of"),
+        ("--row_tokens=9999 --batch_tokens=1", "less than one row"),
+        ("--tokens=syllable", "choose char"),
+    ],
+)
+def test_wrong_flags_are_named(flag, words, capsys):
+    assert cli.run(train.main, flag.split()) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_samples_are_repeatable_and_unknown_prompts_refused(names, tmp_path):
+    result = train_model(config(steps=10), folder=tmp_path / "s", corpus=names)
+    checkpoint = load_checkpoint(best_checkpoint(result.folder))
+    a, b = (sample.generate(checkpoint, "ma", count=3, max_tokens=8, seed=5) for _ in range(2))
+    assert a == b and all(s.text.startswith("ma") for s in a)
+    with pytest.raises(LabError, match="vocabulary lacks"):
+        sample.generate(checkpoint, "m4")
+
+
+def test_the_sweep_marks_the_best_rate(names):
+    found = sweep.sweep(config(steps=8), fields_class("mlp")(), names, -5, 1, 4)
+    losses = [loss for loss in found.losses if loss is not None]
+    assert found.exponents == [-5, -3, -1, 1]
+    assert found.losses[found.exponents.index(math.log10(found.suggestion))] == min(losses)
+
+
+def test_no_model_beats_the_entropy_floor():
+    corpus = load_corpus("sums", limit_chars=30_000)
+    exact = floor_on(corpus.documents["val"], "sums")
+    assert exact == pytest.approx(entropy_floor("sums"), rel=0.05)
+    with pytest.raises(LabError, match="cannot write"):
+        floor_on(["no such sum"], "sums")
+
+
+def test_diagnostics_do_not_disturb_training(names, tmp_path):
+    plain = train_model(config(steps=6), folder=tmp_path / "a", corpus=names)
+    watched = train_model(config(steps=6, diagnostics=True), folder=tmp_path / "b", corpus=names)
+    assert plain.final_loss == watched.final_loss
+    moments = json.loads((tmp_path / "b/diagnostics/seed-000.json").read_text())["moments"]
+    assert moments[0]["loss"] == pytest.approx(moments[0]["expected_initial_loss"], abs=0.1)
+    assert 0 <= moments[0]["layers"]["tanh"]["saturated"] <= 1
+    assert (tmp_path / "b/diagnostics/seed-000.png").stat().st_size > 1000
