@@ -212,9 +212,9 @@ class Tile(NamedTuple):
 
 #: (device kind, kernel, bytes an element) -> tile, for head widths up to 128. Kinds: `device_kind`. A missing
 #: entry falls back to ("default", ...), which fits the shared memory of every device that torch supports (99 KiB
-#: on NVIDIA, 64 KiB on AMD). Hopper's are the largest whose hot loops do not spill: 128 rows of queries halve
-#: the second-level cache's traffic of 64, which at 500 TFLOP/s would be 8 TB/s. None has been timed on a GPU
-#: yet: `python -m bench.attention --tune` times CANDIDATES there.
+#: on NVIDIA, 64 KiB on AMD). Hopper's: 128 rows of queries, as 64 would read k and v twice as often, 8 TB/s from
+#: the second-level cache at 500 TFLOP/s; keys as many as do not make the hot loop spill. None has been timed on a
+#: GPU yet: `python -m bench.attention --tune` times CANDIDATES there.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("default", "forward", 2): Tile(64, 64, 4, 2),
     ("default", "dq", 2): Tile(64, 32, 4, 2),
@@ -225,7 +225,7 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("sm_80", "forward", 2): Tile(128, 64, 8, 2),
     ("sm_80", "dq", 2): Tile(128, 32, 8, 2),
     ("sm_80", "dkdv", 2): Tile(32, 128, 8, 2),
-    ("sm_90", "forward", 2): Tile(128, 128, 8, 2, True),
+    ("sm_90", "forward", 2): Tile(128, 64, 8, 2, True),
     ("sm_90", "dq", 2): Tile(128, 64, 8, 2, True),
     ("sm_90", "dkdv", 2): Tile(64, 128, 8, 2, True),
     ("sm_100", "forward", 2): Tile(128, 64, 8, 2, True),
@@ -309,18 +309,20 @@ def _key_range(p_first, row, T, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _edge_key(t, row, diagonal, interior, BN: tl.constexpr):
-    """First key of masked tile t: the diagonal tiles, then those beyond the interior."""
-    return tl.where(t < diagonal, row + t * BN, row - (interior + 1 + t - diagonal) * BN)
+def _tile_key(t, row, interior, edge, BN: tl.constexpr):
+    """First key of the t-th tile that a tile of queries visits: interior, far edge, then diagonal ones."""
+    return tl.where(t < interior + edge, row - (t + 1) * BN, row + (t - interior - edge) * BN)
 
 
 @triton.jit
-def _forward_step(b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
-                  KV_HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _forward_step(b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, key, next_key, kv_head, T,
+                  scale_log2, KV_HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of keys into the running softmax (maximum, sum and weighted values of each row)."""
-    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    """One tile of keys, whose logits b_s are known, into the running softmax (maximum, sum and weighted values).
+
+    The next tile's logits come first: the tensor cores work on them while this tile's exponentials are taken."""
+    b_k = _load_tile(p_k, batch, next_key, kv_head, T, KV_HEADS, DH, BN, True, DESCRIPTOR)
+    b_next = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if MASKED:
         o_i = row + tl.arange(0, BM)
         o_j = key + tl.arange(0, BN)
@@ -336,7 +338,7 @@ def _forward_step(b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, 
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
     b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
-    return b_acc, b_sum, b_new
+    return b_acc, b_sum, b_new, b_next
 
 
 @triton.jit
@@ -356,16 +358,21 @@ def _attention_forward(p_q, p_k, p_v, p_o, p_lse, p_first, p_order, scale_log2, 
     b_acc = tl.zeros([BM, DH], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
-    for t in range(0, diagonal + edge):
-        key = _edge_key(t, row, diagonal, interior, BN)
-        b_acc, b_sum, b_max = _forward_step(
-            b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
-            KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+    key = _tile_key(0, row, interior, edge, BN)
+    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, True, DESCRIPTOR)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     for t in range(0, interior):
         key = row - (t + 1) * BN
-        b_acc, b_sum, b_max = _forward_step(
-            b_acc, b_sum, b_max, b_q, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
+        next_key = _tile_key(t + 1, row, interior, edge, BN)
+        b_acc, b_sum, b_max, b_s = _forward_step(
+            b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, key, next_key, kv_head, T, scale_log2,
             KV_HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+    for t in range(interior, interior + edge + diagonal):  # the last one's next tile is loaded in vain
+        key = _tile_key(t, row, interior, edge, BN)
+        next_key = _tile_key(t + 1, row, interior, edge, BN)
+        b_acc, b_sum, b_max, b_s = _forward_step(
+            b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, key, next_key, kv_head, T, scale_log2,
+            KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
     _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
     tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
 
@@ -410,8 +417,8 @@ def _attention_dq(p_q, p_k, p_v, p_o, p_do, p_lse, p_dq, p_delta, p_first, p_ord
     tl.store(p_delta + o_row, b_delta, mask=o_i < T)
     b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, True, False)
     b_dq = tl.zeros([BM, DH], tl.float32)
-    for t in range(0, diagonal + edge):
-        key = _edge_key(t, row, diagonal, interior, BN)
+    for t in range(interior, interior + edge + diagonal):
+        key = _tile_key(t, row, interior, edge, BN)
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
             KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)

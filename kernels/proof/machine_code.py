@@ -6,8 +6,10 @@ The tools that read it (cuobjdump, nvdisasm) come with Triton. Code for AMD is r
 from __future__ import annotations
 
 import collections
+import fcntl
 import hashlib
 import json
+import os
 import re
 import struct
 import subprocess
@@ -134,7 +136,16 @@ def compare(rows: dict[str, dict]) -> dict[str, str | None]:
 
 
 def update_table(rows: dict[str, dict]) -> None:
-    """Replace this Triton's rows of the families in `rows` in machine_code.json."""
+    """Replace this Triton's rows of the families in `rows` in machine_code.json, one writer at a time."""
+    folder = os.open(TABLE.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        _rewrite_table(rows)
+    finally:
+        os.close(folder)
+
+
+def _rewrite_table(rows: dict[str, dict]) -> None:
     table = committed_table()
     renewed = {key.partition(" / ")[0] for key in rows}
     kept = {k: r for k, r in table.get(triton.__version__, {}).items() if k.partition(" / ")[0] not in renewed}
