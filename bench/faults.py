@@ -675,8 +675,10 @@ KINDS: dict[str, Kind] = {
 SLOW_KINDS = tuple(kind for kind in KINDS if kind.startswith("torchrun command"))
 
 
-def campaign(seed: int, runs: int, kinds: list[str], folder: Path, show=print) -> list[Outcome]:
-    """`runs` runs, the kinds in turn; a slow kind has every tenth turn of the others."""
+def campaign(
+    seed: int, runs: int, kinds: list[str], folder: Path, show=print, minutes: float = float("inf")
+) -> list[Outcome]:
+    """`runs` runs, or as many as begin within `minutes`, the kinds in turn; every 25th turn is a slow kind's."""
     import torch
 
     import train_gpt  # noqa: F401
@@ -686,8 +688,10 @@ def campaign(seed: int, runs: int, kinds: list[str], folder: Path, show=print) -
 
     quick, slow = [k for k in kinds if k not in SLOW_KINDS], [k for k in kinds if k in SLOW_KINDS]
     work = Campaign(folder)
-    outcomes = []
+    outcomes, end = [], time.monotonic() + 60 * minutes
     for number in range(runs):
+        if time.monotonic() > end:
+            break
         turn_of_slow = slow and (not quick or number % 25 == 24)
         kind = slow[(number // 25) % len(slow)] if turn_of_slow else quick[number % len(quick)]
         outcome = work.run(kind, f"{seed}-{number}-{kind}")
@@ -755,6 +759,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind (repeatable)")
     parser.add_argument("--json", help="write outcomes here instead of bench/results/")
     parser.add_argument("--keep", help="folder for the runs' files, kept; by default a temporary one")
@@ -767,7 +772,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         show = functools.partial(print, flush=True)
-        outcomes = campaign(options.seed, options.runs, options.kind or list(KINDS), folder, show)
+        outcomes = campaign(options.seed, options.runs, options.kind or list(KINDS), folder, show, options.minutes)
     bad = [o for o in outcomes if o.problems]
     told = dict(seed=options.seed, good=len(outcomes) - len(bad), outcomes=[asdict(o) for o in outcomes])
     if options.json:
