@@ -186,6 +186,7 @@ def status(browser: Browser) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_drive(browser, folder):
     """Train a stories model with a stop, a reload and a resumption; a second one waits; then write and look."""
     from lab.studio.jobs import Queue
