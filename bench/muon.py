@@ -1,44 +1,81 @@
-"""Time Muon's parts: the orthogonalisation with symmetric products against plain ones, and the weight update.
+"""How fast Muon's arithmetic is: `python -m bench.muon`.
 
-    python -m bench.muon     # medium's attention and MLP matrices on a GPU, small ones on a CPU
+On a GPU: orthogonalisation in bfloat16 of the medium model's matrices (60 of 1024 x 1024 for attention, 32 of
+4096 x 1024 for the MLP), kernels against plain torch, eagerly and under torch.compile; momentum and the update of split
+weights, in GB/s. On a CPU: the references in float32 at a small size, and a line that says what was not measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
 
-from bench.family import Case, compiled, run
-from kernels.muon import apply_update_, orthogonalize, orthogonalize_reference
+from bench.common import compare, measure, peak_memory_mib, table, write_result
+from kernels.muon import apply_update_, implementation, momentum_, orthogonalize, orthogonalize_reference, split_master
 
 
-def cases(device: torch.device, gpu: bool) -> list[Case]:
-    """All of a model's matrices of one shape as one batch, as the trainer does it on one GPU."""
-    shapes = {"attention": (60, 1024, 1024), "MLP": (32, 1024, 4096)} if gpu else {"MLP": (8, 64, 256)}
-    dtype = torch.bfloat16 if gpu else torch.float32
-    found = []
-    for name, (B, M, K) in shapes.items():
-        g = torch.randn(B, M, K, device=device)
-        ways = {
-            "ours": lambda g=g: orthogonalize(g, dtype=dtype),
-            "plain products": lambda g=g: orthogonalize_reference(g, dtype=dtype),
-        }
-        if gpu:
-            fused = compiled(orthogonalize_reference)
-            ways["torch.compile"] = lambda g=g, fused=fused: fused(g, dtype=dtype)
-        flops = 5.0 * B * (M * M * K + M**3 + 2 * M * M * K)  # two symmetric products and a full one
-        found.append(Case(f"orthogonalise {name} {B} x {M} x {K}", ways, flops, 5 * 2.0 * B * (3 * M * K + 4 * M * M)))
-    B, M, K = next(iter(shapes.values()))
-    weight = torch.randn(B, M, K, device=device, dtype=dtype)
-    low = torch.zeros(B, M, K, device=device, dtype=torch.int16) if gpu else None
-    update = torch.randn(B, M, K, device=device, dtype=dtype)
-    ways = {"ours": lambda: apply_update_(weight, low, update, lr=0.0, weight_decay=0.0)}
-    if gpu:
-        ways["eager"] = lambda: apply_update_(weight, low, update, lr=0.0, weight_decay=0.0, impl="reference")
-    found.append(Case(f"update {B} x {M} x {K}", ways, 2.0 * B * M * K, 10.0 * B * M * K))
-    return found
+def product_flops(batch: int, rows: int, columns: int) -> int:
+    """FLOPs of five steps of `batch` matrices: symmetric products count one triangle."""
+    m, n = sorted((rows, columns))
+    return batch * 5 * (m * m * n + m**3 + 2 * m * m * n)
+
+
+def orthogonalisation_rows(shapes: dict, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """A row for each family of matrices and implementation."""
+    rows = []
+    for name, shape in shapes.items():
+        g = torch.randn(*shape, device=device)
+        ways = {"eager": lambda g=g: orthogonalize_reference(g, dtype=dtype)}
+        if device == "cuda":
+            ways["triton"] = lambda g=g: orthogonalize(g, dtype=dtype)
+            compiled = torch.compile(orthogonalize_reference)
+            ways["torch.compile"] = lambda g=g, f=compiled: f(g, dtype=dtype)
+        for way, times in compare(ways, repeats).items():
+            tflops = product_flops(*shape) / times["median_ms"] / 1e9
+            rows.append({"what": name, "implementation": way, **times, "tflops": tflops,
+                         "peak_mib": peak_memory_mib(ways[way])})
+    return rows
+
+
+def elementwise_rows(size: int, device: str, repeats: int) -> list[dict]:
+    """Momentum and the update of split weights: time, and GB/s of the bytes that have to move."""
+    weight, mantissa = split_master(torch.randn(size, device=device))
+    buffer, grad = torch.zeros(size, device=device), torch.randn(size, device=device).bfloat16()
+    update = torch.randn(size, device=device).bfloat16()
+    both = {
+        "momentum": (lambda: momentum_(buffer, grad, 0.95), 14),  # buffer twice, gradient in bfloat16, update
+        "update": (lambda: apply_update_(weight, mantissa, update, lr=1e-6, weight_decay=0.0), 10),
+    }
+    rows = []
+    for name, (run, bytes_each) in both.items():
+        times = measure(run, repeats=repeats)
+        rows.append({"what": name, "implementation": implementation("auto", buffer), **times,
+                     "gb_per_s": bytes_each * size / times["median_ms"] / 1e6, "peak_mib": peak_memory_mib(run)})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write bench/results/muon-<device>.json."""
+    parser = argparse.ArgumentParser(prog="python -m bench.muon", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args(arguments)
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    width, attention, mlp = (1024, 60, 32) if on_gpu else (64, 16, 8)
+    shapes = {"attention": (attention, width, width), "MLP": (mlp, 4 * width, width)}
+    rows = orthogonalisation_rows(shapes, device, dtype, options.repeats)
+    rows += elementwise_rows(64 * 2**20 if on_gpu else 2**18, device, options.repeats)
+    print(f"{shapes}, {str(dtype).removeprefix('torch.')}")
+    print(table(rows, ["what", "implementation", "median_ms", "iqr_ms", "tflops", "gb_per_s", "peak_mib"]))
+    missing = [] if on_gpu else ["not measured: no GPU (the Triton kernels, torch.compile, peak memory)"]
+    print("\n".join(missing))
+    path = write_result("muon", {"shapes": shapes, "dtype": str(dtype), "rows": rows, "not_measured": missing})
+    print(f"written: {path.name}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run("muon", __doc__, cases))
+    sys.exit(main())
