@@ -50,7 +50,7 @@ def test_attention_is_counted_by_allowed_pairs(config):
     for blocks in (long, long // 2):
         for i in range(256):
             for j in range(i + 1):
-                near = i // 128 - j // 128 < max(blocks, 1)
+                near = i // config.block_tokens - j // config.block_tokens < max(blocks, 1)
                 total += bool(document[i] == document[j]) and near
     assert step.attention_flops(config, [tokens], last) == 14 * config.model_dim * total
 
