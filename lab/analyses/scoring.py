@@ -57,14 +57,15 @@ def unknown_characters(tokens: Tokens, documents: Sequence[str]) -> tuple[Counte
     return missing, sum(len(c.encode("utf-8", "surrogatepass")) * n for c, n in missing.items())
 
 
-def score(checkpoint: Checkpoint, documents: Sequence[str]) -> Score:
-    """Score documents. Unknown characters are no targets; as context they read as a space. LabError if all are."""
+def score(checkpoint: Checkpoint, documents: Sequence[str], strict: bool = True) -> Score:
+    """Score documents. Unknown characters are no targets; as context they read as a space. If all
+    are unknown that is a LabError, or without `strict` the end marks alone are scored."""
     keep = "error" if checkpoint.tokenizer.kind == "word" else "keep"
     tokens = tokenize_documents(documents, checkpoint.tokenizer, keep)
     unknown, unknown_bytes = unknown_characters(tokens, documents)
     unknown_tokens = int((tokens.ids < 0).sum())
     scored = tokens.num_predictions - unknown_tokens
-    if len(tokens.ids) and unknown_tokens == len(tokens.ids):
+    if strict and len(tokens.ids) and unknown_tokens == len(tokens.ids):
         raise LabError(f"{checkpoint.path} knows not one character of the text; score another text")
     nats = evaluate(checkpoint.model, tokens, row_tokens_of(checkpoint))
     size = tokens.text_bytes + len(documents)  # each end mark counts as one byte

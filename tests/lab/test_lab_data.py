@@ -114,7 +114,7 @@ def test_mojibake_is_repaired():
 
 
 def test_words_get_their_spaces_and_capitals_back():
-    story = 'One day, Lily said, "I like my cat!" She ran home.\nThe cat, named Tom, was 12. "Is it?" asked Lily.'
+    story = 'One day, Lily said, "I like my cat." She ran home.\nThe cat, named Tom, was 12. "Is it?" asked Lily.'
     tokenizer = word_tokenizer([story] * 3 + ["We saw Lily and Tom. He saw Lily and Tom."])
     assert tokenizer.decode(tokenizer.encode(story).tolist()) == story
     assert tokenizer.encode("zebra").tolist() == [1]

@@ -25,11 +25,13 @@ def config(model="mlp", steps=30, **more):
 
 
 def test_counting_and_training_a_bigram_agree(names, tmp_path):
-    counted = train_model(config("counts"), folder=tmp_path / "c", corpus=names)
-    trained = train_model(config("bigram", 250, learning_rate=0.3), folder=tmp_path / "b", corpus=names)
-    train_loss = [evaluate(r.model, names.tokens["train"], 128) for r in (counted, trained)]
-    assert abs(train_loss[0] - train_loss[1]) < 1e-2
-    assert abs(counted.final_loss - trained.final_loss) < 2e-2
+    light = fields_class("counts")(smoothing=1e-3)
+    counted = train_model(config("counts"), light, folder=tmp_path / "c", corpus=names)
+    c = config("bigram", 300, learning_rate=0.3, val_every=300)
+    trained = train_model(c, folder=tmp_path / "b", corpus=names)
+    losses = [evaluate(r.model, names.tokens["train"], 128) for r in (counted, trained)]
+    assert abs(losses[0] - losses[1]) < 1e-2
+    assert losses[1] > losses[0] - 1e-4  # the counts are the best table there is for their own text
 
 
 @pytest.mark.parametrize("model", ["mlp", "gpt"])
