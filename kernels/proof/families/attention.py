@@ -102,8 +102,6 @@ FAMILY = Family(
                devices=("sm_90", "sm_100"), demanding=False),
         Launch("bf16, 8 heads of 64", _launch(torch.bfloat16, width=64)),
         Launch("bf16, two ragged sequences, 8 heads of 128 on 2", _launch(torch.bfloat16, T=5000, B=2, K=2)),
-        Launch("fp16, 8 heads of 128", _launch(torch.float16, T=4096)),
-        Launch("bf16, 4 heads of 16", _launch(torch.bfloat16, T=100, H=4, K=4, width=16), demanding=False),
         Launch("fp16, 4 heads of 32", _launch(torch.float16, H=4, K=4, width=32), demanding=False),
         Launch("float32, 8 heads of 128", _launch(torch.float32, T=1000), demanding=False),
         Launch("float32, 4 heads of 16", _launch(torch.float32, T=4096, H=4, K=4, width=16), demanding=False),
