@@ -246,7 +246,9 @@ class Progress:
         self.shown = time.perf_counter()
         seconds = (clock_ms - self.begin_ms) / 1000 / max(step - self.first - 1, 1)
         tokens_s = self.tokens_per_step / max(seconds, 1e-9)
-        speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s, MFU {tokens_s * self.flops / self.ceiling:.0%}"
+        share = tokens_s * self.flops / self.ceiling
+        share = f"{share:.0%}" if share <= 1 else "unknown"  # other work disturbed the measurement of the ceiling
+        speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s, MFU {share}"
         if Progress.bar is not None:
             Progress.bar.n = step
             Progress.bar.set_postfix_str(speed)
