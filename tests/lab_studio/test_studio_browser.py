@@ -106,7 +106,9 @@ class Browser:
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self.urls.add(message["params"]["request"]["url"])
-        self.errors += [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
+        found = [e["message"] for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
+        left = ("AbortError", "errored out")  # a request was under way when the page was left
+        self.errors += [message for message in found if not any(word in message for word in left)]
 
     def picture(self, name: str) -> None:
         """Screenshots of the page, wide and narrow, if wanted."""
