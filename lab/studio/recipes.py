@@ -6,6 +6,7 @@ whatever the browser sent. 0 stands for the trainer's own default.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def checked(request: Request) -> Request:
     for name, (least, most) in BOUNDS.items():
         value = values[name]
         whole = name != "learning_rate"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise Refused(f"{name.replace('_', ' ')}: a number is needed")
         if whole and value != int(value):
             raise Refused(f"{name.replace('_', ' ')}: a whole number is needed, not {value}")
