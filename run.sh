@@ -13,7 +13,7 @@ usage() {
 ./run.sh sample CHECKPOINT ...    write text from a checkpoint
 ./run.sh lab | studio             the tour of small models | train, watch and talk in the browser
 ./run.sh bench [--cpu]            measure everything that a GPU can tell; one JSON, one table
-./run.sh setup                    install only
+./run.sh setup [lab]              install only; with 'lab' also what the lab and the studio need
 ./run.sh python ...               the Python that all of this uses
 
 Python: an active environment (or any python on the PATH) that has torch is used as it is, and so is the one that
@@ -165,7 +165,10 @@ test)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two test processes already fill two cores
     run "$PY" -m pytest -n 2 "$@"
     ;;
-setup) "$PY" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")' ;;
+setup)
+    [ "${2:-}" != lab ] || install requirements-lab.txt
+    "$PY" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'
+    ;;
 python) shift && run "$PY" "$@" ;;
 series) shift && run "$PY" -m records.series "$@" ;;
 sample) run "$PY" train_gpt.py "$@" ;;
