@@ -33,7 +33,6 @@ import json
 import math
 import re
 import signal
-import time
 import uuid
 
 import torch
@@ -52,6 +51,7 @@ from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
 from records.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
 from records.options import UsageError, help_text, parse_options, setting
+from records.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
 from records.runlog import Clock, Progress, RunLog, describe_environment, matmul_ceiling, now, say
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -517,7 +517,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         with device:
             self.model = GPT(config)
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.world_size = world_size()
         matrices = {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.")}
         others = {n: p for n, p in self.model.named_parameters() if not n.startswith("blocks.")}
         overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
@@ -655,12 +655,12 @@ def my_sequences(config: Config, rank: int, world_size: int) -> range:
 @torch.no_grad()
 def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
     """Mean loss in nats per token over the validation tokens, with the window of `step`; equal on all ranks."""
-    c, rank = trainer.config, _rank()
+    c = trainer.config
     trainer.set_window(step)
     trainer.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
-    for sequence in range(rank, count, trainer.world_size):
+    for sequence in range(rank(), count, trainer.world_size):
         inputs_T, targets_T = _to_device(stream.batch(0, sequence), trainer.device)
         total += trainer.forward(inputs_T[None], targets_T[None], window_blocks=trainer.window)
     if trainer.world_size > 1:
@@ -725,48 +725,15 @@ class NonFiniteLoss(ArithmeticError):
     """The loss or a weight is NaN or infinite; training stops and the last good checkpoint stays."""
 
 
-class StopRequest:
-    """SIGINT and SIGTERM ask for a checkpoint and an orderly end; asking again 5 s later ends the process at once.
-
-    Not sooner: Ctrl-C and `scancel` reach every process, and torchrun passes them on a second time."""
-
-    def __init__(self):
-        self.signal, self.asked_at = 0, -math.inf
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._asked)
-
-    def _asked(self, number, frame) -> None:
-        if self.signal and time.monotonic() - self.asked_at > 5:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif not self.signal:
-            self.signal, self.asked_at = number, time.monotonic()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def set_up(config: Config) -> torch.device:
-    """Join the process group that torchrun describes, if it does, and choose this process's device."""
+    """Choose this process's device and join the group that torchrun describes, if it does. Raises UsageError."""
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch sees no GPU here")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo beside NCCL carries the processes' agreement to stop, which lives in host memory
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # Processes that `torchrun --max-restarts` starts again share the store of the dead, whose addresses they
-            # must not read (github.com/pytorch/pytorch/issues/135712). Several hosts: docs/scaling.md.
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, device_id=device if cuda else None
-        )
+    join_group(device)
     torch.use_deterministic_algorithms(config.deterministic)
     return device
 
@@ -785,32 +752,6 @@ def fit_to_world(config: Config, world_size: int) -> Config:
     return config
 
 
-def on_rank_0(work):
-    """What `work()` returns on rank 0, on every rank. An error of ours that it raises there is raised on every
-    rank, so that all end for the same reason and none waits for one that has gone."""
-    told = [None, None]
-    if _rank() == 0:
-        try:
-            told[0] = work()
-        except tuple(EXIT_CODES) as error:
-            error.shared = True  # main() prints it once
-            told[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, 0)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
-
-
-def agree(flags: list[float]) -> list[float]:
-    """The largest value of each flag over all processes (on the host; a GPU does not wait for it)."""
-    if not dist.is_initialized():
-        return flags
-    tensor = torch.tensor(flags)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.tolist()
-
-
 def warm_up(trainer: Trainer) -> None:
     """Train on random tokens so that everything is compiled and allocated, then put all state back.
 
@@ -821,7 +762,7 @@ def warm_up(trainer: Trainer) -> None:
     before = {name: t.clone() for name, t in trainer.state().items()}
     random = torch.Generator().manual_seed(c.seed)
     draw = lambda length: torch.randint(c.vocab_size, (length,), generator=random)  # noqa: E731
-    mine = len(my_sequences(c, _rank(), trainer.world_size))
+    mine = len(my_sequences(c, rank(), trainer.world_size))
     for i in range(c.warmup_steps):
         step = 0 if i % 2 else c.num_iterations - 1
         batches = [(draw(c.train_seq_len), draw(c.train_seq_len)) for _ in range(mine)]
@@ -906,11 +847,11 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
     folder = log.folder / f"{log.name}.checkpoints"
     clock = Clock(trainer.device)
     start = resume(trainer, log, clock, folder)
-    mine = my_sequences(c, _rank(), trainer.world_size)
+    mine = my_sequences(c, rank(), trainer.world_size)
     order = ((step, sequence) for step in range(start, c.num_iterations) for sequence in mine)
     batches = stream.prefetch(order)
     flops = flops_per_token(trainer.model)
-    progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=_rank() == 0)
+    progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
     saved = start if start else -1
     clock.start()
     try:
@@ -952,16 +893,14 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
 def _mean_over_ranks(loss: Tensor) -> float:
     if dist.is_initialized():
         dist.all_reduce(loss)
-        loss /= dist.get_world_size()
+        loss /= world_size()
     return loss.item()
 
 
 def unique_name(config: Config) -> str:
     """The run's name: as given, or preset, time and a random suffix, the same on every rank."""
-    name = [config.run_name or f"{config.preset}-{now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(name, 0)
-    return name[0]
+    drawn = f"{config.preset}-{now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"
+    return on_rank_0(lambda: config.run_name or drawn)
 
 
 def describe(config: Config, trainer: Trainer, streams) -> dict:
@@ -978,13 +917,13 @@ def run(config: Config) -> int:
     """Everything from set-up to the report. Returns the exit code; errors are raised after they are logged."""
     stop = StopRequest()
     device = set_up(config)
-    asked, config = config, fit_to_world(config, dist.get_world_size() if dist.is_initialized() else 1)
+    asked, config = config, fit_to_world(config, world_size())
     streams = open_streams(config)
     trainer = Trainer(config, device)
     environment = describe(config, trainer, streams)
     log = RunLog(
         config.output_dir, unique_name(config), dataclasses.asdict(config), environment, SOURCE, config_hash(config),
-        writes=_rank() == 0,
+        writes=rank() == 0,
     )
     on_rank_0(lambda: log.open(resuming=bool(config.resume), overwrite=config.overwrite))
     try:
@@ -1112,13 +1051,13 @@ def main(arguments: list[str] | None = None) -> int:
             return sample_command(arguments[1:])
         return run(parse_config(arguments))
     except tuple(EXIT_CODES) as error:
-        if _rank() == 0 or not getattr(error, "shared", False):
+        if rank() == 0 or not getattr(error, "shared", False):
             print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except RuntimeError as error:
         if not dist.is_initialized() or not re.search("by peer|Broken pipe", str(error)):
             raise
-        print(f"train_gpt.py: rank {_rank()} lost another process of the run, which says why", file=sys.stderr)
+        print(f"train_gpt.py: rank {rank()} lost another process of the run, which says why", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:

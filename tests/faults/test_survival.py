@@ -7,6 +7,7 @@ import time
 import pytest
 
 import train_gpt
+from records.processes import StopRequest
 from records.runlog import RULER, RunLog
 
 
@@ -14,7 +15,7 @@ from records.runlog import RULER, RunLog
 def stop(monkeypatch):
     """A StopRequest; the handlers are put back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield train_gpt.StopRequest()
+    yield StopRequest()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -79,7 +80,7 @@ def test_what_rank_0_raises_is_printed_once_and_has_its_exit_code(error, capsys,
     code = train_gpt.main(["--preset=nano"])
     assert code == (2 if isinstance(error, train_gpt.UsageError) else 5)
     assert capsys.readouterr().err.count("train_gpt.py: ") == 1
-    monkeypatch.setattr(train_gpt, "_rank", lambda: 1)
+    monkeypatch.setattr(train_gpt, "rank", lambda: 1)
     monkeypatch.setattr(train_gpt, "on_rank_0", lambda work: (_ for _ in ()).throw(error))
     assert train_gpt.main(["--preset=nano"]) == code
     assert capsys.readouterr().err == "", "the other ranks leave the message to rank 0"
