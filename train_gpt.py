@@ -99,6 +99,7 @@ class Config:
     window_max_tokens: int = setting(3456, "tokens", "the long window at the end of the run")
     long_window_layers: str = setting("0,4,11,15", "layers", "with the long window; the others have half of it")
     growing_window: bool = setting(True, "flag", "the window grows along a cubic; off: full size from the start")
+    window_growth_frac: float = setting(1.0, "fraction", "of the run, at its start, in which the window grows")
     # Optimizers
     head_lr: float = setting(1 / 320, "rate", "AdamW, output head")
     embed_lr: float = setting(0.3, "rate", "AdamW, all embedding tables")
@@ -153,6 +154,7 @@ PRESETS: dict[str, dict] = {
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_free_layers="",
         attention_scale=0.4,  # the medium preset's bound on logits, scale times head width, a little lower
         block_tokens=32, window_max_tokens=256, long_window_layers="0,3",
+        window_growth_frac=0.6,  # later, the learning rate is too low to learn the new distances (docs/LOG.md)
         embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     ),
 }
@@ -202,8 +204,9 @@ def check_config(config: Config) -> Config:
         raise UsageError(f"--model_dim / --num_heads = {c.model_dim // c.num_heads}: rotary needs a multiple of 4")
     if not 0 <= c.eos_id < c.vocab_size:
         raise UsageError(f"--eos_id={c.eos_id} is not below --vocab_size={c.vocab_size}")
-    if not 0 < c.cooldown_frac <= 1:
-        raise UsageError(f"--cooldown_frac={c.cooldown_frac}: above 0 and at most 1")
+    for name in ("cooldown_frac", "window_growth_frac"):
+        if not 0 < getattr(c, name) <= 1:
+            raise UsageError(f"--{name}={getattr(c, name)}: above 0 and at most 1")
     if not 0 <= 2 * c.value_embeddings <= c.num_layers:
         raise UsageError(f"--value_embeddings={c.value_embeddings}: from 0 to half of --num_layers={c.num_layers}")
     try:
@@ -238,8 +241,8 @@ def learning_rate_factor(step: int, config: Config) -> float:
 
 def window_blocks_at(step: int, config: Config) -> int:
     """The long window in blocks: window_max_tokens along the cubic 4x^3 - 6x^2 + 3x, which is steep at both ends
-    and flat in the middle of the run, rounded up to whole blocks; at least one."""
-    x = min(step / config.num_iterations, 1.0)
+    and flat in the middle of its growth, rounded up to whole blocks; at least one."""
+    x = min(step / (config.window_growth_frac * config.num_iterations), 1.0)
     factor = 4 * x**3 - 6 * x**2 + 3 * x if config.growing_window else 1.0
     return max(1, math.ceil(factor * config.window_max_tokens / config.block_tokens))
 
@@ -985,18 +988,19 @@ def generate(
         yield token
 
 
-def pick(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator=None) -> Tensor:
-    """One token id from logits."""
+def pick(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator=None) -> Tensor:
+    """Token ids (...) from logits (V) or (B, V)."""
     if temperature <= 0:
-        return logits_V.argmax()
-    logits_V = logits_V.float() / temperature  # a copy: the caller's logits stay
-    if 0 < top_k < logits_V.numel():
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -math.inf)
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     if top_p < 1:
-        ordered, index = logits_V.sort(descending=True)
-        likelier = ordered.softmax(0).cumsum(0) - ordered.softmax(0)  # probability before each, likeliest first
-        logits_V[index[likelier >= top_p]] = -math.inf
-    return torch.multinomial(logits_V.softmax(0), 1, generator=generator)
+        ordered, index = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        unlikely = p.cumsum(-1) - p >= top_p  # the likelier ones before it have top_p already
+        logits = logits.masked_fill(unlikely.gather(-1, index.argsort(-1)), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[..., 0]
 
 
 def sample_command(arguments: list[str]) -> int:

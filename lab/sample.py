@@ -1,16 +1,16 @@
 """Text from a checkpoint of the lab or of train_gpt.py.
 
-python -m lab.sample CHECKPOINT --prompt="Once upon a time" --count=5 --temperature=0.8 --top_k=0 --seed=0
+python -m lab.sample CHECKPOINT --prompt="Once upon a time" --count=5 --temperature=0.8 --top_p=0.95 --seed=0
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lab import LabError, cli
 from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
+from train_gpt import pick
 
 LONGEST_CONTEXT = 1024  # tokens that a model without a fixed context is given
 
@@ -30,17 +30,6 @@ class Sample:
         return self.prompt + self.written
 
 
-def pick(logits_BV: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One token a row from logits: the likeliest at temperature 0, else drawn, from the `top_k` likeliest if set."""
-    if temperature <= 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        least = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
-
-
 @torch.no_grad()
 def generate(
     checkpoint: Checkpoint,
@@ -50,14 +39,15 @@ def generate(
     max_tokens: int = 200,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> list[Sample]:
     """`count` continuations of `prompt`, written side by side; each stops at its end mark or after `max_tokens`.
 
     Raises UnknownTextError (a LabError) for a prompt with characters the vocabulary lacks.
     """
-    if count < 1 or max_tokens < 1 or temperature < 0 or top_k < 0:
-        raise LabError("count and max_tokens are at least 1, temperature and top_k at least 0")
+    if count < 1 or max_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise LabError("count, max_tokens: at least 1; temperature, top_k: at least 0; top_p: above 0, at most 1")
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     start = checkpoint.encode_prompt(prompt)
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +56,7 @@ def generate(
     context = model.context or LONGEST_CONTEXT
     for _ in range(max_tokens):
         logits_BV = model.logits(idx[:, -context:])[:, -1]
-        token_B = pick(logits_BV, temperature, top_k, generator)
+        token_B = pick(logits_BV, temperature, top_k, top_p, generator)
         idx = torch.cat([idx, token_B[:, None]], 1)
         alive &= token_B != tokenizer.mark
         if not alive.any():
@@ -93,7 +83,8 @@ def main(words: list[str]) -> int:
     if len(positional) != 1 or "help" in given:
         print(__doc__)
         return 0 if "help" in given else 2
-    kinds = {"prompt": str, "count": int, "max_tokens": int, "temperature": float, "top_k": int, "seed": int}
+    kinds = {"prompt": str, "count": int, "max_tokens": int, "temperature": float, "top_k": int}
+    kinds |= {"top_p": float, "seed": int}
     vocab = given.pop("vocab", None)
     if unknown := sorted(set(given) - set(kinds)):
         raise LabError(f"unknown argument --{unknown[0]}; there are {', '.join(kinds)}, vocab")

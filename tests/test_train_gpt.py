@@ -208,6 +208,8 @@ def test_schedules_follow_spec():
     assert train_gpt.muon_momentum_at(0, config) == 0.85
     assert train_gpt.muon_momentum_at(150, config) == pytest.approx(0.9)
     assert train_gpt.muon_momentum_at(5000, config) == 0.95
+    early = dataclasses.replace(config, window_growth_frac=0.5)
+    assert [train_gpt.window_blocks_at(step, early) for step in (0, 1422, 2845, 4000)] == [1, 14, 27, 27]
 
 
 # --- optimizers ----------------------------------------------------------------------------------------------------

@@ -346,6 +346,9 @@ def test_sampling_filters_are_what_they_say():
     assert draw(temperature=5.0, top_k=2, top_p=1.0) == {0, 1}
     assert draw(temperature=1.0, top_k=0, top_p=0.7) == {0, 1}
     assert draw(temperature=9.0, top_k=0, top_p=1.0) == {0, 1, 2, 3}
+    batch = torch.stack([logits, logits.flip(0)]).repeat(100, 1)
+    drawn = train_gpt.pick(batch, 5.0, top_k=3, top_p=0.6, generator=generator)
+    assert drawn.shape == (200,) and set(drawn[::2].tolist()) == {0, 1} and set(drawn[1::2].tolist()) == {2, 3}
 
 
 def test_plain_lines_in_a_pipe_show_speed_and_time_left(shards, tmp_path, capsys, monkeypatch):
