@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+REPO_README = REPO / "README.md"
 RESULTS = REPO / "bench" / "results"
 #: What belongs on a GPU: the result's name, how to measure it.
 ON_A_GPU = {
@@ -113,13 +114,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
     options = parser.parse_args(argv)
-    path = REPO / "README.md"
-    old = path.read_text()
+    old = REPO_README.read_text(encoding="utf-8")
     new = filled(old)
     if options.check:
         print("README.md is " + ("up to date" if new == old else "out of date: python -m bench.readme"))
         return int(new != old)
-    path.write_text(new)
+    REPO_README.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -1,0 +1,42 @@
+"""What README.md and the pages beside it promise: links lead somewhere, generated parts say what the files say."""
+
+import re
+import subprocess
+
+import pytest
+
+from bench import readme
+from bench.readme import REPO
+
+
+def pages():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=REPO, capture_output=True, text=True)
+    return sorted(listed.stdout.split()) or [str(p.relative_to(REPO)) for p in REPO.glob("*.md")]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_lead_to_files_of_this_repository(page):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (REPO / page).read_text(encoding="utf-8"))
+    local = [link for link in links if not re.match(r"[a-z]+:", link)]
+    missing = [link for link in local if not ((REPO / page).parent / link).exists()]
+    assert not missing, f"{page} links to {missing}, which are not there"
+
+
+def test_the_generated_parts_say_what_the_files_say():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(text) == text, "run python -m bench.readme"
+
+
+def test_an_edited_number_is_noticed(tmp_path, monkeypatch, capsys):
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    changed = text.replace("| nano", "| nan0", 1)
+    assert changed != text
+    (tmp_path / "README.md").write_text(changed, encoding="utf-8")
+    monkeypatch.setattr(readme, "REPO_README", tmp_path / "README.md")
+    assert readme.main(["--check"]) == 1 and "out of date" in capsys.readouterr().out
+    assert readme.main([]) == 0 and readme.main(["--check"]) == 0
+
+
+def test_a_part_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="leaderboard"):
+        readme.filled("no parts at all")
