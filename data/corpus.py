@@ -336,7 +336,7 @@ def _intact(folder: Path, wanted: dict) -> dict | None:
         files = {**info["train"]["sha256"], **info["val"]["sha256"]}
         if same and all(_sha256(folder / name) == digest for name, digest in files.items()):
             return info
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # absent or damaged: it is made again
     return None
 

@@ -175,7 +175,7 @@ def _read_notes(folder: Path) -> dict[str, HubFile]:
     try:
         notes = json.loads((folder / _NOTES).read_text(encoding="utf-8"))["files"]
         return {name: HubFile(int(size), digest) for name, (size, digest) in notes.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -99,7 +99,7 @@ def read_run_json(path: Path) -> dict:
     """A run's JSON, or {} if it is absent or broken (a trainer that died while writing it)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

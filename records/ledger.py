@@ -175,7 +175,7 @@ class Ledger:
                 continue
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 event = None
             if not isinstance(event, dict) or event.get("event") not in EVENTS:
                 warnings.warn(f"{self.path}, line {number}: not an event, skipped: {line[:80]!r}", stacklevel=2)

@@ -79,7 +79,7 @@ def _read_manifest(system, target: str) -> dict[str, str]:
     system.invalidate_cache()
     try:
         manifest = json.loads(system.cat_file(f"{target}/{MANIFEST}"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

@@ -217,7 +217,7 @@ def read_record(folder: Path) -> dict | None:
         return record if isinstance(record["identity"], dict) else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SeriesError(f"{path}: not a series' record ({error}); restore it or use another --name") from None
 
 

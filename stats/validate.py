@@ -314,7 +314,7 @@ def _dictionary(text: str) -> dict | None:
     try:
         value = json.loads(text)
         return value if isinstance(value, dict) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         pairs = re.findall(r"['\"](\w+)['\"]\s*:\s*(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)", text)
         return {key: float(number) for key, number in pairs} or None
 

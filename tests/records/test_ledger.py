@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from records import ledger as ledger_module
+from records.launch import read_run_json
 from records.ledger import Ledger, LedgerError, host_hash, ledger_summary, process_lives, process_start, run_states
+from records.series import SeriesError, read_record
 
 
 def write_many(folder, writer, count):
@@ -133,3 +135,18 @@ def test_any_order_of_events_gives_states_and_counts_that_agree(events):
         ends = [e for e in events if e.get("run") == run and e["event"] == "end"]
         if state.attempts and state.attempts[-1].end:
             assert state.attempts[-1].end in ends
+
+
+def test_json_nested_beyond_all_bounds_is_damage_like_any_other(tmp_path):
+    deep = "[" * 100_000
+    ledger = Ledger(tmp_path)
+    ledger.append("launch", run="seed-000", seed=0, attempt=1)
+    with open(ledger.path, "a") as file:
+        file.write(deep + "\n")
+    with pytest.warns(UserWarning, match="line 2: not an event, skipped"):
+        assert [event["run"] for event in ledger.events()] == ["seed-000"]
+    (tmp_path / "run.json").write_text(deep)
+    assert read_run_json(tmp_path / "run.json") == {}
+    (tmp_path / "record.json").write_text(deep)
+    with pytest.raises(SeriesError, match="record.json: not a series' record"):
+        read_record(tmp_path)
