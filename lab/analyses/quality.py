@@ -3,15 +3,16 @@
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
-from lab.analyses.samples import cosine, profile
+from lab.analyses.samples import profile
 from lab.analyses.scoring import token_losses
 from lab.checkpoints import Checkpoint
 from lab.sample import generate
@@ -27,11 +28,34 @@ def longest_shared_run(text: str, corpus: str) -> int:
     return longest
 
 
-def nearest(text: str, profiles: Sequence[Counter]) -> tuple[float, int]:
-    """(cosine distance of character trigrams, index) of the training text that is most like `text`."""
-    own = profile(text)
-    best, index = max((cosine(own, p), i) for i, p in enumerate(profiles))
-    return 1.0 - best, index
+class Nearest:
+    """The document most like a text, by cosine distance of counts of character trigrams."""
+
+    def __init__(self, documents: Sequence[str]):
+        """One row a document, of length 1, in a sparse matrix, so that a text is held against all of them at once."""
+        from scipy.sparse import csr_array
+
+        self.column: dict[str, int] = {}
+        columns, counts, starts = [], [], [0]
+        for document in documents:
+            grams = profile(document)
+            columns += [self.column.setdefault(gram, len(self.column)) for gram in grams]
+            counts.append(np.fromiter(grams.values(), float, len(grams)))
+            counts[-1] /= max(np.linalg.norm(counts[-1]), 1e-30)
+            starts.append(len(columns))
+        shape = (len(documents), max(1, len(self.column)))
+        self.rows = csr_array((np.concatenate(counts), columns, starts), shape=shape)
+
+    def __call__(self, text: str) -> tuple[float, int]:
+        """(distance, index of the document); among equals the last."""
+        grams = profile(text)
+        own = np.zeros(self.rows.shape[1])
+        for gram, count in grams.items():
+            if gram in self.column:
+                own[self.column[gram]] = count
+        likeness = self.rows @ own / max(math.sqrt(sum(n * n for n in grams.values())), 1e-30)
+        index = len(likeness) - 1 - int(likeness[::-1].argmax())
+        return 1.0 - float(likeness[index]), index
 
 
 def repetition(words: Sequence[str], n: int = 3) -> float:
@@ -67,21 +91,22 @@ def assess(
 ) -> list[dict[str, Any]]:
     """The numbers of each text against the first `most` training documents."""
     known = list(train[:most])
-    corpus, profiles, proxy = "\0".join(known), [profile(d) for d in known], GrammarProxy(known)
+    corpus, nearest, proxy = "\0".join(known), Nearest(known), GrammarProxy(known)
     rows = []
     for text in texts:
         ids = checkpoint.tokenizer.encode(text, "error")
         if not len(ids):
             continue
-        distance, index = nearest(text, profiles)
+        distance, index = nearest(text)
+        shared = longest_shared_run(text, corpus)
         rows.append(
             {
                 "text": text,
                 "perplexity": math.exp(float(token_losses(checkpoint, ids.tolist()).mean())),
                 "novelty_distance": distance,
                 "nearest": known[index][:300],
-                "longest_shared_run": longest_shared_run(text, corpus),
-                "copied_share": longest_shared_run(text, corpus) / len(text) if text else 0.0,
+                "longest_shared_run": shared,
+                "copied_share": shared / len(text) if text else 0.0,
                 "grammaticality": proxy.score(text),
                 "repetition": repetition([w.lower() for w in split_words(text)]),
             }
@@ -93,9 +118,15 @@ MEASURES = ("perplexity", "novelty_distance", "longest_shared_run", "grammatical
 
 
 def quality(
-    checkpoint: Checkpoint, train: Sequence[str], held_out: Sequence[str], out: Path, *, count: int = 8, prompt: str = "",
+    checkpoint: Checkpoint,
+    train: Sequence[str],
+    held_out: Sequence[str],
+    out: Path,
+    *,
+    count: int = 8,
+    prompt: str = "",
     max_tokens: int = 200,
-) -> Finding:  # fmt: skip
+) -> Finding:
     """Generated texts beside held-out real ones, measure by measure; real text is the yardstick."""
     drawn = generate(checkpoint, prompt, count=count, max_tokens=max_tokens, temperature=0.8, seed=2)
     size = max(20, sum(len(s.text) for s in drawn) // count)

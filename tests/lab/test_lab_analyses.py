@@ -9,8 +9,8 @@ import torch
 from lab import LabError, analyses
 from lab.analyses.attribution import EmbeddedModel, attribute, captum_integrated_gradients, integrated_gradients
 from lab.analyses.losses import diagonal_is_least, fine_tune
-from lab.analyses.quality import GrammarProxy, hellaswag, lambada, longest_shared_run, nearest, repetition
-from lab.analyses.samples import distinct, profile
+from lab.analyses.quality import GrammarProxy, Nearest, hellaswag, lambada, longest_shared_run, repetition
+from lab.analyses.samples import cosine, distinct, profile
 from lab.analyses.scoring import score
 from lab.checkpoints import find_checkpoints, load_checkpoint
 from lab.datasets import load_corpus
@@ -106,7 +106,12 @@ def test_measures_by_hand():
     assert distinct(["aab", "ab"], 2) == pytest.approx(2 / 3)
     assert longest_shared_run("xxhello wyy", "say hello world") == len("hello w")
     assert repetition("a b c a b c".split(), 3) == pytest.approx(0.25)
-    assert nearest("hello", [profile("goodbye"), profile("hello")]) == (pytest.approx(0.0), 1)
+    assert Nearest(["goodbye", "hello"])("hello") == (pytest.approx(0.0), 1)
+    documents = ["the cat sat on the mat", "a dog", "the cat ate the mouse", ""]
+    distance, index = Nearest(documents)("the cat sat with the mouse")
+    likeness = [cosine(profile("the cat sat with the mouse"), profile(d)) for d in documents]
+    assert (distance, index) == (pytest.approx(1 - max(likeness)), likeness.index(max(likeness)))
+    assert Nearest(documents)("zzz")[0] == pytest.approx(1.0), "nothing in common"
     proxy = GrammarProxy(["The cat sat."])
     assert proxy.score("The cat sat.") == 1.0 > proxy.score("sat cat the")
     cells = {"a": {"a": {"x": 1}, "b": {"x": 3}}, "b": {"a": {"x": 2}, "b": {"x": 2}}}
