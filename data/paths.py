@@ -148,23 +148,12 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; a data set is shared as usual
         os.replace(temporary, path)
         _sync_folder(path.parent)
-        _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failed write does not say of its own accord which file it was
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut; nothing where folders cannot be opened."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

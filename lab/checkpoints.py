@@ -3,22 +3,20 @@ JSON in the header, and one way to open these and those of train_gpt.py alike.
 """
 
 import contextlib
-import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lab import LabError
 from lab.models import LanguageModel, build_model
 from lab.tokens import ByteTokenizer, GPT2Tokenizer, Tokenizer, from_spec
+from records import checkpoints
 
-FORMAT = "lab-1"
+FORMAT = "lab-2"  # 1: with another digest
 
 
 @dataclass
@@ -43,60 +41,26 @@ class Checkpoint:
         return [self.tokenizer.mark, *(int(i) for i in self.tokenizer.encode(prompt))]
 
 
-def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    seen = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and a JSON header to `path`, all or nothing. Raises OSError."""
-    from safetensors.torch import save_file
-
-    plain = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    texts = {"format": FORMAT, "lab": json.dumps(header, sort_keys=True)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        try:
-            save_file(plain, partial, metadata=texts | {"digest": _digest(plain, texts)})
-        except OSError:
-            raise
-        except Exception as error:  # safetensors reports a full disk as its own error
-            raise OSError(f"cannot write {path}: {error}") from error
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise LabError(f"no checkpoint at {path}; train one with python -m lab.train") from None
-    except Exception as error:  # safetensors has its own error types, one for each kind of damage
-        raise LabError(
-            f"{path} is not a whole safetensors file ({error}); take another checkpoint"
-        ) from error
+    checkpoints.save_tensors(path, tensors, {"format": FORMAT, "lab": json.dumps(header, sort_keys=True)})
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a lab checkpoint whose digest holds; LabError otherwise."""
-    path = Path(path)
-    texts, tensors = _read(path)
-    if texts.get("format") != FORMAT:
-        raise LabError(f"{path} is a safetensors file, but not a checkpoint of the lab")
-    digest = texts.pop("digest", "")
-    if digest != _digest(tensors, texts):
-        raise LabError(f"{path} is damaged: its content does not match its digest; take another checkpoint")
+    with _told():
+        texts, tensors = checkpoints.load_tensors(path, FORMAT)
     return tensors, json.loads(texts["lab"])
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A CheckpointError as the lab's own error, with advice."""
+    try:
+        yield
+    except checkpoints.CheckpointError as error:
+        raise LabError(f"{error}; take another checkpoint, or train one with python -m lab.train") from error
 
 
 def save_checkpoint(path: Path, model: LanguageModel, tokenizer: Tokenizer, header: dict[str, Any]) -> None:
@@ -110,7 +74,8 @@ def load_checkpoint(path: str | Path, vocab_folder: str | None = None) -> Checkp
     `vocab_folder` holds GPT-2's encoder.json and vocab.bpe for models over its tokens, where there is no
     network."""
     path = Path(path)
-    texts, _ = _read(path)
+    with _told():
+        texts, _ = checkpoints.read_tensors(path)
     if texts.get("format", "").startswith("train_gpt"):
         return _load_train_gpt(path, texts, vocab_folder)
     tensors, header = load_tensors(path)
@@ -133,10 +98,8 @@ def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None)
     import train_gpt
     from lab.models.gpt import GPTRung
 
-    try:
+    with _told():
         gpt, config = train_gpt.load_model(path)
-    except train_gpt.CheckpointError as error:
-        raise LabError(str(error)) from error
     if config.vocab_size == 256:
         tokenizer: Tokenizer = ByteTokenizer()
     elif config.vocab_size == GPT2Tokenizer.vocab_size:

@@ -209,8 +209,9 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
     words = [s.text for s in generate(gpt, count=12, max_tokens=15)]
     minutes = (time.monotonic() - began) / 60
     facts = (
-        f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Each rung is a series "
-        "of runs: python -m stats compare series/names-mlp series/names-batchnorm says whether batch norm helped."
+        f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Each rung is a "
+        "series of runs: python -m stats compare series/names-mlp series/names-batchnorm tells whether batch norm "
+        "helped."
     )
     write_json(out / "tour.json", {"minutes": minutes, "seeds": list(seeds), "scale": scale, **chart.data})
     for finding in [chart, *findings]:

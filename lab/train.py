@@ -11,8 +11,6 @@ loss is kept as best.safetensors; with --test=true it, and only it, is scored on
 
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from lab.datasets import Corpus, Tokens, load_corpus, pack_rows, row_batches
 from lab.diagnostics import Diagnostics
 from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
 from lab.runlog import RunLog, sources_of
+from records.processes import StopRequest
 
 EVAL_TOKENS = 16384  # tokens a batch of evaluation; only memory depends on it
 
@@ -170,26 +169,6 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
 
 
-class StopRequest:
-    """SIGINT and SIGTERM ask for an end between two steps, where the state is whole; a second one ends the
-    process at once. Only the main thread can hear signals: elsewhere nobody asks."""
-
-    def __init__(self) -> None:
-        self.signal, self._before = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._asked)
-
-    def _asked(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        """Back to the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 @dataclass
 class Result:
     """What a run left behind. Losses in nats a token on the whole split; `test_loss` only if it was asked
@@ -224,7 +203,7 @@ class Run:
         described |= {"fields": dataclasses.asdict(fields), "num_parameters": self.model.num_parameters()}
         facts = {"data_hash": corpus.digest, "vocabulary_digest": corpus.tokenizer.digest()}
         modules = [__name__, type(self.model).__module__, "lab.models.base"]
-        self.log = RunLog(folder / "runs", self.name, described, facts, sources_of(*modules))
+        self.log = RunLog(folder / "runs", self.name, described, facts, sources_of(*modules), echo)
         self.checkpoints = folder / "runs" / f"{self.name}.checkpoints"
         self.seconds = 0.0
         self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
@@ -295,7 +274,8 @@ class Run:
         for name, live in (self.optimizer.state() if self.optimizer else {}).items():
             live.copy_(tensors[name])
         self.seconds, self.best = told["seconds"], told["best"]
-        self.log.resume(told["step"], told["validation"])
+        self.log.validation[:] = told["validation"]
+        self.log.cut_back_to(told["step"])
         return int(told["step"])
 
     def validate(self, step: int) -> None:
@@ -305,7 +285,7 @@ class Run:
         loss = evaluate(self.model, self.corpus.tokens["val"], self.config.row_tokens, limit)
         if not math.isfinite(loss) and self.config.model != "counts":
             raise LabError(f"validation loss is {loss} after step {step}; lower the learning rate")
-        self.log.validated(step, self.seconds, loss, self.echo)
+        self.log.validated(step, 1000 * self.seconds, loss)
         if loss < self.best["loss"]:
             self.best = {"step": step, "loss": loss}
             self.save(step, "best.safetensors")
@@ -326,11 +306,9 @@ class Run:
         """Train to the end (or, for tests of resuming, to `stop_after`), then choose, and score the test
         split."""
         c = self.config
-        start = 0
-        if resume and (self.checkpoints / "resume.safetensors").exists():
-            start = self.load_state()
-        else:
-            self.log.begin(overwrite)
+        resuming = resume and (self.checkpoints / "resume.safetensors").exists()
+        self.log.open(resuming=resuming, overwrite=overwrite)
+        start = self.load_state() if resuming else 0
         marks = set(checkpoint_steps(c.steps, c.checkpoints))
         batches = row_batches(
             self.corpus.tokens["train"],
@@ -368,13 +346,14 @@ class Run:
                     value = float(loss)
                     if not math.isfinite(value):
                         raise LabError(f"training loss is {value} at step {step + 1}; lower the learning rate")
-                    self.log.trained(step + 1, self.seconds, value)
+                    self.log.trained(step + 1, 1000 * self.seconds, value)
+            return self.finish(step)
         except LabError as error:
             self.log.summary("failed", str(error))
             raise
         finally:
             stop.restore()
-        return self.finish(step)
+            self.log.close()
 
     def finish(self, step: int) -> Result:
         """Load the checkpoint that validation chose, score what is asked, write the summary."""
@@ -478,7 +457,8 @@ def main(words: list[str], progress: Callable[[str], None] = print) -> int:
         result = run.train(resume, overwrite)
         test = "" if result.test_loss is None else f", test {result.test_loss:.4f}"
         progress(
-            f"validation {result.final_loss:.4f} at the end, best {result.best_loss:.4f} at step {result.best_step}{test}"
+            f"validation {result.final_loss:.4f} at the end, best {result.best_loss:.4f} at step {result.best_step}"
+            f"{test}"
         )
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -75,11 +76,13 @@ class StopRequest:
     """SIGINT and SIGTERM ask for a checkpoint and an orderly end; asking again 5 s later ends the process at once.
 
     Not sooner: Ctrl-C and `scancel` reach every process, and torchrun passes them on a second time. `signal` is the
-    number of the signal that asked, or 0. Only the main thread may make one."""
+    number of the signal that asked, or 0. Only the main thread can hear signals: elsewhere nobody asks."""
 
     def __init__(self):
         self.signal, self.asked_at = 0, -math.inf
-        self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        hears = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if hears else ()
+        self._before = {number: signal.signal(number, self._asked) for number in numbers}
 
     def _asked(self, number, frame) -> None:
         if self.signal and time.monotonic() - self.asked_at > 5:

@@ -62,12 +62,16 @@ class RunLog:
     """One run's log (`<name>.txt`) and summary (`<name>.json`) in a folder.
 
     Args:
-        config: all fields of the run; `config["seed"]` and `config["num_iterations"]` are used.
+        config: all fields of the run; `config["seed"]` is used.
         environment: of `describe_environment`.
         source: the text of the program that runs.
         config_hash: one value for all runs of a series.
+        total_steps: of the run; by default `config["num_iterations"]`.
         writes: False on the ranks that only follow.
+        echo: print validations and other news too, not only log them.
     """
+
+    exists_advice = "choose another --run_name, --resume=auto to continue it, or --overwrite"
 
     def __init__(
         self,
@@ -77,9 +81,12 @@ class RunLog:
         environment: Mapping[str, Any],
         source: str,
         config_hash: str,
+        total_steps: int | None = None,
         writes: bool = True,
+        echo: bool = True,
     ):
-        self.folder, self.name, self.writes = Path(folder), name, writes
+        self.folder, self.name, self.writes, self.echo = Path(folder), name, writes, writes and echo
+        self.total_steps = config["num_iterations"] if total_steps is None else total_steps
         self.config, self.environment = dict(config), dict(environment)
         self.source, self.config_hash = source, config_hash
         self.text_path, self.json_path = self.folder / f"{name}.txt", self.folder / f"{name}.json"
@@ -98,13 +105,18 @@ class RunLog:
             for left in self.folder.glob(f".{glob.escape(path.name)}.*.part"):  # by a process killed while it wrote
                 left.unlink(missing_ok=True)
         if self.text_path.exists() and not (resuming or overwrite):
-            raise UsageError(
-                f"{self.text_path} exists; choose another --run_name, --resume=auto to continue it, or --overwrite"
-            )
+            raise UsageError(f"{self.text_path} exists; {self.exists_advice}")
         if not (resuming and self.text_path.exists()):
             with atomic_file(self.text_path, "w") as file:  # a log that exists has a whole header
                 file.write(self._header())
         self.file = open(self.text_path, "a")
+
+    def close(self) -> None:
+        """Let go of the log and its lock; the process's end does the same."""
+        for file in (self.file, self.lock):
+            if file is not None:
+                file.close()
+        self.file = self.lock = None
 
     def _take_lock(self) -> None:
         """Two starts under one name must not mix their lines: the second one is refused."""
@@ -145,7 +157,7 @@ class RunLog:
                     self.file.close()  # tries to write what is left; without this it would complain at exit
                 self.file = None
                 raise OSError(error.errno, error.strerror, str(self.text_path)) from error
-        if echo and self.writes:
+        if echo and self.echo:
             say(text)
 
     def cut_back_to(self, step: int) -> None:
@@ -166,7 +178,8 @@ class RunLog:
         with atomic_file(self.text_path, "w") as file:
             file.write(header + RULER + "\n" + "\n".join([*kept, note]) + "\n")
         self.file = open(self.text_path, "a")
-        say(note)
+        if self.echo:
+            say(note)
 
     def trained(self, step: int, clock_ms: float, loss: float | None) -> None:
         """The line of a training step; `step` counts from 1."""
@@ -174,19 +187,19 @@ class RunLog:
         if loss is not None:
             self.train_losses.append(loss)
         times = f"train_time:{clock_ms:.0f}ms step_avg:{clock_ms / step:.2f}ms"
-        self.line(f"step:{step}/{self.config['num_iterations']}{told} {times}", echo=False)
+        self.line(f"step:{step}/{self.total_steps}{told} {times}", echo=False)
 
     def validated(self, step: int, clock_ms: float, loss: float) -> None:
         """The line of a validation after `step` training steps."""
         average = clock_ms / max(step, 1)
         self.validation.append(dict(step=step, loss=loss, train_time_s=clock_ms / 1000, step_avg_ms=average))
         times = f"train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms"
-        self.line(f"step:{step}/{self.config['num_iterations']} val_loss:{loss:.6f} {times}")
+        self.line(f"step:{step}/{self.total_steps} val_loss:{loss:.6f} {times}")
 
-    def summary(self, status: str, error: str = "", **more: Any) -> None:
-        """(Re)write the JSON beside the log. `status`: running, finished, interrupted or failed."""
+    def summary(self, status: str, error: str = "", **more: Any) -> dict[str, Any] | None:
+        """(Re)write the JSON beside the log, and return it. `status`: running, finished, interrupted or failed."""
         if not self.writes:
-            return
+            return None
         last = self.validation[-1] if self.validation else None
         finished = status == "finished" and last is not None
         told = dict(
@@ -209,6 +222,7 @@ class RunLog:
         )
         with atomic_file(self.json_path, "w") as file:
             json.dump(told, file, indent=1, sort_keys=True)
+        return told
 
 
 class Progress:

@@ -148,5 +148,5 @@ def test_json_nested_beyond_all_bounds_is_damage_like_any_other(tmp_path):
     (tmp_path / "run.json").write_text(deep)
     assert read_run_json(tmp_path / "run.json") == {}
     (tmp_path / "record.json").write_text(deep)
-    with pytest.raises(SeriesError, match="record.json: not a series' record"):
+    with pytest.raises(SeriesError, match=r"record\.json: not a series' record"):
         read_record(tmp_path)
