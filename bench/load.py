@@ -2,22 +2,26 @@
 
     python -m bench.load --runs 19                # bench/results/load-<device>.json
 
-The same tiny runs are trained twice: alone, and while `stats monitor`, `stats ttest` and `records.report` work on the
-series' folder without a pause. Figures: how much slower the runs are then, and how long a reader takes. Checks: every
-run finishes with the loss that it has alone; no reader ever fails, names a loss that no log holds, or counts a run
-whose end the ledger does not know; the last verdict is that of the series alone.
+The same tiny runs are trained twice: alone, and while `stats monitor`, `stats ttest`, `records.report` and the
+studio's Series page (where Gradio is installed) work on the series' folder without a pause. Figures: how much slower
+the runs are then, and how long a reader takes. Checks: every run finishes with the loss that it has alone; no reader
+ever fails; the last verdict, the studio's too, is that of the series alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.common import REPO, summary, write_result
@@ -59,19 +63,66 @@ def ends_of(root: Path) -> dict[str, dict]:
     return {event["run"]: event for event in events if event["event"] == "end"}
 
 
-def read_until(process: subprocess.Popen, folder: Path, problems: list[str]) -> dict[str, list[float]]:
+@contextlib.contextmanager
+def studio(home: Path) -> Iterator[Callable[[Path], str] | None]:
+    """A studio that may open `home`, as a function: the t-test that its Series page shows of a folder. None where
+    Gradio is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        yield None
+        return
+    from gradio_client import Client
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "lab.studio", f"--port={port}", f"--folder={home}"]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline()  # "The studio is at ..."
+        client = Client(f"http://127.0.0.1:{port}/", verbose=False)
+        shown = ""
+
+        def look(folder: Path) -> str:
+            nonlocal shown
+            answer = client.predict(str(folder), "", 0.05, api_name="/look")[0]
+            shown = answer if isinstance(answer, str) else shown  # else: no file has changed, the page stays as it is
+            return shown
+
+        yield look
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def read_until(
+    process: subprocess.Popen, folder: Path, look: Callable[[Path], str] | None, problems: list[str]
+) -> dict[str, list[float]]:
     """Readers in turn while `process` lives; {reader: its times in ms}."""
-    times: dict[str, list[float]] = {name: [] for name in READERS}
+    times: dict[str, list[float]] = {name: [] for name in (*READERS, "studio")}
     while process.poll() is None:
+        if not (folder / "record.json").exists():
+            time.sleep(0.05)
+            continue
         for name, words in READERS.items():
-            if not (folder / "record.json").exists():
-                time.sleep(0.05)
-                continue
             begin = time.perf_counter()
             done = python(*words(folder), timeout=300)
             times[name].append((time.perf_counter() - begin) * 1e3)
             problems += problems_of(name, done)
+        if look is not None:
+            begin = time.perf_counter()
+            problems += shown_problems(look, folder)
+            times["studio"].append((time.perf_counter() - begin) * 1e3)
     return times
+
+
+def shown_problems(look: Callable[[Path], str], folder: Path) -> list[str]:
+    """What is wrong with the studio's answer on a series that is still running."""
+    try:
+        told = look(folder)
+    except Exception as error:  # whatever it is, the page failed
+        return [f"studio: {type(error).__name__}: {error}"[:400]]
+    early = "No verdict" in told and any(word in told for word in EARLY)
+    return [] if early or "one-sided p = " in told else [f"studio: {told[:400]}"]
 
 
 def problems_of(name: str, done: subprocess.CompletedProcess) -> list[str]:
@@ -104,12 +155,14 @@ def measure_load(runs: int, steps: int, folder: Path) -> dict:
     if planned.returncode:
         shutil.rmtree(loaded)
         problems.append(f"no plan: {planned.stderr[-300:]}")
-    begin = time.perf_counter()
     with open(folder / "output", "w") as output:
         command = [sys.executable, *series_command(loaded, folder / "shards", runs, steps)]
-        process = subprocess.Popen(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT)
-        times = read_until(process, loaded / "load", problems)
-    loaded_s = time.perf_counter() - begin
+        with studio(loaded) as look:
+            begin = time.perf_counter()
+            process = subprocess.Popen(command, cwd=REPO, stdout=output, stderr=subprocess.STDOUT)
+            times = read_until(process, loaded / "load", look, problems)
+            loaded_s = time.perf_counter() - begin
+            shown = look(loaded / "load") if look is not None else None
     if process.returncode:
         told = (folder / "output").read_text()[-500:]
         problems.append(f"the series under load ended with {process.returncode}: {told}")
@@ -121,6 +174,9 @@ def measure_load(runs: int, steps: int, folder: Path) -> dict:
     verdicts = verdict(alone / "load"), verdict(loaded / "load")
     if verdicts[0] != verdicts[1]:
         problems.append(f"verdict alone {verdicts[0]}, under load {verdicts[1]}")
+    printed = python("-m", "stats.ttest", str(loaded / "load"), "--alpha", "0.05").stdout
+    if shown is not None and shown.strip() != printed.strip():
+        problems.append(f"stats.ttest prints {printed[-600:]}, the studio shows {shown[-600:]}")
     seconds = [sorted(end["seconds"] for end in ends.values()) for ends in (before, after)]
     middle = [values[len(values) // 2] for values in seconds]
     return {
