@@ -26,6 +26,7 @@ class GPTFields:
     window_max_tokens: int = 1024  # tokens that a layer with the long window sees
     growing_window: bool = False  # let the window grow during training
     soft_cap: str = "rsqrt"  # rsqrt, sigmoid or none
+    dropout: float = 0.0  # share of an embedding and of what a block adds to the stream, silenced in training
     muon_lr: float = 0.025  # of the blocks' matrices
     muon_weight_decay: float = 0.01  # times the learning rate
     head_lr: float = 0.01  # of the output head
@@ -35,7 +36,9 @@ class GPTFields:
 
 def gpt_config(vocab_size: int, fields: GPTFields, num_iterations: int = 1) -> train_gpt.Config:
     """train_gpt.py's configuration of a lab GPT: float32, every layer with the long window."""
-    values = dataclasses.asdict(fields) | {
+    values = dataclasses.asdict(fields)
+    values.pop("dropout")  # train_gpt.py has none: a run that sees each token once does not overfit
+    values |= {
         "preset": "nano", "vocab_size": vocab_size, "eos_id": MARK, "num_iterations": num_iterations,
         "long_window_layers": ",".join(map(str, range(fields.num_layers))), "attention_free_layers": "",
         "dtype": "float32", "device": "cpu", "muon_momentum_warmup": min(300, num_iterations // 6),
@@ -71,11 +74,29 @@ class GPTRung(LanguageModel):
 
     def __init__(self, vocab_size: int, fields: GPTFields):
         super().__init__()
+        if not 0 <= fields.dropout < 1:
+            raise LabError(f"dropout is {fields.dropout}; it is a share from 0 to below 1")
         self._adopt(train_gpt.GPT(gpt_config(vocab_size, fields)), fields)
+        if fields.dropout:
+            self._drop(fields.dropout)
 
     def _adopt(self, gpt: train_gpt.GPT, fields: GPTFields | None) -> None:
         self.gpt, self.fields = gpt, fields
         self.vocab_size, self.context = gpt.config.vocab_size, None
+
+    def _drop(self, share: float) -> None:
+        """Dropout (Srivastava et al. 2014) around modules that have none, by hooks on their outputs."""
+
+        def of_embedding(table: nn.Module, _inputs: tuple, e_BTD: Tensor) -> Tensor | None:
+            return nn.functional.dropout(e_BTD, share) if table.training else None  # None: as it is
+
+        def of_update(block: nn.Module, inputs: tuple, x_BTD: Tensor) -> Tensor | None:
+            return inputs[0] + nn.functional.dropout(x_BTD - inputs[0], share) if block.training else None
+
+        for table in self.token_embeddings():
+            table.register_forward_hook(of_embedding)
+        for block in self.gpt.blocks:
+            block.register_forward_hook(of_update)
 
     @classmethod
     def of(cls, gpt: train_gpt.GPT) -> "GPTRung":

@@ -123,3 +123,25 @@ def test_counted_probabilities_are_the_counts():
 def test_wrong_settings_are_named(name, fields, words):
     with pytest.raises(LabError, match=words):
         build_model(name, 12, fields)
+
+
+def test_dropout_of_the_gpt_acts_in_training_alone_and_keeps_the_mean():
+    idx = torch.randint(1, 20, (2, 16), generator=torch.Generator().manual_seed(0))
+    models = []
+    for dropout in (0.0, 0.3):
+        torch.manual_seed(0)
+        models.append(build_model("gpt", 20, {"num_layers": 2, "model_dim": 32, "dropout": dropout}))
+    plain, dropped = models
+    with torch.no_grad():
+        for model in models:  # what writes to the residual stream and the head start at zero
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    assert torch.equal(plain.eval().logits(idx), dropped.eval().logits(idx))
+    dropped.train()
+    draws = torch.stack([dropped.gpt.embed1(idx) for _ in range(400)])
+    kept = (draws != 0).float().mean()
+    assert abs(float(kept) - 0.7) < 0.01
+    assert torch.allclose(draws.mean(0), plain.gpt.embed1(idx), atol=0.08), "what is kept is scaled up"
+    assert not torch.equal(dropped.logits(idx), dropped.logits(idx))
+    with pytest.raises(LabError, match="dropout is 1"):
+        build_model("gpt", 20, {"dropout": 1.0})
