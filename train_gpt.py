@@ -183,8 +183,10 @@ def check_config(config: Config) -> Config:
         "num_heads mlp_ratio block_tokens window_max_tokens"
     )
     for name in positive.split():
-        if getattr(c, name) < 1:
-            raise UsageError(f"--{name}={getattr(c, name)}: at least 1")
+        if not 1 <= getattr(c, name) < 2**31:
+            raise UsageError(f"--{name}={getattr(c, name)}: at least 1, below 2^31")
+    if c.attention_scale <= 0:
+        raise UsageError(f"--attention_scale={c.attention_scale}: above 0")
     for name in ("val_loss_every", "warmup_steps", "checkpoint_every", "keep_checkpoints", "muon_momentum_warmup"):
         if getattr(c, name) < 0:
             raise UsageError(f"--{name}={getattr(c, name)}: at least 0")

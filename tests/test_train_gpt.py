@@ -288,6 +288,8 @@ def test_fields_are_typed_and_named():
         (["--num_iteration=5"], "did you mean --num_iterations"),
         (["--num_iterations=five"], "num_iterations=five: expected int"),
         (["--num_iterations=0"], "num_iterations=0: at least 1"),
+        (["--block_tokens=1000000000000000000000000000000"], "below 2"),
+        (["--attention_scale=0"], "attention_scale=0.0: above 0"),
         (["--cooldown_frac=nan"], "finite"),
         (["--cooldown_frac=1.5"], "cooldown_frac"),
         (["--preset=huge"], "there are medium"),
