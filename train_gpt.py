@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention, attention_inputs, attention_plan
 from kernels.attention import implementation as attention_implementation
-from kernels.communication import GradientExchange
+from kernels.communication import GradientExchange, PlainExchange
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
@@ -438,7 +438,7 @@ class Muon:
     (@YouJiacheng); momentum is float32. Matrices of one shape are orthogonalised as one batch."""
 
     def __init__(self, named: dict[str, nn.Parameter], config: Config, impl: str, mine: list[str] | None = None):
-        """`mine`: the parameters that this process updates; by default all."""
+        """`mine`: names of those that this process updates; by default all."""
         self.config, self.impl = config, impl
         self.named = named
         self.dtype = getattr(torch, config.dtype)
@@ -526,13 +526,11 @@ class Trainer:
         matrices = {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.")}
         others = {n: p for n, p in self.model.named_parameters() if not n.startswith("blocks.")}
         overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
-        self.exchange = None
-        if overlap and self.world_size > 1:
-            tables = {n: p for n, p in others.items() if "embed" in n}
-            self.exchange = GradientExchange(matrices, tables, self.model.head_w, [self.model.scalars])
-        x = self.exchange
-        self.muon = Muon(matrices, config, self.model.impls["muon"], mine=x.mine if x else None)
-        self.adam = AdamW(others, config, head_rows=x.head_rows if x else slice(None))
+        exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
+        tables = {n: p for n, p in others.items() if "embed" in n}
+        self.exchange = exchange(matrices, tables, self.model.head_w, [self.model.scalars])
+        self.muon = Muon(matrices, config, self.model.impls["muon"], mine=self.exchange.mine)
+        self.adam = AdamW(others, config, head_rows=self.exchange.head_rows)
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
@@ -546,7 +544,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes: parameters and optimizer state by name; live, not copies."""
-        self.wait_weights()
+        self.exchange.wait_weights()
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         return parameters | self.muon.state() | self.adam.state()
 
@@ -560,54 +558,33 @@ class Trainer:
 
     def whole_state(self) -> dict[str, Tensor]:
         """`state()` with every process's share of the optimizers in it. Collective."""
-        if self.exchange is not None:
-            muon, moments = self.muon, self.adam.moments["head_w"]
-            low = muon.mantissa
-            shares = {n: [m, *([low[n]] if n in low else [])] for n, m in muon.momentum.items()}
-            self.exchange.gather_state(shares, list(moments.values()))
+        low = self.muon.mantissa
+        shares = {n: [m, *([low[n]] if n in low else [])] for n, m in self.muon.momentum.items()}
+        self.exchange.gather_state(shares, list(self.adam.moments["head_w"].values()))
         return self.state()
-
-    def wait_weights(self) -> None:
-        """Before weights are read: those that other processes updated have arrived."""
-        if self.exchange is not None:
-            self.exchange.wait_weights()
 
     def step(self, step: int, batches) -> Tensor:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
         mean loss, detached."""
         sequences = self.config.tokens_per_step // self.config.train_seq_len
         self.set_window(step)
-        self.wait_weights()
-        if self.exchange is not None:
-            self.exchange.begin([inputs_T for inputs_T, _ in batches])
+        self.exchange.wait_weights()
+        self.exchange.begin([inputs_T for inputs_T, _ in batches])
         losses = []
         for number, batch in enumerate(batches, 1):
             inputs_T, targets_T = _to_device(batch, self.device)
             loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window)
-            if self.exchange is not None and number == len(batches):
+            if number == len(batches):
                 self.exchange.arm()
             (loss / sequences).backward()
             losses.append(loss.detach())
-        if self.exchange is None:
-            self.sum_gradients()
-            self.adam.step(step)
-            self.muon.step(step)
-        else:
-            self.exchange.wait_gradients()
-            self.muon.step(step)
-            self.exchange.publish_matrices()
-            self.adam.step(step)
-            self.exchange.publish_head()
+        self.exchange.wait_gradients()  # sums: each process has already divided by the sequences of the whole step
+        self.muon.step(step)
+        self.exchange.publish_matrices()
+        self.adam.step(step)
+        self.exchange.publish_head()
         self.model.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
-
-    def sum_gradients(self) -> None:
-        """Sum gradients over processes; each process has already divided by the sequences of the whole step."""
-        if self.world_size == 1:
-            return
-        work = [dist.all_reduce(p.grad, async_op=True) for p in self.model.parameters()]
-        for handle in work:
-            handle.wait()
 
 
 # -------------------------------------------------------------------------------------------------------------
@@ -662,7 +639,7 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
     """Mean loss in nats per token over the validation tokens, with the window of `step`; equal on all ranks."""
     c = trainer.config
     trainer.set_window(step)
-    trainer.wait_weights()
+    trainer.exchange.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
     for sequence in range(rank(), count, trainer.world_size):

@@ -144,10 +144,10 @@ def _at(place: str, call: int, act: Callable[[], None]) -> None:
     if place == "before the first step":
         before(train_gpt, "train")
     elif place == "in a step, before the update":
-        before(train_gpt.Trainer, "sum_gradients")  # one of the two is called in a step
+        before(train_gpt.PlainExchange, "wait_gradients")  # one of the two is called in a step
         before(train_gpt.GradientExchange, "wait_gradients")
     elif place == "in a step, between the two optimizers":
-        before(train_gpt.Muon, "step")
+        before(train_gpt.AdamW, "step")
     elif place == "in a validation":
         before(train_gpt, "validate")
     elif place == "in a checkpoint, half written":
@@ -178,16 +178,16 @@ def _nan_in_a_gradient(fault: Fault) -> None:
             gradient = parameters[int(fault.amount * len(parameters))].grad
             gradient.view(-1)[int(fault.amount * 1e6) % gradient.numel()] = float("nan")
 
-    def sum_gradients(trainer) -> None:
-        poison(list(trainer.model.parameters()))
-        real_sum(trainer)
+    def plain(exchange) -> None:
+        poison(exchange.parameters)
+        real_plain(exchange)
 
-    def wait_gradients(exchange) -> None:
-        real_wait(exchange)
+    def overlapped(exchange) -> None:
+        real_overlapped(exchange)
         poison([exchange.matrices[name] for name in exchange.mine])
 
-    real_sum, real_wait = train_gpt.Trainer.sum_gradients, train_gpt.GradientExchange.wait_gradients
-    train_gpt.Trainer.sum_gradients, train_gpt.GradientExchange.wait_gradients = sum_gradients, wait_gradients
+    real_plain, real_overlapped = train_gpt.PlainExchange.wait_gradients, train_gpt.GradientExchange.wait_gradients
+    train_gpt.PlainExchange.wait_gradients, train_gpt.GradientExchange.wait_gradients = plain, overlapped
 
 
 def turn_the_clock_back() -> None:

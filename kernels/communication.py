@@ -60,6 +60,34 @@ def touched_rows(tokens: list[Tensor], vocab_size: int) -> Tensor:
     return seen.nonzero().flatten()
 
 
+class PlainExchange:
+    """The plain way behind the methods of `GradientExchange`: all gradients are summed over all processes after the
+    backward pass, and everyone updates everything. One process sends nothing."""
+
+    head_rows = slice(None)
+
+    def __init__(
+        self, matrices: Mapping[str, nn.Parameter], tables: Mapping[str, nn.Parameter],
+        head: nn.Parameter | None, others: list[nn.Parameter],
+    ):
+        self.mine = list(matrices)
+        self.parameters = [p for p in (*matrices.values(), *tables.values(), head, *others) if p is not None]
+
+    def wait_gradients(self) -> None:
+        """After the last backward pass: all gradients are sums."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for work in [dist.all_reduce(p.grad, async_op=True) for p in self.parameters]:
+                work.wait()
+
+    def begin(self, tokens: list[Tensor]) -> None:
+        """Nothing to do: no gradient leaves early, no weight is somewhere else."""
+
+    arm = publish_matrices = publish_head = wait_weights = lambda self: None
+
+    def gather_state(self, state: Mapping[str, list[Tensor]], head_state: list[Tensor]) -> None:
+        """Nothing to do: everyone has all of the optimizer's state."""
+
+
 class GradientExchange:
     """The way of a model's gradients and weights between processes. All ranks call its methods in the same order.
 
@@ -70,7 +98,8 @@ class GradientExchange:
         others: small parameters that everyone updates.
 
     One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one, `wait_gradients()`; then the
-    owners update what `owner` and `head_rows` give them, `publish()`, and before weights are read, `wait_weights()`.
+    owners update what `owner` and `head_rows` give them, `publish_matrices()` and `publish_head()`, and before weights
+    are read, `wait_weights()`.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ PROGRAM = """
 import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
-from kernels.communication import GradientExchange, touched_rows
+from kernels.communication import GradientExchange, PlainExchange, touched_rows
 
 rank, world, file, steps, vocab, width = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
 torch.set_num_threads(1)
@@ -46,6 +46,8 @@ def batches(step):
 mine, plain = Little(), Little()
 matrices = dict(a=mine.a, b=mine.b, c=mine.c)
 x = GradientExchange(matrices, dict(e1=mine.e1, e2=mine.e2), mine.head, [mine.scale])
+sums = PlainExchange(dict(a=plain.a, b=plain.b, c=plain.c), dict(e1=plain.e1, e2=plain.e2), plain.head, [plain.scale])
+assert sums.mine == ["a", "b", "c"] and sums.head_rows == slice(None)
 worst, untouched, state = 0.0, True, torch.zeros(vocab, width)
 for step in range(steps):
     tokens = batches(step)
@@ -57,8 +59,11 @@ for step in range(steps):
     x.wait_gradients()
     for part in tokens:
         plain(part).backward()
-    for p in plain.parameters():
-        dist.all_reduce(p.grad)
+    own = plain.b.grad.clone()
+    sums.wait_gradients()
+    everyones = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(everyones, own)
+    assert torch.allclose(plain.b.grad, sum(everyones), atol=1e-6)
     rows = touched_rows(tokens, vocab)
     other = torch.ones(vocab, dtype=torch.bool); other[rows] = False
     untouched &= bool(other.any()) and bool((mine.e1.grad[other] == 0).all()) and bool((mine.e2.grad[other] == 0).all())
