@@ -12,10 +12,12 @@ row of them from memory once, and leaves the loss, and in place of the logits th
 into dx and adds it to dw. So the logits cross the memory bus five times (written by one product, read and written by
 the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs.
 
-Memory beside x and w, for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 4096 tokens: 412 MB of logits,
-103 MB for w in bfloat16, 206 MB dw and as much for what is added to it, 134 MB dx: 1.06 GB (counted from the launch
+Memory beside x and w, for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 8192 tokens: 824 MB of logits,
+103 MB for w in bfloat16, 206 MB dw and as much for what is added to it, 134 MB dx: 1.47 GB (counted from the launch
 code in tests/kernels/test_cross_entropy.py, not measured), where all logits in float32 and their gradient take 26 GB.
-`chunk_tokens` = N keeps all logits (6.6 GB), for fewer launches. For "mean" and "sum" the gradients are computed in
+A chunk costs 0.6 GB of traffic for adding to dw, whatever its size; `chosen_chunk_tokens` makes chunks as large as the
+device affords. `chunk_tokens` = N keeps all logits (6.6 GB) and adds to dw once: whether that is faster on a device
+`python -m bench.cross_entropy` tells, and has not told yet. For "mean" and "sum" the gradients are computed in
 the forward pass, for an upstream gradient of one, and scaled in the backward pass; for "none" the backward pass
 computes the logits again.
 """
@@ -30,13 +32,23 @@ REDUCTIONS = ("mean", "sum", "none")
 LOGIT_LIMIT = 1e6
 # A chunk of logits that stays in a CPU core's caches: measured best of 128 .. 2048 tokens at 256 classes.
 CPU_CHUNK_LOGITS = 1 << 18
-#: Rows of x whose logits are in memory at once on a GPU.
-GPU_CHUNK_TOKENS = 4096
+#: Rows of x whose logits are in memory at once on a GPU: at most, at least, and the share of its memory they may take.
+MOST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS, CHUNK_SHARE = 8192, 256, 1 / 80
 #: Classes that one program holds in registers: 32 a thread, with 16 warps. Longer rows go through in blocks, twice;
 #: the second reading finds the row in the second-level cache (100 KB a row, one row a multiprocessor). Holding 50,304
 #: classes in the registers of 32 warps spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
 _MOST_IN_REGISTERS = 1 << 14
 FP8_DEVICES = ("sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def chosen_chunk_tokens(classes: int, element_bytes: int, device_bytes: int) -> int:
+    """Rows of logits at once on a GPU with `device_bytes` of memory: a power of two.
+
+    By the whole memory, not by what is free at the moment: the order in which dw is summed follows from the chunks, and
+    a run and its repetition must have the same. 80 GB take 8192 rows of 50,304 classes, 48 GB 4096, 24 GB 2048."""
+    rows = int(device_bytes * CHUNK_SHARE / (classes * element_bytes))
+    rows = 1 << max(rows, 1).bit_length() - 1
+    return min(max(rows, LEAST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
 
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
@@ -276,7 +288,7 @@ def _product(a, b_t, fp8: bool):
 
 def _in_8_bits(x, dtype: torch.dtype = torch.float8_e4m3fn):
     """(x / scale as `dtype`, row major; the float32 scale that puts its largest value at the format's end)."""
-    scale = (x.abs().amax().float() / torch.finfo(dtype).max).clamp(min=1e-12)
+    scale = (x.abs().amax().float() / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).to(dtype).contiguous(), scale
 
 
@@ -294,7 +306,11 @@ def _gradient_products(g, x, w, dw, fp8: bool):
 def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient, upstream_N=None):
     """(losses (N,), dx, dw), dw in float32; dx and dw are empty without `gradient`.
 
-    The gradients are those of the losses' sum, weighted by `upstream_N` (N,) if given."""
+    chunk_tokens: 0 is `chosen_chunk_tokens` of x's device. The gradients are those of the losses' sum, weighted by
+    `upstream_N` (N,) if given."""
+    if not chunk_tokens:
+        memory = torch.cuda.get_device_properties(x_ND.device).total_memory if x_ND.is_cuda else 0
+        chunk_tokens = chosen_chunk_tokens(weight_VD.shape[0], x_ND.element_size(), memory)
     w_VD = weight_VD.to(x_ND.dtype)
     losses = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
     dx_ND = torch.empty_like(x_ND) if gradient else x_ND.new_empty(0)
@@ -390,8 +406,7 @@ def _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_
     """The Triton way of `linear_cross_entropy`."""
     if fp8 and device_kind() not in FP8_DEVICES:
         raise ValueError(f"fp8=True needs one of {', '.join(FP8_DEVICES)}, and this device is {device_kind()}")
-    chunk_tokens = chunk_tokens or GPU_CHUNK_TOKENS
-    arguments = (x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens, fp8)
+    arguments = (x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens or 0, fp8)
     if reduction == "none":
         return _head_token_losses(*arguments)
     differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
