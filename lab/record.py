@@ -1,6 +1,9 @@
-"""Gather the results of series into one small JSON, next to the values aimed at.
+"""Gather the results of series into one small JSON, next to the values aimed at; make lab/README.md from it.
 
-python -m lab.record --out=lab/results/ladder.json mlp=lab/out/names-mlp:2.17 gpt=lab/out/names-gpt:1.93
+    python -m lab.record mlp=lab/out/names-mlp:2.17 gpt=lab/out/names-gpt:1.93     # into lab/results/ladder.json
+    python -m lab.record --page                                                    # the table in lab/README.md
+
+Entries that are not named stay as they are.
 """
 
 import json
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import LabError, cli
-from lab.runlog import write_json
+from lab.runlog import write_json, write_text
 
 
 def gather(folder: Path, target: float | None) -> dict[str, Any]:
@@ -24,23 +27,60 @@ def gather(folder: Path, target: float | None) -> dict[str, Any]:
     return {"target": target, "best_validation": best, "reached": target is None or best <= target, "runs": runs}
 
 
+PAGE = Path(__file__).with_name("README.md")
+LADDER = Path(__file__).with_name("results") / "ladder.json"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown of everything that was gathered: the run with the least validation loss of each series."""
+    lines = [
+        "| series | model | parameters | steps | best validation | at step | test | aim | reached |",
+        "|-|-|-|-|-|-|-|-|-|",
+    ]
+    for name, told in results.items():
+        run = min((r for r in told["runs"] if r["best"]), key=lambda r: r["best"]["loss"])
+        test = "" if run["test_loss"] is None else f"{run['test_loss']:.4f}"
+        aim, reached = ("", "") if told["target"] is None else (told["target"], "yes" if told["reached"] else "**no**")
+        config, best = run["config"], run["best"]
+        lines.append(
+            f"| {name} | {config['model']} | {config['num_parameters']:,} | {config['steps']:,} | {best['loss']:.4f} "
+            f"| {best['step']:,} | {test} | {aim} | {reached} |"
+        )
+    return "\n".join(lines)
+
+
+def page(text: str, results: dict[str, Any]) -> str:
+    """`text` with its generated table made anew. LabError if it has no place for one."""
+    start, end = "<!-- generated: ladder -->", "<!-- end -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise LabError(f"{PAGE.name} has no part {start} ... {end}")
+    return f"{before}{start}\n{table(results)}\n{end}{after}"
+
+
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     positional, given = cli.split_arguments(words)
-    if not positional or set(given) - {"out"}:
+    wants_page = cli.typed("page", bool, given.pop("page")) if "page" in given else False
+    if not (positional or wants_page) or set(given) - {"out"}:
         print(__doc__)
         return 2
-    results = {}
+    out = Path(given.get("out", LADDER))
+    results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     for word in positional:
         name, equals, rest = word.partition("=")
         folder, _, target = rest.partition(":")
         if not equals:
             raise LabError(f"write name=FOLDER:TARGET, not {word!r}")
         results[name] = gather(Path(folder), cli.typed("target", float, target) if target else None)
-    for name, r in results.items():
+    for name, r in ((name, results[name]) for name in dict.fromkeys(w.partition("=")[0] for w in positional)):
         wanted = "" if r["target"] is None else f", aim {r['target']}: {'reached' if r['reached'] else 'missed'}"
         print(f"{name}: {r['best_validation']:.4f}{wanted}")
-    write_json(Path(given.get("out", "lab/results/ladder.json")), results)
+    write_json(out, results)
+    if wants_page:
+        write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), results))
+        print(f"wrote {PAGE.name}")
     return 0
 
 

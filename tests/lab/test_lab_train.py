@@ -152,3 +152,29 @@ def test_diagnostics_do_not_disturb_training(names, tmp_path):
     assert moments[0]["loss"] == pytest.approx(moments[0]["expected_initial_loss"], abs=0.1)
     assert 0 <= moments[0]["layers"]["tanh"]["saturated"] <= 1
     assert (tmp_path / "b/diagnostics/seed-000.png").stat().st_size > 1000
+
+
+def test_results_are_gathered_beside_their_aims_and_shown_on_the_page(tmp_path, capsys):
+    from lab import record
+
+    train.train_model(TrainConfig(model="bigram", steps=4, test=True, limit_chars=3000), folder=tmp_path / "series")
+    out = tmp_path / "ladder.json"
+    assert record.main([f"pairs={tmp_path / 'series'}:9", f"--out={out}"]) == 0
+    assert record.main([f"again={tmp_path / 'series'}:0.5", f"--out={out}"]) == 0, "what is not named stays"
+    assert "reached" in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert results["pairs"]["reached"] and not results["again"]["reached"]
+    page = record.page("before\n<!-- generated: ladder -->\nold\n<!-- end -->\nafter\n", results)
+    assert page.startswith("before\n") and page.endswith("<!-- end -->\nafter\n") and "old" not in page
+    run = results["pairs"]["runs"][0]
+    told = f"| pairs | bigram | {run['num_parameters']:,} | 4 | {run['best']['loss']:.4f} |"
+    assert told in page and "| 9.0 | yes |" in page and "**no**" in page
+    with pytest.raises(LabError, match="has no part"):
+        record.page("nothing", results)
+
+
+def test_the_page_shows_what_was_gathered():
+    from lab import record
+
+    text = record.PAGE.read_text(encoding="utf-8")
+    assert record.page(text, json.loads(record.LADDER.read_text())) == text, "run python -m lab.record --page"
