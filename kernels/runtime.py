@@ -29,6 +29,24 @@ except ImportError:  # macOS and Windows: only the references run
 INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+def _read_numbers_of_one_element() -> None:
+    """Triton 3.6's interpreter reads the bound of a loop by int() of an array of one element, which numpy refuses from
+    2.4 on."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    _read_numbers_of_one_element()
+
+
 def implementation_of(impl: str, tensor: torch.Tensor, *, cpu: str, choices: tuple[str, ...]) -> str:
     """Name of the implementation that runs for `tensor` when the caller asks for `impl`.
 
