@@ -56,6 +56,7 @@ def generate(
     context = model.context or LONGEST_CONTEXT
     for _ in range(max_tokens):
         logits_BV = model.logits(idx[:, -context:])[:, -1]
+        logits_BV[:, list(tokenizer.never_written)] = -torch.inf
         token_B = pick(logits_BV, temperature, top_k, top_p, generator)
         idx = torch.cat([idx, token_B[:, None]], 1)
         alive &= token_B != tokenizer.mark

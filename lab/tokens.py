@@ -40,6 +40,7 @@ class Tokenizer:
     vocab_size = 0
     mark = MARK
     lossless = True  # decode(encode(text)) == text for text that is known
+    never_written: tuple[int, ...] = ()  # ids that a model may read but must not write
 
     def encode(self, text: str, unknown: str = "error") -> np.ndarray:
         """Ids of `text`. What the vocabulary lacks raises UnknownTextError, or with unknown="keep" reads
@@ -152,6 +153,7 @@ class WordTokenizer(Tokenizer):
     """
 
     kind, lossless, unknown_id = "word", False, 1
+    never_written = (1,)  # a story with holes is none, and once one unknown word is written more follow
 
     def __init__(self, words: Sequence[str], capitalized: Iterable[str] = ()):
         if not words:

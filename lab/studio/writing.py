@@ -56,7 +56,9 @@ def write(
     generator = torch.Generator().manual_seed(seed)
     yield Written(tuple(ids[1:]), given, False, prompt)
     for _ in range(max_tokens):
-        token = int(pick(next_logits(checkpoint, ids), temperature, top_k, top_p, generator))
+        logits_V = next_logits(checkpoint, ids)
+        logits_V[list(checkpoint.tokenizer.never_written)] = -math.inf
+        token = int(pick(logits_V, temperature, top_k, top_p, generator))
         if token == mark:
             yield Written(tuple(ids[1:]), given, True, text_of(checkpoint, prompt, ids[1:], given))
             return

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lab import LabError, cli, sample, sweep, train
-from lab.checkpoints import best_checkpoint, find_checkpoints, load_checkpoint, same_vocabulary
+from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint, same_vocabulary
 from lab.datasets import load_corpus
 from lab.embedded import entropy_floor, floor_on
-from lab.models import fields_class
+from lab.models import build_model, fields_class
 from lab.train import Run, TrainConfig, complete, evaluate, train_model
 
 
@@ -152,6 +152,21 @@ def test_diagnostics_do_not_disturb_training(names, tmp_path):
     assert moments[0]["loss"] == pytest.approx(moments[0]["expected_initial_loss"], abs=0.1)
     assert 0 <= moments[0]["layers"]["tanh"]["saturated"] <= 1
     assert (tmp_path / "b/diagnostics/seed-000.png").stat().st_size > 1000
+
+
+def test_unknown_words_are_read_but_never_written(tmp_path):
+    tokenizer = load_corpus("text", tokens="word", limit_chars=2000).tokenizer
+    model = build_model("bigram", tokenizer.vocab_size)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            p[..., tokenizer.unknown_id] = 20.0  # a model that would write nothing else
+    checkpoint = Checkpoint(tmp_path, "bigram", 0, model.eval(), tokenizer, {})
+    for drawn in sample.generate(checkpoint, "xyzzy the", count=3, max_tokens=30, seed=1):
+        assert tokenizer.unknown_id not in drawn.ids and "<unk>" not in drawn.written
+    writing = pytest.importorskip("lab.studio.writing")
+    *_, last = writing.write(checkpoint, "xyzzy the", max_tokens=30, seed=1)
+    assert tokenizer.unknown_id not in last.ids[last.prompt_tokens :]
 
 
 def test_results_are_gathered_beside_their_aims_and_shown_on_the_page(tmp_path, capsys):
