@@ -1,17 +1,21 @@
 """Stories: a raw corpus cleaned, words as tokens, and text put back together with spaces and capitals.
 
-python -m lab.stories clean RAW.txt --out=clean.txt         # what was repaired and dropped, and why python -m
-lab.stories train --model=gpt --path=clean.txt    # about a million parameters; or --model=recurrent
+    python -m lab.stories clean RAW.txt --out=clean.txt                  # what was repaired and dropped, and why
+    python -m lab.stories train --model=gpt --path=clean.txt             # about a million parameters; or recurrent
+    python -m lab.stories judge gpt=RUN recurrent=RUN --path=clean.txt   # perplexity, novelty, a sample of each
 
 A story ends with the end mark (the document mark of every lab vocabulary), which the models learn to write:
 they end their stories by themselves. The stories of Eldan and Li (2023), "TinyStories", are the pattern.
 """
 
+import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab import LabError, cli
 from lab.tokens import WordTokenizer, plain
@@ -211,9 +215,54 @@ def join_words(words: Iterable[str], names: set[str] | frozenset[str] = frozense
     return "".join(out)
 
 
+def judge(runs: Mapping[str, Path], path: str, *, count: int = 12, temperature: float = 0.8) -> dict[str, Any]:
+    """What each run's best checkpoint is worth: losses, and measures of `count` stories it writes (see
+    lab/analyses/quality.py), beside the same measures of held-out stories."""
+    from lab.analyses.quality import MEASURES, assess
+    from lab.checkpoints import best_checkpoint, load_checkpoint
+    from lab.datasets import load_documents, split_documents
+    from lab.sample import generate
+
+    split = split_documents(load_documents("stories", path))
+    told: dict[str, Any] = {}
+    for name, run in runs.items():
+        checkpoint = load_checkpoint(best_checkpoint(run))
+        log = json.loads(next((run / "runs").glob("*.json")).read_text(encoding="utf-8"))
+        drawn = generate(
+            checkpoint, "Once upon a time", count=count, max_tokens=400, temperature=temperature, top_p=0.95, seed=1
+        )
+        texts = {"written": [s.text for s in drawn], "held out": split["val"][:count]}
+        rows = {kind: assess(stories, split["train"], checkpoint) for kind, stories in texts.items()}
+        means = {k: {m: sum(r[m] for r in rs) / len(rs) for m in MEASURES} for k, rs in rows.items()}
+        told[name] = {
+            "parameters": log["num_parameters"], "steps": log["config"]["steps"], "best": log["best"],
+            "perplexity": math.exp(log["best"]["loss"]), "test_loss": log["test_loss"],
+            "train_time_s": log["train_time_s"], "ended": sum(s.ended for s in drawn), "stories": count,
+            "temperature": temperature, "means": means,
+            "sample": next((s.text for s in drawn if s.ended), drawn[0].text),
+        }  # fmt: skip
+    return told
+
+
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     positional, given = cli.split_arguments(words)
+    if positional[:1] == ["judge"] and len(positional) > 1:
+        from lab.runlog import write_json
+
+        runs = {name: Path(run) for name, _, run in (word.partition("=") for word in positional[1:])}
+        out = Path(given.get("out", Path(__file__).with_name("results") / "stories.json"))
+        told = judge(runs, given.get("path", ""))
+        write_json(out, told)
+        for name, r in told.items():
+            m = r["means"]["written"]
+            print(
+                f"{name}: perplexity {r['perplexity']:.1f}; {r['ended']} of {r['stories']} stories end by themselves; "
+                f"nearest training story at {m['novelty_distance']:.2f}, longest shared run "
+                f"{m['longest_shared_run']:.0f} characters, grammaticality {m['grammaticality']:.2f}, repetition "
+                f"{m['repetition']:.2f}\n  {r['sample']}"
+            )
+        return 0
     if positional[:1] == ["clean"] and len(positional) == 2:
         text, lines = decode_bytes(Path(positional[1]).read_bytes())
         common = cli.typed("common_words", int, given.pop("common_words", "0"))
