@@ -150,7 +150,7 @@ PRESETS: dict[str, dict] = {
     "nano": dict(
         train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0,
         num_iterations=700, tokens_per_step=1024, train_seq_len=1024, val_seq_len=8192, val_tokens=65536,
-        val_loss_every=100, target_loss=0.75,
+        val_loss_every=100, target_loss=0.7,
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_free_layers="",
         attention_scale=0.4,  # the medium preset's bound on logits, scale times head width, a little lower
         block_tokens=32, window_max_tokens=256, long_window_layers="0,3",
