@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m stats
     try:
         return int(options.handler(options))
     except StatsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a file's name may hold bytes that are no text
+        print(f"error: {error}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return int(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read the output has left, as `| head` does

@@ -129,10 +129,14 @@ def decide(losses: Sequence[float], plan: Plan) -> Decision:
 
 def log_likelihood_ratio(t: float | np.ndarray, n: int, effect: float) -> float | np.ndarray:
     """log of f(t | noncentrality effect*sqrt(n)) / f(t | 0), both with n - 1 degrees of freedom."""
-    values = np.asarray(t, dtype=np.float64)
+    # Beyond this the ratio is at its limit to nine digits, while t * t would overflow from 1e154 on.
+    values = np.clip(np.asarray(t, dtype=np.float64), -1e8, 1e8)
     shift = effect * math.sqrt(n)
-    with np.errstate(all="ignore"):
-        ratio = scipy.stats.nct.logpdf(values, n - 1, shift) - scipy.stats.t.logpdf(values, n - 1)
+    try:
+        with np.errstate(all="ignore"):
+            ratio = scipy.stats.nct.logpdf(values, n - 1, shift) - scipy.stats.t.logpdf(values, n - 1)
+    except OverflowError:  # raised for the whole array, whichever element it was
+        ratio = np.full(values.shape, np.nan)
     # Far from the centre of many runs the library's density under- or overflows; there the integral is taken.
     lost = ~np.isfinite(ratio)
     if lost.any():

@@ -130,6 +130,8 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
         runs = [Run(str(path), path.stem, "steps", None, None, None, 0, ())]
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", path) from None
+    except UnicodeEncodeError:
+        raise DataError("no name that a file can have", ascii(str(path))) from None
     except MemoryError:
         raise DataError("too large to be read as a table", path) from None
     beside = path.with_suffix(".json")

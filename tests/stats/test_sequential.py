@@ -62,6 +62,14 @@ def test_likelihood_ratio_where_the_library_underflows():
         assert math.isclose(log_likelihood_ratio(t, n, effect), _exact_log_ratio(t, n, effect), rel_tol=1e-8)
 
 
+@pytest.mark.parametrize("n", [2, 40, 500])
+@pytest.mark.parametrize("effect", [0.01, 1.0, 20.0])
+def test_likelihood_ratio_tends_to_a_limit_far_out(n, effect):
+    """Where the library raises, or t * t would be infinite (found by the fuzzer: a plan with a threshold of 1e154)."""
+    near, far = (log_likelihood_ratio(np.array([-t, t]), n, effect) for t in (1e6, 1e157))
+    assert np.isfinite(far).all() and far == pytest.approx(near, rel=1e-5)
+
+
 def test_likelihood_ratio_is_one_on_average_under_h0():
     rng = np.random.default_rng(5)
     for n in (4, 9):

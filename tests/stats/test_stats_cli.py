@@ -203,3 +203,9 @@ def test_1500_logs_of_300_kb_in_a_minute(tmp_path, repo):
     seconds = time.perf_counter() - start
     assert json.loads(done.stdout)["n"] == 1500
     assert seconds < 60, (seconds, os.getloadavg())
+
+
+@pytest.mark.parametrize("name", ["\udd00", "\udcff.txt", "a" * 5000])
+def test_a_name_that_no_file_can_have_is_an_error_of_ours(name, capsys):
+    assert main(["ttest", name]) == 3
+    assert "Traceback" not in capsys.readouterr().err
