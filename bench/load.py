@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from bench.common import REPO, summary, write_result
 from bench.faults import TINY, make_shards
+from bench.studio import started
 
 THRESHOLD = 4.3
 PLAN = ["--threshold", str(THRESHOLD), "--margin", "0.02", "--sigma", "0.02", "--sigma-source", "guess", "--cap", "40"]
@@ -72,15 +72,8 @@ def studio(home: Path) -> Iterator[Callable[[Path], str] | None]:
         return
     from gradio_client import Client
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "lab.studio", f"--port={port}", f"--folder={home}"]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
-    try:
-        process.stdout.readline()  # "The studio is at ..."
-        client = Client(f"http://127.0.0.1:{port}/", verbose=False)
-        shown = ""
+    with started(home) as (_, address, _):
+        client, shown = Client(address, verbose=False), ""
 
         def look(folder: Path) -> str:
             nonlocal shown
@@ -89,9 +82,6 @@ def studio(home: Path) -> Iterator[Callable[[Path], str] | None]:
             return shown
 
         yield look
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def read_until(
