@@ -244,6 +244,7 @@ class Run:
             "data": self.config.data,
             "tokens": self.config.tokens,
             "split_seed": self.config.split_seed,
+            "limit_chars": self.config.limit_chars,
             "data_hash": self.corpus.digest,
             "config_hash": self.log.config_hash,
         }

@@ -25,7 +25,8 @@ def _domains(words: list[str], given: dict[str, str], out: Path) -> analyses.Fin
         models[name] = load_checkpoint(best_checkpoint(place), given.get("vocab"))
         told = models[name].told
         path = given.get(f"path.{name}", "")
-        documents = load_documents(given.get(f"data.{name}", told.get("data", "text")), path or None)
+        limit = cli.typed("limit_chars", int, given.get(f"limit_chars.{name}", str(told.get("limit_chars", 0))))
+        documents = load_documents(given.get(f"data.{name}", told.get("data", "text")), path or None, limit)
         corpora[name] = split_documents(documents, int(told.get("split_seed", 0)))["val"]
     return analyses.domains(models, corpora, out, chars=int(given.get("limit", 100_000)))
 
@@ -35,7 +36,8 @@ def _steps(words: list[str], given: dict[str, str], out: Path) -> list[tuple[str
     along = [load_checkpoint(p, given.get("vocab")) for p in find_checkpoints(words[0])]
     final = load_checkpoint(best_checkpoint(words[0]), given.get("vocab"))
     told = final.told
-    documents = load_documents(given.get("data", told.get("data", "text")), given.get("path") or None)
+    limit = int(told.get("limit_chars", 0))  # the same documents, or the split would mix train and validation
+    documents = load_documents(given.get("data", told.get("data", "text")), given.get("path") or None, limit)
     split = split_documents(documents, int(told.get("split_seed", 0)))
     prompt = given.get("prompt", split["val"][0][: 2 if told.get("data") == "names" else 20])
     chars = cli.typed("limit", int, given.get("limit", "50000"))
