@@ -72,7 +72,8 @@ def memory_while_training(home: Path, steps: int) -> dict:
         id = queue.add(training_of(Request(steps=steps, batch_tokens=1024, width=32, layers=2), places))
         queue.work()
         most, samples = idle, 0
-        while queue.entry(id).state in ("queued", "running"):
+        until = time.monotonic() + 300
+        while queue.entry(id).state not in ("finished", "failed") and time.monotonic() < until:
             attempts = run.attempts if (run := queue.entry(id).run) else ()
             events = [event for attempt in attempts for event in (attempt.launch, attempt.start) if event]
             most, samples = max(most, resident_mib({process.pid, *(event["pid"] for event in events)})), samples + 1

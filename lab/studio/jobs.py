@@ -29,7 +29,7 @@ from pathlib import Path
 from data.paths import atomic_file
 from lab.studio.places import REPO
 from records.launch import Job, Slot, read_run_json
-from records.ledger import Ledger, RunState, now
+from records.ledger import Ledger, RunState, now, process_lives
 
 RUN = "seed-000"  # a training is a series of one run, in the layout that stats and records read
 POLL_S = 0.2
@@ -76,6 +76,8 @@ class Entry:
         """queued, running, pausing, paused, stopping, stopped, finished or failed."""
         status = self.run.attempts[-1].status if self.launches else "new"
         wish = self.wish["wish"]
+        if status == "lost" and _lives(self.run.attempts[-1].launch):
+            status = "running"  # the trainer has ended, and its runner is about to write how
         if status == "running":
             return {"run": "running", "pause": "pausing", "stop": "stopping"}[wish]
         if status == "finished":
@@ -208,6 +210,11 @@ class Queue:
                 [sys.executable, "-m", "lab.studio.jobs", str(self.folder)], cwd=REPO, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+
+
+def _lives(event: dict) -> bool:
+    """Whether the process that wrote a ledger's event is still there."""
+    return process_lives(event.get("pid", -1), event.get("pid_start"))
 
 
 def _wish(wish: str, launches: int, since: float | None = None) -> dict:

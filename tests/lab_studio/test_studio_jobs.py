@@ -12,6 +12,7 @@ import pytest
 
 from lab.studio.jobs import RUN, Queue, QueueError, Training, main
 from lab.studio.places import REPO
+from records.ledger import Ledger, host_hash, process_start
 
 # Counts steps into a log; on SIGTERM it writes where it is and ends like the project's trainers; --resume goes on.
 TRAINER = """
@@ -200,3 +201,20 @@ def test_work_starts_a_runner_by_itself(queue):
 def test_main_on_an_empty_queue_ends(queue, monkeypatch):
     monkeypatch.setattr(os, "nice", lambda by: 0)  # the test process stays as it is
     assert main(str(queue.folder)) == 0
+
+
+def test_a_trainer_that_has_just_ended_is_no_stop(queue):
+    """Until its runner has written how the trainer ended, a training still runs; without a runner it is over."""
+    id = queue.add(training())
+    ledger = Ledger(queue.folder / id)
+    host, alive, dead = host_hash(), os.getpid(), subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    where = {"run": RUN, "attempt": 1, "host": host}
+    ledger.append("launch", **where, seed=0, pid=alive, pid_start=process_start(alive))
+    ledger.append("start", **where, pid=dead.pid, pid_start=0)
+    assert queue.entry(id).state == "running"
+    id = queue.add(training())
+    ledger = Ledger(queue.folder / id)
+    ledger.append("launch", **where, seed=0, pid=dead.pid, pid_start=0)
+    ledger.append("start", **where, pid=dead.pid, pid_start=0)
+    assert queue.entry(id).state == "stopped"
