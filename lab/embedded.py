@@ -2,7 +2,10 @@
 
 import math
 
+import numpy as np
+
 from data.corpus import document_measure, grammar, iter_documents, log_prob
+from data.grammar import Choice
 from lab import LabError
 
 DOMAINS = {"names": "names", "text": "story", "stories": "story", "sums": "sums"}
@@ -35,9 +38,17 @@ def entropy_floor(kind: str) -> float:
 
 
 def floor_on(documents: list[str], kind: str) -> float:
-    """The mean loss of the predictor that knows the grammar on these very documents (not names): what a
-    perfect model would show. LabError for text that the grammar cannot write."""
-    nats = [-log_prob(document, DOMAINS[kind]) for document in documents]
+    """The mean loss of the predictor that knows the grammar on these very documents: what a perfect model would show.
+    A model may lie below `entropy_floor` on a lucky sample, below this only by luck of its own.
+
+    LabError for text that the grammar cannot write."""
+    nats = [_nats_of_name(d) if kind == "names" else -log_prob(d, DOMAINS[kind]) for d in documents]
     if not all(map(math.isfinite, nats)):
         raise LabError("the text is not of the embedded corpus: its grammar cannot write it")
     return sum(nats) / sum(len(d) + 1 for d in documents)
+
+
+def _nats_of_name(name: str) -> float:
+    """Of one name and its line end, over all ways in which the grammar can write it."""
+    ways = [log_p for log_p, _ in grammar().derivations((Choice("name", None),), name + "\n")]
+    return -float(np.logaddexp.reduce(ways)) if ways else math.inf

@@ -4,7 +4,8 @@
     python -m lab.tour --scale=0.2 --seeds=0-1 --out=DIR
 
 The ladder is trained on the corpus's names, over several seeds; a small GPT also on its stories and sums, for the
-analyses. The corpus comes from a grammar, so the entropy floor, which no model can beat in the long run, is known.
+analyses. The corpus comes from a grammar, so the entropy floor is known: the loss of the grammar itself on the very
+text that the models are validated on, which a model can only beat by luck.
 """
 
 import html
@@ -21,7 +22,7 @@ from lab import LabError, analyses, cli, plots
 from lab.analyses.finding import page, section
 from lab.checkpoints import load_checkpoint
 from lab.datasets import Corpus, load_corpus
-from lab.embedded import entropy_floor
+from lab.embedded import floor_on
 from lab.models import fields_class
 from lab.runlog import write_json, write_text
 from lab.sweep import draw as draw_sweep
@@ -98,7 +99,7 @@ def ladder_chart(results: dict[str, list[Result]], floor: float, out: Path) -> a
         ax.errorbar([i], [centre], yerr=[[half], [half]] if known else None, fmt="o", capsize=6, color=plots.color(0))
         ax.plot([i + 0.12] * len(losses), losses, ".", color="0.6")
         ax.annotate(f"{centre:.3f}", (i, centre), (8, 8), textcoords="offset points", fontsize=9)
-    ax.axhline(floor, color=plots.color(1), linestyle="--", label=f"entropy of the corpus, {floor:.3f}")
+    ax.axhline(floor, color=plots.color(1), linestyle="--", label=f"the grammar itself, {floor:.3f}")
     names = [f"{r['rung']}\n{r['parameters']:,}" for r in table]
     ax.set_xticks(range(len(table)), names)
     ax.set_xlim(-0.5, len(table) - 0.2)
@@ -107,8 +108,8 @@ def ladder_chart(results: dict[str, list[Result]], floor: float, out: Path) -> a
     ax.legend(loc="upper right")
     best = min(table, key=lambda r: r["mean"])
     summary = (
-        f"Best rung: {best['rung']} at {best['mean']:.4f} nats a character; the floor is {floor:.4f}. Losses are those "
-        "of the checkpoint that validation chose."
+        f"Best rung: {best['rung']} at {best['mean']:.4f} nats a character; the floor is {floor:.4f}, the "
+        "loss of the grammar that wrote these names. Losses are those of the checkpoint that validation chose."
     )
     return analyses.write_finding(out, "ladder", summary, {"table": table, "entropy_floor": floor}, fig)
 
@@ -123,7 +124,7 @@ def read_domains(out: Path, scale: float) -> tuple[dict[str, Result], dict[str, 
         folder = out / "series" / f"{kind}-gpt-domain"
         made = fields_class("gpt")(**fields)
         results[kind] = train_model(config, made, folder=folder, corpus=corpora[kind], overwrite=True)
-        floor = entropy_floor(kind)
+        floor = floor_on(corpora[kind].documents["val"], kind)
         print(f"  GPT on {kind}: {results[kind].best_loss:.4f} nats a character (floor {floor:.4f})", flush=True)
     return results, corpora
 
@@ -189,7 +190,7 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
     names = load_corpus("names")
     print("the ladder, on names:", flush=True)
     results = climb(out, seeds, scale, names)
-    chart = ladder_chart(results, entropy_floor("names"), out)
+    chart = ladder_chart(results, floor_on(names.documents["val"], "names"), out)
     print("learning-rate sweep:", flush=True)
     config = complete(TrainConfig(model="mlp", steps=max(5, round(60 * scale))))
     found = sweep(config, fields_class("mlp")(), names, -4.0, 0.0, 7)

@@ -142,6 +142,12 @@ def test_no_model_beats_the_entropy_floor():
     assert exact == pytest.approx(entropy_floor("sums"), rel=0.05)
     with pytest.raises(LabError, match="cannot write"):
         floor_on(["no such sum"], "sums")
+    names = load_corpus("names").documents
+    found = [floor_on(names[split], "names") for split in ("train", "val")]
+    assert found[0] == pytest.approx(entropy_floor("names"), rel=0.004), "twenty thousand names are near their entropy"
+    assert found[1] == pytest.approx(found[0], rel=0.01)
+    with pytest.raises(LabError, match="cannot write"):
+        floor_on(["Xqz"], "names")
 
 
 def test_diagnostics_do_not_disturb_training(names, tmp_path):
