@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def read_results(folder: Path) -> list[dict]:
         result = read_run_json(path)
         if state is None or state.status != "finished" or result.get("status") != "finished":
             continue
+        check_result(path, result)
         try:
             (run,) = read_runs(path.with_suffix(".txt"))
             point = final_validation(run)
@@ -50,6 +51,27 @@ def read_results(folder: Path) -> list[dict]:
             raise SeriesError(f"{path}: loss {result['final_loss']}, but {run.path} says {point.loss}")
         results.append(result | {"run": path.stem, "attempts": len(state.attempts)})
     return results
+
+
+def check_result(path: Path, result: dict) -> None:
+    """Raise SeriesError, naming file and field, unless a finished run's JSON has what a report tells."""
+    number = lambda value: isinstance(value, (int, float)) and math.isfinite(value)  # noqa: E731
+    checks: dict[str, Callable[[object], bool]] = {
+        "seed": lambda value: isinstance(value, int),
+        "final_loss": number,
+        "train_time_s": number,
+        "config": lambda value: isinstance(value, dict),
+        "environment": lambda value: isinstance(value, dict),
+        "start_time": lambda value: isinstance(value, str),
+        "end_time": lambda value: isinstance(value, str),
+        "validation": lambda value: isinstance(value, list) and bool(value) and all(
+            isinstance(point, dict) and all(number(point.get(key)) for key in ("step", "loss", "step_avg_ms"))
+            for point in value
+        ),
+    }  # fmt: skip
+    for field, holds in checks.items():
+        if not holds(result.get(field)):
+            raise SeriesError(f"{path}: {field!r} is absent or damaged; restore the file, or run the seed again")
 
 
 def verdict_of(folder: Path, alpha: float):
@@ -159,31 +181,6 @@ def results_of(results: Sequence[dict], verdict, why_none: str | None) -> dict:
     return found
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # -----------------------------------------------------------------------------------------------------------
 # The picture
 

@@ -404,3 +404,20 @@ def test_a_series_is_sequential_from_the_start_or_never(run, tmp_path):
     assert code == series.EXIT_USAGE and "does not tell its target_loss; give --plan FILE" in err
     code, out, _ = run("--sequential", "--target_loss=0.75", "--sigma=0.01", "--margin=0.05", name="third", judge=True)
     assert code == 4 and "CONTINUE: 3 runs are too few" in out
+
+
+def test_a_damaged_result_is_named_by_its_field(tmp_path):
+    """Found by the fuzzer: one flipped bit in a key of a run's JSON."""
+    from records.report import check_result
+
+    point = {"step": 4, "loss": 2.5, "step_avg_ms": 1.0}
+    whole = {"seed": 0, "final_loss": 2.5, "train_time_s": 1, "config": {}, "environment": {}, "start_time": "now",
+             "end_time": "then", "validation": [point]}  # fmt: skip
+    path = tmp_path / "seed-000.json"
+    check_result(path, whole)
+    for field in whole:
+        with pytest.raises(series.SeriesError, match=rf"seed-000\.json: '{field}' is absent or damaged"):
+            check_result(path, {name: value for name, value in whole.items() if name != field})
+    for bad in ({"final_loss": float("nan")}, {"validation": []}, {"validation": [{**point, "loss": "2"}]}):
+        with pytest.raises(series.SeriesError, match="absent or damaged"):
+            check_result(path, whole | bad)
