@@ -705,7 +705,7 @@ def campaign(
 # The page
 
 
-def page(result: dict, fuzz: dict | None) -> str:
+def page(result: dict, fuzz: dict | None, load: dict | None) -> str:
     """docs/faults.md from the kept results."""
     outcomes = result["result"]["outcomes"]
     rows = []
@@ -737,9 +737,25 @@ def page(result: dict, fuzz: dict | None) -> str:
     if fuzz:
         lines += [
             "## Hostile inputs", "",
-            f"`{fuzz['command']}` on {fuzz['date']}. Each case is generated (hypothesis, seeded): either a right "
-            "answer or an error of ours with a message; no exception of a library, no hang, no memory blow-up.", "",
-            table(fuzz["result"]["kinds"], ["input", "cases", "answers", "errors of ours", "failures"]), "",
+            "`python -m bench.fuzz --kind KIND`. Each case is generated (hypothesis, seeded): either a right "
+            "answer or an error of ours with a message; no exception of a library, no hang, no memory blow-up. What "
+            "was found on the way, and mended before these runs, is told in [LOG.md](LOG.md).", "",
+            table(fuzz["result"]["kinds"], ["input", "cases", "answers", "errors of ours", "failures", "date"]), "",
+        ]  # fmt: skip
+    if load:
+        told = load["result"]
+        rows = [{"reader": n, "calls": r["n"], "median ms": round(r["median_ms"]), "slowest ms": round(r["max_ms"])}
+                for n, r in told["readers"].items() if r]  # fmt: skip
+        lines += [
+            "## Under load", "",
+            f"`{load['command']}` on {load['date'][:10]}: a series of {told['runs']} runs, two at a time, alone and "
+            "while these readers work on its folder without a pause. The median run took "
+            f"{told['run_alone_s']:.1f} s alone and {told['run_loaded_s']:.1f} s under load "
+            f"({told['slow_down']:.2f} times), the series {told['series_alone_s']:.0f} and "
+            f"{told['series_loaded_s']:.0f} s. Wrong answers, failed readers or differing losses: "
+            f"{len(told['problems'])}. Verdict, the same alone, under load and in the studio: "
+            f"{told['verdict']['decision']}.", "",
+            table(rows), "",
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -750,7 +766,7 @@ def write_page() -> Path:
     if result is None:
         raise SystemExit(f"no results in {RESULTS.relative_to(REPO)}: run the campaign first")
     path = REPO / "docs" / "faults.md"
-    path.write_text(page(result, read_result("fuzz")), encoding="utf-8")
+    path.write_text(page(result, read_result("fuzz"), read_result("load")), encoding="utf-8")
     return path
 
 

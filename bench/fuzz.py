@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -32,7 +33,7 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from bench.common import REPO, table, write_result
+from bench.common import REPO, read_result, table, write_result
 
 SLOW_CASE_S = 20.0  # processor time; a case that takes longer counts as a hang
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at the start
@@ -627,6 +628,14 @@ def fuzz(name: str, cases: int, seed: int) -> Counter:
     return counts
 
 
+def keep(rows: list[dict]) -> Path:
+    """Put rows into the kept result, each in place of an earlier one of its kind; returns the result's path."""
+    before = read_result("fuzz")
+    known = {row["input"]: row for row in (before["result"]["kinds"] if before else [])}
+    known |= {row["input"]: row | {"date": datetime.date.today().isoformat()} for row in rows}
+    return write_result("fuzz", {"kinds": [known[name] for name in KINDS if name in known]})
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if nothing was found."""
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__.split("\n\n")[0])
@@ -651,11 +660,10 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({
             "input": name, "cases": sum(counts.values()), "answers": counts["answer"],
             "errors of ours": counts["error"], "failures": failures, "seconds": round(time.monotonic() - begin, 1),
+            "seed": options.seed,
         })  # fmt: skip
         print(rows[-1], flush=True)
-    if not options.kind:
-        path = write_result("fuzz", {"seed": options.seed, "kinds": rows})
-        print(f"kept in {path.relative_to(REPO)}")
+    print(f"kept in {keep(rows).relative_to(REPO)}")
     print(table(rows))
     return 1 if failed else 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.common import REPO, read_result
 from bench.faults import KINDS, broken_promises, page
 
 REPO = Path(__file__).resolve().parents[2]
@@ -69,7 +70,12 @@ def test_the_page_counts_what_went_wrong():
         "command": "c", "date": "d", "environment": {"cpu": "x", "torch": "2"},
         "result": {"outcomes": [outcome, outcome | {"problems": ["lost a checkpoint"]}]},
     }  # fmt: skip
-    text = page(result, None)
+    text = page(result, None, None)
     assert "**1 of 2 runs" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| disk full")]
     assert [cell.strip() for cell in row.split("|")[2:6]] == ["2", "0", "2", "1"]
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    found = [read_result(name) for name in ("faults", "fuzz", "load")]
+    assert (REPO / "docs" / "faults.md").read_text(encoding="utf-8") == page(*found), "python -m bench.faults --page"

@@ -1,5 +1,7 @@
 """Hostile inputs: a few cases of each kind here, ten thousand in the slow suite."""
 
+import json
+
 import pytest
 
 from bench.fuzz import KINDS, damage, fuzz
@@ -29,3 +31,14 @@ def test_damage_does_what_its_operations_say():
     assert damage(data, [("line", 0.0, 0.99)]) == b"step:2/20\nstep:1/20\n"
     assert damage(data, [("remove", 0.0, 5), ("insert", 0.0, b"x")]) == b"x" + data[5:]
     assert damage(data, [("repeat", 0.0, 4, 0.0)]) == b"step" + data
+
+
+def test_a_kind_that_is_tried_again_replaces_its_row_alone(tmp_path, monkeypatch):
+    from bench import common, fuzz
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    row = {"cases": 3, "answers": 1, "errors of ours": 2, "failures": 0, "seconds": 1.0, "seed": 1}
+    fuzz.keep([{"input": "logs", **row}, {"input": "shards", **row}])
+    path = fuzz.keep([{"input": "logs", **row, "cases": 9}])
+    kept = json.loads(path.read_text())["result"]["kinds"]
+    assert [(r["input"], r["cases"]) for r in kept] == [("shards", 3), ("logs", 9)], "in the order of the kinds"
