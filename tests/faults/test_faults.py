@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from bench.common import REPO, read_result
 from bench.faults import KINDS, broken_promises, page
 
-REPO = Path(__file__).resolve().parents[2]
 # One run each keeps the default suite quick; the rest are variations, which the large campaign covers.
 SMALL = [
     "kill -9 at a place in the program",
