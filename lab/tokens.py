@@ -127,7 +127,7 @@ class GPT2Tokenizer(Tokenizer):
     kind, vocab_size, mark = "gpt2", 50257, 50256
 
     def __init__(self, folder: str | None = None) -> None:
-        from data.tokenize import encoding_for  # only here: the character rungs do without it
+        from data.encoding import encoding_for  # only here: the character rungs do without it
 
         try:
             self._encoding = encoding_for(self.vocab_size, folder)

@@ -18,7 +18,7 @@ from lab.datasets import (
 )
 from lab.models import IGNORE
 from lab.stories import clean_stories, join_words, repair_encoding, split_words, word_tokenizer
-from lab.tokens import ByteTokenizer, CharTokenizer, UnknownTextError, from_spec
+from lab.tokens import ByteTokenizer, CharTokenizer, GPT2Tokenizer, UnknownTextError, from_spec
 
 WORDS = st.lists(st.text("abcde", min_size=1, max_size=9), min_size=1, max_size=30)
 
@@ -125,3 +125,11 @@ def test_words_get_their_spaces_and_capitals_back():
 def test_the_embedded_corpus_reads_as_every_kind(kind):
     corpus = load_corpus(kind, limit_chars=4000)
     assert corpus.tokens["train"].num_predictions > corpus.tokens["val"].num_predictions > 0
+
+
+def test_gpt2_tokens_by_a_folder_and_a_folder_without_them(shared_data, tmp_path):
+    """Found on a checkpoint over GPT-2's tokens, which the microscope could not open at all."""
+    tokenizer = GPT2Tokenizer(str(shared_data / "tokenizer"))
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.decode([15496, 995]) == "Hello world"
+    with pytest.raises(LabError, match="GPT-2's vocabulary cannot be loaded"):
+        GPT2Tokenizer(str(tmp_path))
