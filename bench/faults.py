@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -80,6 +81,7 @@ def fork(work: Callable[[], int], output: Path) -> int:
         sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+        faulthandler.dump_traceback_later(LIMIT_S * 0.9, file=2)  # a hang shows where it hangs
         code = work()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

@@ -75,19 +75,23 @@ def host(number: int, ready: int, go: int, box: Sandbox, more: list[str], fault:
 
 def two_hosts(boxes: list[Sandbox], *more: str, fault: Fault | None = None) -> list[Ended]:
     """One start of the run on both hosts, each with a folder of its own."""
-    ready, go = os.pipe(), os.pipe()
+    ready, go, held = os.pipe(), os.pipe(), []
     outputs = [box.folder / f"output-{time.monotonic_ns()}" for box in boxes]
     work = [lambda n=n: host(n, ready[1], go[0], boxes[n], list(more), fault) for n in (0, 1)]
     children = [fork(job, output) for job, output in zip(work, outputs)]
     try:
         for _ in children:
             os.read(ready[0], 1)
+        # Hold both namespaces until both hosts have ended. The pair vanishes with the first of them, and with it the
+        # other host's own address, on which that host may still be talking to itself: no real host loses its network
+        # card because another one is done.
+        held = [os.open(f"/proc/{child}/ns/net", os.O_RDONLY) for child in children]
         ip(*f"link add veth netns {children[0]} type veth peer name veth netns {children[1]}".split())
         os.write(go[1], b"xx")
+        return [wait(child, output) for child, output in zip(children, outputs)]
     finally:
-        for end in (*ready, *go):
+        for end in (*ready, *go, *held):
             os.close(end)
-    return [wait(child, output) for child, output in zip(children, outputs)]
 
 
 def main(folder: Path) -> int:

@@ -110,7 +110,7 @@ def test_a_foreign_checkpoint_is_refused(places, tmp_path):
 
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(LabError, match="not a checkpoint of the lab"):
+    with pytest.raises(LabError, match="not a checkpoint of format"):
         Models(places).load(path)
     assert Catalogue(places).checkpoints() == []
 
