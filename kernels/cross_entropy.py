@@ -34,9 +34,10 @@ LOGIT_LIMIT = 1e6
 CPU_CHUNK_LOGITS = 1 << 18
 #: Rows of x whose logits are in memory at once on a GPU: at most, at least, and the share of its memory they may take.
 MOST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS, CHUNK_SHARE = 8192, 256, 1 / 80
-#: Classes that one program holds in registers: 32 a thread, with 16 warps. Longer rows go through in blocks, twice;
-#: the second reading finds the row in the second-level cache (100 KB a row, one row a multiprocessor). Holding 50,304
-#: classes in the registers of 32 warps spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
+#: Classes that one program holds in registers: 32 a thread, with 512 threads. Longer rows go through in blocks, twice.
+#: The second reading finds the row in the second-level cache: two programs of 64 registers a thread fit a
+#: multiprocessor, so that 264 rows of 100 KB are under way on an H100, 26 of the cache's 50 MB. Holding 50,304 classes
+#: in registers spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
 _MOST_IN_REGISTERS = 1 << 14
 FP8_DEVICES = ("sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -200,67 +201,118 @@ def _chunk_loss(x, w, targets, softcap, ignore_index, with_gradient):
 # Prefixes: p_ pointer, b_ block of values, o_ offset, m_ mask.
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
 def _capped(b_z, CAP: tl.constexpr):
     """(soft-capped logits, the derivative of the cap) in float32."""
     if CAP == 1:  # rsqrt
         b_z = tl.minimum(tl.maximum(b_z, -1e6), 1e6)
-        b_r = 1 / tl.sqrt(b_z * b_z + 225)
+        b_r = tl.rsqrt(b_z * b_z + 225)
         return 15 * b_z * b_r, 15 * 225 * b_r * b_r * b_r
     elif CAP == 2:  # sigmoid
-        b_s = 1 / (1 + tl.exp(-(b_z + 5) / 7.5))
+        b_s = 1 / (1 + tl.exp2((b_z + 5) * (-_LOG2_E / 7.5)))
         return 23 * b_s, 23 / 7.5 * b_s * (1 - b_s)
     else:
         return b_z, b_z * 0 + 1
 
 
 @triton.jit
+def _load_capped(p_z, o, V, CAP: tl.constexpr, MASKED: tl.constexpr):
+    """(capped logits of the classes o, -inf from V on; the derivative of the cap)."""
+    if MASKED:
+        b_c, b_slope = _capped(tl.load(p_z + o, mask=o < V, other=0.0).to(tl.float32), CAP)
+        return tl.where(o < V, b_c, float("-inf")), b_slope
+    else:
+        return _capped(tl.load(p_z + o).to(tl.float32), CAP)
+
+
+@triton.jit
+def _store_softmax(p_z, o, b_c, b_slope, log_total, V, MASKED: tl.constexpr):
+    """z <- softmax(c) dc/dz, the loss's gradient but for the target's class."""
+    b_g = tl.exp2((b_c - log_total) * _LOG2_E) * b_slope
+    if MASKED:
+        tl.store(p_z + o, b_g.to(p_z.dtype.element_ty), mask=o < V)
+    else:
+        tl.store(p_z + o, b_g.to(p_z.dtype.element_ty))
+
+
+@triton.jit
+def _add_exponentials(b_most, b_total, b_c, CAP: tl.constexpr):
+    """(largest logit so far, sum of exp(logit - largest)), lane by lane, with the logits b_c added.
+
+    Capped logits lie within 23 of zero: their exponentials need no largest, which saves half of them."""
+    if CAP > 0:
+        return b_most, b_total + tl.exp2(b_c * _LOG2_E)
+    b_new = tl.maximum(b_most, b_c)
+    # a lane that has seen no class yet keeps -inf; subtracting it from itself would be NaN
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    return b_new, b_total * tl.exp(b_most - b_shift) + tl.exp(b_c - b_shift)
+
+
+@triton.jit
+def _log_sum(b_most, b_total, CAP: tl.constexpr):
+    """log sum exp over all lanes of `_add_exponentials`."""
+    if CAP > 0:
+        return tl.log(tl.sum(b_total, 0))
+    most = tl.max(b_most, 0)
+    b_shift = tl.where(b_most == float("-inf"), most, b_most)
+    return most + tl.log(tl.sum(b_total * tl.exp(b_shift - most), 0))
+
+
+@triton.jit
 def _row_loss(p_z, p_target, p_loss, V, ignore_index, CAP: tl.constexpr, GRADIENT: tl.constexpr, ONE: tl.constexpr,
-              BLOCK: tl.constexpr):
+              BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """One row of logits (V,): loss = log sum exp(cap(z)) - cap(z[target]); if GRADIENT, z <- d loss / d z.
 
-    ONE: the whole row is one block, kept in registers. An ignored row has loss 0 and gradient 0."""
+    ONE: the whole row is one block, kept in registers. Else it is V // BLOCK blocks without a mask, and what is left
+    in a block of TAIL. An ignored row has loss 0 and gradient 0."""
     row = tl.program_id(0).to(tl.int64)
     p_z += row * V
     target = tl.load(p_target + row)
     counted = target != ignore_index
-    z_target = tl.load(p_z + tl.where(counted, target, 0)).to(tl.float32)
-    c_target, _ = _capped(z_target, CAP)
+    p_z_target = p_z + tl.where(counted, target, 0)
+    c_target, slope_target = _capped(tl.load(p_z_target).to(tl.float32), CAP)
     o = tl.arange(0, BLOCK)
+    whole = V // BLOCK * BLOCK
     if ONE:
-        b_z = tl.load(p_z + o, mask=o < V, other=0.0).to(tl.float32)
-        b_c, b_slope = _capped(b_z, CAP)
-        b_c = tl.where(o < V, b_c, float("-inf"))
-        most = tl.max(b_c, 0)
-        b_e = tl.exp(b_c - most)
-        total = tl.sum(b_e, 0)
-        if GRADIENT:
-            b_g = (b_e / total - tl.where(o == target, 1.0, 0.0)) * b_slope
-            b_g = tl.where(counted, b_g, 0.0)
-            tl.store(p_z + o, b_g.to(p_z.dtype.element_ty), mask=o < V)
+        b_c, b_slope = _load_capped(p_z, o, V, CAP, True)
+        if CAP > 0:
+            log_total = tl.log(tl.sum(tl.exp2(b_c * _LOG2_E), 0))
+        else:
+            most = tl.max(b_c, 0)
+            log_total = most + tl.log(tl.sum(tl.exp(b_c - most), 0))
     else:
         b_most = tl.full([BLOCK], float("-inf"), tl.float32)
         b_total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            m = start + o < V
-            b_c, b_slope = _capped(tl.load(p_z + start + o, mask=m, other=0.0).to(tl.float32), CAP)
-            b_c = tl.where(m, b_c, float("-inf"))
-            b_new = tl.maximum(b_most, b_c)
-            # a lane that has seen no class yet keeps -inf; subtracting it from itself would be NaN
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_total = b_total * tl.exp(b_most - b_shift) + tl.exp(b_c - b_shift)
-            b_most = b_new
-        most = tl.max(b_most, 0)
-        total = tl.sum(b_total * tl.exp(b_most - most), 0)
-        if GRADIENT:
-            for start in range(0, V, BLOCK):
-                m = start + o < V
-                b_c, b_slope = _capped(tl.load(p_z + start + o, mask=m, other=0.0).to(tl.float32), CAP)
-                b_g = (tl.exp(b_c - most) / total - tl.where(start + o == target, 1.0, 0.0)) * b_slope
-                b_g = tl.where(counted, b_g, 0.0)
-                tl.store(p_z + start + o, b_g.to(p_z.dtype.element_ty), mask=m)
-    loss = most + tl.log(total) - c_target
-    tl.store(p_loss + row, tl.where(counted, loss, 0.0))
+        for start in range(0, whole, BLOCK):
+            b_c, b_slope = _load_capped(p_z, start + o, V, CAP, False)
+            b_most, b_total = _add_exponentials(b_most, b_total, b_c, CAP)
+        log_total = _log_sum(b_most, b_total, CAP)
+        if TAIL > 0:
+            o_tail = whole + tl.arange(0, TAIL)
+            b_c_tail, b_slope_tail = _load_capped(p_z, o_tail, V, CAP, True)
+            most = tl.maximum(tl.max(b_c_tail, 0), log_total)
+            tail = tl.sum(tl.exp(b_c_tail - most), 0)
+            log_total = most + tl.log(tail + tl.exp(log_total - most))
+    tl.store(p_loss + row, tl.where(counted, log_total - c_target, 0.0))
+    if GRADIENT:
+        log_total = tl.where(counted, log_total, float("inf"))  # every probability of an ignored row becomes 0
+        if ONE:
+            _store_softmax(p_z, o, b_c, b_slope, log_total, V, True)
+        else:
+            # the second reading of the row, from the second-level cache
+            for start in range(0, whole, BLOCK):
+                b_c, b_slope = _load_capped(p_z, start + o, V, CAP, False)
+                _store_softmax(p_z, start + o, b_c, b_slope, log_total, V, False)
+            if TAIL > 0:
+                _store_softmax(p_z, o_tail, b_c_tail, b_slope_tail, log_total, V, True)
+        # The target's class lacks its -1. One number, written again after all threads have written theirs, costs
+        # less than asking of every class whether it is the target.
+        tl.debug_barrier()
+        g_target = (tl.exp(c_target - log_total) - 1) * slope_target
+        tl.store(p_z_target, g_target.to(p_z.dtype.element_ty), mask=counted)
 
 
 def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradient: bool, block: int | None = None):
@@ -268,12 +320,15 @@ def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradien
 
     block: classes a program holds at once, a power of two; None: all of them, if registers suffice."""
     N, V = z_NV.shape
-    whole = triton.next_power_of_2(V)
-    block = block or min(whole, _MOST_IN_REGISTERS)
+    row = triton.next_power_of_2(V)
+    one = row <= (block or _MOST_IN_REGISTERS)
+    block = row if one else block or _MOST_IN_REGISTERS
+    tail = 0 if one or V % block == 0 else triton.next_power_of_2(V % block)
+    lanes = 64 if device_kind().startswith("gfx") else 32
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device)
     _row_loss[(N,)](
         z_NV, targets_N, losses, V, ignore_index, CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
-        GRADIENT=gradient, ONE=block >= V, BLOCK=block, num_warps=max(min(block // 1024, 16), 4),
+        GRADIENT=gradient, ONE=one, BLOCK=block, TAIL=tail, num_warps=max(min(block // 16, 512) // lanes, 4),
     )
     return losses
 

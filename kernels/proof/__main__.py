@@ -41,10 +41,25 @@ def run_part(part: str, names: list[str], devices: list[str], quick: bool) -> di
 
 
 def table_rows(result: dict) -> dict[str, dict]:
-    """The rows of a compile part that belong in machine_code.json, by key."""
+    """The rows of a compile part that belong in machine_code.json, by key: "family / launch / kernel", and, where a
+    launch compiles one kernel in several ways (forward and backward, say), the options that differ."""
     described = ("family", "launch", "device", "kernel", "seconds")
-    return {f"{r['family']} / {r['launch']} / {r['kernel']}": {k: v for k, v in r.items() if k not in described}
-            for r in result["rows"] if r["device"] == machine_code.TABLE_DEVICE}
+    variants: dict[str, list[dict]] = {}
+    for r in result["rows"]:
+        if r["device"] == machine_code.TABLE_DEVICE:
+            row = {name: value for name, value in r.items() if name not in described}
+            known = variants.setdefault(f"{r['family']} / {r['launch']} / {r['kernel']}", [])
+            if row not in known:
+                known.append(row)
+    rows = {}
+    for key, known in variants.items():
+        differ = [name for name in known[0]["options"] if len({row["options"].get(name) for row in known}) > 1]
+        for row in known:
+            words = [key, *(f"{name}={row['options'].get(name)}" for name in differ)]
+            rows[" ".join(words)] = row
+        if len({key for key in rows if rows[key] in known}) < len(known):
+            raise ValueError(f"{key}: several machine codes with the same options; launch them under different names")
+    return rows
 
 
 def report_interpret(result: dict) -> list[str]:
