@@ -24,7 +24,7 @@ import torch
 
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
-from kernels.runtime import device_kind, implementation_of, tl, triton
+from kernels.runtime import copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
 
 __all__ = ["AttentionPlan", "Tile", "allowed_pairs", "attention", "attention_inputs", "attention_plan",
            "attention_reference", "implementation"]
@@ -512,11 +512,9 @@ def _operand(x: torch.Tensor, rows: int, tile: Tile):
     """x (B, T, heads, Dh) as a kernel's walked operand: itself, or a descriptor of tiles of `rows` tokens."""
     if not tile.descriptors:
         return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    if x.data_ptr() % 16:  # the copy engine's addresses are multiples of 16 bytes
+    if not copies_in_bulk(x):  # heads are 16 wide or more, so that it is the address
         x = x.clone()
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, x.shape[-1]])
+    return descriptor(x, [1, rows, 1, x.shape[-1]])
 
 
 def _grid(x: torch.Tensor, rows: int) -> tuple[int]:

@@ -12,17 +12,19 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.runtime import device_kind, implementation_of, tl, triton
+from kernels.runtime import copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
 
 
 class Tile(NamedTuple):
-    """rows, columns and depth of a product's step, warps, pipeline stages."""
+    """rows, columns and depth of a product's step, warps, pipeline stages; descriptors: both factors come through
+    tensor descriptors (the bulk copies of Hopper and Blackwell), where 16 bytes divide their rows."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 #: By device (`device_kind`) and bytes of an element. "default" is small enough for any device.
@@ -30,8 +32,8 @@ TILES = {
     ("default", 2): Tile(64, 64, 32, 4, 2),
     ("default", 4): Tile(32, 32, 32, 4, 2),
     ("sm_80", 2): Tile(128, 128, 64, 8, 3),
-    ("sm_90", 2): Tile(128, 256, 64, 8, 3),
-    ("sm_100", 2): Tile(128, 256, 64, 8, 3),
+    ("sm_90", 2): Tile(128, 256, 64, 8, 3, descriptors=True),
+    ("sm_100", 2): Tile(128, 256, 64, 8, 3, descriptors=True),
     ("gfx942", 2): Tile(128, 128, 32, 8, 2),
 }
 _GROUP = 8  # tiles of rows that share tiles of columns while those are in the second-level cache
@@ -39,23 +41,32 @@ _GROUP = 8  # tiles of rows that share tiles of columns while those are in the s
 
 @triton.jit
 def _product(p_a, p_b, p_act, p_out, M, N, K, stride_n, stride_k, BM: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr):
-    """out (M, N) = relu(a b^T)^2, or, BACKWARD, (a b^T) * 2 sqrt(act); a (M, K) dense, b[n, k] by its strides."""
+             BK: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr, DESCRIPTOR: tl.constexpr,
+             PRECISION: tl.constexpr):
+    """out (M, N) = relu(a b^T)^2, or, BACKWARD, (a b^T) * 2 sqrt(act); a (M, K) dense, b[n, k] by its strides.
+
+    DESCRIPTOR: p_a and p_b are tensor descriptors, p_b's of the dense one of b and b^T: b forward, b^T BACKWARD."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = tl.program_id(0) // (GROUP * tiles_n)
     first = group * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_n)
-    o_m = (first + within % height) * BM + tl.arange(0, BM)
-    o_n = (within // height) * BN + tl.arange(0, BN)
-    p_rows = p_a + o_m[:, None].to(tl.int64) * K
-    p_columns = p_b + o_n[:, None].to(tl.int64) * stride_n
+    row, column = (first + within % height) * BM, (within // height) * BN
+    o_m = row + tl.arange(0, BM)
+    o_n = column + tl.arange(0, BN)
     b_out = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
-        o_k = k + tl.arange(0, BK)
-        b_a = tl.load(p_rows + o_k[None, :], mask=(o_m < M)[:, None] & (o_k < K)[None, :], other=0.0)
-        b_b = tl.load(p_columns + o_k[None, :] * stride_k, mask=(o_n < N)[:, None] & (o_k < K)[None, :], other=0.0)
-        b_out = tl.dot(b_a, tl.trans(b_b), b_out, input_precision=PRECISION)
+        if DESCRIPTOR:
+            b_a = p_a.load([row, k])
+            b_b = p_b.load([k, column]) if BACKWARD else tl.trans(p_b.load([column, k]))
+        else:
+            o_k = k + tl.arange(0, BK)
+            p_rows = p_a + o_m[:, None].to(tl.int64) * K
+            p_columns = p_b + o_n[:, None].to(tl.int64) * stride_n
+            b_a = tl.load(p_rows + o_k[None, :], mask=(o_m < M)[:, None] & (o_k < K)[None, :], other=0.0)
+            m_b = (o_n < N)[:, None] & (o_k < K)[None, :]
+            b_b = tl.trans(tl.load(p_columns + o_k[None, :] * stride_k, mask=m_b, other=0.0))
+        b_out = tl.dot(b_a, b_b, b_out, input_precision=PRECISION)
     o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
     m_out = (o_m < M)[:, None] & (o_n < N)[None, :]
     if BACKWARD:
@@ -66,29 +77,37 @@ def _product(p_a, p_b, p_act, p_out, M, N, K, stride_n, stride_k, BM: tl.constex
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def _launch(a_MK, b_NK, act_MN=None):
-    """One product with its epilogue; b_NK may be a transposed view."""
+def _launch(a_MK, b_NK, act_MN=None, tile: Tile | None = None):
+    """One product with its epilogue; with `act_MN`, the backward one, b_NK is a transposed view."""
     a_MK = a_MK.contiguous()
     (M, K), N = a_MK.shape, b_NK.shape[0]
-    tile = TILES.get((device_kind(), a_MK.element_size())) or TILES["default", a_MK.element_size()]
+    tile = tile or TILES.get((device_kind(), a_MK.element_size())) or TILES["default", a_MK.element_size()]
+    backward = act_MN is not None
     out = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
     programs = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
+    dense = b_NK.t() if backward else b_NK
+    fits = dense.is_contiguous() and copies_in_bulk(a_MK) and copies_in_bulk(dense)
+    descriptors = tile.descriptors and fits
+    p_a, p_b = a_MK, b_NK
+    if descriptors:
+        p_a = descriptor(a_MK, [tile.rows, tile.depth])
+        p_b = descriptor(dense, [tile.depth, tile.columns] if backward else [tile.columns, tile.depth])
     _product[(programs,)](
-        a_MK, b_NK, out if act_MN is None else act_MN, out, M, N, K, b_NK.stride(0), b_NK.stride(1),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=_GROUP, BACKWARD=act_MN is not None, PRECISION="ieee",
-        num_warps=tile.warps, num_stages=tile.stages,
+        p_a, p_b, act_MN if backward else out, out, M, N, K, b_NK.stride(0), b_NK.stride(1),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=_GROUP, BACKWARD=backward, DESCRIPTOR=descriptors,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )
     return out
 
 
-def launch_activation(x_ND, w_in_FD):
+def launch_activation(x_ND, w_in_FD, tile: Tile | None = None):
     """relu(x w_in^T)^2, (N, F)."""
-    return _launch(x_ND, w_in_FD)
+    return _launch(x_ND, w_in_FD, tile=tile)
 
 
-def launch_slope(dy_ND, w_out_DF, a_NF):
+def launch_slope(dy_ND, w_out_DF, a_NF, tile: Tile | None = None):
     """(dy w_out) * 2 sqrt(a), (N, F): the gradient at the first product's result."""
-    return _launch(dy_ND, w_out_DF.t(), a_NF)
+    return _launch(dy_ND, w_out_DF.t(), a_NF, tile)
 
 
 @torch.library.custom_op("speedrun::relu_squared_mlp", mutates_args=())

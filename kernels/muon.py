@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.runtime import device_kind, implementation_of, tl, triton
+from kernels.runtime import copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
 
 # The optimal composition for singular values in [1e-3, 1]: Amsel, Persson, Musco, Gower, "The Polar Express", arXiv
 # 2505.16932, 2025, first five steps. Each is the minimax odd quintic on what the step before leaves, cut off at 0.024
@@ -55,12 +55,14 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
 
 
 class Tile(NamedTuple):
-    """rows and columns of the output, depth of a product's step, warps, pipeline stages."""
+    """rows and columns of the output, depth of a product's step, warps, pipeline stages; descriptors: the factors come
+    through a tensor descriptor (the bulk copies of Hopper and Blackwell), where 16 bytes divide their rows."""
 
     rows: int
     depth: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 #: By device (`device_kind`) and bytes of an element. "default" is small enough for any device.
@@ -68,8 +70,8 @@ TILES = {
     ("default", 2): Tile(64, 32, 4, 2),
     ("default", 4): Tile(32, 32, 4, 2),
     ("sm_80", 2): Tile(128, 64, 8, 3),
-    ("sm_90", 2): Tile(128, 64, 8, 4),
-    ("sm_100", 2): Tile(128, 64, 8, 4),
+    ("sm_90", 2): Tile(128, 64, 8, 4, descriptors=True),
+    ("sm_100", 2): Tile(128, 64, 8, 4, descriptors=True),
     ("gfx942", 2): Tile(128, 32, 8, 2),
 }
 _ELEMENTS = 4096  # a program of the elementwise kernels
@@ -77,21 +79,27 @@ _ELEMENTS = 4096  # a program of the elementwise kernels
 
 @triton.jit
 def _symmetric(p_x, p_e, p_out, M, K, alpha, beta, BM: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
-               PRECISION: tl.constexpr):
-    """out = alpha X X^T (+ beta E, E symmetric): tiles below the diagonal are computed once and written twice."""
+               DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """out = alpha X X^T (+ beta E, E symmetric): tiles below the diagonal are computed once and written twice.
+
+    DESCRIPTOR: p_x is a tensor descriptor of all matrices."""
     tiles = tl.cdiv(M, BM)
     i, j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if j > i:
         return
     batch = tl.program_id(1).to(tl.int64)
-    p_x += batch * M * K
     o_i = i * BM + tl.arange(0, BM)
     o_j = j * BM + tl.arange(0, BM)
     b_out = tl.zeros([BM, BM], tl.float32)
     for k in range(0, K, BK):
-        o_k = k + tl.arange(0, BK)
-        b_i = tl.load(p_x + o_i[:, None] * K + o_k[None, :], mask=(o_i < M)[:, None] & (o_k < K)[None, :], other=0.0)
-        b_j = tl.load(p_x + o_j[:, None] * K + o_k[None, :], mask=(o_j < M)[:, None] & (o_k < K)[None, :], other=0.0)
+        if DESCRIPTOR:
+            b_i = p_x.load([batch.to(tl.int32), i * BM, k]).reshape(BM, BK)
+            b_j = p_x.load([batch.to(tl.int32), j * BM, k]).reshape(BM, BK)
+        else:
+            o_k = k + tl.arange(0, BK)
+            p_k = p_x + batch * M * K + o_k[None, :]
+            b_i = tl.load(p_k + o_i[:, None] * K, mask=(o_i < M)[:, None] & (o_k < K)[None, :], other=0.0)
+            b_j = tl.load(p_k + o_j[:, None] * K, mask=(o_j < M)[:, None] & (o_k < K)[None, :], other=0.0)
         b_out = tl.dot(b_i, tl.trans(b_j), b_out, input_precision=PRECISION)
     b_out *= alpha
     m_out = (o_i < M)[:, None] & (o_j < M)[None, :]
@@ -138,15 +146,17 @@ def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BL
 # ---- launchers ---------------------------------------------------------------------------------------------
 
 
-def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0):
+def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0, tile: Tile | None = None):
     """alpha X X^T + beta E for each matrix of x (B, M, K), contiguous; E (B, M, M) must be symmetric."""
     B, M, K = x_BMK.shape
-    tile = TILES.get((device_kind(), x_BMK.element_size())) or TILES["default", x_BMK.element_size()]
+    tile = tile or TILES.get((device_kind(), x_BMK.element_size())) or TILES["default", x_BMK.element_size()]
+    descriptors = tile.descriptors and copies_in_bulk(x_BMK)
+    p_x = descriptor(x_BMK, [1, tile.rows, tile.depth]) if descriptors else x_BMK
     out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)
     tiles = triton.cdiv(M, tile.rows)
     _symmetric[(tiles * tiles, B)](
-        x_BMK, x_BMK if e_BMM is None else e_BMM, out, M, K, alpha, beta, BM=tile.rows, BK=tile.depth,
-        ADD=e_BMM is not None, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        p_x, out if e_BMM is None else e_BMM, out, M, K, alpha, beta, BM=tile.rows, BK=tile.depth,
+        ADD=e_BMM is not None, DESCRIPTOR=descriptors, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )
     return out
 

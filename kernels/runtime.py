@@ -78,3 +78,15 @@ def device_kind() -> str:
         return "default"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def copies_in_bulk(x: torch.Tensor) -> bool:
+    """Whether a descriptor can describe the contiguous x: the copy engine wants rows and addresses of 16 bytes."""
+    return x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def descriptor(x: torch.Tensor, block: list[int]):
+    """The tensor descriptor of x, whose last axis is dense, for tiles of the shape `block`."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)

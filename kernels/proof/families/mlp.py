@@ -12,9 +12,13 @@ def _inputs(N, D, F):
     return make
 
 
-def _kernel(module, given):
-    a = module.launch_activation(given["x"], given["w_in"])
-    return {"a": a, "dh": module.launch_slope(given["dy"], given["w_out"], a)}
+def _kernel(module, given, tile=None):
+    a = module.launch_activation(given["x"], given["w_in"], tile)
+    return {"a": a, "dh": module.launch_slope(given["dy"], given["w_out"], a, tile)}
+
+
+def _by_descriptors(module, given):
+    return _kernel(module, given, module.Tile(32, 64, 16, 4, 1, descriptors=True))
 
 
 def _reference(module, given):
@@ -42,6 +46,7 @@ FAMILY = Family(
         Numeric("ragged in all three axes", _inputs(70, 37, 130), _kernel, _reference),
         Numeric("whole tiles", _inputs(64, 32, 64), _kernel, _reference, quick=False),
         Numeric("one token", _inputs(1, 5, 20), _kernel, _reference, quick=False),
+        Numeric("ragged, by descriptors", _inputs(70, 40, 136), _by_descriptors, _reference),
         Numeric("more groups of rows than one", _inputs(600, 16, 40), _kernel, _reference, quick=False),
     ),
     launches=(
@@ -51,7 +56,7 @@ FAMILY = Family(
         Launch("bf16, ragged", _launch(torch.bfloat16, N=1000, D=100, F=300), demanding=False),
         Launch("float32", _launch(torch.float32, N=1000, D=64, F=256), demanding=False),
     ),
-    demands={"_product": Demand(instructions=("HGMMA",))},
+    demands={"_product": Demand(instructions=("HGMMA", "UTMALDG"))},
     faults=(
         Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
         Fault("negative values pass", "tl.maximum(b_out, 0.0)", "b_out"),
@@ -65,6 +70,9 @@ FAMILY = Family(
         Fault("two programs take the same tile", "first + within % height", "first"),
         Fault("a row of the result is one too long", "o_m[:, None].to(tl.int64) * N",
               "o_m[:, None].to(tl.int64) * (N + 1)"),
+        Fault("a descriptor's rows are the first", "p_a.load([row, k])", "p_a.load([0, k])"),
+        Fault("a descriptor's columns are the first", "p_b.load([column, k])", "p_b.load([0, k])"),
+        Fault("the transposed factor's descriptor does not move", "p_b.load([k, column])", "p_b.load([0, column])"),
         Fault("the second factor's strides are exchanged", "o_k[None, :] * stride_k", "o_k[None, :] * stride_n"),
     ),
 )

@@ -14,9 +14,14 @@ def _matrices(B, M, K):
     return make
 
 
-def _symmetric_kernel(module, given):
-    plain = module.launch_symmetric(given["x"])
-    return {"plain": plain, "added": module.launch_symmetric(given["x"], given["e"], alpha=ALPHA, beta=BETA)}
+def _symmetric_kernel(module, given, tile=None):
+    plain = module.launch_symmetric(given["x"], tile=tile)
+    added = module.launch_symmetric(given["x"], given["e"], alpha=ALPHA, beta=BETA, tile=tile)
+    return {"plain": plain, "added": added}
+
+
+def _by_descriptors(module, given):
+    return _symmetric_kernel(module, given, module.Tile(32, 16, 4, 1, descriptors=True))
 
 
 def _symmetric_reference(module, given):
@@ -70,6 +75,7 @@ FAMILY = Family(
     kernels=("_symmetric", "_momentum", "_update"),
     numeric=(
         Numeric("ragged matrices", _matrices(2, 70, 37), _symmetric_kernel, _symmetric_reference),
+        Numeric("ragged matrices, by descriptors", _matrices(2, 70, 40), _by_descriptors, _symmetric_reference),
         Numeric("whole tiles", _matrices(1, 64, 64), _symmetric_kernel, _symmetric_reference, quick=False),
         Numeric("one row", _matrices(3, 1, 5), _symmetric_kernel, _symmetric_reference, quick=False),
         Numeric("ragged vectors", _vectors(5000), _vector_kernel, _vector_reference, dtypes=(torch.float32,)),
@@ -82,7 +88,7 @@ FAMILY = Family(
         Launch("bf16, ragged", _launch(torch.bfloat16, B=1, M=100, K=50), demanding=False),
         Launch("float32, ragged", _launch(torch.float32, B=1, M=100, K=50), demanding=False),
     ),
-    demands={"_symmetric": Demand(instructions=("HGMMA",)), "_momentum": Demand(), "_update": Demand()},
+    demands={"_symmetric": Demand(instructions=("HGMMA", "UTMALDG")), "_momentum": Demand(), "_update": Demand()},
     faults=(
         Fault("the mirrored tile is not turned", "tl.trans(b_out), mask", "b_out, mask"),
         Fault("tiles above the diagonal are lost", "if i > j:", "if i > j + 1000:"),
@@ -95,6 +101,8 @@ FAMILY = Family(
               "m_out = (o_i < M + 1)[:, None] & (o_j < M)[None, :]"),
         Fault("every batch is the first", "batch = tl.program_id(1).to(tl.int64)",
               "batch = tl.program_id(1).to(tl.int64) * 0"),
+        Fault("a descriptor's matrix is the first", "p_x.load([batch.to(tl.int32), j", "p_x.load([0, j"),
+        Fault("a descriptor's rows are its columns", "i * BM, k]).reshape", "j * BM, k]).reshape"),
         Fault("beta is left out", "b_out += beta * tl.load", "b_out += tl.load"),
         Fault("Nesterov's step is the plain buffer", "b_grad + (b_buffer - b_grad) * momentum", "b_buffer"),
         Fault("the mantissa's sign is spread", ".to(tl.int32) & 0xFFFF", ".to(tl.int32)"),
