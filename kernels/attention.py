@@ -24,7 +24,7 @@ import torch
 
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
-from kernels.runtime import copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
+from kernels.runtime import LOG2_E, copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
 
 __all__ = ["AttentionPlan", "Tile", "allowed_pairs", "attention", "attention_inputs", "attention_plan",
            "attention_reference", "implementation"]
@@ -499,8 +499,6 @@ def _attention_dkdv(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_end, p_or
 
 # ---- launchers ---------------------------------------------------------------------------------------------
 
-_LOG2_E = 1.4426950408889634
-
 
 def _precision(dtype: torch.dtype) -> str:
     """How float32 products are rounded: torch's own setting, and always in full where there is no tf32."""
@@ -540,7 +538,7 @@ def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None
     o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
     _attention_forward[_grid(q, tile.block_m)](
         q, _operand(k, tile.block_n, tile), _operand(v, tile.block_n, tile), o, lse, plan.first_key_BT,
-        plan.query_order_N, scale * _LOG2_E, T, triton.cdiv(T, SCHEDULE_TOKENS), **_constants(q, k, tile))
+        plan.query_order_N, scale * LOG2_E, T, triton.cdiv(T, SCHEDULE_TOKENS), **_constants(q, k, tile))
     return o, lse
 
 
@@ -557,11 +555,11 @@ def launch_backward(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     _attention_dq[_grid(q, tile_dq.block_m)](
         q, _operand(k, tile_dq.block_n, tile_dq), _operand(v, tile_dq.block_n, tile_dq), o, do, lse, dq,
-        delta, plan.first_key_BT, plan.query_order_N, scale, scale * _LOG2_E, T, chunks,
+        delta, plan.first_key_BT, plan.query_order_N, scale, scale * LOG2_E, T, chunks,
         **_constants(q, k, tile_dq))
     _attention_dkdv[_grid(k, tile.block_n)](
         _operand(q, tile.block_m, tile), k, v, _operand(do, tile.block_m, tile), lse, delta, dk, dv,
-        plan.end_query_BT, plan.key_order_N, scale, scale * _LOG2_E, T, chunks, **_constants(q, k, tile))
+        plan.end_query_BT, plan.key_order_N, scale, scale * LOG2_E, T, chunks, **_constants(q, k, tile))
     return dq, dk, dv
 
 

@@ -24,7 +24,7 @@ computes the logits again.
 
 import torch
 
-from kernels.runtime import device_kind, implementation_of, tl, triton
+from kernels.runtime import LOG2_E, device_kind, implementation_of, tl, triton
 
 SOFTCAPS = ("rsqrt", "sigmoid", None)
 REDUCTIONS = ("mean", "sum", "none")
@@ -201,7 +201,7 @@ def _chunk_loss(x, w, targets, softcap, ignore_index, with_gradient):
 # Prefixes: p_ pointer, b_ block of values, o_ offset, m_ mask.
 
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -320,9 +320,8 @@ def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradien
 
     block: classes a program holds at once, a power of two; None: all of them, if registers suffice."""
     N, V = z_NV.shape
-    row = triton.next_power_of_2(V)
-    one = row <= (block or _MOST_IN_REGISTERS)
-    block = row if one else block or _MOST_IN_REGISTERS
+    block = min(triton.next_power_of_2(V), block or _MOST_IN_REGISTERS)
+    one = block >= V
     tail = 0 if one or V % block == 0 else triton.next_power_of_2(V % block)
     lanes = 64 if device_kind().startswith("gfx") else 32
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.runtime import copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
+from kernels.runtime import copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 
 class Tile(NamedTuple):
@@ -81,7 +81,7 @@ def _launch(a_MK, b_NK, act_MN=None, tile: Tile | None = None):
     """One product with its epilogue; with `act_MN`, the backward one, b_NK is a transposed view."""
     a_MK = a_MK.contiguous()
     (M, K), N = a_MK.shape, b_NK.shape[0]
-    tile = tile or TILES.get((device_kind(), a_MK.element_size())) or TILES["default", a_MK.element_size()]
+    tile = tile or tile_of(TILES, a_MK)
     backward = act_MN is not None
     out = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
     programs = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.runtime import copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
+from kernels.runtime import copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 # The optimal composition for singular values in [1e-3, 1]: Amsel, Persson, Musco, Gower, "The Polar Express", arXiv
 # 2505.16932, 2025, first five steps. Each is the minimax odd quintic on what the step before leaves, cut off at 0.024
@@ -149,7 +149,7 @@ def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BL
 def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0, tile: Tile | None = None):
     """alpha X X^T + beta E for each matrix of x (B, M, K), contiguous; E (B, M, M) must be symmetric."""
     B, M, K = x_BMK.shape
-    tile = tile or TILES.get((device_kind(), x_BMK.element_size())) or TILES["default", x_BMK.element_size()]
+    tile = tile or tile_of(TILES, x_BMK)
     descriptors = tile.descriptors and copies_in_bulk(x_BMK)
     p_x = descriptor(x_BMK, [1, tile.rows, tile.depth]) if descriptors else x_BMK
     out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)

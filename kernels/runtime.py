@@ -25,6 +25,8 @@ except ImportError:  # macOS and Windows: only the references run
     tl = SimpleNamespace(constexpr=lambda value: value)
     HAVE_TRITON = False
 
+#: exp(x) is exp2(x * LOG2_E), and exp2 is what the devices have.
+LOG2_E = 1.4426950408889634
 #: True when Triton runs kernels in its interpreter. Read once: Triton decides when a kernel is decorated.
 INTERPRETED = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
@@ -78,6 +80,11 @@ def device_kind() -> str:
         return "default"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def tile_of(tiles: dict, x: torch.Tensor):
+    """The tile of this device for x's bytes an element, in a table by (device, bytes); else that of "default"."""
+    return tiles.get((device_kind(), x.element_size())) or tiles["default", x.element_size()]
 
 
 def copies_in_bulk(x: torch.Tensor) -> bool:

@@ -55,10 +55,10 @@ def table_rows(result: dict) -> dict[str, dict]:
     for key, known in variants.items():
         differ = [name for name in known[0]["options"] if len({row["options"].get(name) for row in known}) > 1]
         for row in known:
-            words = [key, *(f"{name}={row['options'].get(name)}" for name in differ)]
-            rows[" ".join(words)] = row
-        if len({key for key in rows if rows[key] in known}) < len(known):
-            raise ValueError(f"{key}: several machine codes with the same options; launch them under different names")
+            variant = " ".join([key, *(f"{name}={row['options'].get(name)}" for name in differ)])
+            if variant in rows:
+                raise ValueError(f"{variant}: two machine codes of the same options; launch them under different names")
+            rows[variant] = row
     return rows
 
 
