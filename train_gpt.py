@@ -35,6 +35,10 @@ import re
 import signal
 import uuid
 
+from trainer.threads import bound_spinning
+
+bound_spinning()  # what OpenMP reads when torch loads it
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,16 +47,17 @@ from torch import Tensor, nn
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention, attention_inputs, attention_plan
 from kernels.attention import implementation as attention_implementation
-from kernels.communication import GradientExchange, PlainExchange
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from records.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
-from records.options import UsageError, help_text, parse_options, setting
-from records.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
-from records.runlog import Clock, Progress, RunLog, describe_environment, matmul_ceiling, now, say
+from trainer.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
+from trainer.exchange import GradientExchange, PlainExchange
+from trainer.log import Clock, Progress, RunLog, now, say
+from trainer.options import UsageError, help_text, parse_options, setting
+from trainer.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
+from trainer.program import describe_environment, matmul_ceiling
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
@@ -138,6 +143,7 @@ _RUN_FIELDS = frozenset(
     "device compile kernels communication log_train_loss deterministic warmup_steps".split()
 )
 
+# fmt: off
 PRESETS: dict[str, dict] = {
     # The reference run of the medium track, second input embedding.
     "medium": {},
@@ -158,6 +164,7 @@ PRESETS: dict[str, dict] = {
         embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     ),
 }
+# fmt: on
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -191,9 +198,13 @@ def check_config(config: Config) -> Config:
         if getattr(c, name) < 0:
             raise UsageError(f"--{name}={getattr(c, name)}: at least 0")
     choices = {
-        "dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"), "compile": ("auto", "on", "off"),
-        "kernels": ("auto", "triton", "reference"), "soft_cap": ("rsqrt", "sigmoid", "none"),
-        "communication": ("auto", "plain", "overlap"), "muon_coefficients": ("spec", "polar_express"),
+        "dtype": ("bfloat16", "float32"),
+        "device": ("auto", "cuda", "cpu"),
+        "compile": ("auto", "on", "off"),
+        "kernels": ("auto", "triton", "reference"),
+        "soft_cap": ("rsqrt", "sigmoid", "none"),
+        "communication": ("auto", "plain", "overlap"),
+        "muon_coefficients": ("spec", "polar_express"),
     }
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
@@ -468,9 +479,7 @@ class Muon:
         flat = [u.view(-1, *u.shape[-2:]) for u in updates]
         wide = [u.mT if u.size(-2) > u.size(-1) else u for u in flat]
         batch = torch.cat(wide) if len(wide) > 1 else wide[0]
-        batch = orthogonalize(
-            batch, coefficients=self.config.muon_coefficients, dtype=self.dtype, impl=self.impl
-        )
+        batch = orthogonalize(batch, coefficients=self.config.muon_coefficients, dtype=self.dtype, impl=self.impl)
         parts = batch.split([u.size(0) for u in flat])
         return [(o.mT if u.size(-2) > u.size(-1) else o).view_as(u) for o, u in zip(parts, updates)]
 
@@ -608,12 +617,18 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
     files = embedded_files(config)
     sequences = config.tokens_per_step // config.train_seq_len
     train = TokenStream(
-        files.train_files, sequence_tokens=config.train_seq_len, sequences_per_step=sequences,
-        vocab_size=config.vocab_size, drop_shard_tail=config.drop_shard_tail,
+        files.train_files,
+        sequence_tokens=config.train_seq_len,
+        sequences_per_step=sequences,
+        vocab_size=config.vocab_size,
+        drop_shard_tail=config.drop_shard_tail,
     )
     val = TokenStream(
-        files.val_files, sequence_tokens=config.val_seq_len,
-        sequences_per_step=config.val_tokens // config.val_seq_len, vocab_size=config.vocab_size, cycle=False,
+        files.val_files,
+        sequence_tokens=config.val_seq_len,
+        sequences_per_step=config.val_tokens // config.val_seq_len,
+        vocab_size=config.vocab_size,
+        cycle=False,
     )
     return train, val
 
@@ -810,9 +825,14 @@ def _save(state: dict[str, Tensor], config: Config, log: RunLog, clock: Clock, f
         raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
     hashes = log.environment["hashes"]
     told = dict(
-        format=CHECKPOINT_FORMAT, config=json.dumps(dataclasses.asdict(config)), step=str(step),
-        run_name=log.name, train_time_s=repr(clock.seconds), validation=json.dumps(log.validation),
-        train_loss=json.dumps(log.train_losses), **{k: hashes[k] for k in ("code_hash", "data_hash", "val_data_hash")},
+        format=CHECKPOINT_FORMAT,
+        config=json.dumps(dataclasses.asdict(config)),
+        step=str(step),
+        run_name=log.name,
+        train_time_s=repr(clock.seconds),
+        validation=json.dumps(log.validation),
+        train_loss=json.dumps(log.train_losses),
+        **{k: hashes[k] for k in ("code_hash", "data_hash", "val_data_hash")},
     )
     for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
@@ -890,8 +910,13 @@ def describe(config: Config, trainer: Trainer, streams) -> dict:
     sample = torch.empty(0, device=trainer.device, dtype=getattr(torch, config.dtype))
     ran = trainer.model.impls | {"attention": attention_implementation(trainer.model.impls["attention"], sample)}
     return describe_environment(
-        trainer.device, world_size=trainer.world_size, source=SOURCE, implementations=ran,
-        data_hash=streams[0].data_hash(), val_data_hash=streams[1].data_hash(), plan_hash=config.plan_hash,
+        trainer.device,
+        world_size=trainer.world_size,
+        source=SOURCE,
+        implementations=ran,
+        data_hash=streams[0].data_hash(),
+        val_data_hash=streams[1].data_hash(),
+        plan_hash=config.plan_hash,
     )
 
 
@@ -904,7 +929,12 @@ def run(config: Config) -> int:
     trainer = Trainer(config, device)
     environment = describe(config, trainer, streams)
     log = RunLog(
-        config.output_dir, unique_name(config), dataclasses.asdict(config), environment, SOURCE, config_hash(config),
+        config.output_dir,
+        unique_name(config),
+        dataclasses.asdict(config),
+        environment,
+        SOURCE,
+        config_hash(config),
         writes=rank() == 0,
     )
     on_rank_0(lambda: log.open(resuming=bool(config.resume), overwrite=config.overwrite))
@@ -1011,8 +1041,13 @@ def sample_command(arguments: list[str]) -> int:
         decoder = encoding.stream_decoder()
         print(options.prompt, end="", flush=True)
         new = generate(
-            model, prompt, options.max_new_tokens, temperature=options.temperature,
-            top_k=options.top_k, top_p=options.top_p, generator=generator,
+            model,
+            prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            generator=generator,
         )
         for token in new:
             print(decoder(token), end="", flush=True)

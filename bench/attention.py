@@ -71,8 +71,7 @@ def passes(run: Callable[..., torch.Tensor], q, k, v, do) -> dict[str, Callable[
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o = run(*leaves)
     do = do.reshape(o.shape)
-    return {"forward": lambda: run(*leaves),
-            "backward": lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)}
+    return {"forward": lambda: run(*leaves), "backward": lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)}
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------
@@ -87,6 +86,7 @@ def contestants(plan: AttentionPlan) -> dict[str, Callable]:
     def flex(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, scale=SCALE).transpose(1, 2)
+
     return {"triton": functools.partial(attention, plan=plan, scale=SCALE, impl="triton"), "flex": flex}
 
 
@@ -102,8 +102,19 @@ def flash_contestant(tokens: torch.Tensor, window_tokens: int) -> tuple[Callable
     longest = int(edges.diff().max())
 
     def run(q, k, v):
-        return flash_attn_varlen_func(q[0], k[0], v[0], edges, edges, longest, longest, softmax_scale=SCALE,
-                                      causal=True, window_size=(window_tokens - 1, 0))
+        return flash_attn_varlen_func(
+            q[0],
+            k[0],
+            v[0],
+            edges,
+            edges,
+            longest,
+            longest,
+            softmax_scale=SCALE,
+            causal=True,
+            window_size=(window_tokens - 1, 0),
+        )
+
     return run, plan
 
 
@@ -115,6 +126,7 @@ def sdpa_contestant(plan: AttentionPlan) -> Callable:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE)
         return o.transpose(1, 2)
+
     return run
 
 
@@ -144,11 +156,13 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
             new = timed_rows(contestants(plan), inputs, flops, repeats, **about)
         rows += new
         for code in {c.kernel: c for c in launched if c.kernel.startswith("_attention")}.values():
-            figures = {f"{r['pass']}_ms_at_window_{window}": round(r["median_ms"], 4)
-                       for r in new if r["impl"] == "triton"}
+            figures = {
+                f"{r['pass']}_ms_at_window_{window}": round(r["median_ms"], 4) for r in new if r["impl"] == "triton"
+            }
             if "cubin" in code.asm:
-                entry = ran.setdefault(machine_code.text_hash(code.asm["cubin"]),
-                                       {"kernel": code.kernel, "device": device_name()})
+                entry = ran.setdefault(
+                    machine_code.text_hash(code.asm["cubin"]), {"kernel": code.kernel, "device": device_name()}
+                )
                 entry.update(figures)
         if flash := flash_contestant(tokens, window):
             flops = pass_flops(allowed_pair_count(flash[1]), heads, width)
@@ -177,8 +191,9 @@ def tune(tokens: torch.Tensor, heads: int, width: int, repeats: int) -> list[dic
                     if kernel == "forward":
                         run = functools.partial(module.launch_forward, q, k, v, plan, SCALE, tile)
                     else:  # both backward kernels run; the other one keeps its tile, so differences are this one's
-                        run = functools.partial(module.launch_backward, do, q, k, v, o, lse, plan, SCALE,
-                                                **{f"tile_{kernel}": tile})
+                        run = functools.partial(
+                            module.launch_backward, do, q, k, v, o, lse, plan, SCALE, **{f"tile_{kernel}": tile}
+                        )
                     row = {"window": window, "kernel": kernel, "tile": str(tuple(tile))}
                     try:
                         stats = measure(run, repeats=repeats)
@@ -186,8 +201,14 @@ def tune(tokens: torch.Tensor, heads: int, width: int, repeats: int) -> list[dic
                         rows.append({**row, "median_ms": None, "error": type(error).__name__})
                         continue
                     step = "forward" if kernel == "forward" else "backward"
-                    rows.append({**row, "median_ms": stats["median_ms"], "iqr_ms": stats["iqr_ms"],
-                                 "tflops": flops[step] / stats["median_ms"] / 1e9})
+                    rows.append(
+                        {
+                            **row,
+                            "median_ms": stats["median_ms"],
+                            "iqr_ms": stats["iqr_ms"],
+                            "tflops": flops[step] / stats["median_ms"] / 1e9,
+                        }
+                    )
     return sorted(rows, key=lambda r: (-r["window"], r["kernel"], r["median_ms"] or float("inf")))
 
 
@@ -219,9 +240,18 @@ def on_cpu(heads: int, width: int, repeats: int, lengths: tuple[int, ...], block
             def step(plan=plan, impl=impl, leaves=leaves, do=inputs[3]):
                 # in one thread: autograd runs a CPU's backward pass on the caller's
                 torch.autograd.grad(attention(*leaves, plan, scale=SCALE, impl=impl), leaves, do)
+
             stats = processor_times(step, repeats)
-            rows.append({"impl": impl, "T": length, "window_blocks": window, "pairs": allowed_pair_count(plan),
-                         "T_x_window": length * window * BLOCK, **stats})
+            rows.append(
+                {
+                    "impl": impl,
+                    "T": length,
+                    "window_blocks": window,
+                    "pairs": allowed_pair_count(plan),
+                    "T_x_window": length * window * BLOCK,
+                    **stats,
+                }
+            )
     return rows
 
 
@@ -235,8 +265,12 @@ def fit(rows: list[dict]) -> dict:
     solution = torch.linalg.lstsq(x / y[:, None], torch.ones(len(y), 1, dtype=torch.float64)).solution.flatten()
     relative = (x @ solution / y - 1).abs()
     logs = torch.stack([x[:, 1].log(), y.log()])
-    return {"fixed_ms": solution[0].item(), "ms_per_million_T_x_window": solution[1].item(),
-            "median_relative_error": relative.median().item(), "correlation_of_logs": logs.corrcoef()[0, 1].item()}
+    return {
+        "fixed_ms": solution[0].item(),
+        "ms_per_million_T_x_window": solution[1].item(),
+        "median_relative_error": relative.median().item(),
+        "correlation_of_logs": logs.corrcoef()[0, 1].item(),
+    }
 
 
 def picture(rows: list[dict], path: Path) -> None:
@@ -251,15 +285,24 @@ def picture(rows: list[dict], path: Path) -> None:
         banded = [r for r in rows if r["T"] == length and r["impl"] == "banded"]
         line = sorted((r["T_x_window"], r["median_ms"]) for r in banded)
         axes.plot(*zip(*line), marker="o", label=f"banded, T = {length:,}")
-    dense = sorted((r["T_x_window"], r["median_ms"], r["T"]) for r in rows
-                   if r["impl"] == "reference")
-    axes.plot([x for x, _, _ in dense], [y for _, y, _ in dense], "k--", marker="x",
-              label="quadratic reference, window of one block")
+    dense = sorted((r["T_x_window"], r["median_ms"], r["T"]) for r in rows if r["impl"] == "reference")
+    axes.plot(
+        [x for x, _, _ in dense],
+        [y for _, y, _ in dense],
+        "k--",
+        marker="x",
+        label="quadratic reference, window of one block",
+    )
     xs = sorted(r["T_x_window"] for r in rows if r["impl"] == "banded")
     middle = fit(rows)["ms_per_million_T_x_window"] / 1e6
     axes.plot(xs, [middle * x for x in xs], color="0.7", zorder=0, label="in proportion to T x window")
-    axes.set(xscale="log", yscale="log", xlabel="T x window (pairs before the diagonal is cut)",
-             ylabel="forward + backward, processor time (ms)", title="Attention on one core: T x window, not T x T")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="T x window (pairs before the diagonal is cut)",
+        ylabel="forward + backward, processor time (ms)",
+        title="Attention on one core: T x window, not T x T",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -268,8 +311,9 @@ def picture(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, measure what this machine can, print and keep it."""
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", help="token shard whose document lengths to use (GPU)")
     parser.add_argument("--length", type=int, default=65536, help="T on a GPU")
     parser.add_argument("--sdpa-length", type=int, default=8192, help="T of the dense comparison on a GPU")
@@ -285,15 +329,25 @@ def main(argv: list[str] | None = None) -> int:
         tokens = read_tokens(options.tokens, options.length).cuda()
         shape = (options.heads or 8, options.width or 128, options.repeats or 30)
         rows = tune(tokens, *shape) if options.tune else on_gpu(tokens, *shape, options.sdpa_length)
-        print(table(rows, ("window", "kernel", "tile", "median_ms", "iqr_ms", "tflops") if options.tune else
-                    ("T", "window", "pass", "impl", "median_ms", "iqr_ms", "tflops", "ratio")))
-        written = write_result("attention-tiles" if options.tune else "attention",
-                               {"tokens": Path(options.tokens).name if options.tokens else "random lengths",
-                                "rows": rows}, folder=options.out)
+        print(
+            table(
+                rows,
+                ("window", "kernel", "tile", "median_ms", "iqr_ms", "tflops")
+                if options.tune
+                else ("T", "window", "pass", "impl", "median_ms", "iqr_ms", "tflops", "ratio"),
+            )
+        )
+        written = write_result(
+            "attention-tiles" if options.tune else "attention",
+            {"tokens": Path(options.tokens).name if options.tokens else "random lengths", "rows": rows},
+            folder=options.out,
+        )
         print(f"written: {written.name}")
         return 0
-    print("not measured: no GPU (Triton kernels, FlexAttention, FlashAttention and SDPA at T = "
-          f"{options.length:,}, windows {', '.join(map(str, WINDOWS_TOKENS))})")
+    print(
+        "not measured: no GPU (Triton kernels, FlexAttention, FlashAttention and SDPA at T = "
+        f"{options.length:,}, windows {', '.join(map(str, WINDOWS_TOKENS))})"
+    )
     if options.tune:
         print("not measured: no GPU (candidate tiles)")
         return 0
@@ -303,8 +357,10 @@ def main(argv: list[str] | None = None) -> int:
     line = fit(rows)
     print(table(rows, ("impl", "T", "window_blocks", "T_x_window", "median_ms", "iqr_ms")))
     slope = line["ms_per_million_T_x_window"]
-    print(f"time = {line['fixed_ms']:.2f} ms + {slope:.2f} ms a million of T x window; "
-          f"correlation of the logarithms {line['correlation_of_logs']:.4f}")
+    print(
+        f"time = {line['fixed_ms']:.2f} ms + {slope:.2f} ms a million of T x window; "
+        f"correlation of the logarithms {line['correlation_of_logs']:.4f}"
+    )
     result = {"gpu": "not measured: no GPU", "fit": line, "rows": rows}
     written = write_result("attention", result, folder=options.out)
     drawn = options.out / f"attention-{device_name()}.png"

@@ -58,8 +58,9 @@ def ways_to_compare(on_gpu: bool, N: int, fp8: bool) -> tuple[dict[str, Loss], l
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write bench/results/cross_entropy-<device>.json."""
-    parser = argparse.ArgumentParser(prog="python -m bench.cross_entropy", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cross_entropy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, help="rows of x (65,536 on a GPU, 4096 on a CPU)")
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args(arguments)
@@ -82,16 +83,33 @@ def main(arguments: list[str] | None = None) -> int:
     flops, moved = 6 * N * D * V, 2 * N * V * x.element_size()
     floor_ms = flops / matmul_ceiling()["tflops"] / 1e9 + moved / copy_ceiling()["gb_per_s"] / 1e6
     rows = [
-        {"implementation": name, **times[name], "over_floor": times[name]["median_ms"] / floor_ms,
-         "peak_mib": peak_memory_mib(passes[name])}
+        {
+            "implementation": name,
+            **times[name],
+            "over_floor": times[name]["median_ms"] / floor_ms,
+            "peak_mib": peak_memory_mib(passes[name]),
+        }
         for name in passes
     ]
-    print(f"N = {N}, D = {D}, V = {V}, {str(dtype).removeprefix('torch.')}; runs: {implementation('auto', x)}; "
-          f"floor {floor_ms:.3g} ms from this device's own rates")
+    print(
+        f"N = {N}, D = {D}, V = {V}, {str(dtype).removeprefix('torch.')}; runs: {implementation('auto', x)}; "
+        f"floor {floor_ms:.3g} ms from this device's own rates"
+    )
     print(table(rows, ["implementation", "median_ms", "iqr_ms", "over_floor", "peak_mib"]))
     print("\n".join(missing))
-    path = write_result("cross_entropy", {"N": N, "D": D, "V": V, "dtype": str(dtype), "flops": flops,
-                                          "floor_ms": floor_ms, "rows": rows, "not_measured": missing})
+    path = write_result(
+        "cross_entropy",
+        {
+            "N": N,
+            "D": D,
+            "V": V,
+            "dtype": str(dtype),
+            "flops": flops,
+            "floor_ms": floor_ms,
+            "rows": rows,
+            "not_measured": missing,
+        },
+    )
     print(f"written: {path.name}")
     return 0
 

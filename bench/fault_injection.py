@@ -192,7 +192,7 @@ def _nan_in_a_gradient(fault: Fault) -> None:
 
 def turn_the_clock_back() -> None:
     """From here on the wall clock of this process runs backwards, in leaps of an hour, from a day in 2001."""
-    import records.runlog
+    import trainer.log
 
     calls = 0
 
@@ -210,7 +210,7 @@ def turn_the_clock_back() -> None:
         datetime, timezone = WrongDatetime, datetime.timezone
 
     time.time, time.time_ns = wrong_time, lambda: int(wrong_time() * 1e9)
-    records.runlog.datetime = Module
+    trainer.log.datetime = Module
 
 
 def main(arguments: list[str]) -> int:

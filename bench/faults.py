@@ -42,10 +42,25 @@ from bench.fault_injection import PLACES, Fault, arm, damage_shard
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = dict(
-    preset="nano", num_iterations=10, tokens_per_step=256, train_seq_len=64, val_seq_len=128, val_tokens=256,
-    val_loss_every=3, checkpoint_every=2, warmup_steps=0, num_layers=2, model_dim=16, num_heads=1,
-    unet_skips="0>1", long_window_layers="0", block_tokens=16, window_max_tokens=64, device="cpu", run_name="run",
-)  # fmt: skip
+    preset="nano",
+    num_iterations=10,
+    tokens_per_step=256,
+    train_seq_len=64,
+    val_seq_len=128,
+    val_tokens=256,
+    val_loss_every=3,
+    checkpoint_every=2,
+    warmup_steps=0,
+    num_layers=2,
+    model_dim=16,
+    num_heads=1,
+    unet_skips="0>1",
+    long_window_layers="0",
+    block_tokens=16,
+    window_max_tokens=64,
+    device="cpu",
+    run_name="run",
+)
 LIMIT_S = 240  # a start that takes longer hangs
 RESUME = ("--resume=auto",)
 
@@ -137,9 +152,16 @@ def agent(nproc: int, restarts: int, arguments: list[str], fault: Fault | None, 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, max_restarts=restarts, monitor_interval=0.05,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(os.getpid()), start_method="fork",
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        max_restarts=restarts,
+        monitor_interval=0.05,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        start_method="fork",
+    )
     try:
         elastic_launch(config, rank_of_agent)(arguments, fault, folder)
     except ChildFailedError as error:
@@ -174,9 +196,11 @@ class Sandbox:
         """The program's command line."""
         shards = self.folder / "shards"
         fields = TINY | dict(
-            train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", output_dir=str(self.out),
+            train_files=f"{shards}/train_*.bin",
+            val_files=f"{shards}/val_*.bin",
+            output_dir=str(self.out),
             communication=self.communication,
-        )  # fmt: skip
+        )
         return [f"--{name}={value}" for name, value in fields.items()] + list(more)
 
     def begin(self, *more: str, fault: Fault | None = None, restarts: int = 0) -> tuple[int, Path]:
@@ -226,9 +250,9 @@ class Trace:
 
 def trace_of(out: Path) -> Trace:
     """Read a finished run. Raises whatever is wrong with it."""
-    from records.checkpoints import load_tensors
     from stats.runs import final_validation, parse_log
     from train_gpt import CHECKPOINT_FORMAT
+    from trainer.checkpoints import load_tensors
 
     text = (out / "run.txt").read_text()
     body = text.rpartition("=" * 100)[2]
@@ -277,8 +301,8 @@ def promised(out: Path) -> list[int]:
 
 def broken_promises(out: Path) -> list[str]:
     """Reported checkpoints that are not there or not whole."""
-    from records.checkpoints import CheckpointError, load_tensors
     from train_gpt import CHECKPOINT_FORMAT
+    from trainer.checkpoints import CheckpointError, load_tensors
 
     problems = []
     for step in promised(out)[:1]:  # an older one may just have made way for one that is not reported yet
@@ -636,10 +660,19 @@ def torchrun(action: str, everyone: bool):
         fault = Fault(action, place, draw.randint(1, 4), rank=0, everyone=everyone)
         outcome.fault = asdict(fault)
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2",
-            "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "bench.fault_injection",
-            json.dumps(asdict(fault)), str(box.folder), *box.arguments(*RESUME),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--max-restarts=2",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            "-m",
+            "bench.fault_injection",
+            json.dumps(asdict(fault)),
+            str(box.folder),
+            *box.arguments(*RESUME),
+        ]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=2 * LIMIT_S)
         box.ends.append(Ended(done.returncode, done.stdout + done.stderr))
         if done.returncode:
@@ -714,51 +747,70 @@ def page(result: dict, fuzz: dict | None, load: dict | None) -> str:
     for kind in dict.fromkeys(o["kind"] for o in outcomes):
         mine = [o for o in outcomes if o["kind"] == kind]
         messages = sorted({re.sub(r"\d{3,}|step-\d+", "N", o["message"]) for o in mine if o["message"]}, key=len)
-        rows.append({
-            "fault": kind, "runs": len(mine), "resumed": sum(o["ending"] == "resumed" for o in mine),
-            "stopped": sum(o["ending"] == "stopped" for o in mine),
-            "neither": sum(bool(o["problems"]) for o in mine),
-            "what it says": messages[0].replace("|", "/")[:150] if messages else "",
-        })  # fmt: skip
+        rows.append(
+            {
+                "fault": kind,
+                "runs": len(mine),
+                "resumed": sum(o["ending"] == "resumed" for o in mine),
+                "stopped": sum(o["ending"] == "stopped" for o in mine),
+                "neither": sum(bool(o["problems"]) for o in mine),
+                "what it says": messages[0].replace("|", "/")[:150] if messages else "",
+            }
+        )
     good = sum(not o["problems"] for o in outcomes)
     env = result["environment"]
     lines = [
-        "# Faults: what was tried, and what happened", "",
-        "Generated by `python -m bench.faults --page`; do not edit.", "",
+        "# Faults: what was tried, and what happened",
+        "",
+        "Generated by `python -m bench.faults --page`; do not edit.",
+        "",
         f"`{result['command']}` on {result['date']} ({env['cpu']}, torch {env['torch']}): "
-        f"**{good} of {len(outcomes)} runs ended in one of the two allowed ways.**", "",
+        f"**{good} of {len(outcomes)} runs ended in one of the two allowed ways.**",
+        "",
         "- *resumed*: went on after a restart or after `--resume=auto`, and ended bit for bit as the undisturbed run "
         "(every loss in the log, every validation, every tensor of the last checkpoint).",
         "- *stopped*: ended with an exit code and a message that names the cause, every checkpoint that had been "
         "reported as saved being there and whole; with the cause removed it then went on and ended bit for bit as the "
-        "undisturbed run.", "",
+        "undisturbed run.",
+        "",
         "Each run trains a model of two layers for 10 steps on the CPU, with a checkpoint every second step. Places "
-        "are drawn from: " + "; ".join(PLACES) + ". Not tried: GPUs and NCCL, a network that fails, power cuts.", "",
-        table(rows), "",
-    ]  # fmt: skip
+        "are drawn from: " + "; ".join(PLACES) + ". Not tried: GPUs and NCCL, a network that fails, power cuts.",
+        "",
+        table(rows),
+        "",
+    ]
     if fuzz:
         lines += [
-            "## Hostile inputs", "",
+            "## Hostile inputs",
+            "",
             "`python -m bench.fuzz --kind KIND`. Each case is generated (hypothesis, seeded): either a right "
             "answer or an error of ours with a message; no exception of a library, no hang, no memory blow-up. What "
-            "was found on the way, and mended before these runs, is told in [LOG.md](LOG.md).", "",
-            table(fuzz["result"]["kinds"], ["input", "cases", "answers", "errors of ours", "failures", "date"]), "",
-        ]  # fmt: skip
+            "was found on the way, and mended before these runs, is told in [LOG.md](LOG.md).",
+            "",
+            table(fuzz["result"]["kinds"], ["input", "cases", "answers", "errors of ours", "failures", "date"]),
+            "",
+        ]
     if load:
         told = load["result"]
-        rows = [{"reader": n, "calls": r["n"], "median ms": round(r["median_ms"]), "slowest ms": round(r["max_ms"])}
-                for n, r in told["readers"].items() if r]  # fmt: skip
+        rows = [
+            {"reader": n, "calls": r["n"], "median ms": round(r["median_ms"]), "slowest ms": round(r["max_ms"])}
+            for n, r in told["readers"].items()
+            if r
+        ]
         lines += [
-            "## Under load", "",
+            "## Under load",
+            "",
             f"`{load['command']}` on {load['date'][:10]}: a series of {told['runs']} runs, two at a time, alone and "
             "while these readers work on its folder without a pause. The median run took "
             f"{told['run_alone_s']:.1f} s alone and {told['run_loaded_s']:.1f} s under load "
             f"({told['slow_down']:.2f} times), the series {told['series_alone_s']:.0f} and "
             f"{told['series_loaded_s']:.0f} s. Wrong answers, failed readers or differing losses: "
             f"{len(told['problems'])}. Verdict, the same alone, under load and in the studio: "
-            f"{told['verdict']['decision']}.", "",
-            table(rows), "",
-        ]  # fmt: skip
+            f"{told['verdict']['decision']}.",
+            "",
+            table(rows),
+            "",
+        ]
     return "\n".join(lines)
 
 

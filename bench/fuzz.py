@@ -38,10 +38,30 @@ from bench.common import REPO, read_result, table, write_result
 SLOW_CASE_S = 20.0  # processor time; a case that takes longer counts as a hang
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at the start
 EXTREMES = (
-    b"0", b"-1", b"1e999", b"-1e999", b"nan", b"inf", b"null", b"true", b"{}", b"[]", b'""', b"9" * 30,
-    b"-" + b"9" * 30, b"1e-320", b"\xff\xfe", b"\x00", b"\n", b"\r\n", b" ", b"[" * 3000, b"=" * 70 + b"\n",
-    b'"\\ud800"', b"2147483648",
-)  # fmt: skip
+    b"0",
+    b"-1",
+    b"1e999",
+    b"-1e999",
+    b"nan",
+    b"inf",
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b'""',
+    b"9" * 30,
+    b"-" + b"9" * 30,
+    b"1e-320",
+    b"\xff\xfe",
+    b"\x00",
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"[" * 3000,
+    b"=" * 70 + b"\n",
+    b'"\\ud800"',
+    b"2147483648",
+)
 
 
 class Wrong(AssertionError):
@@ -154,17 +174,35 @@ def _tiny_checkpoint(folder: Path):
     import torch
 
     import train_gpt
-    from records.checkpoints import load_tensors, save_tensors
+    from trainer.checkpoints import load_tensors, save_tensors
 
-    config = train_gpt.parse_config([
-        "--preset=nano", "--num_layers=2", "--model_dim=16", "--num_heads=1", "--unet_skips=0>1", "--vocab_size=128",
-        "--long_window_layers=0", "--device=cpu", "--tokens_per_step=64", "--train_seq_len=32",
-    ])  # fmt: skip
+    config = train_gpt.parse_config(
+        [
+            "--preset=nano",
+            "--num_layers=2",
+            "--model_dim=16",
+            "--num_heads=1",
+            "--unet_skips=0>1",
+            "--vocab_size=128",
+            "--long_window_layers=0",
+            "--device=cpu",
+            "--tokens_per_step=64",
+            "--train_seq_len=32",
+        ]
+    )
     trainer = train_gpt.Trainer(config, torch.device("cpu"))
     texts = dict(
-        format=train_gpt.CHECKPOINT_FORMAT, config=json.dumps(asdict(config)), step="3", run_name="run",
-        train_time_s="1.5", validation="[]", train_loss="[]", code_hash="x", data_hash="x", val_data_hash="x",
-    )  # fmt: skip
+        format=train_gpt.CHECKPOINT_FORMAT,
+        config=json.dumps(asdict(config)),
+        step="3",
+        run_name="run",
+        train_time_s="1.5",
+        validation="[]",
+        train_loss="[]",
+        code_hash="x",
+        data_hash="x",
+        val_data_hash="x",
+    )
     path = folder / "step-000003.safetensors"
     save_tensors(path, trainer.state(), texts)
     return path, *load_tensors(path, train_gpt.CHECKPOINT_FORMAT)
@@ -175,7 +213,7 @@ def checkpoints_check(folder: Path):
     import torch
 
     import train_gpt
-    from records.checkpoints import CheckpointError, load_tensors
+    from trainer.checkpoints import CheckpointError, load_tensors
 
     path, texts, tensors = _tiny_checkpoint(folder)
     good = path.read_bytes()
@@ -196,9 +234,15 @@ def checkpoints_check(folder: Path):
 
 
 HOSTILE_VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 70), st.sampled_from([10**9, 2**31, 2**63, 10**30, -(2**63)]),
-    st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=3), st.just({"a": {}}),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 70),
+    st.sampled_from([10**9, 2**31, 2**63, 10**30, -(2**63)]),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(), max_size=3),
+    st.just({"a": {}}),
+)
 FORGERY = st.lists(
     st.one_of(
         st.tuples(st.just("config"), st.integers(0, 60), HOSTILE_VALUES),
@@ -218,7 +262,7 @@ def forged_checkpoints_check(folder: Path):
     import torch
 
     import train_gpt
-    from records.checkpoints import CheckpointError, save_tensors
+    from trainer.checkpoints import CheckpointError, save_tensors
 
     path, texts, tensors = _tiny_checkpoint(folder)
     config = json.loads(texts["config"])
@@ -490,13 +534,14 @@ JSONL = b'{"text": "One day", "n": 1}\n{"text": "a \\u00e9 b"}\n{"text": ""}\n{"
 TOKENIZER_INPUT = st.tuples(
     st.sampled_from(["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"]),
     st.one_of(
-        st.binary(max_size=100), st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.binary(max_size=100),
+        st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
         DAMAGE.map(lambda operations: damage(JSONL, operations)),
         DAMAGE.map(lambda operations: damage(_parquet(), operations)),
         DAMAGE.map(lambda operations: damage(_packed(), operations)),
     ),
     st.sampled_from(["file", "line", "blank", "marker"]),
-)  # fmt: skip
+)
 
 
 @functools.cache
@@ -553,10 +598,13 @@ def series_check(folder: Path):
             elif path.exists():
                 path.write_bytes(damage(path.read_bytes(), operations))
         readers = (
-            lambda: judge(load_series(bad), sensitivity=False), lambda: monitor(load_series(bad)),
-            lambda: validate(load_series(bad)), lambda: ledger_summary(Ledger(bad).events()),
-            lambda: read_record(bad), lambda: read_results(bad),
-        )  # fmt: skip
+            lambda: judge(load_series(bad), sensitivity=False),
+            lambda: monitor(load_series(bad)),
+            lambda: validate(load_series(bad)),
+            lambda: ledger_summary(Ledger(bad).events()),
+            lambda: read_record(bad),
+            lambda: read_results(bad),
+        )
         errors = 0
         for reader in readers:
             with warnings.catch_warnings():
@@ -616,9 +664,12 @@ def fuzz(name: str, cases: int, seed: int) -> Counter:
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
-            max_examples=cases, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck),
+            max_examples=cases,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
             print_blob=False,
-        )  # fmt: skip
+        )
         @hypothesis.given(kind.cases)
         def one(case) -> None:
             with _time_limit():
@@ -657,11 +708,17 @@ def main(arguments: list[str] | None = None) -> int:
 
             traceback.print_exc()
             failures, failed = 1, True
-        rows.append({
-            "input": name, "cases": sum(counts.values()), "answers": counts["answer"],
-            "errors of ours": counts["error"], "failures": failures, "seconds": round(time.monotonic() - begin, 1),
-            "seed": options.seed,
-        })  # fmt: skip
+        rows.append(
+            {
+                "input": name,
+                "cases": sum(counts.values()),
+                "answers": counts["answer"],
+                "errors of ours": counts["error"],
+                "failures": failures,
+                "seconds": round(time.monotonic() - begin, 1),
+                "seed": options.seed,
+            }
+        )
         print(rows[-1], flush=True)
     print(f"kept in {keep(rows).relative_to(REPO)}")
     print(table(rows))

@@ -52,14 +52,22 @@ def stages(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     python = sys.executable
     tokens = ("--tokens", options.tokens) if options.tokens else ()
     found = [
-        Stage("tests", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 420,
-              gpu_only=True),
-    ]  # fmt: skip
+        Stage(
+            "tests", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 420, gpu_only=True
+        )
+    ]
     for family in ("attention", "cross_entropy", "mlp", "muon"):
         extra = tokens if family == "attention" and on_gpu else ()
         found.append(Stage(family, (python, "-m", f"bench.{family}", *extra), 240, f"bench/{family}.py"))
-    found.append(Stage("proof", (python, "-m", "kernels.proof", "--part", "compile", "--device", "sm_90"), 240,
-                       "kernels/proof/__main__.py", gpu_only=True))  # fmt: skip
+    found.append(
+        Stage(
+            "proof",
+            (python, "-m", "kernels.proof", "--part", "compile", "--device", "sm_90"),
+            240,
+            "kernels/proof/__main__.py",
+            gpu_only=True,
+        )
+    )
     step = (python, "-m", "bench.step", *(tokens if on_gpu else ("--repeats", "3")))
     found.append(Stage("step", step, 300))
     found.append(Stage("step-reference", (*step, "--kernels=reference"), 300))
@@ -74,10 +82,17 @@ def training_flags(options: argparse.Namespace, on_gpu: bool) -> list[str]:
         return [*common, "--preset=nano", "--num_iterations=20", "--val_loss_every=10", "--val_tokens=16384"]
     if options.tokens:
         return [
-            *common, "--preset=medium", f"--train_files={options.tokens}",
-            f"--val_files={options.val_tokens or options.tokens}", "--num_iterations=200", "--val_loss_every=50",
-            "--tokens_per_step=65536", "--val_seq_len=65536", "--val_tokens=1048576", "--log_train_loss",
-        ]  # fmt: skip
+            *common,
+            "--preset=medium",
+            f"--train_files={options.tokens}",
+            f"--val_files={options.val_tokens or options.tokens}",
+            "--num_iterations=200",
+            "--val_loss_every=50",
+            "--tokens_per_step=65536",
+            "--val_seq_len=65536",
+            "--val_tokens=1048576",
+            "--log_train_loss",
+        ]
     return [*common, "--preset=nano", "--dtype=bfloat16", "--val_loss_every=100"]
 
 
@@ -88,9 +103,14 @@ def run_stage(stage: Stage, limit_s: float) -> dict:
     started = time.monotonic()
     with open(log, "wb") as sink:
         process = subprocess.Popen(
-            stage.command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
-            start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+            stage.command,
+            cwd=REPO,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
         timed_out = False
         try:
             process.wait(timeout=limit_s)
@@ -176,8 +196,9 @@ def run_all(chosen: Sequence[Stage], seconds: float, on_gpu: bool, write: Callab
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code of the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", metavar="GLOB", help="token shards for documents and for the training")
     parser.add_argument("--val-tokens", metavar="GLOB", help="validation shards of the training (the same)")
     parser.add_argument("--minutes", type=float, default=25, help="for all stages together (25)")
@@ -203,9 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.time()
     path = options.out / f"gpu-{device_name(env)}.json"
     record = {
-        "schema": 1, "name": "gpu", "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": command_line(), "environment": env,
-    }  # fmt: skip
+        "schema": 1,
+        "name": "gpu",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command_line(),
+        "environment": env,
+    }
 
     def write(outcomes: dict) -> None:
         write_json(path, record | {"stages": outcomes, "results": results_since(started)})
@@ -213,11 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = run_all(chosen, options.minutes * 60, on_gpu, write)
     rows = [
         {
-            "stage": name, "status": outcome["status"], "s": outcome.get("seconds", ""),
+            "stage": name,
+            "status": outcome["status"],
+            "s": outcome.get("seconds", ""),
             "result": outcome.get("why") or headline(name, outcome).replace("|", " "),
         }
         for name, outcome in outcomes.items()
-    ]  # fmt: skip
+    ]
     print(f"\n{table(rows)}\n\nkept in {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
     return int(any(outcome["status"] in ("failed", "out of time") for outcome in outcomes.values()))
 

@@ -48,13 +48,29 @@ def python(*words: str, **options) -> subprocess.CompletedProcess:
 def series_command(root: Path, shards: Path, runs: int, steps: int) -> list[str]:
     """The series runner on tiny runs."""
     fields = TINY | dict(
-        train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", target_loss=THRESHOLD,
-        num_iterations=steps, checkpoint_every=0,
-    )  # fmt: skip
+        train_files=f"{shards}/train_*.bin",
+        val_files=f"{shards}/val_*.bin",
+        target_loss=THRESHOLD,
+        num_iterations=steps,
+        checkpoint_every=0,
+    )
     own = ("preset", "run_name")
     flags = [f"--{name}={value}" for name, value in fields.items() if name not in own]
-    return ["-m", "records.series", "--repeats", str(runs), "--preset=nano", "--name", "load", "--root", str(root),
-            "--no-judge", "--launcher=local", "--parallel=2", *flags]  # fmt: skip
+    return [
+        "-m",
+        "records.series",
+        "--repeats",
+        str(runs),
+        "--preset=nano",
+        "--name",
+        "load",
+        "--root",
+        str(root),
+        "--no-judge",
+        "--launcher=local",
+        "--parallel=2",
+        *flags,
+    ]
 
 
 def ends_of(root: Path) -> dict[str, dict]:
@@ -170,11 +186,17 @@ def measure_load(runs: int, steps: int, folder: Path) -> dict:
     seconds = [sorted(end["seconds"] for end in ends.values()) for ends in (before, after)]
     middle = [values[len(values) // 2] for values in seconds]
     return {
-        "runs": runs, "steps": steps, "series_alone_s": alone_s, "series_loaded_s": loaded_s,
-        "run_alone_s": middle[0], "run_loaded_s": middle[1], "slow_down": middle[1] / middle[0],
+        "runs": runs,
+        "steps": steps,
+        "series_alone_s": alone_s,
+        "series_loaded_s": loaded_s,
+        "run_alone_s": middle[0],
+        "run_loaded_s": middle[1],
+        "slow_down": middle[1] / middle[0],
         "readers": {name: summary(values) if values else None for name, values in times.items()},
-        "verdict": verdicts[0], "problems": problems,
-    }  # fmt: skip
+        "verdict": verdicts[0],
+        "problems": problems,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

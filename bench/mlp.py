@@ -24,8 +24,9 @@ def training_pass(run: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write bench/results/mlp-<device>.json."""
-    parser = argparse.ArgumentParser(prog="python -m bench.mlp", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.mlp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, help="rows of x (65,536 on a GPU, 4096 on a CPU)")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args(arguments)
@@ -42,16 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
     times = compare(passes, options.repeats)
     flops = 12 * N * D * 4 * D
     rows = [
-        {"implementation": name, **times[name], "tflops": flops / times[name]["median_ms"] / 1e9,
-         "peak_mib": peak_memory_mib(passes[name])}
+        {
+            "implementation": name,
+            **times[name],
+            "tflops": flops / times[name]["median_ms"] / 1e9,
+            "peak_mib": peak_memory_mib(passes[name]),
+        }
         for name in passes
     ]
     print(f"N = {N}, D = {D}, F = {4 * D}, {str(dtype).removeprefix('torch.')}, {flops / 1e12:.3f} TFLOP a pass")
     print(table(rows, ["implementation", "median_ms", "iqr_ms", "tflops", "peak_mib"]))
     missing = [] if on_gpu else ["not measured: no GPU (the Triton kernels, torch.compile, peak memory)"]
     print("\n".join(missing))
-    path = write_result("mlp", {"N": N, "D": D, "dtype": str(dtype), "flops": flops, "rows": rows,
-                                "not_measured": missing})
+    path = write_result(
+        "mlp", {"N": N, "D": D, "dtype": str(dtype), "flops": flops, "rows": rows, "not_measured": missing}
+    )
     print(f"written: {path.name}")
     return 0
 

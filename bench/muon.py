@@ -34,8 +34,9 @@ def orthogonalisation_rows(shapes: dict, device: str, dtype: torch.dtype, repeat
             ways["torch.compile"] = lambda g=g, f=compiled: f(g, dtype=dtype)
         for way, times in compare(ways, repeats).items():
             tflops = product_flops(*shape) / times["median_ms"] / 1e9
-            rows.append({"what": name, "implementation": way, **times, "tflops": tflops,
-                         "peak_mib": peak_memory_mib(ways[way])})
+            rows.append(
+                {"what": name, "implementation": way, **times, "tflops": tflops, "peak_mib": peak_memory_mib(ways[way])}
+            )
     return rows
 
 
@@ -51,15 +52,23 @@ def elementwise_rows(size: int, device: str, repeats: int) -> list[dict]:
     rows = []
     for name, (run, bytes_each) in both.items():
         times = measure(run, repeats=repeats)
-        rows.append({"what": name, "implementation": implementation("auto", buffer), **times,
-                     "gb_per_s": bytes_each * size / times["median_ms"] / 1e6, "peak_mib": peak_memory_mib(run)})
+        rows.append(
+            {
+                "what": name,
+                "implementation": implementation("auto", buffer),
+                **times,
+                "gb_per_s": bytes_each * size / times["median_ms"] / 1e6,
+                "peak_mib": peak_memory_mib(run),
+            }
+        )
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write bench/results/muon-<device>.json."""
-    parser = argparse.ArgumentParser(prog="python -m bench.muon", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.muon", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()

@@ -98,17 +98,27 @@ def race_nanogpt(nanogpt: Path) -> dict:
     steps_ms = steps_ms or [float(m[1]) for _, t in lines if (m := re.search(r"time ([\d.]+)ms", t))]
     median_ms = statistics.median(steps_ms)  # iterations that validate are much longer
     return dict(
-        seconds=seconds, seconds_to_target=until_target(seconds, losses), final_loss=losses[-1][1],
-        train_seconds=median_ms * 2000 / 1000, characters=2000 * 12 * 64,
+        seconds=seconds,
+        seconds_to_target=until_target(seconds, losses),
+        final_loss=losses[-1][1],
+        train_seconds=median_ms * 2000 / 1000,
+        characters=2000 * 12 * 64,
     )
 
 
 def race_ours(folder: Path, number: int, extra: list[str]) -> dict:
     """One run of the nano preset."""
     command = [
-        sys.executable, str(REPO / "train_gpt.py"), *OURS.split(), f"--train_files={folder}/train.bin",
-        f"--val_files={folder}/val.bin", f"--output_dir={folder}", f"--run_name=race-{number}", f"--seed={number}",
-        "--save_final=false", *extra,
+        sys.executable,
+        str(REPO / "train_gpt.py"),
+        *OURS.split(),
+        f"--train_files={folder}/train.bin",
+        f"--val_files={folder}/val.bin",
+        f"--output_dir={folder}",
+        f"--run_name=race-{number}",
+        f"--seed={number}",
+        "--save_final=false",
+        *extra,
     ]
     seconds, lines = timed(command, REPO, r"val_loss:")
     found = [(at, re.search(r"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+)ms", text)) for at, text in lines]
@@ -117,8 +127,11 @@ def race_ours(folder: Path, number: int, extra: list[str]) -> dict:
     if losses[-1][1] > TARGET:
         raise RaceError(f"our run ended at {losses[-1][1]}, above the target of {TARGET}: there is no time to tell")
     return dict(
-        seconds=seconds, seconds_to_target=until_target(seconds, losses), final_loss=losses[-1][1],
-        train_seconds=int(last[4]) / 1000, steps=int(last[2]),
+        seconds=seconds,
+        seconds_to_target=until_target(seconds, losses),
+        final_loss=losses[-1][1],
+        train_seconds=int(last[4]) / 1000,
+        steps=int(last[2]),
     )
 
 

@@ -1,7 +1,7 @@
 """Fill the generated parts of README.md from records/ and bench/results/, so that no figure is typed.
 
-    python -m bench.readme           # rewrite them
-    python -m bench.readme --check   # exit 1 if README.md does not say what the files say
+python -m bench.readme           # rewrite them
+python -m bench.readme --check   # exit 1 if README.md does not say what the files say
 """
 
 from __future__ import annotations

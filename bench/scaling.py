@@ -85,7 +85,7 @@ def muon_flops(parameter) -> float:
 
 def count(gpus: int, parameters: dict, config, rows: int) -> dict:
     """What one GPU of `gpus` computes and sends in a step."""
-    from kernels.communication import bytes_per_step, owners
+    from trainer.exchange import bytes_per_step, owners
 
     matrices = {n: p for n, p in parameters.items() if n.startswith("blocks.")}
     tables = {n: p for n, p in parameters.items() if "embed" in n}
@@ -96,12 +96,15 @@ def count(gpus: int, parameters: dict, config, rows: int) -> dict:
     tokens = config.tokens_per_step // gpus
     flops = sum(product_flops_per_token(parameters).values()) + attention_flops_per_token(config)
     return {
-        "gpus": gpus, "tokens_per_gpu": tokens, "train_seq_len": min(tokens, config.train_seq_len),
+        "gpus": gpus,
+        "tokens_per_gpu": tokens,
+        "train_seq_len": min(tokens, config.train_seq_len),
         "tflop_model": flops * tokens / 1e12,
         "tflop_orthogonalisation_all": sum(map(muon_flops, matrices.values())) / 1e12,
         "tflop_orthogonalisation_busiest_owner": max(load.values()) / 1e12,
-        "bytes_plain": sent["plain"], "bytes_overlap": sent["overlap"],
-    }  # fmt: skip
+        "bytes_plain": sent["plain"],
+        "bytes_overlap": sent["overlap"],
+    }
 
 
 def predicted(counted: dict) -> dict:
@@ -132,8 +135,13 @@ def touched_rows(files: str, tokens: int, batches: int = 20) -> dict:
 
     with_ends = TokenStream(files, sequence_tokens=tokens, sequences_per_step=1, vocab_size=50257)
     found = [len(np.unique(with_ends.window(i, 0))) for i in range(min(batches, with_ends.steps_per_epoch))]
-    return {"batch_tokens": tokens, "batches": len(found), "mean": sum(found) / len(found), "min": min(found),
-            "max": max(found)}  # fmt: skip
+    return {
+        "batch_tokens": tokens,
+        "batches": len(found),
+        "mean": sum(found) / len(found),
+        "min": min(found),
+        "max": max(found),
+    }
 
 
 def result(rows: dict | None) -> dict:
@@ -145,33 +153,59 @@ def result(rows: dict | None) -> dict:
     state = sum(memory.values())
     rest_mib = PUBLISHED["peak_memory_mib"] - state / 2**20
     return {
-        "published": PUBLISHED, "links_gb_per_s": LINKS, "matmul_tflops": MATMUL_TFLOPS,
-        "parameters": sum(p.numel() for p in parameters.values()), "rows": rows, "memory_bytes": memory,
-        "state_mib": state / 2**20, "rest_mib": rest_mib,
+        "published": PUBLISHED,
+        "links_gb_per_s": LINKS,
+        "matmul_tflops": MATMUL_TFLOPS,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "rows": rows,
+        "memory_bytes": memory,
+        "state_mib": state / 2**20,
+        "rest_mib": rest_mib,
         "product_flops_per_token": product_flops_per_token(parameters),
         "attention_flops_per_token": attention_flops_per_token(config),
-        "counts": counts, "predicted": [predicted(c) for c in counts],
+        "counts": counts,
+        "predicted": [predicted(c) for c in counts],
         "limit_gpus": {name: limit_gpus(counts[-1], rate) for name, rate in LINKS.items()},
-    }  # fmt: skip
+    }
 
 
 def page(r: dict) -> str:
     """docs/scaling.md."""
     counts, first, last = r["counts"], r["counts"][0], r["counts"][-1]
     memory = [{"part": name, "MiB": round(size / 2**20)} for name, size in r["memory_bytes"].items()]
-    memory += [{"part": "**state, counted**", "MiB": round(r["state_mib"])},
-               {"part": "activations and workspace: the published peak less the state", "MiB": round(r["rest_mib"])},
-               {"part": "**peak, published**", "MiB": r["published"]["peak_memory_mib"]}]  # fmt: skip
-    share = [{
-        "GPUs": c["gpus"], "tokens a GPU": c["tokens_per_gpu"], "sequence": c["train_seq_len"],
-        "model TFLOP (full window)": round(c["tflop_model"], 1),
-        "orthogonalisation TFLOP, busiest": round(c["tflop_orthogonalisation_busiest_owner"], 2),
-        "activations MiB": round(r["rest_mib"] * c["tokens_per_gpu"] / r["published"]["tokens_per_gpu"]),
-    } for c in counts]  # fmt: skip
-    parts = [{"part": part} | {f"{way}, {c['gpus']} GPUs": round(c[f"bytes_{way}"][part] / 2**20)
-             for way in ("plain", "overlap") for c in (first, last)} for part in first["bytes_plain"]]  # fmt: skip
-    parts.append({"part": "**all**"} | {f"{way}, {c['gpus']} GPUs": round(sum(c[f"bytes_{way}"].values()) / 2**20)
-                 for way in ("plain", "overlap") for c in (first, last)})  # fmt: skip
+    memory += [
+        {"part": "**state, counted**", "MiB": round(r["state_mib"])},
+        {"part": "activations and workspace: the published peak less the state", "MiB": round(r["rest_mib"])},
+        {"part": "**peak, published**", "MiB": r["published"]["peak_memory_mib"]},
+    ]
+    share = [
+        {
+            "GPUs": c["gpus"],
+            "tokens a GPU": c["tokens_per_gpu"],
+            "sequence": c["train_seq_len"],
+            "model TFLOP (full window)": round(c["tflop_model"], 1),
+            "orthogonalisation TFLOP, busiest": round(c["tflop_orthogonalisation_busiest_owner"], 2),
+            "activations MiB": round(r["rest_mib"] * c["tokens_per_gpu"] / r["published"]["tokens_per_gpu"]),
+        }
+        for c in counts
+    ]
+    parts = [
+        {"part": part}
+        | {
+            f"{way}, {c['gpus']} GPUs": round(c[f"bytes_{way}"][part] / 2**20)
+            for way in ("plain", "overlap")
+            for c in (first, last)
+        }
+        for part in first["bytes_plain"]
+    ]
+    parts.append(
+        {"part": "**all**"}
+        | {
+            f"{way}, {c['gpus']} GPUs": round(sum(c[f"bytes_{way}"].values()) / 2**20)
+            for way in ("plain", "overlap")
+            for c in (first, last)
+        }
+    )
     times = []
     for c, p in zip(counts, r["predicted"]):
         row = {"GPUs": c["gpus"], "compute": f"{p['compute_ms']:.0f}"}
@@ -181,47 +215,73 @@ def page(r: dict) -> str:
     rows = r["rows"]
     touched = (
         f"{rows['mean']:.0f} distinct tokens a batch of {rows['batch_tokens']:,} (counted in {rows['batches']} batches "
-        f"of tokenised web text, {rows['min']} to {rows['max']})" if rows else
-        "the whole vocabulary as a bound (no token shards were given to count in)"
-    )  # fmt: skip
+        f"of tokenised web text, {rows['min']} to {rows['max']})"
+        if rows
+        else "the whole vocabulary as a bound (no token shards were given to count in)"
+    )
     limits = "; ".join(f"{name}: {gpus:.0f} GPUs" for name, gpus in r["limit_gpus"].items())
     at_limit = f"{last['tflop_orthogonalisation_busiest_owner'] / r['matmul_tflops'] * 1e3:.2f} ms"
-    return "\n".join([
-        "# Scaling out", "",
-        "Generated by `python -m bench.scaling`; do not edit. Counted from the shapes of `medium` "
-        f"({r['parameters'] / 1e6:.0f}M parameters); the only measurements are the published ones of the reference run "
-        f"({r['published']['step_ms']} ms a step and {r['published']['peak_memory_mib']:,} MiB on "
-        f"{r['published']['gpus']} H100). **No run on more than eight GPUs, or on several hosts with GPUs, has been "
-        "measured.**", "",
-        "## How to run it", "",
-        "On each of N hosts with 8 GPUs, the same command:", "",
-        "    torchrun --nnodes=N --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_HOST:29400 \\",
-        "        --rdzv_id=NAME train_gpt.py --run_name=NAME", "",
-        "Up to eight processes the training is the same as on one host. Beyond eight, a step's "
-        f"{first['tokens_per_gpu'] * 8:,} tokens are cut into more, shorter sequences: documents and attention windows "
-        "end at their borders, so it is another run, and the log says so. The number of processes must divide the "
-        "tokens of a step. Data must be readable on every host; only the first host writes, and only it needs the "
-        "checkpoints on `--resume=auto`. Tested with two hosts as network namespaces (gloo, CPU): tests/test_hosts.py.",
-        "",
-        "With `--max-restarts` on several hosts, set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for torchrun: otherwise "
-        "restarted processes may read the addresses of dead ones (https://github.com/pytorch/pytorch/issues/135712). "
-        "On one host the program sees to that itself.", "",
-        "## Memory of a GPU", "", table(memory), "",
-        "State is not sharded, so it does not shrink with more GPUs; activations go with the tokens of a GPU.", "",
-        "## Work of a GPU and step", "", table(share), "",
-        "## Bytes that a GPU sends in a step, MiB", "", table(parts), "",
-        f"Rings are assumed. Tables under `overlap` send the rows that the batch touched: {touched}. `overlap` sends "
-        "matrices and head half before and half after the update, where other work can hide it.", "",
-        "## Step time to expect, ms (not measured)", "",
-        "Compute is the published step time, scaled with the tokens. The columns add sending at a link's nominal rate: "
-        "from all of it hidden to none of it.", "", table(times), "",
-        "## Where it stops", "",
-        f"Sending does not shrink with more GPUs, compute does. They are equal at: {limits}. Beyond that, more GPUs "
-        "bring nothing even if everything overlaps. Well before it, three things eat the gain, none of them measured "
-        "here: kernels lose efficiency on few tokens; the updates of embedding tables are done by every GPU; "
-        f"orthogonalisation cannot be split below one parameter (at best {at_limit} at "
-        f"{r['matmul_tflops']:.0f} TFLOP/s with {last['gpus']} GPUs).", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Scaling out",
+            "",
+            "Generated by `python -m bench.scaling`; do not edit. Counted from the shapes of `medium` "
+            f"({r['parameters'] / 1e6:.0f}M parameters); the only measurements are the published ones of the reference run "
+            f"({r['published']['step_ms']} ms a step and {r['published']['peak_memory_mib']:,} MiB on "
+            f"{r['published']['gpus']} H100). **No run on more than eight GPUs, or on several hosts with GPUs, has been "
+            "measured.**",
+            "",
+            "## How to run it",
+            "",
+            "On each of N hosts with 8 GPUs, the same command:",
+            "",
+            "    torchrun --nnodes=N --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_HOST:29400 \\",
+            "        --rdzv_id=NAME train_gpt.py --run_name=NAME",
+            "",
+            "Up to eight processes the training is the same as on one host. Beyond eight, a step's "
+            f"{first['tokens_per_gpu'] * 8:,} tokens are cut into more, shorter sequences: documents and attention windows "
+            "end at their borders, so it is another run, and the log says so. The number of processes must divide the "
+            "tokens of a step. Data must be readable on every host; only the first host writes, and only it needs the "
+            "checkpoints on `--resume=auto`. Tested with two hosts as network namespaces (gloo, CPU): tests/test_hosts.py.",
+            "",
+            "With `--max-restarts` on several hosts, set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` for torchrun: otherwise "
+            "restarted processes may read the addresses of dead ones (https://github.com/pytorch/pytorch/issues/135712). "
+            "On one host the program sees to that itself.",
+            "",
+            "## Memory of a GPU",
+            "",
+            table(memory),
+            "",
+            "State is not sharded, so it does not shrink with more GPUs; activations go with the tokens of a GPU.",
+            "",
+            "## Work of a GPU and step",
+            "",
+            table(share),
+            "",
+            "## Bytes that a GPU sends in a step, MiB",
+            "",
+            table(parts),
+            "",
+            f"Rings are assumed. Tables under `overlap` send the rows that the batch touched: {touched}. `overlap` sends "
+            "matrices and head half before and half after the update, where other work can hide it.",
+            "",
+            "## Step time to expect, ms (not measured)",
+            "",
+            "Compute is the published step time, scaled with the tokens. The columns add sending at a link's nominal rate: "
+            "from all of it hidden to none of it.",
+            "",
+            table(times),
+            "",
+            "## Where it stops",
+            "",
+            f"Sending does not shrink with more GPUs, compute does. They are equal at: {limits}. Beyond that, more GPUs "
+            "bring nothing even if everything overlaps. Well before it, three things eat the gain, none of them measured "
+            "here: kernels lose efficiency on few tokens; the updates of embedding tables are done by every GPU; "
+            f"orthogonalisation cannot be split below one parameter (at best {at_limit} at "
+            f"{r['matmul_tflops']:.0f} TFLOP/s with {last['gpus']} GPUs).",
+            "",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -222,9 +222,12 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
     tables = 1 + c.second_input_embedding + c.value_embeddings
     weight = draw(c.vocab_size, D)
     yield Part(
-        "embeddings", 0, tables * size * (5 * T * D + c.vocab_size * D),
-        gradients(lambda w: F.embedding(tokens_T, w), weight), tables,
-    )  # fmt: skip
+        "embeddings",
+        0,
+        tables * size * (5 * T * D + c.vocab_size * D),
+        gradients(lambda w: F.embedding(tokens_T, w), weight),
+        tables,
+    )
     del weight
 
     x, x00, x01 = draw(1, T, D), draw(1, T, D), draw(1, T, D)
@@ -255,8 +258,10 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
         pairs = int((torch.arange(1, T + 1, device=device) - first).sum())
         run = gradients(
             lambda q, k, v, plan=plan: attention(q, k, v, plan, scale=c.attention_scale, impl=impls["attention"]),
-            q, k, v,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+        )
         yield Part(f"attention, {kind} window", layers * 14.0 * pairs * D, layers * 12 * size * T * D, run, layers)
 
     x_ND = x[0]
@@ -327,11 +332,17 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
         stats = measure(lambda step=step: trainer.step(step, batches), repeats=repeats, warmup=1, flush=False)
         flops = product_flops + attention_flops(config, [x for x, _ in batches], step)
         seconds = stats["median_ms"] / 1e3
-        whole.append({
-            "at": name, "window_blocks": train_gpt.window_blocks_at(step, config), **stats,
-            "tokens_per_s": config.tokens_per_step / seconds, "tflop": flops / 1e12,
-            "tflops": flops / seconds / 1e12, "mfu_of_measured_ceiling": flops / seconds / ceilings["flops_per_s"],
-        })  # fmt: skip
+        whole.append(
+            {
+                "at": name,
+                "window_blocks": train_gpt.window_blocks_at(step, config),
+                **stats,
+                "tokens_per_s": config.tokens_per_step / seconds,
+                "tflop": flops / 1e12,
+                "tflops": flops / seconds / 1e12,
+                "mfu_of_measured_ceiling": flops / seconds / ceilings["flops_per_s"],
+            }
+        )
     pieces = breakdown(trainer, last, batches, repeats)
     return {
         "config": dataclasses.asdict(config) | {"output_dir": "", "train_files": "", "val_files": ""},
@@ -377,8 +388,12 @@ def report(result: dict) -> str:
         table(
             [
                 {
-                    "whole step": row["at"], "window": row["window_blocks"], "ms": row["median_ms"],
-                    "iqr": row["iqr_ms"], "tokens/s": f"{row['tokens_per_s']:,.0f}", "TFLOP": row["tflop"],
+                    "whole step": row["at"],
+                    "window": row["window_blocks"],
+                    "ms": row["median_ms"],
+                    "iqr": row["iqr_ms"],
+                    "tokens/s": f"{row['tokens_per_s']:,.0f}",
+                    "TFLOP": row["tflop"],
                     "MFU": f"{row['mfu_of_measured_ceiling']:.1%}",
                 }
                 for row in result["whole_step"]
@@ -386,7 +401,7 @@ def report(result: dict) -> str:
         ),
         "",
         table(pieces),
-    ]  # fmt: skip
+    ]
     if result["parts_at_end_one_sequence"]:
         keys = ("part", "times", "tflop", "gb", "floor_ms", "measured_ms", "over_floor")
         rows = [{key: row[key] for key in keys} for row in result["parts_at_end_one_sequence"]]
@@ -401,8 +416,12 @@ def report(result: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--repeats", type=int, help="timed steps (20 on a GPU, 7 on a CPU)")
     parser.add_argument("--sequences", type=int, help="packed sequences a step (1 on a GPU, the preset's on a CPU)")
     parser.add_argument("--tokens", metavar="GLOB", help="token shards to take the documents from")

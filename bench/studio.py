@@ -97,8 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
                 times_ms.append(ms)
         memory = memory_while_training(Path(folder) / "training", options.steps)
     result = {"first_page": summary(times_ms), "memory": memory}
-    print(f"first page after {result['first_page']['median_ms'] / 1e3:.2f} s (median of {options.starts}, "
-          f"{min(times_ms) / 1e3:.2f} to {max(times_ms) / 1e3:.2f}); {memory['most_mib']:.0f} MiB while a model trains")
+    print(
+        f"first page after {result['first_page']['median_ms'] / 1e3:.2f} s (median of {options.starts}, "
+        f"{min(times_ms) / 1e3:.2f} to {max(times_ms) / 1e3:.2f}); {memory['most_mib']:.0f} MiB while a model trains"
+    )
     print(f"kept in {write_result('studio', result).relative_to(REPO)}")
     return 0
 

@@ -271,13 +271,7 @@ def ensure_corpus(
     others wait. Files appear whole or not at all, corpus.json last. Takes about 0.3 s per MB.
     """
     folder = Path(folder)
-    wanted = {
-        "schema": 1,
-        "grammar": grammar_hash(),
-        "seed": seed,
-        "train_bytes": train_bytes,
-        "val_bytes": val_bytes,
-    }
+    wanted = {"schema": 1, "grammar": grammar_hash(), "seed": seed, "train_bytes": train_bytes, "val_bytes": val_bytes}
     info = _intact(folder, wanted)  # before anything is written: the folder may be read-only
     if info is not None:
         return _corpus_paths(folder, info)

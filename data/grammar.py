@@ -226,10 +226,7 @@ class Grammar:
         key = (rule.name, *sorted((var, id(beliefs)) for var, beliefs in memory.items()))
         if key not in self._measured:
             inner = [(rule.probability(o), self._measure(o.parts, 0, memory)) for o in rule.options]
-            self._measured[key] = (
-                _mean(inner, rule.entropy),
-                memory,
-            )  # memory is kept, so that ids stay taken
+            self._measured[key] = (_mean(inner, rule.entropy), memory)  # memory is kept, so that ids stay taken
         return self._measured[key][0]
 
     def _measure(self, parts: tuple, start: int, memory: dict[str, tuple]) -> Measure:

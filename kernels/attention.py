@@ -26,8 +26,16 @@ from kernels.attention_banded import band_mask, banded_attention, chunked_attent
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
 from kernels.runtime import LOG2_E, copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
 
-__all__ = ["AttentionPlan", "Tile", "allowed_pairs", "attention", "attention_inputs", "attention_plan",
-           "attention_reference", "implementation"]
+__all__ = [
+    "AttentionPlan",
+    "Tile",
+    "allowed_pairs",
+    "attention",
+    "attention_inputs",
+    "attention_plan",
+    "attention_reference",
+    "implementation",
+]
 
 #: Tokens of one entry of the schedules in a plan. Every query and key tile divides it or is a multiple of it.
 SCHEDULE_TOKENS = 128
@@ -144,13 +152,16 @@ def _document_openings(tokens_BT, document_starts, length, eos_id, device) -> to
         return torch.zeros(1, length, dtype=torch.bool, device=device)
     starts = torch.as_tensor(document_starts)
     if starts.ndim != 1 or starts.is_floating_point():
-        raise ValueError(f"document_starts must be a flat list of integers, got shape {tuple(starts.shape)} "
-                         f"of {starts.dtype}")
+        raise ValueError(
+            f"document_starts must be a flat list of integers, got shape {tuple(starts.shape)} of {starts.dtype}"
+        )
     sound = (starts[1:] > starts[:-1]).all() & (starts >= 0).all() & (starts < length).all()
     if starts.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(sound):
-            raise ValueError("document_starts must increase and lie in 0 .. length - 1; "
-                             f"got {starts.tolist()[:8]}... for length={length}")
+            raise ValueError(
+                "document_starts must increase and lie in 0 .. length - 1; "
+                f"got {starts.tolist()[:8]}... for length={length}"
+            )
     else:
         torch._assert_async(sound, "document_starts must increase and lie in 0 .. length - 1")
     if device is not None:
@@ -163,8 +174,9 @@ def _window(name: str, window: int | torch.Tensor, least: int) -> int | torch.Te
     """The window as a number of at least one; what the host can read without waiting is checked."""
     if isinstance(window, torch.Tensor):
         if window.numel() != 1 or window.is_floating_point():
-            raise TypeError(f"{name} must be an int or a tensor of one integer, got {tuple(window.shape)} "
-                            f"of {window.dtype}")
+            raise TypeError(
+                f"{name} must be an int or a tensor of one integer, got {tuple(window.shape)} of {window.dtype}"
+            )
         if window.device.type == "cpu" and not torch.compiler.is_compiling() and int(window) < least:
             raise ValueError(f"{name} must be at least {least}, got {int(window)}")
         return window.reshape(()).clamp(min=1)
@@ -238,8 +250,15 @@ TILES: dict[tuple[str, str, int], Tile] = {
 
 #: What `--tune` tries, by kernel, with and without descriptors: (block_m, block_n, warps, stages).
 CANDIDATES = {
-    "forward": ((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 32, 4, 3),
-                (64, 128, 4, 2), (64, 64, 4, 2)),
+    "forward": (
+        (128, 128, 8, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 64, 4, 2),
+        (128, 32, 4, 3),
+        (64, 128, 4, 2),
+        (64, 64, 4, 2),
+    ),
     "dq": ((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
     "dkdv": ((64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
 }
@@ -270,8 +289,18 @@ def _place(p_order, chunks, HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def _load_tile(p_x, batch, row, head, T, HEADS: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr,
-               MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr):
+def _load_tile(
+    p_x,
+    batch,
+    row,
+    head,
+    T,
+    HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
     """Rows row .. row + ROWS - 1 of one head of x (B, T, HEADS, DH); zeros outside 0 .. T - 1 if MASKED."""
     if DESCRIPTOR:
         return p_x.load([batch, row, head, 0]).reshape(ROWS, DH)
@@ -315,9 +344,30 @@ def _tile_key(t, row, interior, edge, BN: tl.constexpr):
 
 
 @triton.jit
-def _forward_step(b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, key, next_key, kv_head, T,
-                  scale_log2, KV_HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_step(
+    b_acc,
+    b_sum,
+    b_max,
+    b_s,
+    b_q,
+    b_first,
+    p_k,
+    p_v,
+    batch,
+    row,
+    key,
+    next_key,
+    kv_head,
+    T,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of keys, whose logits b_s are known, into the running softmax (maximum, sum and weighted values).
 
     The next tile's logits come first: the tensor cores work on them while this tile's exponentials are taken."""
@@ -342,9 +392,26 @@ def _forward_step(b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, 
 
 
 @triton.jit
-def _attention_forward(p_q, p_k, p_v, p_o, p_lse, p_first, p_order, scale_log2, T, chunks,
-                       HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DH: tl.constexpr, CHUNK: tl.constexpr,
-                       BM: tl.constexpr, BN: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _attention_forward(
+    p_q,
+    p_k,
+    p_v,
+    p_o,
+    p_lse,
+    p_first,
+    p_order,
+    scale_log2,
+    T,
+    chunks,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """o and its rows' base-2 log-sum-exp, (B, HEADS, T), for one tile of queries of one head."""
     batch, head, row = _place(p_order, chunks, HEADS, BM, CHUNK)
     if row >= T:
@@ -365,22 +432,84 @@ def _attention_forward(p_q, p_k, p_v, p_o, p_lse, p_first, p_order, scale_log2, 
         key = row - (t + 1) * BN
         next_key = _tile_key(t + 1, row, interior, edge, BN)
         b_acc, b_sum, b_max, b_s = _forward_step(
-            b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, key, next_key, kv_head, T, scale_log2,
-            KV_HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+            b_acc,
+            b_sum,
+            b_max,
+            b_s,
+            b_q,
+            b_first,
+            p_k,
+            p_v,
+            batch,
+            row,
+            key,
+            next_key,
+            kv_head,
+            T,
+            scale_log2,
+            KV_HEADS,
+            DH,
+            BM,
+            BN,
+            False,
+            DESCRIPTOR,
+            PRECISION,
+        )
     for t in range(interior, interior + edge + diagonal):  # the last one's next tile is loaded in vain
         key = _tile_key(t, row, interior, edge, BN)
         next_key = _tile_key(t + 1, row, interior, edge, BN)
         b_acc, b_sum, b_max, b_s = _forward_step(
-            b_acc, b_sum, b_max, b_s, b_q, b_first, p_k, p_v, batch, row, key, next_key, kv_head, T, scale_log2,
-            KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+            b_acc,
+            b_sum,
+            b_max,
+            b_s,
+            b_q,
+            b_first,
+            p_k,
+            p_v,
+            batch,
+            row,
+            key,
+            next_key,
+            kv_head,
+            T,
+            scale_log2,
+            KV_HEADS,
+            DH,
+            BM,
+            BN,
+            True,
+            DESCRIPTOR,
+            PRECISION,
+        )
     _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
     tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
 
 
 @triton.jit
-def _dq_step(b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
-             KV_HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-             MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _dq_step(
+    b_dq,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    b_first,
+    p_k,
+    p_v,
+    batch,
+    row,
+    key,
+    kv_head,
+    T,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of keys into dq (still without the logit scale)."""
     b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
     b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
@@ -397,9 +526,30 @@ def _dq_step(b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key
 
 
 @triton.jit
-def _attention_dq(p_q, p_k, p_v, p_o, p_do, p_lse, p_dq, p_delta, p_first, p_order, scale, scale_log2, T,
-                  chunks, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DH: tl.constexpr, CHUNK: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _attention_dq(
+    p_q,
+    p_k,
+    p_v,
+    p_o,
+    p_do,
+    p_lse,
+    p_dq,
+    p_delta,
+    p_first,
+    p_order,
+    scale,
+    scale_log2,
+    T,
+    chunks,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dq for one tile of queries of one head, and delta = rowsum(o * do), which the other kernel reads."""
     batch, head, row = _place(p_order, chunks, HEADS, BM, CHUNK)
     if row >= T:
@@ -420,20 +570,81 @@ def _attention_dq(p_q, p_k, p_v, p_o, p_do, p_lse, p_dq, p_delta, p_first, p_ord
     for t in range(interior, interior + edge + diagonal):
         key = _tile_key(t, row, interior, edge, BN)
         b_dq = _dq_step(
-            b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
-            KV_HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+            b_dq,
+            b_q,
+            b_do,
+            b_lse,
+            b_delta,
+            b_first,
+            p_k,
+            p_v,
+            batch,
+            row,
+            key,
+            kv_head,
+            T,
+            scale_log2,
+            KV_HEADS,
+            DH,
+            BM,
+            BN,
+            True,
+            DESCRIPTOR,
+            PRECISION,
+        )
     for t in range(0, interior):
         key = row - (t + 1) * BN
         b_dq = _dq_step(
-            b_dq, b_q, b_do, b_lse, b_delta, b_first, p_k, p_v, batch, row, key, kv_head, T, scale_log2,
-            KV_HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+            b_dq,
+            b_q,
+            b_do,
+            b_lse,
+            b_delta,
+            b_first,
+            p_k,
+            p_v,
+            batch,
+            row,
+            key,
+            kv_head,
+            T,
+            scale_log2,
+            KV_HEADS,
+            DH,
+            BM,
+            BN,
+            False,
+            DESCRIPTOR,
+            PRECISION,
+        )
     _store_tile(p_dq, b_dq * scale, batch, row, head, T, HEADS, DH, BM)
 
 
 @triton.jit
-def _dkdv_step(b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, row, key, head, T, scale_log2,
-               HEADS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _dkdv_step(
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    b_end,
+    p_q,
+    p_do,
+    p_lse,
+    p_delta,
+    batch,
+    row,
+    key,
+    head,
+    T,
+    scale_log2,
+    HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of queries into dk (still without the logit scale) and dv; logits are held transposed."""
     o_i = row + tl.arange(0, BM)
     o_row = (batch.to(tl.int64) * HEADS + head) * T + o_i
@@ -460,10 +671,30 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, ro
 
 
 @triton.jit
-def _attention_dkdv(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_end, p_order, scale, scale_log2,
-                    T, chunks,
-                    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DH: tl.constexpr, CHUNK: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _attention_dkdv(
+    p_q,
+    p_k,
+    p_v,
+    p_do,
+    p_lse,
+    p_delta,
+    p_dk,
+    p_dv,
+    p_end,
+    p_order,
+    scale,
+    scale_log2,
+    T,
+    chunks,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dk and dv for one tile of keys of one key head, summed over its query heads in a fixed order."""
     batch, kv_head, key = _place(p_order, chunks, KV_HEADS, BN, CHUNK)
     if key >= T:
@@ -486,13 +717,55 @@ def _attention_dkdv(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_end, p_or
         for t in range(0, diagonal + edge):
             row = tl.where(t < diagonal, key + t * BM, start + (interior + t - diagonal) * BM)
             b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, row, key, head, T, scale_log2,
-                HEADS, DH, BM, BN, True, DESCRIPTOR, PRECISION)
+                b_dk,
+                b_dv,
+                b_k,
+                b_v,
+                b_end,
+                p_q,
+                p_do,
+                p_lse,
+                p_delta,
+                batch,
+                row,
+                key,
+                head,
+                T,
+                scale_log2,
+                HEADS,
+                DH,
+                BM,
+                BN,
+                True,
+                DESCRIPTOR,
+                PRECISION,
+            )
         for t in range(0, interior):
             row = start + t * BM
             b_dk, b_dv = _dkdv_step(
-                b_dk, b_dv, b_k, b_v, b_end, p_q, p_do, p_lse, p_delta, batch, row, key, head, T, scale_log2,
-                HEADS, DH, BM, BN, False, DESCRIPTOR, PRECISION)
+                b_dk,
+                b_dv,
+                b_k,
+                b_v,
+                b_end,
+                p_q,
+                p_do,
+                p_lse,
+                p_delta,
+                batch,
+                row,
+                key,
+                head,
+                T,
+                scale_log2,
+                HEADS,
+                DH,
+                BM,
+                BN,
+                False,
+                DESCRIPTOR,
+                PRECISION,
+            )
     _store_tile(p_dk, b_dk * scale, batch, key, kv_head, T, KV_HEADS, DH, BN)
     _store_tile(p_dv, b_dv, batch, key, kv_head, T, KV_HEADS, DH, BN)
 
@@ -523,10 +796,19 @@ def _grid(x: torch.Tensor, rows: int) -> tuple[int]:
 
 def _constants(q, k, tile: Tile) -> dict:
     """The compile-time arguments that all three kernels share."""
-    return {"HEADS": q.shape[2], "KV_HEADS": k.shape[2], "DH": q.shape[3], "CHUNK": SCHEDULE_TOKENS,
-            "BM": tile.block_m, "BN": tile.block_n, "DESCRIPTOR": tile.descriptors,
-            "PRECISION": _precision(q.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
-            "enable_fp_fusion": True}
+    return {
+        "HEADS": q.shape[2],
+        "KV_HEADS": k.shape[2],
+        "DH": q.shape[3],
+        "CHUNK": SCHEDULE_TOKENS,
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "DESCRIPTOR": tile.descriptors,
+        "PRECISION": _precision(q.dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None):
@@ -537,13 +819,24 @@ def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None
     B, T, H, _ = q.shape
     o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
     _attention_forward[_grid(q, tile.block_m)](
-        q, _operand(k, tile.block_n, tile), _operand(v, tile.block_n, tile), o, lse, plan.first_key_BT,
-        plan.query_order_N, scale * LOG2_E, T, triton.cdiv(T, SCHEDULE_TOKENS), **_constants(q, k, tile))
+        q,
+        _operand(k, tile.block_n, tile),
+        _operand(v, tile.block_n, tile),
+        o,
+        lse,
+        plan.first_key_BT,
+        plan.query_order_N,
+        scale * LOG2_E,
+        T,
+        triton.cdiv(T, SCHEDULE_TOKENS),
+        **_constants(q, k, tile),
+    )
     return o, lse
 
 
-def launch_backward(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile_dq: Tile | None = None,
-                    tile_dkdv: Tile | None = None):
+def launch_backward(
+    do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile_dq: Tile | None = None, tile_dkdv: Tile | None = None
+):
     """Run both backward kernels on contiguous tensors; returns dq, dk, dv.
 
     No atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys, each in a fixed
@@ -554,12 +847,39 @@ def launch_backward(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile
     chunks = triton.cdiv(T, SCHEDULE_TOKENS)
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     _attention_dq[_grid(q, tile_dq.block_m)](
-        q, _operand(k, tile_dq.block_n, tile_dq), _operand(v, tile_dq.block_n, tile_dq), o, do, lse, dq,
-        delta, plan.first_key_BT, plan.query_order_N, scale, scale * LOG2_E, T, chunks,
-        **_constants(q, k, tile_dq))
+        q,
+        _operand(k, tile_dq.block_n, tile_dq),
+        _operand(v, tile_dq.block_n, tile_dq),
+        o,
+        do,
+        lse,
+        dq,
+        delta,
+        plan.first_key_BT,
+        plan.query_order_N,
+        scale,
+        scale * LOG2_E,
+        T,
+        chunks,
+        **_constants(q, k, tile_dq),
+    )
     _attention_dkdv[_grid(k, tile.block_n)](
-        _operand(q, tile.block_m, tile), k, v, _operand(do, tile.block_m, tile), lse, delta, dk, dv,
-        plan.end_query_BT, plan.key_order_N, scale, scale * LOG2_E, T, chunks, **_constants(q, k, tile))
+        _operand(q, tile.block_m, tile),
+        k,
+        v,
+        _operand(do, tile.block_m, tile),
+        lse,
+        delta,
+        dk,
+        dv,
+        plan.end_query_BT,
+        plan.key_order_N,
+        scale,
+        scale * LOG2_E,
+        T,
+        chunks,
+        **_constants(q, k, tile),
+    )
     return dq, dk, dv
 
 
@@ -567,18 +887,34 @@ def launch_backward(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: torch.Tensor,
-               end_query_BT: torch.Tensor, query_order_N: torch.Tensor, key_order_N: torch.Tensor,
-               scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_key_BT: torch.Tensor,
+    end_query_BT: torch.Tensor,
+    query_order_N: torch.Tensor,
+    key_order_N: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
     return launch_forward(q, k, v, plan, scale)
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
-def _attention_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
-                        lse: torch.Tensor, first_key_BT: torch.Tensor, end_query_BT: torch.Tensor,
-                        query_order_N: torch.Tensor, key_order_N: torch.Tensor,
-                        scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    first_key_BT: torch.Tensor,
+    end_query_BT: torch.Tensor,
+    query_order_N: torch.Tensor,
+    key_order_N: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
     return launch_backward(do, q, k, v, o, lse, plan, scale)
 
@@ -630,11 +966,14 @@ def flex_mask(plan: AttentionPlan):
 
     def ordered(chosen):
         chosen = chosen[:, None].int()
-        return (chosen.sum(-1).int().contiguous(),
-                chosen.argsort(dim=-1, descending=True, stable=True).int().contiguous())
+        return (
+            chosen.sum(-1).int().contiguous(),
+            chosen.argsort(dim=-1, descending=True, stable=True).int().contiguous(),
+        )
 
-    return BlockMask.from_kv_blocks(*ordered(visited & ~full), *ordered(full), BLOCK_SIZE=block,
-                                    mask_mod=may_see, seq_lengths=(T, T))
+    return BlockMask.from_kv_blocks(
+        *ordered(visited & ~full), *ordered(full), BLOCK_SIZE=block, mask_mod=may_see, seq_lengths=(T, T)
+    )
 
 
 def _flex(q, k, v, plan, scale):
@@ -650,8 +989,15 @@ def _flex(q, k, v, plan, scale):
 # ---- public functions --------------------------------------------------------------------------------------
 
 
-def attention(q_BTHDh: torch.Tensor, k_BTKDh: torch.Tensor, v_BTKDh: torch.Tensor, plan: AttentionPlan, *,
-              scale: float, impl: str = "auto") -> torch.Tensor:
+def attention(
+    q_BTHDh: torch.Tensor,
+    k_BTKDh: torch.Tensor,
+    v_BTKDh: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    impl: str = "auto",
+) -> torch.Tensor:
     """Attention of packed documents, differentiable in q, k and v.
 
     Args:
@@ -696,8 +1042,10 @@ def _check_attention(q, k, v, plan, scale) -> None:
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
         if (x.shape[0], x.shape[1], x.shape[3]) != (B, T, Dh) or x.shape != k.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be "
-                             f"({B}, {T}, key heads, {Dh}), the same for k and v")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be "
+                f"({B}, {T}, key heads, {Dh}), the same for k and v"
+            )
     if k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, which does not divide the {H} heads of q")
     if not isinstance(plan, AttentionPlan):

@@ -110,8 +110,9 @@ def _bands(first_key_BT: torch.Tensor, dtype: torch.dtype):
 
 
 @torch.library.custom_op("speedrun::banded_attention", mutates_args=(), device_types="cpu")
-def _banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: torch.Tensor,
-            scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _banded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk of queries against its own band of keys: time in proportion to T x window, nothing T x T."""
     B, T, H, _ = q.shape
     group = H // k.shape[2]
@@ -119,8 +120,9 @@ def _banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: tor
     lse = torch.empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
     for b, start, end, low, mask in _bands(first_key_BT, q.dtype):
         q_c, k_c, v_c = _band_views(q, k, v, b, start, end, low, group)
-        o_c, lse_c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_c, k_c, v_c, attn_mask=mask,
-                                                                                scale=scale)
+        o_c, lse_c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_c, k_c, v_c, attn_mask=mask, scale=scale
+        )
         o[b, start:end] = o_c[0].transpose(0, 1)
         lse[b, :, start:end] = lse_c[0]
     return o, lse
@@ -135,9 +137,16 @@ def _band_views(q, k, v, b, start, end, low, group):
 
 
 @torch.library.custom_op("speedrun::banded_attention_backward", mutates_args=(), device_types="cpu")
-def _banded_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
-                     lse: torch.Tensor, first_key_BT: torch.Tensor,
-                     scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _banded_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    first_key_BT: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `_banded`; sums over chunks in float32 and in a fixed order, so the bits repeat."""
     group, K = q.shape[2] // k.shape[2], k.shape[2]
     dq = torch.empty_like(q)
@@ -146,7 +155,8 @@ def _banded_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torc
         q_c, k_c, v_c = _band_views(q, k, v, b, start, end, low, group)
         o_c, do_c = (x[b, start:end].transpose(0, 1)[None] for x in (o, do))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do_c, q_c, k_c, v_c, o_c, lse[b:b + 1, :, start:end], 0.0, False, attn_mask=mask, scale=scale)
+            do_c, q_c, k_c, v_c, o_c, lse[b : b + 1, :, start:end], 0.0, False, attn_mask=mask, scale=scale
+        )
         dq[b, start:end] = grads[0][0].transpose(0, 1)
         for total, part in ((dk, grads[1]), (dv, grads[2])):
             total[b, low:end] += part[0].unflatten(0, (K, group)).sum(1).transpose(0, 1)

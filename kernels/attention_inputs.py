@@ -24,6 +24,7 @@ IMPLEMENTATIONS = ("triton", "banded", "flex", "reference")
 
 def attention_inputs_reference(q, k, v, ve, s, cos_TR, sin_TR):
     """The prologue of `attention_inputs`, in plain torch."""
+
     def rotate(x):
         c, d = cos_TR[:, None], sin_TR[:, None]
         x1, x2 = F.rms_norm(x, x.shape[-1:]).chunk(2, dim=-1)
@@ -107,9 +108,30 @@ def _norm_gradient(b_g1, b_g2, b_x1, b_x2, eps, R: tl.constexpr):
 
 
 @triton.jit
-def _inputs_forward(p_q, p_k, p_v, p_ve, p_s, p_cos, p_sin, p_qo, p_ko, p_vo, tokens, T, stride_q, stride_k,
-                    stride_v, stride_ve, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, R: tl.constexpr,
-                    ROWS: tl.constexpr, HAS_VE: tl.constexpr):
+def _inputs_forward(
+    p_q,
+    p_k,
+    p_v,
+    p_ve,
+    p_s,
+    p_cos,
+    p_sin,
+    p_qo,
+    p_ko,
+    p_vo,
+    tokens,
+    T,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_ve,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_VE: tl.constexpr,
+):
     """Normalise and rotate q and k, normalise and mix v, for ROWS of the B * T tokens."""
     o_token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_token = o_token < tokens
@@ -120,16 +142,24 @@ def _inputs_forward(p_q, p_k, p_v, p_ve, p_s, p_cos, p_sin, p_qo, p_ko, p_vo, to
         b_1, b_2 = _load_halves(p_q + h * 2 * R, o_token, stride_q, m_token, R)
         b_r = _inverse_rms(b_1, b_2, eps, R)
         b_1, b_2 = b_1 * b_r, b_2 * b_r
-        _store_halves(p_qo + h * 2 * R, b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin, o_token,
-                      HEADS * 2 * R, m_token, R)
+        _store_halves(
+            p_qo + h * 2 * R, b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin, o_token, HEADS * 2 * R, m_token, R
+        )
     s_0 = tl.load(p_s)
     s_1 = tl.load(p_s + 1)
     for h in range(0, KV_HEADS):
         b_1, b_2 = _load_halves(p_k + h * 2 * R, o_token, stride_k, m_token, R)
         b_r = _inverse_rms(b_1, b_2, eps, R)
         b_1, b_2 = b_1 * b_r, b_2 * b_r
-        _store_halves(p_ko + h * 2 * R, b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin, o_token,
-                      KV_HEADS * 2 * R, m_token, R)
+        _store_halves(
+            p_ko + h * 2 * R,
+            b_1 * b_cos + b_2 * b_sin,
+            b_2 * b_cos - b_1 * b_sin,
+            o_token,
+            KV_HEADS * 2 * R,
+            m_token,
+            R,
+        )
         b_1, b_2 = _load_halves(p_v + h * 2 * R, o_token, stride_v, m_token, R)
         b_r = _inverse_rms(b_1, b_2, eps, R) * s_0
         b_1, b_2 = b_1 * b_r, b_2 * b_r
@@ -140,9 +170,35 @@ def _inputs_forward(p_q, p_k, p_v, p_ve, p_s, p_cos, p_sin, p_qo, p_ko, p_vo, to
 
 
 @triton.jit
-def _inputs_backward(p_gq, p_gk, p_gv, p_q, p_k, p_v, p_ve, p_s, p_cos, p_sin, p_dq, p_dk, p_dv, p_dve, p_ds,
-                     tokens, T, stride_q, stride_k, stride_v, stride_ve, eps, HEADS: tl.constexpr,
-                     KV_HEADS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HAS_VE: tl.constexpr):
+def _inputs_backward(
+    p_gq,
+    p_gk,
+    p_gv,
+    p_q,
+    p_k,
+    p_v,
+    p_ve,
+    p_s,
+    p_cos,
+    p_sin,
+    p_dq,
+    p_dk,
+    p_dv,
+    p_dve,
+    p_ds,
+    tokens,
+    T,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_ve,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_VE: tl.constexpr,
+):
     """Gradients at q, k, v and ve, and this program's share of both scalars' gradients, (programs, 2)."""
     o_token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_token = o_token < tokens
@@ -197,9 +253,15 @@ def _inputs_arguments(q, k, v, ve):
     walked = [None if x is None else _tokens_apart(x) for x in (q, k, v, ve)]
     B, T, H, width = q.shape
     apart = [0 if x is None else x.stride(1) for x in walked]
-    constants = {"HEADS": H, "KV_HEADS": k.shape[2], "R": width // 2, "ROWS": _INPUTS_ROWS,
-                 "HAS_VE": ve is not None, "num_warps": _INPUTS_WARPS,
-                 "enable_fp_fusion": True}
+    constants = {
+        "HEADS": H,
+        "KV_HEADS": k.shape[2],
+        "R": width // 2,
+        "ROWS": _INPUTS_ROWS,
+        "HAS_VE": ve is not None,
+        "num_warps": _INPUTS_WARPS,
+        "enable_fp_fusion": True,
+    }
     return walked, (B * T, T, *apart, torch.finfo(torch.float32).eps), constants
 
 
@@ -228,15 +290,31 @@ def launch_inputs_backward(grads, q, k, v, ve, s, cos_TR, sin_TR):
 
 
 @torch.library.custom_op("speedrun::attention_inputs", mutates_args=())
-def _attention_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ve: torch.Tensor | None,
-                      s: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> list[torch.Tensor]:
+def _attention_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ve: torch.Tensor | None,
+    s: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+) -> list[torch.Tensor]:
     return launch_inputs_forward(q, k, v, ve, s, cos_TR, sin_TR)
 
 
 @torch.library.custom_op("speedrun::attention_inputs_backward", mutates_args=())
-def _attention_inputs_backward(gq: torch.Tensor, gk: torch.Tensor, gv: torch.Tensor, q: torch.Tensor,
-                               k: torch.Tensor, v: torch.Tensor, ve: torch.Tensor | None, s: torch.Tensor,
-                               cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> list[torch.Tensor]:
+def _attention_inputs_backward(
+    gq: torch.Tensor,
+    gk: torch.Tensor,
+    gv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ve: torch.Tensor | None,
+    s: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+) -> list[torch.Tensor]:
     grads = launch_inputs_backward((gq, gk, gv), q, k, v, ve, s, cos_TR, sin_TR)
     return [g for g in grads if g is not None]
 
@@ -275,8 +353,10 @@ _attention_inputs.register_autograd(_inputs_grad, setup_context=_inputs_setup)
 def with_batch(name: str, x: torch.Tensor) -> torch.Tensor:
     """x as (B, T, heads, Dh)."""
     if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4):
-        raise ValueError(f"{name} must be a (T, heads, Dh) or (B, T, heads, Dh) tensor, got "
-                         f"{tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+        raise ValueError(
+            f"{name} must be a (T, heads, Dh) or (B, T, heads, Dh) tensor, got "
+            f"{tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}"
+        )
     return x[None] if x.ndim == 3 else x
 
 
@@ -284,8 +364,10 @@ def check_width(q: torch.Tensor) -> None:
     """The kernels' tiles span a head, and Triton's tiles are powers of two."""
     width = q.shape[-1]
     if q.dtype == torch.float64 or width not in (16, 32, 64, 128):
-        raise ValueError(f"q has head width {width} and dtype {q.dtype}; impl='triton' supports widths 16, "
-                         "32, 64 and 128 in float32, float16, bfloat16. Choose impl='reference' for others")
+        raise ValueError(
+            f"q has head width {width} and dtype {q.dtype}; impl='triton' supports widths 16, "
+            "32, 64 and 128 in float32, float16, bfloat16. Choose impl='reference' for others"
+        )
 
 
 def attention_inputs(q, k, v, ve, s, cos_TR, sin_TR, *, impl: str = "auto"):

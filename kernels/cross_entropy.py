@@ -77,16 +77,12 @@ def _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens) -> None
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1 (or None: chosen for the device)")
     if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"x {tuple(x_ND.shape)} and weight {tuple(weight_VD.shape)} must be (N, D) and (V, D)"
-        )
+        raise ValueError(f"x {tuple(x_ND.shape)} and weight {tuple(weight_VD.shape)} must be (N, D) and (V, D)")
     if targets_N.shape != x_ND.shape[:1]:
         raise ValueError(f"targets {tuple(targets_N.shape)} must be ({x_ND.shape[0]},), one class a row of x")
 
 
-def softcapped_logits(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, softcap: str | None = "rsqrt"
-) -> torch.Tensor:
+def softcapped_logits(x_ND: torch.Tensor, weight_VD: torch.Tensor, softcap: str | None = "rsqrt") -> torch.Tensor:
     """Float32 (float64 for float64 x) capped logits (..., V), for sampling; x is (..., D)."""
     z = torch.nn.functional.linear(x_ND, weight_VD.to(x_ND.dtype))
     return _apply_softcap(z.to(torch.promote_types(z.dtype, torch.float32)), softcap)
@@ -102,9 +98,7 @@ def linear_cross_entropy_reference(
 ) -> torch.Tensor:
     """The definition, in plain torch with all logits in memory; autograd differentiates it."""
     c_NV = softcapped_logits(x_ND, weight_VD, softcap)
-    return torch.nn.functional.cross_entropy(
-        c_NV, targets_N.long(), reduction=reduction, ignore_index=ignore_index
-    )
+    return torch.nn.functional.cross_entropy(c_NV, targets_N.long(), reduction=reduction, ignore_index=ignore_index)
 
 
 def _softcap_(z: torch.Tensor, softcap: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -147,9 +141,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=_wide(x_ND), device=x_ND.device)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            losses, gradient = _chunk_loss(
-                x_ND[rows], w_VD, targets_N[rows], softcap, ignore_index, with_gradient
-            )
+            losses, gradient = _chunk_loss(x_ND[rows], w_VD, targets_N[rows], softcap, ignore_index, with_gradient)
             total += losses.sum()
             if with_gradient:
                 gradient = gradient.to(x_ND.dtype)
@@ -262,8 +254,18 @@ def _log_sum(b_most, b_total, CAP: tl.constexpr):
 
 
 @triton.jit
-def _row_loss(p_z, p_target, p_loss, V, ignore_index, CAP: tl.constexpr, GRADIENT: tl.constexpr, ONE: tl.constexpr,
-              BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def _row_loss(
+    p_z,
+    p_target,
+    p_loss,
+    V,
+    ignore_index,
+    CAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """One row of logits (V,): loss = log sum exp(cap(z)) - cap(z[target]); if GRADIENT, z <- d loss / d z.
 
     ONE: the whole row is one block, kept in registers. Else it is V // BLOCK blocks without a mask, and what is left
@@ -326,8 +328,17 @@ def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradien
     lanes = 64 if device_kind().startswith("gfx") else 32
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device)
     _row_loss[(N,)](
-        z_NV, targets_N, losses, V, ignore_index, CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
-        GRADIENT=gradient, ONE=one, BLOCK=block, TAIL=tail, num_warps=max(min(block // 16, 512) // lanes, 4),
+        z_NV,
+        targets_N,
+        losses,
+        V,
+        ignore_index,
+        CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
+        GRADIENT=gradient,
+        ONE=one,
+        BLOCK=block,
+        TAIL=tail,
+        num_warps=max(min(block // 16, 512) // lanes, 4),
     )
     return losses
 
@@ -383,8 +394,14 @@ def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens,
 
 @torch.library.custom_op("speedrun::head_loss", mutates_args=())
 def _head_loss(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str, ignore_index: int,
-    chunk_tokens: int, fp8: bool, gradient: bool,
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    softcap: str,
+    ignore_index: int,
+    chunk_tokens: int,
+    fp8: bool,
+    gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient)
 
@@ -415,8 +432,13 @@ _head_loss.register_autograd(_head_grad, setup_context=_head_setup)
 
 @torch.library.custom_op("speedrun::head_token_losses", mutates_args=())
 def _head_token_losses(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str, ignore_index: int,
-    chunk_tokens: int, fp8: bool,
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    softcap: str,
+    ignore_index: int,
+    chunk_tokens: int,
+    fp8: bool,
 ) -> torch.Tensor:
     """Losses (N,) whose backward pass takes a gradient a token."""
     return launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, False)[0]
@@ -424,8 +446,14 @@ def _head_token_losses(
 
 @torch.library.custom_op("speedrun::head_gradients", mutates_args=())
 def _head_gradients(
-    upstream_N: torch.Tensor, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, softcap: str,
-    ignore_index: int, chunk_tokens: int, fp8: bool,
+    upstream_N: torch.Tensor,
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    softcap: str,
+    ignore_index: int,
+    chunk_tokens: int,
+    fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dw) of sum_n upstream_n loss_n."""
     arguments = (x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8)
@@ -530,6 +558,4 @@ def linear_cross_entropy(
     chunk_tokens = chunk_tokens or max(CPU_CHUNK_LOGITS // weight_VD.shape[0], 64)
     if reduction == "none":
         return _TokenLosses.apply(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens)
-    return _ChunkedLoss.apply(
-        x_ND, weight_VD, targets_N, softcap, reduction == "mean", ignore_index, chunk_tokens
-    )
+    return _ChunkedLoss.apply(x_ND, weight_VD, targets_N, softcap, reduction == "mean", ignore_index, chunk_tokens)

@@ -40,9 +40,24 @@ _GROUP = 8  # tiles of rows that share tiles of columns while those are in the s
 
 
 @triton.jit
-def _product(p_a, p_b, p_act, p_out, M, N, K, stride_n, stride_k, BM: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr, DESCRIPTOR: tl.constexpr,
-             PRECISION: tl.constexpr):
+def _product(
+    p_a,
+    p_b,
+    p_act,
+    p_out,
+    M,
+    N,
+    K,
+    stride_n,
+    stride_k,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """out (M, N) = relu(a b^T)^2, or, BACKWARD, (a b^T) * 2 sqrt(act); a (M, K) dense, b[n, k] by its strides.
 
     DESCRIPTOR: p_a and p_b are tensor descriptors, p_b's of the dense one of b and b^T: b forward, b^T BACKWARD."""
@@ -93,9 +108,24 @@ def _launch(a_MK, b_NK, act_MN=None, tile: Tile | None = None):
         p_a = descriptor(a_MK, [tile.rows, tile.depth])
         p_b = descriptor(dense, [tile.depth, tile.columns] if backward else [tile.columns, tile.depth])
     _product[(programs,)](
-        p_a, p_b, act_MN if backward else out, out, M, N, K, b_NK.stride(0), b_NK.stride(1),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=_GROUP, BACKWARD=backward, DESCRIPTOR=descriptors,
-        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        p_a,
+        p_b,
+        act_MN if backward else out,
+        out,
+        M,
+        N,
+        K,
+        b_NK.stride(0),
+        b_NK.stride(1),
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.depth,
+        GROUP=_GROUP,
+        BACKWARD=backward,
+        DESCRIPTOR=descriptors,
+        PRECISION="ieee",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out
 
@@ -152,9 +182,7 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
 
 
-def relu_squared_mlp_reference(
-    x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor
-) -> torch.Tensor:
+def relu_squared_mlp_reference(x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor) -> torch.Tensor:
     """The definition, in plain torch; autograd differentiates it."""
     return torch.relu(x_ND @ w_in_FD.t()).square() @ w_out_DF.t()
 

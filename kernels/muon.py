@@ -78,8 +78,20 @@ _ELEMENTS = 4096  # a program of the elementwise kernels
 
 
 @triton.jit
-def _symmetric(p_x, p_e, p_out, M, K, alpha, beta, BM: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
-               DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _symmetric(
+    p_x,
+    p_e,
+    p_out,
+    M,
+    K,
+    alpha,
+    beta,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    ADD: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """out = alpha X X^T (+ beta E, E symmetric): tiles below the diagonal are computed once and written twice.
 
     DESCRIPTOR: p_x is a tensor descriptor of all matrices."""
@@ -155,8 +167,20 @@ def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0
     out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)
     tiles = triton.cdiv(M, tile.rows)
     _symmetric[(tiles * tiles, B)](
-        p_x, out if e_BMM is None else e_BMM, out, M, K, alpha, beta, BM=tile.rows, BK=tile.depth,
-        ADD=e_BMM is not None, DESCRIPTOR=descriptors, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        p_x,
+        out if e_BMM is None else e_BMM,
+        out,
+        M,
+        K,
+        alpha,
+        beta,
+        BM=tile.rows,
+        BK=tile.depth,
+        ADD=e_BMM is not None,
+        DESCRIPTOR=descriptors,
+        PRECISION="ieee",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out
 
@@ -202,9 +226,7 @@ def orthogonalize_reference(
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_norm_dtype(dtype)) + 1e-7).to(
-        dtype
-    )
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_norm_dtype(dtype)) + 1e-7).to(dtype)
     rows = x.reshape(-1, *x.shape[-2:])
     for a, b, c in COEFFICIENTS[coefficients]:
         product = torch.bmm(rows, rows.mT)
@@ -220,11 +242,7 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def orthogonalize(
-    g_BMN: torch.Tensor,
-    *,
-    coefficients: str = "spec",
-    dtype: torch.dtype = torch.bfloat16,
-    impl: str = "auto",
+    g_BMN: torch.Tensor, *, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16, impl: str = "auto"
 ) -> torch.Tensor:
     """Nearly the orthogonal polar factor of each matrix of g (..., M, N): singular values pulled to about
     one.
@@ -241,9 +259,7 @@ def orthogonalize(
     return orthogonalize_reference(g_BMN, coefficients, dtype)
 
 
-def momentum_(
-    buffer: torch.Tensor, grad: torch.Tensor, momentum: float, *, impl: str = "auto"
-) -> torch.Tensor:
+def momentum_(buffer: torch.Tensor, grad: torch.Tensor, momentum: float, *, impl: str = "auto") -> torch.Tensor:
     """buffer <- m buffer + (1 - m) grad in place (float32); returns m buffer + (1 - m) grad, float32."""
     if implementation(impl, buffer) == "triton":
         return launch_momentum(buffer, grad, momentum)

@@ -16,8 +16,9 @@ from kernels.runtime import implementation_of
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
     """The name of what would run for that tensor: always the reference, see above."""
-    return implementation_of("reference" if impl in ("auto", "triton") else impl, tensor, cpu="reference",
-                             choices=("reference",))
+    return implementation_of(
+        "reference" if impl in ("auto", "triton") else impl, tensor, cpu="reference", choices=("reference",)
+    )
 
 
 def residual_mix_reference(
@@ -54,9 +55,7 @@ def residual_mix(
 
     Errors: ValueError if the shapes or dtypes of x, x00, x01 differ or lambdas is not (3,).
     """
-    if not (x.shape == x00.shape == x01.shape and x.dtype == x00.dtype == x01.dtype) or lambdas_3.shape != (
-        3,
-    ):
+    if not (x.shape == x00.shape == x01.shape and x.dtype == x00.dtype == x01.dtype) or lambdas_3.shape != (3,):
         raise ValueError(
             f"x, x00, x01 must agree and lambdas be (3,); got {tuple(x.shape)}, {tuple(x00.shape)}, "
             f"{tuple(x01.shape)}, {tuple(lambdas_3.shape)}"

@@ -69,8 +69,10 @@ def implementation_of(impl: str, tensor: torch.Tensor, *, cpu: str, choices: tup
     if impl == "triton" and not HAVE_TRITON:
         raise ValueError(f"impl='triton' for a tensor on {device}, but triton is missing: pip install triton")
     if impl == "triton" and device == "cpu" and not INTERPRETED:
-        raise ValueError("impl='triton' on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 "
-                         f"before the first import of triton, or choose impl={cpu!r}")
+        raise ValueError(
+            "impl='triton' on a CPU tensor needs Triton's interpreter: set TRITON_INTERPRET=1 "
+            f"before the first import of triton, or choose impl={cpu!r}"
+        )
     return impl
 
 

@@ -6,6 +6,10 @@ Dimension key, as in train_gpt.py: B batch, T time, V vocabulary, E embedding wi
 of context.
 """
 
+from trainer.threads import bound_spinning
+
+bound_spinning()  # before any module here imports torch
+
 
 class LabError(ValueError):
     """Input that the lab cannot use; the message names what, where and what to do. The commands exit with

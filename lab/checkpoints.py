@@ -14,7 +14,7 @@ from torch import Tensor
 from lab import LabError
 from lab.models import LanguageModel, build_model
 from lab.tokens import ByteTokenizer, GPT2Tokenizer, Tokenizer, from_spec
-from records import checkpoints
+from trainer import checkpoints
 
 FORMAT = "lab-2"  # 1: with another digest
 
@@ -81,16 +81,12 @@ def load_checkpoint(path: str | Path, vocab_folder: str | None = None) -> Checkp
     tensors, header = load_tensors(path)
     tokenizer = from_spec(header["tokenizer"])
     if tokenizer.digest() != header["vocabulary_digest"]:
-        raise LabError(
-            f"{path}: its vocabulary does not match the digest in its header; take another checkpoint"
-        )
+        raise LabError(f"{path}: its vocabulary does not match the digest in its header; take another checkpoint")
     model = build_model(header["model"], tokenizer.vocab_size, header["fields"])
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise LabError(
-            f"{path}: its tensors do not fit a {header['model']} of its fields ({error})"
-        ) from error
+        raise LabError(f"{path}: its tensors do not fit a {header['model']} of its fields ({error})") from error
     return Checkpoint(path, header["model"], int(header["step"]), model.eval(), tokenizer, header)
 
 
@@ -118,11 +114,7 @@ def find_checkpoints(place: str | Path) -> list[Path]:
     place = Path(place)
     if place.is_file():
         return [place]
-    for pattern in (
-        "step-*.safetensors",
-        "*.checkpoints/step-*.safetensors",
-        "runs/*.checkpoints/step-*.safetensors",
-    ):
+    for pattern in ("step-*.safetensors", "*.checkpoints/step-*.safetensors", "runs/*.checkpoints/step-*.safetensors"):
         if found := sorted(place.glob(pattern)):
             return [p for p in found if p.parent == found[0].parent]
     raise LabError(f"no checkpoint at {place}; give a .safetensors file, or a folder that a run wrote")

@@ -9,16 +9,7 @@ from typing import Any
 
 from lab import LabError
 
-_FLAGS = {
-    "true": True,
-    "1": True,
-    "yes": True,
-    "on": True,
-    "false": False,
-    "0": False,
-    "no": False,
-    "off": False,
-}
+_FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def field(default: Any, text: str) -> Any:
@@ -75,9 +66,7 @@ def describe(*classes: type) -> str:
     for cls in classes:
         lines.append(f"\n{(cls.__doc__ or cls.__name__).splitlines()[0]}")
         for f in dataclasses.fields(cls):
-            lines.append(
-                f"  --{f.name}={f.default}  ({f.type.__name__}) {f.metadata.get('help', '')}".rstrip()
-            )
+            lines.append(f"  --{f.name}={f.default}  ({f.type.__name__}) {f.metadata.get('help', '')}".rstrip())
     return "\n".join(lines)
 
 

@@ -109,11 +109,7 @@ def split_documents(
     order = np.random.default_rng(seed).permutation(len(documents))
     n_val, n_test = (max(1, round(share * len(documents))) for share in (val, test))
     n_train = max(1, len(documents) - n_val - n_test)
-    bounds = {
-        "train": (0, n_train),
-        "val": (n_train, n_train + n_val),
-        "test": (n_train + n_val, len(documents)),
-    }
+    bounds = {"train": (0, n_train), "val": (n_train, n_train + n_val), "test": (n_train + n_val, len(documents))}
     return {name: [documents[i] for i in order[a:b]] for name, (a, b) in bounds.items()}
 
 

@@ -24,13 +24,7 @@ def _histogram(x: Tensor) -> dict[str, Any]:
     low, high = mean - reach, mean + reach
     counts = torch.histc(x, BINS, low, high)
     density = counts / (x.numel() * (high - low) / BINS)
-    return {
-        "mean": mean,
-        "std": std,
-        "low": low,
-        "high": high,
-        "density": [round(v, 6) for v in density.tolist()],
-    }
+    return {"mean": mean, "std": std, "low": low, "high": high, "density": [round(v, 6) for v in density.tolist()]}
 
 
 class Diagnostics:

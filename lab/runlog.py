@@ -1,4 +1,4 @@
-"""Run logs of the lab: the trainer's own (records/runlog.py), so that stats/ reads and compares them.
+"""Run logs of the lab: the trainer's own (trainer/log.py), so that stats/ reads and compares them.
 
 A run is `<folder>/runs/seed-000.txt` (source, environment, one line a step or validation) and
 `seed-000.json` beside it; the runs of one configuration over several seeds are a series.
@@ -14,8 +14,8 @@ import torch
 
 from data.paths import atomic_file
 from lab import LabError
-from records import runlog
-from records.options import UsageError
+from trainer import log, program
+from trainer.options import UsageError
 
 
 def sources_of(*modules: str) -> str:
@@ -39,7 +39,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-class RunLog(runlog.RunLog):
+class RunLog(log.RunLog):
     """Log and JSON of one run of the lab, on the CPU.
 
     Args:
@@ -56,10 +56,14 @@ class RunLog(runlog.RunLog):
     ):
         told = {k: v for k, v in config.items() if k != "seed"}
         config_hash = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        environment = runlog.describe_environment(
-            torch.device("cpu"), world_size=1, source=source, implementations={"model": config["model"]},
-            plan_hash="", **facts,
-        )  # fmt: skip
+        environment = program.describe_environment(
+            torch.device("cpu"),
+            world_size=1,
+            source=source,
+            implementations={"model": config["model"]},
+            plan_hash="",
+            **facts,
+        )
         super().__init__(folder, name, config, environment, source, config_hash, config["steps"], echo=echo)
 
     def open(self, *, resuming: bool = False, overwrite: bool = False) -> None:

@@ -163,19 +163,7 @@ def word_tokenizer(documents: Sequence[str], size: int = 2000, min_count: int = 
     return WordTokenizer(words, names)
 
 
-_SPEECH = {
-    "said",
-    "asked",
-    "replied",
-    "shouted",
-    "cried",
-    "whispered",
-    "answered",
-    "called",
-    "exclaimed",
-    "he",
-    "she",
-}
+_SPEECH = {"said", "asked", "replied", "shouted", "cried", "whispered", "answered", "called", "exclaimed", "he", "she"}
 _SPEECH |= {"they", "it", "the", "his", "her"}
 
 
@@ -235,12 +223,18 @@ def judge(runs: Mapping[str, Path], path: str, *, count: int = 12, temperature: 
         rows = {kind: assess(stories, split["train"], checkpoint) for kind, stories in texts.items()}
         means = {k: {m: sum(r[m] for r in rs) / len(rs) for m in MEASURES} for k, rs in rows.items()}
         told[name] = {
-            "parameters": log["num_parameters"], "steps": log["config"]["steps"], "best": log["best"],
-            "perplexity": math.exp(log["best"]["loss"]), "test_loss": log["test_loss"],
-            "train_time_s": log["train_time_s"], "ended": sum(s.ended for s in drawn), "stories": count,
-            "temperature": temperature, "means": means,
+            "parameters": log["num_parameters"],
+            "steps": log["config"]["steps"],
+            "best": log["best"],
+            "perplexity": math.exp(log["best"]["loss"]),
+            "test_loss": log["test_loss"],
+            "train_time_s": log["train_time_s"],
+            "ended": sum(s.ended for s in drawn),
+            "stories": count,
+            "temperature": temperature,
+            "means": means,
             "sample": next((s.text for s in drawn if s.ended), drawn[0].text),
-        }  # fmt: skip
+        }
     return told
 
 
@@ -288,11 +282,25 @@ def main(words: list[str]) -> int:
 
 # About a million parameters each at 2000 words.
 STORY_MODELS = {
-    "gpt": {"num_layers": 2, "model_dim": 128, "num_heads": 4, "second_input_embedding": "false", "steps": 1000,
-            "batch_tokens": 4096, "row_tokens": 512},
-    "recurrent": {"cell": "gru", "embedding_dim": 128, "hidden_dim": 256, "steps": 1500, "batch_tokens": 4096,
-                  "row_tokens": 128, "dropout": 0.1},
-}  # fmt: skip
+    "gpt": {
+        "num_layers": 2,
+        "model_dim": 128,
+        "num_heads": 4,
+        "second_input_embedding": "false",
+        "steps": 1000,
+        "batch_tokens": 4096,
+        "row_tokens": 512,
+    },
+    "recurrent": {
+        "cell": "gru",
+        "embedding_dim": 128,
+        "hidden_dim": 256,
+        "steps": 1500,
+        "batch_tokens": 4096,
+        "row_tokens": 128,
+        "dropout": 0.1,
+    },
+}
 
 
 if __name__ == "__main__":

@@ -89,9 +89,7 @@ class CharTokenizer(Tokenizer):
         missing = np.flatnonzero(ids == UNKNOWN)
         if len(missing) and unknown == "error":
             counts = Counter(text[i] for i in missing)
-            raise UnknownTextError(
-                counts, int(missing[0]), f"{len(self.characters)} characters: {self.characters!r}"
-            )
+            raise UnknownTextError(counts, int(missing[0]), f"{len(self.characters)} characters: {self.characters!r}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -110,9 +108,7 @@ class ByteTokenizer(Tokenizer):
         ids = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64)
         if len(zeros := np.flatnonzero(ids == self.mark)):
             if unknown == "error":
-                raise UnknownTextError(
-                    Counter({"\0": len(zeros)}), text.index("\0"), "every byte but 0, the mark"
-                )
+                raise UnknownTextError(Counter({"\0": len(zeros)}), text.index("\0"), "every byte but 0, the mark")
             ids[zeros] = UNKNOWN
         return ids
 
@@ -199,7 +195,5 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
 
 def plain(text: str) -> str:
     """`text` with typographic variants folded to their plain forms (NFKC, quotes and dashes to ASCII)."""
-    table = str.maketrans(
-        {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"}
-    )
+    table = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
     return unicodedata.normalize("NFKC", text).translate(table).replace("\u2026", "...")

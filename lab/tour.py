@@ -156,9 +156,13 @@ def look_inside(out: Path, results: dict[str, Result], corpora: dict[str, Corpus
 
 
 def write_page(
-    out: Path, chart: analyses.Finding, findings: list[analyses.Finding], pictures: list[tuple[str, Path]],
-    words: Sequence[str], facts: str,
-) -> Path:  # fmt: skip
+    out: Path,
+    chart: analyses.Finding,
+    findings: list[analyses.Finding],
+    pictures: list[tuple[str, Path]],
+    words: Sequence[str],
+    facts: str,
+) -> Path:
     """<out>/index.html from everything that was found."""
     rows = "".join(
         f"<tr><td>{html.escape(r['rung'])}<td>{r['parameters']:,}<td>{r['mean']:.4f}"

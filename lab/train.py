@@ -28,7 +28,7 @@ from lab.datasets import Corpus, Tokens, load_corpus, pack_rows, row_batches
 from lab.diagnostics import Diagnostics
 from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
 from lab.runlog import RunLog, sources_of
-from records.processes import StopRequest
+from trainer.processes import StopRequest
 
 EVAL_TOKENS = 16384  # tokens a batch of evaluation; only memory depends on it
 
@@ -256,10 +256,7 @@ class Run:
 
     def save_state(self, step: int) -> None:
         """Everything needed to go on: weights, optimizer, validations, generator."""
-        state = {
-            "rng": torch.get_rng_state(),
-            **{f"model.{n}": t for n, t in self.model.state_dict().items()},
-        }
+        state = {"rng": torch.get_rng_state(), **{f"model.{n}": t for n, t in self.model.state_dict().items()}}
         state |= self.optimizer.state() if self.optimizer else {}
         told = {"step": step, "seconds": self.seconds, "validation": self.log.validation, "best": self.best}
         save_tensors(self.checkpoints / "resume.safetensors", state, told | {"config_hash": self.log.config_hash})
@@ -312,11 +309,7 @@ class Run:
         start = self.load_state() if resuming else 0
         marks = set(checkpoint_steps(c.steps, c.checkpoints))
         batches = row_batches(
-            self.corpus.tokens["train"],
-            c.row_tokens,
-            max(1, c.batch_tokens // c.row_tokens),
-            c.seed,
-            skip=start,
+            self.corpus.tokens["train"], c.row_tokens, max(1, c.batch_tokens // c.row_tokens), c.seed, skip=start
         )
         self.model.train()
         stop = StopRequest()

@@ -121,10 +121,18 @@ class Job:
     """One launch of one run: `start`, then `poll` until it returns the end, which is then in the ledger."""
 
     def __init__(
-        self, folder: Path, run: str, seed: int, command: Sequence[str], *,
-        attempt: int, resume: bool, quiet: bool = False, timeout_s: float | None = None, extra: dict | None
-        = None,
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        run: str,
+        seed: int,
+        command: Sequence[str],
+        *,
+        attempt: int,
+        resume: bool,
+        quiet: bool = False,
+        timeout_s: float | None = None,
+        extra: dict | None = None,
+    ):
         self.folder, self.run, self.seed = folder, run, seed
         self.command, self.attempt, self.resume = list(command), attempt, resume
         self.quiet, self.timeout_s, self.extra = quiet, timeout_s, extra or {}
@@ -143,9 +151,16 @@ class Job:
     def start(self, slot: Slot) -> None:
         """Note the launch, then start the trainer. Raises LedgerError (then nothing was started)."""
         self.ledger.append(
-            "launch", run=self.run, seed=self.seed, attempt=self.attempt, resume=self.resume,
-            host=host_hash(), pid=os.getpid(), pid_start=process_start(os.getpid()), **self.extra,
-        )  # fmt: skip
+            "launch",
+            run=self.run,
+            seed=self.seed,
+            attempt=self.attempt,
+            resume=self.resume,
+            host=host_hash(),
+            pid=os.getpid(),
+            pid_start=process_start(os.getpid()),
+            **self.extra,
+        )
         self.started = time.monotonic()
         self.output.parent.mkdir(exist_ok=True)
         sink = open(self.output, "wb")
@@ -155,15 +170,23 @@ class Job:
             err = None  # the trainer draws its progress there, which needs the terminal itself
         try:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                env=os.environ | slot.environment(), start_new_session=True,
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=os.environ | slot.environment(),
+                start_new_session=True,
                 preexec_fn=_die_with_parent(slot.cores),
-            )  # fmt: skip
+            )
         except OSError as error:
             self.ledger.append(
-                "end", run=self.run, attempt=self.attempt, status="crashed", exit_code=None,
+                "end",
+                run=self.run,
+                attempt=self.attempt,
+                status="crashed",
+                exit_code=None,
                 error=f"could not be started: {error.strerror}",
-            )  # fmt: skip
+            )
             sink.close()
             raise
         self.copier = None

@@ -22,9 +22,16 @@ from records.ledger import Ledger, ledger_summary
 from records.series import RUN_FIELDS, SeriesError, read_record, write_record, write_whole
 
 TTEST_KEYS = (
-    "n", "sample_mean", "sample_std", "t_stat", "p_value", "alpha", "decision", "upper_conf_bound_mean",
+    "n",
+    "sample_mean",
+    "sample_std",
+    "t_stat",
+    "p_value",
+    "alpha",
+    "decision",
+    "upper_conf_bound_mean",
     "threshold",
-)  # fmt: skip
+)
 ALPHA = 0.01  # the track's rule
 
 
@@ -64,11 +71,15 @@ def check_result(path: Path, result: dict) -> None:
         "environment": lambda value: isinstance(value, dict),
         "start_time": lambda value: isinstance(value, str),
         "end_time": lambda value: isinstance(value, str),
-        "validation": lambda value: isinstance(value, list) and bool(value) and all(
-            isinstance(point, dict) and all(number(point.get(key)) for key in ("step", "loss", "step_avg_ms"))
-            for point in value
+        "validation": lambda value: (
+            isinstance(value, list)
+            and bool(value)
+            and all(
+                isinstance(point, dict) and all(number(point.get(key)) for key in ("step", "loss", "step_avg_ms"))
+                for point in value
+            )
         ),
-    }  # fmt: skip
+    }
     for field, holds in checks.items():
         if not holds(result.get(field)):
             raise SeriesError(f"{path}: {field!r} is absent or damaged; restore the file, or run the seed again")
@@ -197,10 +208,18 @@ def draw_losses(folder: Path, record: dict, results: Sequence[dict]) -> None:
     for result in results:
         # The untrained loss would flatten the rest of the curve; with few points it is all there is.
         points = [p for p in result["validation"] if p["step"] > 0 or len(result["validation"]) < 4]
-        curves.plot([p["step"] for p in points], [p["loss"] for p in points], color="tab:blue",
-                    alpha=max(0.15, 1 / len(results)), linewidth=1.2)  # fmt: skip
-    curves.set(xlabel="training steps", ylabel="validation loss (nats per token)",
-               title=f"{len(results)} runs of {folder.name}")  # fmt: skip
+        curves.plot(
+            [p["step"] for p in points],
+            [p["loss"] for p in points],
+            color="tab:blue",
+            alpha=max(0.15, 1 / len(results)),
+            linewidth=1.2,
+        )
+    curves.set(
+        xlabel="training steps",
+        ylabel="validation loss (nats per token)",
+        title=f"{len(results)} runs of {folder.name}",
+    )
     losses = [r["final_loss"] for r in results]
     seeds = [r["seed"] for r in results]
     finals.plot(seeds, losses, "o", color="tab:blue", markersize=4, label="a run")
@@ -293,8 +312,10 @@ def summary_table(results: dict) -> str:
     rows = ["| | n | mean | median | std (population) | std (sample) | min | max |", "|-|-|-|-|-|-|-|-|"]
     for title, key, digits in (("final loss", "loss", 6), ("training time (s)", "train_time_s", 3)):
         s = results[key]
-        cells = [f"{s[k]:.{digits}f}" if s[k] is not None else "" for k in
-                 ("mean", "median", "std", "sample_std", "min", "max")]  # fmt: skip
+        cells = [
+            f"{s[k]:.{digits}f}" if s[k] is not None else ""
+            for k in ("mean", "median", "std", "sample_std", "min", "max")
+        ]
         rows.append(f"| {title} | {s['n']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -305,18 +326,21 @@ def verdict_words(record: dict) -> str:
     if "ttest" not in results:
         return f"None: {results['no_verdict']}."
     test = results["ttest"]
-    lines = [
-        f"Is the mean loss below {test['threshold']:g}? One-sided t-test at alpha = {test['alpha']:g}:",
-        "",
-    ]
+    lines = [f"Is the mean loss below {test['threshold']:g}? One-sided t-test at alpha = {test['alpha']:g}:", ""]
     lines += ["```json", json.dumps(test, indent=1), "```"]
     looks = record["ledger"]["looks"]
     if looks > 1 and not record.get("plan_hash"):
-        lines += ["", f"The test was looked at {looks} times while the series grew. Unless the number of "
-                  "runs was fixed beforehand, its p-value is too small."]  # fmt: skip
+        lines += [
+            "",
+            f"The test was looked at {looks} times while the series grew. Unless the number of "
+            "runs was fixed beforehand, its p-value is too small.",
+        ]
     if record.get("plan_hash"):
-        lines += ["", f"The series followed plan.json (hash `{record['plan_hash'][:16]}`, in every log), "
-                  "which allows for looking after every run; its verdict counts, not this p."]  # fmt: skip
+        lines += [
+            "",
+            f"The series followed plan.json (hash `{record['plan_hash'][:16]}`, in every log), "
+            "which allows for looking after every run; its verdict counts, not this p.",
+        ]
         if "sequential" in record:
             lines += ["", record["sequential"]]
     return "\n".join(lines)
@@ -324,10 +348,7 @@ def verdict_words(record: dict) -> str:
 
 def runs_table(rows: Sequence[dict]) -> str:
     """One line a finished run."""
-    lines = [
-        "| seed | steps | final loss | time (s) | ms a step | peak memory (MiB) | launches |",
-        "|-|-|-|-|-|-|-|",
-    ]
+    lines = ["| seed | steps | final loss | time (s) | ms a step | peak memory (MiB) | launches |", "|-|-|-|-|-|-|-|"]
     for row in rows:
         memory = "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}"
         lines.append(
@@ -433,8 +454,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a series, or a folder of series")
     parser.add_argument("--alpha", type=float, default=ALPHA, help=f"of the verdict ({ALPHA})")
     options = parser.parse_args(argv)
-    folders = [options.folder] if (options.folder / "record.json").exists() else sorted(
-        path.parent for path in options.folder.glob("*/record.json"))  # fmt: skip
+    folders = (
+        [options.folder]
+        if (options.folder / "record.json").exists()
+        else sorted(path.parent for path in options.folder.glob("*/record.json"))
+    )
     try:
         if not folders:
             raise SeriesError(f"{options.folder} holds no series: no record.json in it or just below")

@@ -219,13 +219,7 @@ def open_series(folder: Path, wanted: Identity, trainer: Path) -> Series:
         (folder / "source" / f"{digest[:16]}.py").write_text(text.rstrip("\r\n") + "\n", encoding="utf-8")
         write_record(
             folder,
-            {
-                "schema": SCHEMA,
-                "created": now(),
-                "identity": asdict(wanted),
-                "code_hash": digest,
-                "plan_hash": "",
-            },
+            {"schema": SCHEMA, "created": now(), "identity": asdict(wanted), "code_hash": digest, "plan_hash": ""},
         )
         return Series(folder, wanted, trainer)
     was = Identity(**record["identity"])
@@ -463,7 +457,7 @@ class Runner:
 
     def __init__(
         self, series: Series, launcher: Local, *, quiet: bool, timeout_s: float | None, decide=None, copy_to=None
-    ):  # fmt: skip
+    ):
         self.series, self.launcher = series, launcher
         self.quiet, self.timeout_s = quiet, timeout_s
         self.decide = decide or (lambda: None)  # returns a reason once the sequential test has decided
@@ -521,8 +515,9 @@ class Runner:
     def _start(self, task: Task) -> None:
         series = self.series
         now_code = code_files(series.trainer)
-        changed = sorted(k for k in now_code.keys() | series.identity.code.keys()
-                         if now_code.get(k) != series.identity.code.get(k))  # fmt: skip
+        changed = sorted(
+            k for k in now_code.keys() | series.identity.code.keys() if now_code.get(k) != series.identity.code.get(k)
+        )
         if changed:
             self.give_up = (
                 f"{', '.join(changed)} changed while the series was running: {task.run} was not started. "
@@ -532,9 +527,15 @@ class Runner:
         if task.attempt > 1 and not task.resume:
             set_aside(series, task.run, task.attempt - 1)
         job = Job(
-            series.folder, task.run, task.seed, series.command(task.run, task.seed, resume=task.resume),
-            attempt=task.attempt, resume=task.resume, quiet=self.quiet, timeout_s=self.timeout_s,
-        )  # fmt: skip
+            series.folder,
+            task.run,
+            task.seed,
+            series.command(task.run, task.seed, resume=task.resume),
+            attempt=task.attempt,
+            resume=task.resume,
+            quiet=self.quiet,
+            timeout_s=self.timeout_s,
+        )
         again = f" (attempt {task.attempt}{', resumed' if task.resume else ''})" if task.attempt > 1 else ""
         print(f"{now()} {task.run} started{again}", flush=True)
         self.launcher.start(job)
@@ -560,43 +561,25 @@ class Runner:
 def build_parser() -> argparse.ArgumentParser:
     """The series' own flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m records.series", allow_abbrev=False, description=__doc__,
+        prog="python -m records.series",
+        allow_abbrev=False,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--repeats", type=int, metavar="N", help="runs in all, seeds 0..N-1 (1; with --sequential the plan's)")
     add("--preset", help="the trainer's preset (medium with GPUs, nano without)")
     add("--name", help="the series' folder (the preset, with the changed fields); auto: with a hash of the code")
-    add(
-        "--nproc",
-        type=int,
-        metavar="K",
-        help="processes, that is GPUs, a run (8, 4, 2 or 1, as the machine has)",
-    )
+    add("--nproc", type=int, metavar="K", help="processes, that is GPUs, a run (8, 4, 2 or 1, as the machine has)")
     add("--root", default=str(REPO / "records"), metavar="DIR", help="where series' folders lie (records/)")
     add("--retry-crashed", action="store_true", help="give every crashed run another attempt")
     add("--sequential", action="store_true", help="stop as soon as the sequential test has decided")
     add("--plan", metavar="FILE", help="for --sequential: a plan made by `python -m stats plan`")
     add("--margin", type=float, metavar="NATS", help="for --sequential: true distance below the threshold")
     add("--sigma", type=float, metavar="NATS", help="for --sequential: noise of the loss between runs")
-    add(
-        "--timeout-s",
-        type=float,
-        metavar="S",
-        help="a run that takes longer is stopped and counts as crashed",
-    )
-    add(
-        "--launcher",
-        choices=("local", "slurm"),
-        help="local: side by side on this machine; slurm: a job array",
-    )
-    add(
-        "--parallel",
-        type=int,
-        default=0,
-        metavar="P",
-        help="runs side by side (as many as the machine holds)",
-    )
+    add("--timeout-s", type=float, metavar="S", help="a run that takes longer is stopped and counts as crashed")
+    add("--launcher", choices=("local", "slurm"), help="local: side by side on this machine; slurm: a job array")
+    add("--parallel", type=int, default=0, metavar="P", help="runs side by side (as many as the machine holds)")
     add("--partition", help="for slurm: where to queue")
     add("--minutes", type=int, default=60, help="for slurm: time limit of a run (60)")
     add("--gpus", type=int, help="for slurm: GPUs a run (--nproc with GPUs on this machine or --preset=medium, else 0)")
@@ -679,9 +662,12 @@ def with_plan(series: Series, options: argparse.Namespace):
     identity = series.identity
     try:
         plan = plan_of(
-            series.folder, options.plan, lambda: target_loss(series.trainer, identity.preset, identity.overrides),
-            options.margin, options.sigma,
-        )  # fmt: skip
+            series.folder,
+            options.plan,
+            lambda: target_loss(series.trainer, identity.preset, identity.overrides),
+            options.margin,
+            options.sigma,
+        )
     except (StatsError, ValueError) as error:
         raise SeriesError(str(error)) from None
     if series.plan_hash not in ("", plan.hash):
@@ -704,9 +690,14 @@ def make_launcher(series: Series, options: argparse.Namespace):
             gpus = nproc if visible_gpus() or series.identity.preset != "nano" else 0
         more = dict(word.partition("=")[::2] for word in options.slurm)
         request = Request(
-            minutes=options.minutes, partition=options.partition, gpus=gpus, cores=max(1, nproc if not gpus
-            else 4 * nproc), at_once=options.parallel or 256, cluster=options.cluster, more=more,
-        )  # fmt: skip
+            minutes=options.minutes,
+            partition=options.partition,
+            gpus=gpus,
+            cores=max(1, nproc if not gpus else 4 * nproc),
+            at_once=options.parallel or 256,
+            cluster=options.cluster,
+            more=more,
+        )
         return Slurm(series.folder, request)
     except ValueError as error:
         raise SeriesError(str(error)) from None
@@ -730,9 +721,13 @@ def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int
 
         decided = Watch(series.folder, plan)
     runner = Runner(
-        series, launcher, quiet=options.launcher is not None, timeout_s=options.timeout_s, decide=decided,
+        series,
+        launcher,
+        quiet=options.launcher is not None,
+        timeout_s=options.timeout_s,
+        decide=decided,
         copy_to=options.copy_to,
-    )  # fmt: skip
+    )
     try:
         runner.run(tasks)
     except (Stopped, SeriesError) as stop:
@@ -814,10 +809,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_IO
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror or error}; check the folder's rights and free space",
-            file=sys.stderr,
-        )
+        print(f"error: {where}{error.strerror or error}; check the folder's rights and free space", file=sys.stderr)
         return EXIT_IO
 
 

@@ -160,10 +160,18 @@ class Slurm:
         try:
             with self.executor.batch():
                 handles = [
-                    self.executor.submit(work, str(self.folder.resolve()), job.run, job.seed, job.command,
-                                         os.getcwd(), job.attempt, job.resume)
+                    self.executor.submit(
+                        work,
+                        str(self.folder.resolve()),
+                        job.run,
+                        job.seed,
+                        job.command,
+                        os.getcwd(),
+                        job.attempt,
+                        job.resume,
+                    )
                     for job in jobs
-                ]  # fmt: skip
+                ]
         except Exception as error:  # submitit raises its own and subprocess's errors
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise SlurmError(f"SLURM did not take the job array: {said[-1]}") from None

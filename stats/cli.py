@@ -69,11 +69,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     """Which runs count."""
     parser.add_argument("--stop-step", type=int, metavar="N", help="judge every run at its validation at step N")
     parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        metavar="RUN=REASON",
-        help="leave a run out; the reason is printed",
+        "--drop", action="append", default=[], metavar="RUN=REASON", help="leave a run out; the reason is printed"
     )
     parser.add_argument("--allow-mixed", action="store_true", help="runs of different configurations as one sample")
 
@@ -115,9 +111,13 @@ def _ttest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, help="default: what record.json says, else 2.92")
     parser.add_argument("--alpha", type=float, default=0.05, help="level of the test and its bound (default 0.05)")
     parser.add_argument(
-        "--pooled-sigma", type=float, nargs="?", const=-1.0, metavar="SIGMA",
+        "--pooled-sigma",
+        type=float,
+        nargs="?",
+        const=-1.0,
+        metavar="SIGMA",
         help="add the z-test with a standard deviation from elsewhere (no value: the medium track's, 0.0008)",
-    )  # fmt: skip
+    )
     parser.add_argument("--no-sensitivity", action="store_true", help="leave out the bootstrap and the sign flips")
     _selection(parser)
     _common(parser, _run_ttest)
@@ -196,9 +196,13 @@ def _run_compare(options: argparse.Namespace) -> int:
 
     samples = [_sample(path, options) for path in (options.baseline, *options.candidates)]
     result = compare(
-        samples[0], samples[1:], options.alpha, loss_margin=options.loss_margin, time_margin_s=options.time_margin,
+        samples[0],
+        samples[1:],
+        options.alpha,
+        loss_margin=options.loss_margin,
+        time_margin_s=options.time_margin,
         threshold=options.threshold,
-    )  # fmt: skip
+    )
     _show(options, result, render)
     return Exit.PASS if result.found_something else Exit.NOT_SIGNIFICANT
 

@@ -135,13 +135,17 @@ def compare(
     found = []
     for candidate, group, loss, time_s in zip(candidates, groups[1:], losses, times):
         one = Comparison(
-            baseline=groups[0], candidate=group, alpha=alpha, loss=loss, time_s=time_s,
+            baseline=groups[0],
+            candidate=group,
+            alpha=alpha,
+            loss=loss,
+            time_s=time_s,
             paired_loss=_paired(baseline, candidate, alpha, "loss"),
             paired_time_s=_paired(baseline, candidate, alpha, "time_s"),
             loss_equivalence=_equivalence(candidate.losses, baseline.losses, loss_margin, alpha),
             time_equivalence=_equivalence(candidate.times_s, baseline.times_s, time_margin_s, alpha),
             conclusions=(),
-        )  # fmt: skip
+        )
         found.append(replace(one, conclusions=_conclusions(one)))
     notes = tuple(f"{sample.name}: {note}" for sample in (baseline, *candidates) for note in sample.notes)
     return Comparisons(threshold, tuple(found), community_table(groups, found), notes)
@@ -152,9 +156,12 @@ def _group(sample: Sample, threshold: float) -> Group:
     times = sample.times_s
     p_value = scipy.stats.ttest_1samp(sample.losses, threshold, alternative="less").pvalue
     return Group(
-        sample.name, steps.pop() if len(steps) == 1 else None, summarize(sample.losses),
-        summarize(times) if times else None, float(p_value),
-    )  # fmt: skip
+        sample.name,
+        steps.pop() if len(steps) == 1 else None,
+        summarize(sample.losses),
+        summarize(times) if times else None,
+        float(p_value),
+    )
 
 
 def _welch(candidate: Sequence[float], baseline: Sequence[float], alpha: float) -> Difference | None:
@@ -168,10 +175,15 @@ def _welch(candidate: Sequence[float], baseline: Sequence[float], alpha: float) 
     df = len(a) + len(b) - 2
     pooled = math.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / df)
     return Difference(
-        estimate=float(a.mean() - b.mean()), low=float(interval.low), high=float(interval.high),
-        t_stat=float(result.statistic), df=float(result.df), p_value=p_value, holm_p=p_value,
+        estimate=float(a.mean() - b.mean()),
+        low=float(interval.low),
+        high=float(interval.high),
+        t_stat=float(result.statistic),
+        df=float(result.df),
+        p_value=p_value,
+        holm_p=p_value,
         hedges_g=float((a.mean() - b.mean()) / pooled * (1 - 3 / (4 * df - 1))),
-    )  # fmt: skip
+    )
 
 
 def holm(differences: list[Difference | None]) -> list[Difference | None]:
@@ -205,9 +217,14 @@ def _paired(baseline: Sample, candidate: Sample, alpha: float, what: str) -> Pai
     correlated = len(common) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0
     correlation = float(np.corrcoef(a, b)[0, 1]) if correlated else None
     return Paired(
-        by, len(common), correlation, float((a - b).mean()), float(interval.low), float(interval.high),
+        by,
+        len(common),
+        correlation,
+        float((a - b).mean()),
+        float(interval.low),
+        float(interval.high),
         float(result.pvalue),
-    )  # fmt: skip
+    )
 
 
 def _by_key(sample: Sample, key: str, what: str) -> dict[object, list[float]]:
@@ -272,14 +289,19 @@ def community_table(groups: Sequence[Group], comparisons: Sequence[Comparison]) 
         time, time_difference = group.time_s, one.time_s if one else None
         rows.append(
             [
-                group.name, group.loss.n, group.steps or "-",
-                f"{time.mean:.3f}" if time else "-", _digits(time and time.sample_std, ".3f"),
+                group.name,
+                group.loss.n,
+                group.steps or "-",
+                f"{time.mean:.3f}" if time else "-",
+                _digits(time and time.sample_std, ".3f"),
                 _digits(time_difference and time_difference.estimate, "+.3f"),
                 _digits(time_difference and time_difference.p_value, ".3g"),
-                f"{group.loss.mean:.6f}", _digits(group.loss.sample_std, ".6f"),
-                _digits(one and one.loss.estimate, "+.6f"), _digits(group.threshold_p, ".3g"),
+                f"{group.loss.mean:.6f}",
+                _digits(group.loss.sample_std, ".6f"),
+                _digits(one and one.loss.estimate, "+.6f"),
+                _digits(group.threshold_p, ".3g"),
             ]
-        )  # fmt: skip
+        )
     header = [
         "",
         "Runs",
@@ -302,11 +324,7 @@ def _digits(value: float | None, style: str) -> str:
 
 def render(result: Comparisons) -> str:
     """Table and conclusions in plain text."""
-    lines = [
-        result.table,
-        "",
-        f"+/- and Time p against the first row (Welch); p: mean loss < {result.threshold}",
-    ]
+    lines = [result.table, "", f"+/- and Time p against the first row (Welch); p: mean loss < {result.threshold}"]
     for one in result.comparisons:
         lines += ["", f"{one.candidate.name} against {one.baseline.name}"]
         lines += [f"  {conclusion}" for conclusion in one.conclusions]

@@ -81,10 +81,19 @@ def curve(runs: Sequence[Run], target: float, alpha: float = 0.01, name: str = "
     slope, slope_s = _slopes(mean_points)
     spare = common[-1].step - mean.steps if mean and mean.steps is not None else None
     return Curve(
-        name, target, alpha, crossings, common, mean,
-        next((step.step for step in common if step.mean <= target), None), significant, slope, slope_s, spare,
+        name,
+        target,
+        alpha,
+        crossings,
+        common,
+        mean,
+        next((step.step for step in common if step.mean <= target), None),
+        significant,
+        slope,
+        slope_s,
+        spare,
         _notes(runs, common),
-    )  # fmt: skip
+    )
 
 
 Points = Sequence[tuple[int, float, "float | None"]]
@@ -126,10 +135,13 @@ def _common_steps(runs: Sequence[Run], target: float) -> tuple[CommonStep, ...]:
         p_value = float(scipy.stats.ttest_1samp(losses, target, alternative="less").pvalue) if several else None
         found.append(
             CommonStep(
-                step, statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else None,
-                None if None in times else statistics.fmean(times), p_value,
+                step,
+                statistics.fmean(losses),
+                statistics.stdev(losses) if len(losses) > 1 else None,
+                None if None in times else statistics.fmean(times),
+                p_value,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
@@ -161,10 +173,16 @@ def render(result: Curve, most_rows: int = 12) -> str:
 
     lines = [f"{result.series}: target {result.target:g}", ""]
     rows = [
-        [c.run, _or_dash(c.steps, ".1f"), _or_dash(c.time_s, ".1f"), c.final_step, number(c.final_loss),
-         _or_dash(c.slope_per_step, ".3g")]
+        [
+            c.run,
+            _or_dash(c.steps, ".1f"),
+            _or_dash(c.time_s, ".1f"),
+            c.final_step,
+            number(c.final_loss),
+            _or_dash(c.slope_per_step, ".3g"),
+        ]
         for c in (*result.runs, *([result.mean_crossing] if result.mean_crossing else []))
-    ]  # fmt: skip
+    ]
     header = ["run", "steps to target", "seconds to target", "final step", "final loss", "slope (nats/step)"]
     lines += [table(header, rows), ""]
     rows = [

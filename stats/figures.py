@@ -57,8 +57,14 @@ def loss_curves(runs: Sequence[Run], threshold: float, label: str) -> str:
     last = max((run.validations[-1].step for run in runs if run.validations), default=0)
     for run in runs:
         points = [p for p in run.validations if p.step >= last / 10 and np.isfinite(p.loss)] or run.validations[-1:]
-        axes.plot([p.step for p in points], [p.loss for p in points], color=BLUE, linewidth=1.1,
-                  alpha=max(0.15, min(0.9, 3 / len(runs))), marker="." if len(points) < 3 else None)  # fmt: skip
+        axes.plot(
+            [p.step for p in points],
+            [p.loss for p in points],
+            color=BLUE,
+            linewidth=1.1,
+            alpha=max(0.15, min(0.9, 3 / len(runs))),
+            marker="." if len(points) < 3 else None,
+        )
     axes.axhline(threshold, color=RED, linewidth=1, linestyle="--")
     _line_name(axes, f"threshold {threshold:g}", threshold)
     axes.set(xlabel="step", ylabel="validation loss (nats)", title=f"{len(runs)} loss curves")
@@ -72,8 +78,14 @@ def distribution(test: TTest, losses: Sequence[float], label: str) -> str:
     heights = [((i * 0.618034) % 1) for i in range(len(losses))]
     axes.plot(losses, heights, "o", color=BLUE, alpha=0.65, markersize=6, markeredgewidth=0)
     axes.axvline(test.sample_mean, color=BLUE, linewidth=1.6, label=f"mean {test.sample_mean:.6g}")
-    axes.axvspan(test.sample_mean, test.upper_conf_bound_mean, color=BLUE, alpha=0.15, linewidth=0,
-                 label=f"upper {1 - test.alpha:.0%} bound {test.upper_conf_bound_mean:.6g}")  # fmt: skip
+    axes.axvspan(
+        test.sample_mean,
+        test.upper_conf_bound_mean,
+        color=BLUE,
+        alpha=0.15,
+        linewidth=0,
+        label=f"upper {1 - test.alpha:.0%} bound {test.upper_conf_bound_mean:.6g}",
+    )
     axes.axvline(test.threshold, color=RED, linewidth=1, linestyle="--", label=f"threshold {test.threshold:g}")
     axes.set(xlabel="final validation loss (nats)", ylim=(-0.15, 1.15), title=f"{len(losses)} final losses")
     axes.set_yticks([])
@@ -112,8 +124,12 @@ def sequential_path(decision: Decision, plan: Plan, label: str) -> str:
     axes.plot(n, np.clip([look.t_futile for look in looks], bottom * 2, top), color=RED, label="futile below", **style)
     axes.plot([look.n for look in decision.path], shown, color=BLUE, marker="o", markersize=4, linewidth=1.2, label="t")
     axes.axhline(0, color=GRAY, linewidth=0.6)
-    axes.set(xlabel="runs, in the order of launch", ylabel="t (positive: below the threshold)", ylim=(bottom, top),
-             title=f"sequential test: {decision.verdict}")  # fmt: skip
+    axes.set(
+        xlabel="runs, in the order of launch",
+        ylabel="t (positive: below the threshold)",
+        ylim=(bottom, top),
+        title=f"sequential test: {decision.verdict}",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     return _svg(figure, f"sequential test of {label}")

@@ -79,9 +79,18 @@ def _entry(series: Series, sample: Sample | None, assessment: Assessment, error:
         reason = error or next((f.text for f in assessment.findings if f.grade == "F"), None)
         return Entry(series.name, series.path, assessment.grade, False, threshold, n, None, None, None, None, reason)
     return Entry(
-        series.name, series.path, assessment.grade, assessment.passes, test.threshold, test.n,
-        steps.pop() if len(steps) == 1 else None, test.loss, test.time_s, test.p_value, None,
-    )  # fmt: skip
+        series.name,
+        series.path,
+        assessment.grade,
+        assessment.passes,
+        test.threshold,
+        test.n,
+        steps.pop() if len(steps) == 1 else None,
+        test.loss,
+        test.time_s,
+        test.p_value,
+        None,
+    )
 
 
 def _rank(entry: Entry) -> tuple:
@@ -128,12 +137,21 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
         loss, time = entry.loss, entry.time_s
         rows.append(
             [
-                entry.series, entry.grade, "yes" if entry.passes else "no", cell(entry.n, "d"), cell(entry.steps, "d"),
-                cell(time and time.mean, ".2f"), cell(time and time.sample_std, ".2f"), time_p,
-                cell(loss and loss.mean, ".6f"), cell(loss and loss.sample_std, ".6f"), loss_p,
-                cell(entry.threshold, "g"), "-" if entry.p_value is None else p_text(entry.p_value),
+                entry.series,
+                entry.grade,
+                "yes" if entry.passes else "no",
+                cell(entry.n, "d"),
+                cell(entry.steps, "d"),
+                cell(time and time.mean, ".2f"),
+                cell(time and time.sample_std, ".2f"),
+                time_p,
+                cell(loss and loss.mean, ".6f"),
+                cell(loss and loss.sample_std, ".6f"),
+                loss_p,
+                cell(entry.threshold, "g"),
+                "-" if entry.p_value is None else p_text(entry.p_value),
             ]
-        )  # fmt: skip
+        )
     header = "series,evidence,passes,runs,steps,time (s),sd,p above,mean loss,sd,p above,threshold,p".split(",")
     legend = (
         f"passes: the mean loss is below the threshold at alpha {alpha:g}, by the t-test or the plan of the series. "

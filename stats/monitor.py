@@ -61,9 +61,14 @@ def monitor(series: Series, plan: Plan | None = None, drop: Mapping[str, str] | 
     if mixed := mixture(counted):
         raise DataError(f"runs of different configurations: {'; '.join(mixed)}", series.path)
     return Monitoring(
-        series.name, decide(losses, plan), tuple(run.name for run in counted), tuple(waiting), tuple(early),
-        tuple(left_out), _notes(series, plan, counted),
-    )  # fmt: skip
+        series.name,
+        decide(losses, plan),
+        tuple(run.name for run in counted),
+        tuple(waiting),
+        tuple(early),
+        tuple(left_out),
+        _notes(series, plan, counted),
+    )
 
 
 def monitor_losses(losses: Sequence[float], plan: Plan) -> Monitoring:
@@ -115,14 +120,7 @@ def render(result: Monitoring) -> str:
         for look in decision.path
     ]
     if rows:
-        header = [
-            "runs",
-            "mean loss",
-            "t",
-            "futile at or below",
-            "accept at or above",
-            "log likelihood ratio",
-        ]
+        header = ["runs", "mean loss", "t", "futile at or below", "accept at or above", "log likelihood ratio"]
         lines += [table(header, rows), ""]
     if estimate := decision.estimate:
         text = f"mean loss {number(estimate.mean)}; corrected for stopping {number(estimate.corrected_mean)}"

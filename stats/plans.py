@@ -197,12 +197,16 @@ def design(plan: Plan, simulations: int = 2000, seed: int = 0) -> Design:
             break
         samples.append(FixedSample(wanted, runs, _node_minutes(plan, runs)))
     return Design(
-        plan=plan, plan_hash=plan.hash, power=power(plan.cap, plan.margin, plan.sigma, plan.alpha),
-        fixed_samples=tuple(samples), margin=_worth(plan, plan.margin),
+        plan=plan,
+        plan_hash=plan.hash,
+        power=power(plan.cap, plan.margin, plan.sigma, plan.alpha),
+        fixed_samples=tuple(samples),
+        margin=_worth(plan, plan.margin),
         least_margin=_worth(plan, least_margin(plan.cap, 1 - plan.beta, plan.sigma, plan.alpha)),
         seconds=None if plan.seconds_per_run is None else plan.cap * plan.seconds_per_run,
-        node_minutes=_node_minutes(plan, plan.cap), expected=expected,
-    )  # fmt: skip
+        node_minutes=_node_minutes(plan, plan.cap),
+        expected=expected,
+    )
 
 
 def _node_minutes(plan: Plan, runs: float) -> float | None:
@@ -359,10 +363,15 @@ def render(result: Design) -> str:
         lines.append(f"{plan.cap} runs take {result.seconds:,.0f} s: {result.node_minutes:,.1f} node-minutes")
     if result.expected:
         rows = [
-            [number(e.mean), f"{e.accepted:.3f}", f"{e.standard_error_accepted:.3f}", f"{e.runs:.1f}",
-             f"{e.standard_error_runs:.1f}"]
+            [
+                number(e.mean),
+                f"{e.accepted:.3f}",
+                f"{e.standard_error_accepted:.3f}",
+                f"{e.runs:.1f}",
+                f"{e.standard_error_runs:.1f}",
+            ]
             for e in result.expected
-        ]  # fmt: skip
+        ]
         lines += ["", table(["true mean", "accepted", "+-", "average runs", "+-"], rows)]
     return "\n".join([*lines, "", f"plan {result.plan_hash}"])
 

@@ -70,10 +70,7 @@ class Report:
 
 
 def make_report(
-    series: Sequence[Series],
-    alpha: float = STRICT_ALPHA,
-    threshold: float | None = None,
-    plan: Plan | None = None,
+    series: Sequence[Series], alpha: float = STRICT_ALPHA, threshold: float | None = None, plan: Plan | None = None
 ) -> Report:
     """Judge, grade and, where there is a plan, test sequentially. What fails for one series stands in its section."""
     sections = tuple(_section(one, alpha, threshold, plan) for one in series)
@@ -167,10 +164,15 @@ def _runs_table(section: Section) -> str:
     from stats.text import table
 
     rows = [
-        [run.name, "-" if run.seed is None else run.seed, point.step, f"{point.loss:.6f}",
-         "-" if point.time_s is None else f"{point.time_s:.3f}"]
+        [
+            run.name,
+            "-" if run.seed is None else run.seed,
+            point.step,
+            f"{point.loss:.6f}",
+            "-" if point.time_s is None else f"{point.time_s:.3f}",
+        ]
         for run, point in zip(section.sample.runs, section.sample.finals)
-    ]  # fmt: skip
+    ]
     return table(["run", "seed", "step", "final loss", "time (s)"], rows)
 
 

@@ -54,10 +54,7 @@ _FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("torch", re.compile(r"(?:Running PyTorch |\btorch[ :=]+)v?(\d+\.\d+\S*?)[,;)]?(?=\s|$)", re.IGNORECASE)),
     ("triton", re.compile(r"\btriton(?: version)?[ :=]+v?(\d+\.\d+\S*?)[,;)]?(?=\s|$)", re.IGNORECASE)),
     ("hardware", re.compile(r"\bdevice_name=(.+?)(?= with | world_size|$)", re.MULTILINE)),
-    (
-        "hardware",
-        re.compile(r"\bcompiled for CUDA \S+ on (.+?)(?= with world_size| world_size|$)", re.MULTILINE),
-    ),
+    ("hardware", re.compile(r"\bcompiled for CUDA \S+ on (.+?)(?= with world_size| world_size|$)", re.MULTILINE)),
     ("hardware", re.compile(r"^(?:hardware|device|gpu)[ :=]+(.+?)\s*$", re.MULTILINE | re.IGNORECASE)),
     ("world_size", re.compile(r"\bworld_size[ :=]+(\d{1,6})\b")),
     ("seed", re.compile(r"\bseed[ :=]+(\d{1,18})\b")),
@@ -423,12 +420,19 @@ class _RunBuilder:
     def build(self, path: str, name: str, code_hash: str | None, facts: dict) -> Run:
         self._check_start()
         return Run(
-            path=path, name=name, dialect=self.dialect, first_line=self.first_line,
+            path=path,
+            name=name,
+            dialect=self.dialect,
+            first_line=self.first_line,
             planned_steps=self.planned_steps,
-            last_step=None if self.last_step < 0 else self.last_step, step_lines=self.step_lines,
-            validations=tuple(self.validations), problems=tuple(self.problems), code_hash=code_hash,
-            peak_memory_mib=self.peak_memory_mib, **facts,
-        )  # fmt: skip
+            last_step=None if self.last_step < 0 else self.last_step,
+            step_lines=self.step_lines,
+            validations=tuple(self.validations),
+            problems=tuple(self.problems),
+            code_hash=code_hash,
+            peak_memory_mib=self.peak_memory_mib,
+            **facts,
+        )
 
 
 def _facts(head: str) -> dict:

@@ -51,10 +51,7 @@ class Sample:
 
 
 def sample_of(
-    series: Series,
-    stop_step: int | None = None,
-    drop: Mapping[str, str] | None = None,
-    allow_mixed: bool = False,
+    series: Series, stop_step: int | None = None, drop: Mapping[str, str] | None = None, allow_mixed: bool = False
 ) -> Sample:
     """The sample of a series: the final validation of every run that counts.
 

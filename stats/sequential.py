@@ -116,14 +116,7 @@ def decide(losses: Sequence[float], plan: Plan) -> Decision:
     used = path[-1].n if path else len(x)
     estimate = estimate_after(x[:used], plan) if verdict != CONTINUE else None
     return Decision(
-        verdict,
-        used,
-        len(x) - used,
-        plan.method,
-        plan.hash,
-        _words(verdict, used, plan),
-        tuple(path),
-        estimate,
+        verdict, used, len(x) - used, plan.method, plan.hash, _words(verdict, used, plan), tuple(path), estimate
     )
 
 
@@ -159,8 +152,12 @@ def _ratio_by_integral(t: float, n: int, shift: float) -> float:
         width = 40 / math.sqrt(1 + v / mode**2)
         value, _ = scipy.integrate.quad(
             lambda y: math.exp(v * math.log(y) - (y - u) ** 2 / 2 - top),
-            max(mode - width, 1e-300), mode + width, epsabs=0, epsrel=1e-10, limit=200,
-        )  # fmt: skip
+            max(mode - width, 1e-300),
+            mode + width,
+            epsabs=0,
+            epsrel=1e-10,
+            limit=200,
+        )
         return top + math.log(value)
 
     return -(shift**2) / 2 * v / (v + t * t) + log_integral(u) - log_integral(0.0)

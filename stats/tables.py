@@ -121,11 +121,17 @@ def _table_run(name: str, rows: list[dict], path: str) -> Run:
     seed = _value(rows[0], "seed", path)[0]
     facts = {key: str(rows[0][key]) for key in ("host", "hardware", "torch", "code_hash") if rows[0].get(key)}
     return Run(
-        path=path, name=name, dialect="table", first_line=rows[0].get("line"), last_step=steps[-1],
+        path=path,
+        name=name,
+        dialect="table",
+        first_line=rows[0].get("line"),
+        last_step=steps[-1],
         step_lines=0,
-        planned_steps=steps[-1] if planned is None else int(planned), validations=tuple(points),
-        seed=None if seed is None else int(seed), **facts,
-    )  # fmt: skip
+        planned_steps=steps[-1] if planned is None else int(planned),
+        validations=tuple(points),
+        seed=None if seed is None else int(seed),
+        **facts,
+    )
 
 
 def _own_run(record: dict, path: str) -> Run:

@@ -91,9 +91,14 @@ def times(sample: Sample) -> Times:
     if "unknown" in by_host and len(by_host) == 1:
         notes.append("the logs do not name their hosts: all runs are taken together")
     return Times(
-        sample.name, summarize(all_times), hosts, tuple(runs), _between_hosts(list(by_host.values())),
-        _drift(all_times), tuple(notes),
-    )  # fmt: skip
+        sample.name,
+        summarize(all_times),
+        hosts,
+        tuple(runs),
+        _between_hosts(list(by_host.values())),
+        _drift(all_times),
+        tuple(notes),
+    )
 
 
 def _deviation(value: float, values: Sequence[float]) -> float | None:
@@ -130,17 +135,28 @@ def render(result: Times) -> str:
     from stats.text import number, p_text, table
 
     rows = [
-        [h.host, h.hardware or "-", h.time_s.n, *map(number, (h.time_s.mean, h.time_s.median, h.time_s.sample_std,
-         h.time_s.min, h.time_s.max)), h.outliers]
+        [
+            h.host,
+            h.hardware or "-",
+            h.time_s.n,
+            *map(number, (h.time_s.mean, h.time_s.median, h.time_s.sample_std, h.time_s.min, h.time_s.max)),
+            h.outliers,
+        ]
         for h in result.hosts
-    ]  # fmt: skip
+    ]
     header = ["host", "hardware", "runs", "mean (s)", "median", "std", "min", "max", "outliers"]
     lines = [f"{result.series}: {result.all.n} times, mean {number(result.all.mean)} s", "", table(header, rows), ""]
     rows = [
-        [r.run, r.host, f"{r.time_s:.3f}", "-" if r.step_ms is None else f"{r.step_ms:.3f}",
-         "-" if r.deviation is None else f"{r.deviation:+.2f}", "outlier" if r.outlier else ""]
+        [
+            r.run,
+            r.host,
+            f"{r.time_s:.3f}",
+            "-" if r.step_ms is None else f"{r.step_ms:.3f}",
+            "-" if r.deviation is None else f"{r.deviation:+.2f}",
+            "outlier" if r.outlier else "",
+        ]
         for r in result.runs
-    ]  # fmt: skip
+    ]
     lines += [table(["run", "host", "time (s)", "ms a step", "robust deviations", ""], rows), ""]
     if result.hosts_p is not None:
         lines.append(f"between hosts: p = {p_text(result.hosts_p)} (Welch's analysis of variance)")

@@ -144,14 +144,24 @@ def ttest(
     rounding = None if decimals is None else rounding_interval(x, threshold, alpha, decimals)
     pooled = None if pooled_sigma is None else pooled_z(x, threshold, pooled_sigma, pooled_sigma_df)
     return TTest(
-        n=n, sample_mean=mean, sample_std=std, t_stat=t_stat, p_value=p_value, alpha=alpha,
+        n=n,
+        sample_mean=mean,
+        sample_std=std,
+        t_stat=t_stat,
+        p_value=p_value,
+        alpha=alpha,
         decision=f"{'REJECT' if significant else 'FAIL TO REJECT'} H0 (mean < threshold)",
-        upper_conf_bound_mean=bound, threshold=threshold, significant=significant,
+        upper_conf_bound_mean=bound,
+        threshold=threshold,
+        significant=significant,
         decisions={"0.05": p_value < 0.05, "0.01": p_value < STRICT_ALPHA},
-        loss=summarize(x), time_s=summarize(times_s) if len(times_s) else None,
+        loss=summarize(x),
+        time_s=summarize(times_s) if len(times_s) else None,
         sensitivity=sensitivity_of(x, threshold, alpha, resamples, seed) if sensitivity else None,
-        rounding=rounding, pooled=pooled, warnings=_warnings(n, len(times_s), rounding, pooled),
-    )  # fmt: skip
+        rounding=rounding,
+        pooled=pooled,
+        warnings=_warnings(n, len(times_s), rounding, pooled),
+    )
 
 
 def judge(
@@ -211,13 +221,7 @@ def summarize(values: Sequence[float]) -> Summary:
     x = np.asarray(values, dtype=np.float64)
     sample_std = float(x.std(ddof=1)) if len(x) > 1 else None
     return Summary(
-        len(x),
-        float(x.mean()),
-        float(np.median(x)),
-        float(x.std()),
-        sample_std,
-        float(x.min()),
-        float(x.max()),
+        len(x), float(x.mean()), float(np.median(x)), float(x.std()), sample_std, float(x.min()), float(x.max())
     )
 
 
@@ -247,13 +251,22 @@ def sensitivity_of(losses: np.ndarray, threshold: float, alpha: float, resamples
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a sample too small or too lumpy for BCa gives NaN, which is None below
         bound = scipy.stats.bootstrap(
-            (losses,), np.mean, confidence_level=1 - alpha, alternative="less", method="BCa",
-            n_resamples=resamples, rng=np.random.default_rng(seed),
-        ).confidence_interval.high  # fmt: skip
+            (losses,),
+            np.mean,
+            confidence_level=1 - alpha,
+            alternative="less",
+            method="BCa",
+            n_resamples=resamples,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval.high
     flip = scipy.stats.permutation_test(
-        (losses - threshold,), np.mean, permutation_type="samples", alternative="less", n_resamples=resamples,
+        (losses - threshold,),
+        np.mean,
+        permutation_type="samples",
+        alternative="less",
+        n_resamples=resamples,
         rng=np.random.default_rng(seed + 1),
-    )  # fmt: skip
+    )
     finite_bound = float(bound) if math.isfinite(bound) else None
     return Sensitivity(finite_bound, resamples, float(flip.pvalue), 2**n <= resamples, 2.0**-n)
 

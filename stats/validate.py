@@ -341,8 +341,15 @@ def _plan_findings(series: Series, sample: Sample | None, plan: Plan | None) -> 
 
 
 _CHECKS: tuple[Callable[[Series, Sample | None], Iterator[Finding]], ...] = (
-    _duplicates, _launches, _looks, _program, _machines, _ranks, _sidecars, _numbers,
-)  # fmt: skip
+    _duplicates,
+    _launches,
+    _looks,
+    _program,
+    _machines,
+    _ranks,
+    _sidecars,
+    _numbers,
+)
 
 
 def render(result: Assessment) -> str:

@@ -44,8 +44,20 @@ def rotate(x_THDh: torch.Tensor) -> torch.Tensor:
     return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos], dim=-1)
 
 
-def spec_loss(weights: dict, tokens: torch.Tensor, targets: torch.Tensor, *, layers: int, heads: int, window: int,
-              eos_id: int, no_attention: set, long_layers: set, skips: dict, tables: int):
+def spec_loss(
+    weights: dict,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    layers: int,
+    heads: int,
+    window: int,
+    eos_id: int,
+    no_attention: set,
+    long_layers: set,
+    skips: dict,
+    tables: int,
+):
     """Mean cross-entropy of one packed sequence; `weights` are float64, named as in train_gpt.GPT."""
     scalars = weights["scalars"]
     skip_w, lambdas = scalars[:layers], scalars[layers : 4 * layers].view(layers, 3)

@@ -18,8 +18,12 @@ def trained(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("hosts")
     done = subprocess.run(
         [sys.executable, str(REPO / "tests" / "two_hosts.py"), str(folder)],
-        cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     if done.returncode == 77:
         pytest.skip(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

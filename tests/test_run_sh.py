@@ -19,9 +19,13 @@ def call(*words, cwd=ROOT, path=None, **environment):
     here = str(Path(sys.executable).parent)
     clean["PATH"] = path or f"{here}{os.pathsep}{clean['PATH']}"
     done = subprocess.run(
-        [shutil.which("bash"), "./run.sh", *words], cwd=cwd, capture_output=True, text=True, timeout=120,
+        [shutil.which("bash"), "./run.sh", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=clean | {"DRY_RUN": "1"} | environment,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -16,8 +16,17 @@ CPU = torch.device("cpu")
 def tiny(**changes) -> Config:
     """All of the medium architecture at a size that a float64 twin can follow: 16 layers, D = 32."""
     fields = dict(
-        model_dim=32, num_heads=2, vocab_size=200, eos_id=7, dtype="float32", tokens_per_step=512,
-        train_seq_len=512, val_seq_len=512, val_tokens=512, num_iterations=100, device="cpu",
+        model_dim=32,
+        num_heads=2,
+        vocab_size=200,
+        eos_id=7,
+        dtype="float32",
+        tokens_per_step=512,
+        train_seq_len=512,
+        val_seq_len=512,
+        val_tokens=512,
+        num_iterations=100,
+        device="cpu",
     )
     return train_gpt.check_config(dataclasses.replace(Config(), **(fields | changes)))
 
@@ -52,11 +61,10 @@ def test_medium_has_exactly_the_parameters_of_spec():
         embeddings=sum(p.numel() for n, p in model.named_parameters() if "embed" in n),
         attention=sum(p.numel() for n, p in model.named_parameters() if "qkvo" in n),
         mlp=sum(p.numel() for n, p in model.named_parameters() if "mlp" in n),
-        head=model.head_w.numel(), scalars=model.scalars.numel(),
+        head=model.head_w.numel(),
+        scalars=model.scalars.numel(),
     )
-    assert counts == dict(
-        embeddings=7 * V * D, attention=15 * 4 * D * D, mlp=L * 8 * D * D, head=50304 * D, scalars=96
-    )
+    assert counts == dict(embeddings=7 * V * D, attention=15 * 4 * D * D, mlp=L * 8 * D * D, head=50304 * D, scalars=96)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters()) == 608_885_856
     types = {n: p.dtype for n, p in model.named_parameters()}
     assert {n for n, t in types.items() if t != torch.bfloat16} == {"head_w", "scalars"}
@@ -92,8 +100,17 @@ def test_loss_and_every_gradient_equal_the_literal_model(window):
     loss.backward()
     weights = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
     truth = spec_loss(
-        weights, tokens, targets, layers=16, heads=2, window=window, eos_id=7, no_attention={7},
-        long_layers={0, 4, 11, 15}, skips={9: 6, 10: 4, 11: 2}, tables=5,
+        weights,
+        tokens,
+        targets,
+        layers=16,
+        heads=2,
+        window=window,
+        eos_id=7,
+        no_attention={7},
+        long_layers={0, 4, 11, 15},
+        skips={9: 6, 10: 4, 11: 2},
+        tables=5,
     )
     truth.backward()
     assert loss.item() == pytest.approx(truth.item(), abs=3e-6)
@@ -117,8 +134,14 @@ def test_first_loss_is_that_of_a_zero_head(shared_data):
 
     real = torch.from_numpy(open_shard(shared_data / "tokens" / "train_000001.bin")[:1025].astype("int64"))
     config = dataclasses.replace(
-        Config(), model_dim=64, num_heads=1, device="cpu", num_iterations=10, tokens_per_step=1024,
-        train_seq_len=1024, warmup_steps=0,
+        Config(),
+        model_dim=64,
+        num_heads=1,
+        device="cpu",
+        num_iterations=10,
+        tokens_per_step=1024,
+        train_seq_len=1024,
+        warmup_steps=0,
     )
     trainer = Trainer(config, CPU)
     losses = [trainer.step(step, [(real[:-1].int(), real[1:])]).item() for step in range(3)]
@@ -155,9 +178,15 @@ def test_batched_sequences_are_independent():
 @pytest.mark.parametrize(
     "change",
     [
-        dict(second_input_embedding=False), dict(value_embeddings=0), dict(unet_skips=""),
-        dict(attention_free_layers=""), dict(half_truncated_rotary=False), dict(growing_window=False),
-        dict(soft_cap="none"), dict(soft_cap="sigmoid"), dict(muon_coefficients="polar_express"),
+        dict(second_input_embedding=False),
+        dict(value_embeddings=0),
+        dict(unet_skips=""),
+        dict(attention_free_layers=""),
+        dict(half_truncated_rotary=False),
+        dict(growing_window=False),
+        dict(soft_cap="none"),
+        dict(soft_cap="sigmoid"),
+        dict(muon_coefficients="polar_express"),
         dict(dtype="bfloat16"),
     ],
     ids=lambda change: "{}={}".format(*next(iter(change.items()))),
@@ -176,8 +205,9 @@ def test_a_growing_window_compiles_one_graph():
     import torch._dynamo.testing as testing
 
     counter = testing.CompileCounterWithBackend("aot_eager")
-    model = randomised(GPT(tiny(num_layers=4, unet_skips="1>3", long_window_layers="0", attention_free_layers="2",
-                                value_embeddings=1)))
+    model = randomised(
+        GPT(tiny(num_layers=4, unet_skips="1>3", long_window_layers="0", attention_free_layers="2", value_embeddings=1))
+    )
     model.prepare(512)
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend=counter)
     tokens, targets = documents(512, 200, 7, seed=1), documents(512, 200, 7, seed=2)
@@ -219,8 +249,13 @@ def test_schedules_follow_spec():
 def test_muon_equals_spec_step_by_step(dtype):
     """Three steps against a literal loop with float32 masters. In bfloat16 the weights that the model sees are the
     masters' upper halves, and the masters must not have lost a bit."""
-    coefficients = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
-                    (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]
+    coefficients = [
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ]
     kind = getattr(torch, dtype)
     config = tiny(dtype=dtype, muon_lr=0.02)
     trainer = Trainer(config, CPU)
@@ -264,8 +299,16 @@ def test_adam_has_spec_rates_and_no_decay():
 
 
 def test_one_batch_is_learned_by_heart():
-    config = tiny(num_layers=4, unet_skips="1>3", long_window_layers="0", attention_free_layers="", value_embeddings=1,
-                  tokens_per_step=128, train_seq_len=128, num_iterations=300)
+    config = tiny(
+        num_layers=4,
+        unet_skips="1>3",
+        long_window_layers="0",
+        attention_free_layers="",
+        value_embeddings=1,
+        tokens_per_step=128,
+        train_seq_len=128,
+        num_iterations=300,
+    )
     trainer = Trainer(config, CPU)
     tokens = documents(129, 200, 7, seed=1)
     losses = [trainer.step(step, [(tokens[:-1].int(), tokens[1:])]).item() for step in range(300)]

@@ -15,13 +15,22 @@ import torch
 
 import train_gpt
 from data.shards import write_shard
-from records import runlog
-from records.checkpoints import CheckpointError, load_tensors, newest_whole
+from trainer import log as runlog
+from trainer.checkpoints import CheckpointError, load_tensors, newest_whole
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = dict(
-    preset="nano", num_iterations=12, tokens_per_step=1024, train_seq_len=128, val_seq_len=256, val_tokens=512,
-    val_loss_every=4, warmup_steps=1, model_dim=32, num_heads=2, device="cpu",
+    preset="nano",
+    num_iterations=12,
+    tokens_per_step=1024,
+    train_seq_len=128,
+    val_seq_len=256,
+    val_tokens=512,
+    val_loss_every=4,
+    warmup_steps=1,
+    model_dim=32,
+    num_heads=2,
+    device="cpu",
 )
 
 
@@ -41,8 +50,13 @@ def shards(tmp_path_factory) -> Path:
 
 
 def arguments(shards: Path, out: Path, **changes) -> list[str]:
-    fields = SMALL | dict(train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", output_dir=str(out),
-                          run_name="run") | changes
+    fields = (
+        SMALL
+        | dict(
+            train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val_*.bin", output_dir=str(out), run_name="run"
+        )
+        | changes
+    )
     return [f"--{name}={value}" for name, value in fields.items()]
 
 
@@ -127,7 +141,11 @@ def in_worlds(args: list[str], worlds: list[list]) -> None:
         port = free.getsockname()[1] % 50000 + 2000
     done = subprocess.run(
         [sys.executable, "-c", WORLD, json.dumps(args), json.dumps(worlds), str(port)],
-        cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -156,8 +174,10 @@ def test_overlapped_communication_trains_as_the_plain_one(shards, tmp_path):
             for a, b in zip(losses(tmp_path / f"plain{n}.txt"), losses(tmp_path / f"overlap{n}.txt"), strict=True)
         ]
         assert max(gaps) <= (1e-6 if n == 2 else 1e-3), gaps  # of two numbers there is one sum
-    whole = {way: load_tensors(tmp_path / f"{way}2.checkpoints" / "step-000008.safetensors", "train_gpt-1")[1]
-             for way in ("plain", "overlap")}  # fmt: skip
+    whole = {
+        way: load_tensors(tmp_path / f"{way}2.checkpoints" / "step-000008.safetensors", "train_gpt-1")[1]
+        for way in ("plain", "overlap")
+    }
     assert whole["plain"].keys() == whole["overlap"].keys()
     for name, tensor in whole["plain"].items():
         torch.testing.assert_close(whole["overlap"][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
@@ -281,8 +301,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path, capsys, monke
 
 def test_a_killed_rank_ends_all_with_an_error(shards, tmp_path):
     args = arguments(shards, tmp_path, num_iterations=100000, val_loss_every=0, checkpoint_every=5)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(REPO / "train_gpt.py"), *args]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=127.0.0.1:0",
+        str(REPO / "train_gpt.py"),
+        *args,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log, folder = tmp_path / "run.txt", tmp_path / "run.checkpoints"

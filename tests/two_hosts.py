@@ -62,8 +62,16 @@ def host(number: int, ready: int, go: int, box: Sandbox, more: list[str], fault:
         ip(*words.split())
     os.environ["GLOO_SOCKET_IFNAME"] = "veth"
     config = LaunchConfig(
-        min_nodes=2, max_nodes=2, nproc_per_node=1, max_restarts=0, monitor_interval=0.05, start_method="fork",
-        rdzv_backend="c10d", rdzv_endpoint=f"{ADDRESSES[0]}:{PORT}", run_id="two-hosts", local_addr=ADDRESSES[number],
+        min_nodes=2,
+        max_nodes=2,
+        nproc_per_node=1,
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method="fork",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{ADDRESSES[0]}:{PORT}",
+        run_id="two-hosts",
+        local_addr=ADDRESSES[number],
         rdzv_configs={"is_host": number == 0},
     )
     try:

@@ -33,8 +33,9 @@ def run_part(part: str, names: list[str], devices: list[str], quick: bool) -> di
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "kernels.proof.worker", part, *(["--quick"] * quick)]
     command += [f"--family={n}" for n in names] + [f"--device={d}" for d in devices]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True,
-                          cwd=Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2]
+    )
     if done.returncode:
         raise RuntimeError(f"the {part} part ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -97,9 +98,11 @@ def report_compile(result: dict, update: bool) -> list[str]:
     for r in result["rows"]:
         loops = " ".join(f"{x['instructions']},{x['products']}" for x in r.get("loops", []))
         ops = r["opcodes"]
-        print(f"  {r['device']:8} {r['registers']:8} {r['stack_bytes']:5} {r['shared_bytes']:6} "
-              f"{ops.get('HGMMA', 0):6} {ops.get('UTMALDG', 0):7}  {loops[:36]:36}  "
-              f"{r['family']} / {r['launch']}: {r['kernel']}")
+        print(
+            f"  {r['device']:8} {r['registers']:8} {r['stack_bytes']:5} {r['shared_bytes']:6} "
+            f"{ops.get('HGMMA', 0):6} {ops.get('UTMALDG', 0):7}  {loops[:36]:36}  "
+            f"{r['family']} / {r['launch']}: {r['kernel']}"
+        )
     wrong, rows = list(result["failures"]), table_rows(result)
     if update:
         machine_code.update_table(rows)
@@ -122,8 +125,9 @@ def report_compile(result: dict, update: bool) -> list[str]:
 
 def main() -> int:
     """Parse the command line, run the parts, print, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.proof", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.proof", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", action="append", default=[], help="only this kernel family (repeatable)")
     parser.add_argument("--part", action="append", default=[], choices=PARTS, help="only this part (repeatable)")
     parser.add_argument("--device", action="append", default=[], choices=DEVICES, help="compile for this only")

@@ -86,12 +86,16 @@ def mended() -> Iterator[None]:
                 if result.data.dtype == np.bool_:  # a comparison
                     return result
                 return handle(round_bf16(result.data), tl.bfloat16)
+
             return operation
 
         def cast(self, source, wanted, *rounding, original=builder.cast_impl):
             if wanted.scalar == tl.bfloat16:
-                return source if _is_bf16(source) else handle(
-                    round_bf16(original(self, source, tl.float32).data), tl.bfloat16)
+                return (
+                    source
+                    if _is_bf16(source)
+                    else handle(round_bf16(original(self, source, tl.float32).data), tl.bfloat16)
+                )
             return original(self, widened(source), wanted)
 
         def to_float(self, source, wanted, rounding, original=builder.create_fp_to_fp):
@@ -108,6 +112,7 @@ def mended() -> Iterator[None]:
                 if any(_is_bf16(x.handle) for x in parts):
                     raise KernelFault("a reduction or scan of bfloat16 values: widen them to float32 first")
                 return original(self, source)
+
             return apply
 
         for name in ("binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf", "create_clampf"):
@@ -168,8 +173,10 @@ class _Origin:
         good = inside & self.allowed[np.where(inside, offsets, 0)]
         if not good.all():
             bad = offsets[~good]
-            raise KernelFault(f"{what} reaches {bad.size} addresses outside {self.name}, the first at byte "
-                              f"{bad[0] - self.first} from its start")
+            raise KernelFault(
+                f"{what} reaches {bad.size} addresses outside {self.name}, the first at byte "
+                f"{bad[0] - self.first} from its start"
+            )
         return offsets
 
 
@@ -229,15 +236,18 @@ class Watch:
         if atomic:
             others &= ~memory.by_atomics[offsets]
         if others.any():
-            raise KernelFault(f"{what} meets what program {_program(writer[others][0])} wrote "
-                              f"in {origin.name}, {int(others.sum())} addresses")
+            raise KernelFault(
+                f"{what} meets what program {_program(writer[others][0])} wrote "
+                f"in {origin.name}, {int(others.sum())} addresses"
+            )
         if kind == "load":
             memory.reader[offsets] = np.where((reader == -1) | (reader == self.program), self.program, -2)
             return
         others = (reader != -1) & (reader != self.program)
         if others.any():
-            raise KernelFault(f"{what} changes what another program reads in {origin.name}, "
-                              f"{int(others.sum())} addresses")
+            raise KernelFault(
+                f"{what} changes what another program reads in {origin.name}, {int(others.sum())} addresses"
+            )
         memory.by_atomics[offsets] = atomic
         memory.writer[offsets] = self.program
 
@@ -257,6 +267,7 @@ def checked() -> Iterator[Watch]:
                 if origins and hasattr(result, "data"):
                     result.origin = origins[0]
                 return result
+
             return operation
 
         def convert(argument, original=interpreter._implicit_cvt):
@@ -305,8 +316,17 @@ def checked() -> Iterator[Watch]:
                     raise inner from None
                 raise
 
-        for name in ("create_addptr", "create_splat", "create_broadcast", "create_expand_dims",
-                     "create_trans", "create_reshape", "create_unsplat", "create_select", "create_bitcast"):
+        for name in (
+            "create_addptr",
+            "create_splat",
+            "create_broadcast",
+            "create_expand_dims",
+            "create_trans",
+            "create_reshape",
+            "create_unsplat",
+            "create_select",
+            "create_bitcast",
+        ):
             if name in builder.__dict__:
                 patch(builder, name, keep_origin(builder.__dict__[name]))
         patch(builder, "create_masked_load", load)

@@ -42,8 +42,8 @@ def text_hash(cubin: bytes) -> str:
     digest = hashlib.sha256()
     for name, _kind, _flags, _address, offset, length in sections:
         start = strings + name
-        if cubin[start:cubin.index(b"\0", start)].startswith(b".text"):
-            digest.update(cubin[offset:offset + length])
+        if cubin[start : cubin.index(b"\0", start)].startswith(b".text"):
+            digest.update(cubin[offset : offset + length])
     return digest.hexdigest()
 
 
@@ -71,20 +71,32 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
                 loops.append((labels[target[1]], len(opcodes)))
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     counts = collections.Counter(opcodes)
-    body = [{"instructions": end - start, "products": sum("MMA" in op for op in opcodes[start:end])}
-            for start, end in inner if end - start > 4]  # shorter ones only wait for a barrier
-    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]), "instructions": len(opcodes),
-            "opcodes": {op: counts[op] for op in COUNTED if counts[op]}, "loops": body}
+    body = [
+        {"instructions": end - start, "products": sum("MMA" in op for op in opcodes[start:end])}
+        for start, end in inner
+        if end - start > 4
+    ]  # shorter ones only wait for a barrier
+    return {
+        "registers": int(usage["REG"]),
+        "stack_bytes": int(usage["STACK"]),
+        "instructions": len(opcodes),
+        "opcodes": {op: counts[op] for op in COUNTED if counts[op]},
+        "loops": body,
+    }
 
 
 def read_amdgcn(assembly: str) -> dict[str, Any]:
     """Vector registers and scratch a lane, and matrix products, from AMD assembly."""
+
     def field(name):
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    return {"registers": field("vgpr_count"), "stack_bytes": field("private_segment_fixed_size"),
-            "opcodes": {"MFMA": len(re.findall(r"\bv_mfma_", assembly))}}
+    return {
+        "registers": field("vgpr_count"),
+        "stack_bytes": field("private_segment_fixed_size"),
+        "opcodes": {"MFMA": len(re.findall(r"\bv_mfma_", assembly))},
+    }
 
 
 def describe(compiled: Compiled) -> dict[str, Any]:
@@ -122,15 +134,18 @@ def compare(rows: dict[str, dict]) -> dict[str, str | None]:
     table = committed_table()
     known = table.get(triton.__version__)
     if known is None:
-        raise LookupError(f"machine_code.json has no rows for triton {triton.__version__}, only for "
-                          f"{', '.join(table) or 'none'}: `python -m kernels.proof --update` adds them")
+        raise LookupError(
+            f"machine_code.json has no rows for triton {triton.__version__}, only for "
+            f"{', '.join(table) or 'none'}: `python -m kernels.proof --update` adds them"
+        )
     verdicts: dict[str, str | None] = {}
     for key, row in rows.items():
         if key not in known:
             verdicts[key] = "not in the committed table; run `python -m kernels.proof --update`"
             continue
-        different = [f"{name} {known[key].get(name)} -> {row.get(name)}" for name in row
-                     if row[name] != known[key].get(name)]
+        different = [
+            f"{name} {known[key].get(name)} -> {row.get(name)}" for name in row if row[name] != known[key].get(name)
+        ]
         verdicts[key] = "; ".join(different) or None
     return verdicts
 

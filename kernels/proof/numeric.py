@@ -47,8 +47,10 @@ def check_case(module: ModuleType, case: Numeric, dtype: torch.dtype, seed: int 
     report: dict[str, dict] = {"launched": dict(watch.launched)}
     for name, result in results.items():
         if result.shape != truth[name].shape or result.dtype != same[name].dtype:
-            raise KernelFault(f"{name} is {result.dtype} {tuple(result.shape)}, but the reference "
-                              f"{same[name].dtype} {tuple(truth[name].shape)}")
+            raise KernelFault(
+                f"{name} is {result.dtype} {tuple(result.shape)}, but the reference "
+                f"{same[name].dtype} {tuple(truth[name].shape)}"
+            )
         true = truth[name].detach()
         scale = max(true.abs().max().item(), case.least_scale)
         error = (result.detach().double() - true).abs().max().item()
@@ -56,13 +58,14 @@ def check_case(module: ModuleType, case: Numeric, dtype: torch.dtype, seed: int 
         allowed = 2 * usual + TOLERANCE[dtype] * case.tolerance * scale
         report[name] = {"error": error, "allowed": allowed, "scale": scale}
         if not error <= allowed:  # written so that NaN fails
-            raise KernelFault(f"{name} is off by {error:.3g}; allowed are {allowed:.3g}: twice the same-dtype "
-                              f"reference's {usual:.3g} and the tolerance at a largest value of {scale:.3g}")
+            raise KernelFault(
+                f"{name} is off by {error:.3g}; allowed are {allowed:.3g}: twice the same-dtype "
+                f"reference's {usual:.3g} and the tolerance at a largest value of {scale:.3g}"
+            )
     return report
 
 
-def run_numeric(family: Family, quick: bool = False,
-                dtypes: tuple[torch.dtype, ...] | None = None) -> list[dict]:
+def run_numeric(family: Family, quick: bool = False, dtypes: tuple[torch.dtype, ...] | None = None) -> list[dict]:
     """Every numeric case of a family in every dtype; one result a case and dtype, with `fault` None if it holds.
 
     A last entry says which of the family's kernels no case launched; that is a failure too."""
@@ -81,11 +84,25 @@ def run_numeric(family: Family, quick: bool = False,
             except Exception as error:  # a broken case must not hide the others
                 fault = f"{type(error).__name__}: {error}"
             worst = max((r["error"] / (r["allowed"] or math.inf) for r in report.values()), default=math.nan)
-            results.append({"case": case.name, "dtype": str(dtype).removeprefix("torch."), "fault": fault,
-                            "worst_error_over_allowed": worst, "seconds": time.perf_counter() - started})
+            results.append(
+                {
+                    "case": case.name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "fault": fault,
+                    "worst_error_over_allowed": worst,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
     missing = sorted(set(family.kernels) - launched)
-    results.append({"case": "every kernel is launched", "dtype": "any", "seconds": 0.0,
-                    "worst_error_over_allowed": 0.0, "fault": f"never launched: {missing}" if missing else None})
+    results.append(
+        {
+            "case": "every kernel is launched",
+            "dtype": "any",
+            "seconds": 0.0,
+            "worst_error_over_allowed": 0.0,
+            "fault": f"never launched: {missing}" if missing else None,
+        }
+    )
     return results
 
 
@@ -129,7 +146,6 @@ def run_faults(family: Family, only: tuple[int, ...] | None = None) -> list[dict
                 except Exception as error:  # whatever the fault leads to
                     caught, by = f"{type(error).__name__}: {error}", case.name
                     break
-            results.append({"fault": fault.name, "caught": caught, "by": by,
-                            "seconds": time.perf_counter() - started})
+            results.append({"fault": fault.name, "caught": caught, "by": by, "seconds": time.perf_counter() - started})
             sys.modules.pop(module.__name__, None)
     return results

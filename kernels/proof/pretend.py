@@ -38,8 +38,15 @@ class _Utils:
         self.name = name
 
     def get_device_properties(self, _device):
-        return {"max_shared_mem": SHARED_MEMORY_BYTES[self.name], "multiprocessor_count": 132, "warpSize": 32,
-                "max_num_regs": 65536, "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1}
+        return {
+            "max_shared_mem": SHARED_MEMORY_BYTES[self.name],
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+            "sm_clock_rate": 1,
+            "mem_clock_rate": 1,
+            "mem_bus_width": 1,
+        }
 
     def load_binary(self, *_arguments):
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads that a program may have
@@ -91,6 +98,7 @@ class _Driver:
         def time_one(function, quantiles=None, **_options):
             function()
             return [1.0] * len(quantiles or (0,))
+
         return time_one
 
 

@@ -50,10 +50,20 @@ def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -
                 for one in compiled:
                     row = machine_code.describe(one)
                     if device == machine_code.TABLE_DEVICE and launch.demanding:
-                        failures += [f"{where}: {one.kernel}: {unmet}"
-                                     for unmet in machine_code.unmet_demands(family, one.kernel, row)]
-                    rows.append({"family": name, "launch": launch.name, "device": device, "kernel": one.kernel,
-                                 "seconds": time.perf_counter() - started, **row})
+                        failures += [
+                            f"{where}: {one.kernel}: {unmet}"
+                            for unmet in machine_code.unmet_demands(family, one.kernel, row)
+                        ]
+                    rows.append(
+                        {
+                            "family": name,
+                            "launch": launch.name,
+                            "device": device,
+                            "kernel": one.kernel,
+                            "seconds": time.perf_counter() - started,
+                            **row,
+                        }
+                    )
     return {"triton": triton.__version__, "rows": rows, "failures": failures}
 
 

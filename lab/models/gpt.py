@@ -39,11 +39,20 @@ def gpt_config(vocab_size: int, fields: GPTFields, num_iterations: int = 1) -> t
     values = dataclasses.asdict(fields)
     values.pop("dropout")  # train_gpt.py has none: a run that sees each token once does not overfit
     values |= {
-        "preset": "nano", "vocab_size": vocab_size, "eos_id": MARK, "num_iterations": num_iterations,
-        "long_window_layers": ",".join(map(str, range(fields.num_layers))), "attention_free_layers": "",
-        "dtype": "float32", "device": "cpu", "muon_momentum_warmup": min(300, num_iterations // 6),
-        "train_seq_len": 1, "tokens_per_step": 1, "val_seq_len": 1, "val_tokens": 1,
-    }  # fmt: skip
+        "preset": "nano",
+        "vocab_size": vocab_size,
+        "eos_id": MARK,
+        "num_iterations": num_iterations,
+        "long_window_layers": ",".join(map(str, range(fields.num_layers))),
+        "attention_free_layers": "",
+        "dtype": "float32",
+        "device": "cpu",
+        "muon_momentum_warmup": min(300, num_iterations // 6),
+        "train_seq_len": 1,
+        "tokens_per_step": 1,
+        "val_seq_len": 1,
+        "val_tokens": 1,
+    }
     try:
         return train_gpt.check_config(train_gpt.Config(**values))
     except train_gpt.UsageError as error:

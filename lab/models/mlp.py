@@ -17,9 +17,7 @@ class MLPFields:
     context: int = 3  # tokens of context
     embedding_dim: int = 16  # width of a token's vector
     hidden_dim: int = 256  # tanh units
-    output_scale: float = (
-        0.1  # the last layer's initial weights times this, so that training starts near ln V
-    )
+    output_scale: float = 0.1  # the last layer's initial weights times this, so that training starts near ln V
 
 
 class MLP(LanguageModel):

@@ -37,9 +37,7 @@ class WaveNet(LanguageModel):
         super().__init__()
         depth = fields.context.bit_length() - 1
         if fields.context < 2 or 2**depth != fields.context:
-            raise LabError(
-                f"context is {fields.context}; the hierarchical network needs a power of two from 2 on"
-            )
+            raise LabError(f"context is {fields.context}; the hierarchical network needs a power of two from 2 on")
         self.vocab_size, self.context = vocab_size, fields.context
         self.embedding = nn.Embedding(vocab_size, fields.embedding_dim)
         layers: list[nn.Module] = []

@@ -207,9 +207,13 @@ class Queue:
                 return
         with open(self.folder / "runner.log", "ab") as log:
             subprocess.Popen(
-                [sys.executable, "-m", "lab.studio.jobs", str(self.folder)], cwd=REPO, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+                [sys.executable, "-m", "lab.studio.jobs", str(self.folder)],
+                cwd=REPO,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
 
 
 def _lives(event: dict) -> bool:
@@ -269,9 +273,14 @@ class Runner:
         """One launch of one training, to its end."""
         (entry.folder / "runs").mkdir(exist_ok=True)
         job = Job(
-            entry.folder, RUN, entry.training.seed, entry.command(), attempt=entry.launches + 1,
-            resume=entry.launches > 0, quiet=True,
-        )  # fmt: skip
+            entry.folder,
+            RUN,
+            entry.training.seed,
+            entry.command(),
+            attempt=entry.launches + 1,
+            resume=entry.launches > 0,
+            quiet=True,
+        )
         job.start(Slot())
         asked_at = None
         while job.poll() is None:

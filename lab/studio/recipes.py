@@ -32,22 +32,61 @@ class Model:
 MODELS = {
     "counts": Model("Bigram, counted", "Counts which token follows which, in one pass.", 1, "counts"),
     "bigram": Model("Bigram, learned", "The same table, found by gradient descent.", 400, "bigram", learning_rate=True),
-    "mlp": Model("MLP", "Some tokens of context through one hidden layer (Bengio et al. 2003).", 2000, "mlp",
-                 "hidden_dim", learning_rate=True),
-    "batchnorm": Model("MLP with batch normalisation", "The same, easier to train.", 2000, "batchnorm", "hidden_dim",
-                       learning_rate=True),
-    "wavenet": Model("Hierarchical network", "Neighbours are fused two by two, as in WaveNet.", 2000, "wavenet",
-                     "hidden_dim", learning_rate=True),
-    "recurrent": Model("Recurrent (GRU)", "Reads token by token and remembers.", 1000, "recurrent", "hidden_dim",
-                       "num_layers", learning_rate=True),
-    "gpt": Model("GPT", "The trainer's own transformer at a small size.", 600, "gpt", "model_dim", "num_layers",
-                 2),
+    "mlp": Model(
+        "MLP",
+        "Some tokens of context through one hidden layer (Bengio et al. 2003).",
+        2000,
+        "mlp",
+        "hidden_dim",
+        learning_rate=True,
+    ),
+    "batchnorm": Model(
+        "MLP with batch normalisation",
+        "The same, easier to train.",
+        2000,
+        "batchnorm",
+        "hidden_dim",
+        learning_rate=True,
+    ),
+    "wavenet": Model(
+        "Hierarchical network",
+        "Neighbours are fused two by two, as in WaveNet.",
+        2000,
+        "wavenet",
+        "hidden_dim",
+        learning_rate=True,
+    ),
+    "recurrent": Model(
+        "Recurrent (GRU)",
+        "Reads token by token and remembers.",
+        1000,
+        "recurrent",
+        "hidden_dim",
+        "num_layers",
+        learning_rate=True,
+    ),
+    "gpt": Model("GPT", "The trainer's own transformer at a small size.", 600, "gpt", "model_dim", "num_layers", 2),
     "nano": Model("nano", "train_gpt.py's smallest preset, on bytes: what the records repeat.", 300),
-    "stories-gpt": Model("Stories: transformer", "A million parameters over words; ends its stories.", 1000, "gpt",
-                         "model_dim", "num_layers", 2, stories=True),
-    "stories-recurrent": Model("Stories: recurrent", "A million parameters over words; ends its stories.", 1500,
-                               "recurrent", "hidden_dim", "num_layers", stories=True),
-}  # fmt: skip
+    "stories-gpt": Model(
+        "Stories: transformer",
+        "A million parameters over words; ends its stories.",
+        1000,
+        "gpt",
+        "model_dim",
+        "num_layers",
+        2,
+        stories=True,
+    ),
+    "stories-recurrent": Model(
+        "Stories: recurrent",
+        "A million parameters over words; ends its stories.",
+        1500,
+        "recurrent",
+        "hidden_dim",
+        "num_layers",
+        stories=True,
+    ),
+}
 CORPORA = {
     "all": "Embedded corpus: stories, sums and names",
     "stories": "Embedded stories",
@@ -55,11 +94,7 @@ CORPORA = {
     "sums": "Embedded sums",
     "upload": "My text file",
 }
-READINGS = {
-    "text": "Running text",
-    "names": "One document a line",
-    "stories": "Stories, separated by <|endoftext|>",
-}
+READINGS = {"text": "Running text", "names": "One document a line", "stories": "Stories, separated by <|endoftext|>"}
 TOKENS = {"char": "Characters", "word": "Words", "byte": "Bytes"}
 BOUNDS = {  # field: (least, most); 0 is allowed beside them where there is a default
     "steps": (1, 50_000),
@@ -185,8 +220,15 @@ def _lab_floor(r: Request, model: Model, text: Path | None) -> float | None:
 
 def _nano(r: Request, text: Path | None, places: Places) -> list[str]:
     every = max(1, r.steps // 10)
-    words = ["train_gpt.py", "--preset=nano", f"--num_iterations={r.steps}", f"--seed={r.seed}",
-             f"--val_loss_every={every}", f"--checkpoint_every={every}", "--keep_checkpoints=0"]  # fmt: skip
+    words = [
+        "train_gpt.py",
+        "--preset=nano",
+        f"--num_iterations={r.steps}",
+        f"--seed={r.seed}",
+        f"--val_loss_every={every}",
+        f"--checkpoint_every={every}",
+        "--keep_checkpoints=0",
+    ]
     if r.batch_tokens:
         sequences = max(1, r.batch_tokens // 1024)
         words.append(f"--tokens_per_step={sequences * 1024}")
@@ -212,8 +254,15 @@ def _byte_shards(text: Path, reading: str, places: Places) -> list[str]:
 
     documents = {"text": "file", "names": "line", "stories": "marker"}[reading]
     folder = places.home / "shards" / f"{text.stem}-{reading}"
-    settings = Settings(str(folder), encoding="bytes", kind="text", documents=documents, val_fraction=0.1,
-                        split="characters", overwrite=True)  # fmt: skip
+    settings = Settings(
+        str(folder),
+        encoding="bytes",
+        kind="text",
+        documents=documents,
+        val_fraction=0.1,
+        split="characters",
+        overwrite=True,
+    )
     try:
         tokenize([str(text)], settings)
     except TokenizeError as error:
@@ -223,5 +272,9 @@ def _byte_shards(text: Path, reading: str, places: Places) -> list[str]:
         raise Refused(f"{text.name} is too short for nano: at least {LEAST_VAL_BYTES * 10 // 1000} kB are needed")
     length = min(8192, sizes["val"] - 1)
     count = min((sizes["val"] - 1) // length, 65_536 // length)
-    return [f"--train_files={folder}/train_*.bin", f"--val_files={folder}/val_*.bin", f"--val_seq_len={length}",
-            f"--val_tokens={count * length}"]  # fmt: skip
+    return [
+        f"--train_files={folder}/train_*.bin",
+        f"--val_files={folder}/val_*.bin",
+        f"--val_seq_len={length}",
+        f"--val_tokens={count * length}",
+    ]

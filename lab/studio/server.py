@@ -78,9 +78,10 @@ class Guard:
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 extra = (
-                    (b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"),
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"same-origin"),
-                )  # fmt: skip
+                )
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
@@ -120,12 +121,24 @@ def serve(places: Places, host: str, port: int | None, password: str | None):
 
     page = app.build(places)
     options = dict(
-        server_name=host, server_port=port, auth=(USER, password) if password else None, quiet=True, share=False,
-        prevent_thread_lock=True, show_error=True, ssr_mode=False, max_file_size=MAX_UPLOAD_BYTES, footer_links=[],
-        allowed_paths=[str(places.reports), str(places.pictures)], enable_monitoring=False, run_history=False,
-        pwa=False, mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Guard, local_only=is_loopback(host))]}, **app.look(),
-    )  # fmt: skip
+        server_name=host,
+        server_port=port,
+        auth=(USER, password) if password else None,
+        quiet=True,
+        share=False,
+        prevent_thread_lock=True,
+        show_error=True,
+        ssr_mode=False,
+        max_file_size=MAX_UPLOAD_BYTES,
+        footer_links=[],
+        allowed_paths=[str(places.reports), str(places.pictures)],
+        enable_monitoring=False,
+        run_history=False,
+        pwa=False,
+        mcp_server=False,
+        app_kwargs={"middleware": [Middleware(Guard, local_only=is_loopback(host))]},
+        **app.look(),
+    )
     _, address, _ = page.launch(**options)
     return page, address
 
@@ -133,9 +146,11 @@ def serve(places: Places, host: str, port: int | None, password: str | None):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m lab.studio", description="Train, watch and talk to models in the browser.",
-        epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="python -m lab.studio",
+        description="Train, watch and talk to models in the browser.",
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help=f"default: the first free one from {FIRST_PORT} on")
     parser.add_argument("--folder", help="for trainings, texts and reports (default: lab/out/studio)")

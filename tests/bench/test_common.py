@@ -47,8 +47,7 @@ def test_compare_takes_turns_and_gives_ratios():
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
-    [(({}, 3), "at least one function"), (({"a": print}, 0), "repeats must be >= 1")],
+    "arguments, words", [(({}, 3), "at least one function"), (({"a": print}, 0), "repeats must be >= 1")]
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):

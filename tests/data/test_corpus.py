@@ -284,8 +284,13 @@ def test_splitmix64_is_the_published_one():
     for _ in range(5):
         state = (state + corpus._GAMMA) & corpus._MASK
         out.append(corpus._mix(state))
-    assert out == [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
-                   16408922859458223821]  # fmt: skip
+    assert out == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     numbers = np.array([0, 1, 2**63, 2**64 - 1, 1234567], dtype=np.uint64)
     assert corpus._mix_array(numbers).tolist() == [corpus._mix(int(n)) for n in numbers]
 
@@ -311,10 +316,15 @@ from data.corpus import *
 text = "".join(itertools.islice(iter_documents(0), 60))
 print(hashlib.sha256(text.encode()).hexdigest(), repr(entropy_nats_per_byte()))"""
     runs = {
-        subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": "C"},
-                       capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert len(runs) == 1
 
 
@@ -368,8 +378,13 @@ def test_processes_that_start_together_agree(tmp_path):
         infos = pool.map(_ensure, [str(tmp_path)] * 3, chunksize=1)
     assert infos[0] == infos[1] == infos[2]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        ".lock", "corpus.json", "train.txt", "train_000000.bin", "val.txt", "val_000000.bin"
-    ]  # fmt: skip
+        ".lock",
+        "corpus.json",
+        "train.txt",
+        "train_000000.bin",
+        "val.txt",
+        "val_000000.bin",
+    ]
 
 
 def test_best_loss_is_that_of_the_documents(tmp_path):

@@ -60,10 +60,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError:
             names = parse_qs(body.decode())["paths"]
         facts = [
-            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40,
-             "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}}
-            for name, data in self.server.files.items() if name in names
-        ]  # fmt: skip
+            {
+                "type": "file",
+                "path": name,
+                "size": len(data),
+                "oid": "0" * 40,
+                "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100},
+            }
+            for name, data in self.server.files.items()
+            if name in names
+        ]
         self.reply(json.dumps(facts).encode(), Content_Type="application/json")
 
     def do_HEAD(self):
@@ -103,13 +109,22 @@ def hub():
 
 def download(folder, address, count, *more, **environment):
     """Run the command; returns its exit code, output and errors."""
-    env = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent / "home"),
-           "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1", **environment}  # fmt: skip
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder.parent / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        **environment,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "data.fineweb", "--shards", str(count), "--out", str(folder), *more],
-        env=env, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -130,8 +145,9 @@ def test_download_keep_and_extend(tmp_path, hub):
     assert damaged.read_bytes() == hub.files[damaged.name]
     # All there: no network is needed.
     assert download(folder, "http://127.0.0.1:9", 3, HF_HUB_OFFLINE="1")[0] == 0
-    stream = shards.TokenStream(str(folder / "fineweb_train_*.bin"), sequence_tokens=64, sequences_per_step=8,
-                                vocab_size=50257)  # fmt: skip
+    stream = shards.TokenStream(
+        str(folder / "fineweb_train_*.bin"), sequence_tokens=64, sequences_per_step=8, vocab_size=50257
+    )
     assert stream.num_tokens == 90_000
 
 

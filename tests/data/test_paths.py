@@ -122,13 +122,7 @@ def test_a_download_that_ends_early_leaves_no_copy(memory, monkeypatch, cache):
     assert [p.name for p in cache.rglob("*") if p.is_file()] == ["lock"]
 
 
-@pytest.mark.parametrize(
-    "url, message",
-    [
-        ("memory://none/a.bin", "no such file"),
-        ("nosuch://x/a.bin", "nosuch"),
-    ],
-)
+@pytest.mark.parametrize("url, message", [("memory://none/a.bin", "no such file"), ("nosuch://x/a.bin", "nosuch")])
 def test_errors_name_the_url(url, message):
     for call in (paths.fetch, paths.file_size, lambda u: paths.read_range(u, 0, 10)):
         with pytest.raises(PathError, match=message) as error:
@@ -171,9 +165,11 @@ def test_stream_from_an_object_store(monkeypatch):
     try:
         host, port = store.get_host_and_port()
         for name, value in {
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setenv(name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="set")

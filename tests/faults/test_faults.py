@@ -36,9 +36,13 @@ def campaign(tmp_path_factory) -> dict:
     kinds = [word for kind in SMALL for word in ("--kind", kind)]
     command = [sys.executable, "-m", "bench.faults", "--seed", "7", "--runs", str(len(SMALL)), "--json", str(result)]
     done = subprocess.run(
-        command + kinds, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        command + kinds,
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         timeout=290,
-    )  # fmt: skip
+    )
     assert result.exists(), done.stdout[-2000:] + done.stderr[-2000:]
     return {outcome["kind"]: outcome for outcome in json.loads(result.read_text())["outcomes"]}
 
@@ -65,9 +69,11 @@ def test_a_checkpoint_that_was_reported_and_is_gone_is_noticed(tmp_path):
 def test_the_page_counts_what_went_wrong():
     outcome = dict(kind="disk full", ending="stopped", message="No space | left", problems=[])
     result = {
-        "command": "c", "date": "d", "environment": {"cpu": "x", "torch": "2"},
+        "command": "c",
+        "date": "d",
+        "environment": {"cpu": "x", "torch": "2"},
         "result": {"outcomes": [outcome, outcome | {"problems": ["lost a checkpoint"]}]},
-    }  # fmt: skip
+    }
     text = page(result, None, None)
     assert "**1 of 2 runs" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| disk full")]

@@ -7,8 +7,8 @@ import time
 import pytest
 
 import train_gpt
-from records.processes import StopRequest
-from records.runlog import RULER, RunLog
+from trainer.log import RULER, RunLog
+from trainer.processes import StopRequest
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ LAYOUTS = {
     "a document ends at a block border": lambda T: (0, 128, 256),
     "one document": lambda T: (),
     "short and long": lambda T: (0, 1, 2, 60, T - 1),
-    "random": lambda T: torch.randperm(T, generator=torch.Generator().manual_seed(T))[:max(T // 50, 1)].tolist(),
+    "random": lambda T: torch.randperm(T, generator=torch.Generator().manual_seed(T))[: max(T // 50, 1)].tolist(),
 }
 
 
@@ -164,8 +164,7 @@ def test_two_runs_give_the_same_bits(impl):
     T = 260 if impl == "banded" else 140
     plan = attention_plan(tokens_of(T, (0, 50, 51)), eos_id=EOS, window_blocks=2)
     inputs = draw(1, T, 4, 2, 16, torch.float32)
-    first, second = (with_gradients(lambda *x: attention(*x, plan, scale=SCALE, impl=impl), *inputs)
-                     for _ in range(2))
+    first, second = (with_gradients(lambda *x: attention(*x, plan, scale=SCALE, impl=impl), *inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -213,8 +212,9 @@ def test_operator_contracts():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE), test_utils=tests)
-    torch.library.opcheck(torch.ops.speedrun.banded_attention.default, (*leaves, plan.first_key_BT, SCALE),
-                          test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.speedrun.banded_attention.default, (*leaves, plan.first_key_BT, SCALE), test_utils=tests
+    )
 
 
 def test_what_runs():
@@ -239,22 +239,29 @@ def good():
     return {"q_BTHDh": q, "k_BTKDh": k, "v_BTKDh": v, "plan": attention_plan(length=20), "scale": SCALE}
 
 
-@pytest.mark.parametrize("change, error, name", [
-    ({"q_BTHDh": torch.zeros(20, 16)}, ValueError, "q must be"),
-    ({"q_BTHDh": torch.zeros(1, 20, 2, 16, dtype=torch.int32)}, TypeError, "q has dtype"),
-    ({"k_BTKDh": torch.zeros(1, 20, 1, 16, dtype=torch.float16)}, TypeError, "k has dtype"),
-    ({"k_BTKDh": torch.zeros(1, 20, 1, 16, device="meta")}, ValueError, "k is on"),
-    ({"v_BTKDh": torch.zeros(1, 20, 1, 8)}, ValueError, "v has shape"),
-    ({"v_BTKDh": torch.zeros(1, 20, 2, 16)}, ValueError, "v has shape"),
-    ({"k_BTKDh": torch.zeros(1, 19, 1, 16)}, ValueError, "k has shape"),
-    ({"k_BTKDh": torch.zeros(1, 20, 3, 16), "v_BTKDh": torch.zeros(1, 20, 3, 16)}, ValueError, "k has 3 heads"),
-    ({"plan": attention_plan(length=21)}, ValueError, "plan is for"),
-    ({"plan": None}, TypeError, "plan must"),
-    ({"plan": module.AttentionPlan(*(x.to("meta") for x in attention_plan(length=20)[:4]))}, ValueError, "plan is on"),
-    ({"scale": 0.0}, ValueError, "scale"),
-    ({"scale": float("nan")}, ValueError, "scale"),
-    ({"impl": "cuda"}, ValueError, "impl"),
-])
+@pytest.mark.parametrize(
+    "change, error, name",
+    [
+        ({"q_BTHDh": torch.zeros(20, 16)}, ValueError, "q must be"),
+        ({"q_BTHDh": torch.zeros(1, 20, 2, 16, dtype=torch.int32)}, TypeError, "q has dtype"),
+        ({"k_BTKDh": torch.zeros(1, 20, 1, 16, dtype=torch.float16)}, TypeError, "k has dtype"),
+        ({"k_BTKDh": torch.zeros(1, 20, 1, 16, device="meta")}, ValueError, "k is on"),
+        ({"v_BTKDh": torch.zeros(1, 20, 1, 8)}, ValueError, "v has shape"),
+        ({"v_BTKDh": torch.zeros(1, 20, 2, 16)}, ValueError, "v has shape"),
+        ({"k_BTKDh": torch.zeros(1, 19, 1, 16)}, ValueError, "k has shape"),
+        ({"k_BTKDh": torch.zeros(1, 20, 3, 16), "v_BTKDh": torch.zeros(1, 20, 3, 16)}, ValueError, "k has 3 heads"),
+        ({"plan": attention_plan(length=21)}, ValueError, "plan is for"),
+        ({"plan": None}, TypeError, "plan must"),
+        (
+            {"plan": module.AttentionPlan(*(x.to("meta") for x in attention_plan(length=20)[:4]))},
+            ValueError,
+            "plan is on",
+        ),
+        ({"scale": 0.0}, ValueError, "scale"),
+        ({"scale": float("nan")}, ValueError, "scale"),
+        ({"impl": "cuda"}, ValueError, "impl"),
+    ],
+)
 def test_errors_name_the_argument(change, error, name):
     with pytest.raises(error, match=name):
         attention(**{**good(), **change})

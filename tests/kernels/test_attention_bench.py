@@ -48,8 +48,25 @@ def test_fit_finds_a_line():
 def test_command_on_a_cpu(tmp_path, capsys):
     threads = torch.get_num_threads()
     try:
-        assert bench.main(["--cpu-lengths", "128,256", "--cpu-windows", "1,2", "--repeats", "1", "--heads", "1",
-                           "--width", "16", "--out", str(tmp_path)]) == 0
+        assert (
+            bench.main(
+                [
+                    "--cpu-lengths",
+                    "128,256",
+                    "--cpu-windows",
+                    "1,2",
+                    "--repeats",
+                    "1",
+                    "--heads",
+                    "1",
+                    "--width",
+                    "16",
+                    "--out",
+                    str(tmp_path),
+                ]
+            )
+            == 0
+        )
     finally:
         torch.set_num_threads(threads)
     assert "not measured: no GPU" in capsys.readouterr().out
@@ -68,8 +85,10 @@ def test_rehearsal_of_the_gpu_parts(monkeypatch, tmp_path):
     monkeypatch.setattr(machine_code, "MANIFEST", tmp_path / "measured.json")
     monkeypatch.setattr(bench, "WINDOWS_TOKENS", (128,))
     monkeypatch.setattr(bench, "TUNE_WINDOWS_TOKENS", (256,))
-    plain = {impl: (lambda plan, impl=impl: lambda *x: bench.attention(*x, plan, scale=0.1, impl=impl))
-             for impl in ("triton", "banded")}
+    plain = {
+        impl: (lambda plan, impl=impl: lambda *x: bench.attention(*x, plan, scale=0.1, impl=impl))
+        for impl in ("triton", "banded")
+    }
     monkeypatch.setattr(bench, "contestants", lambda plan: {impl: make(plan) for impl, make in plain.items()})
     tokens = torch.zeros(150, dtype=torch.int32)
     rows = bench.on_gpu(tokens, heads=1, width=16, repeats=1, sdpa_length=60)

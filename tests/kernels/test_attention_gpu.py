@@ -31,6 +31,7 @@ def test_against_float64(B, T, H, K, width, dtype, window):
 
     def reference(q, k, v):
         return attention_reference(q, k, v, plan, scale=SCALE)
+
     truth = with_gradients(reference, [x.double() for x in inputs], do)
     same = with_gradients(reference, inputs, do)
     got = with_gradients(lambda q, k, v: attention(q, k, v, plan, scale=SCALE), inputs, do)
@@ -47,8 +48,9 @@ def test_prologue_against_the_reference(dtype):
     q, k, v, _ = draw(2, 777, 4, 4, 128, dtype)
     ve, s = torch.randn_like(v), torch.tensor([0.5, 0.5], device="cuda")
     angle = torch.arange(777, device="cuda")[:, None] * torch.linspace(0, 1, 64, device="cuda")
-    out = {impl: attention_inputs(q, k, v, ve, s, angle.cos(), angle.sin(), impl=impl)
-           for impl in ("triton", "reference")}
+    out = {
+        impl: attention_inputs(q, k, v, ve, s, angle.cos(), angle.sin(), impl=impl) for impl in ("triton", "reference")
+    }
     for mine, usual in zip(out["triton"], out["reference"]):
         torch.testing.assert_close(mine, usual, rtol=2e-2, atol=TOLERANCE[dtype] * 4)
 
@@ -60,6 +62,7 @@ def test_compiled_with_a_growing_window():
     def loss(tokens, window, q, k, v):
         plan = attention_plan(tokens, eos_id=0, window_blocks=window)
         return (attention(q, k, v, plan, scale=SCALE) * do).sum()
+
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for window in (1, 3, 9):

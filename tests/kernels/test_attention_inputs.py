@@ -24,14 +24,19 @@ def draw(B, T, H, K, width, dtype, with_ve=True, seed=0):
         return torch.randn(*shape, generator=random)
 
     angle = torch.arange(T)[:, None] * torch.linspace(0, 1, width // 2)
-    given = {"q": make(B, T, H, width), "k": make(B, T, K, width), "v": make(B, T, K, width),
-             "ve": make(B, T, K, width) if with_ve else None}
+    given = {
+        "q": make(B, T, H, width),
+        "k": make(B, T, K, width),
+        "v": make(B, T, K, width),
+        "ve": make(B, T, K, width) if with_ve else None,
+    }
     given = {n: x if x is None else x.to(dtype) for n, x in given.items()}
     return {**given, "s": make(2), "cos_TR": angle.cos(), "sin_TR": angle.sin()}
 
 
 def literal(q, k, v, ve, s, cos_TR, sin_TR):
     """SPEC.md's prologue, token by token and head by head."""
+
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
@@ -42,6 +47,7 @@ def literal(q, k, v, ve, s, cos_TR, sin_TR):
             a, b = x[:, t, :, :half], x[:, t, :, half:]
             out[:, t] = torch.cat((a * cos_TR[t] + b * sin_TR[t], -a * sin_TR[t] + b * cos_TR[t]), dim=-1)
         return out
+
     mixed = s[0] * norm(v)
     return rotary(norm(q)), rotary(norm(k)), mixed if ve is None else mixed + s[1] * ve
 
@@ -59,9 +65,10 @@ def with_gradients(run, given, dtype=None):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("B, T, H, K, width, with_ve", [
-    (1, 37, 2, 2, 16, True), (2, 5, 4, 2, 32, False), (1, 18, 1, 1, 64, True), (1, 1, 2, 1, 128, True),
-])
+@pytest.mark.parametrize(
+    "B, T, H, K, width, with_ve",
+    [(1, 37, 2, 2, 16, True), (2, 5, 4, 2, 32, False), (1, 18, 1, 1, 64, True), (1, 1, 2, 1, 128, True)],
+)
 def test_against_float64(B, T, H, K, width, with_ve, dtype, impl):
     if impl == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter is only mended for bfloat16 inside kernels.proof, whose cases cover it")
@@ -112,8 +119,11 @@ def test_operator_contracts():
         for name in NAMES:
             if given[name] is not None:
                 given[name].requires_grad_()
-        torch.library.opcheck(module._attention_inputs, tuple(given.values()),
-                              test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        torch.library.opcheck(
+            module._attention_inputs,
+            tuple(given.values()),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
 
 
 @pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=interpreted)])
@@ -123,6 +133,7 @@ def test_compiled_without_a_break(impl):
 
     def run(**x):
         return attention_inputs(**x, impl=impl)
+
     eager = with_gradients(run, given)
     compiled = with_gradients(torch.compile(run, backend="aot_eager", fullgraph=True), given)
     for name, x in eager.items():
@@ -136,19 +147,22 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-@pytest.mark.parametrize("change, name", [
-    ({"q": torch.zeros(20, 16)}, "q must be"),
-    ({"k": torch.zeros(1, 20, 1, 16, dtype=torch.float16)}, "k is"),
-    ({"k": torch.zeros(1, 19, 1, 16)}, "k has shape"),
-    ({"v": torch.zeros(1, 20, 2, 16)}, "v has shape"),
-    ({"ve": torch.zeros(1, 20, 1, 8)}, "ve has shape"),
-    ({"ve": torch.zeros(1, 20, 1, 16, device="meta")}, "ve is"),
-    ({"s": torch.zeros(3)}, "s must have shape"),
-    ({"cos_TR": torch.zeros(19, 8)}, "cos_TR has shape"),
-    ({"sin_TR": torch.zeros(20, 16)}, "sin_TR has shape"),
-    ({"sin_TR": torch.zeros(20, 8, device="meta")}, "sin_TR is on"),
-    ({"impl": "cuda"}, "impl="),
-])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"q": torch.zeros(20, 16)}, "q must be"),
+        ({"k": torch.zeros(1, 20, 1, 16, dtype=torch.float16)}, "k is"),
+        ({"k": torch.zeros(1, 19, 1, 16)}, "k has shape"),
+        ({"v": torch.zeros(1, 20, 2, 16)}, "v has shape"),
+        ({"ve": torch.zeros(1, 20, 1, 8)}, "ve has shape"),
+        ({"ve": torch.zeros(1, 20, 1, 16, device="meta")}, "ve is"),
+        ({"s": torch.zeros(3)}, "s must have shape"),
+        ({"cos_TR": torch.zeros(19, 8)}, "cos_TR has shape"),
+        ({"sin_TR": torch.zeros(20, 16)}, "sin_TR has shape"),
+        ({"sin_TR": torch.zeros(20, 8, device="meta")}, "sin_TR is on"),
+        ({"impl": "cuda"}, "impl="),
+    ],
+)
 def test_errors_name_the_argument(change, name):
     with pytest.raises((ValueError, TypeError), match=name):
         attention_inputs(**{**draw(1, 20, 2, 1, 16, torch.float32), **change})

@@ -33,8 +33,8 @@ def literal_mask(tokens: list[int], W: int, block: int) -> torch.Tensor:
                 full.append(number)
             elif any(allowed):
                 partial.append(number)
-        kept = sorted(full, reverse=True)[:max(W - 1, 0)]
-        kept += sorted(partial, reverse=True)[:max(W - len(full), 1)]
+        kept = sorted(full, reverse=True)[: max(W - 1, 0)]
+        kept += sorted(partial, reverse=True)[: max(W - len(full), 1)]
         for number in kept:
             for i in queries:
                 for j in blocks[number]:
@@ -125,30 +125,33 @@ def test_batch_is_each_sequence_alone():
         assert torch.equal(together.end_query_BT[b], alone.end_query_BT[0])
 
 
-@pytest.mark.parametrize("arguments, error, name", [
-    ({}, ValueError, "length"),
-    ({"length": 0}, ValueError, "length"),
-    ({"length": 10, "document_starts": [0, 5, 4]}, ValueError, "document_starts"),
-    ({"length": 10, "document_starts": [0, 5, 5]}, ValueError, "document_starts"),
-    ({"length": 10, "document_starts": [0, 10]}, ValueError, "document_starts"),
-    ({"length": 10, "document_starts": [-1, 3]}, ValueError, "document_starts"),
-    ({"length": 10, "document_starts": torch.tensor([[0]])}, ValueError, "document_starts"),
-    ({"length": 10, "window_blocks": -1}, ValueError, "window_blocks"),
-    ({"length": 10, "window_blocks": torch.tensor(-1)}, ValueError, "window_blocks"),
-    ({"length": 10, "window_blocks": 1.5}, TypeError, "window_blocks"),
-    ({"length": 10, "window_blocks": True}, TypeError, "window_blocks"),
-    ({"length": 10, "window_blocks": torch.tensor([1, 2])}, TypeError, "window_blocks"),
-    ({"length": 10, "window_tokens": 0}, ValueError, "window_tokens"),
-    ({"length": 10, "window_tokens": torch.tensor(0)}, ValueError, "window_tokens"),
-    ({"length": 10, "window_tokens": 3, "window_blocks": 1}, ValueError, "window_blocks and window_tokens"),
-    ({"length": 10, "window_blocks": 1, "block_tokens": 0}, ValueError, "block_tokens"),
-    ({"tokens_BT": torch.zeros(3)}, TypeError, "tokens_BT"),
-    ({"tokens_BT": [1, 2]}, TypeError, "tokens_BT"),
-    ({"tokens_BT": torch.zeros(0, dtype=torch.int32)}, ValueError, "tokens_BT"),
-    ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "device": "meta"}, ValueError, "device"),
-    ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "length": 5}, ValueError, "length"),
-    ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "document_starts": [0]}, ValueError, "document_starts"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, name",
+    [
+        ({}, ValueError, "length"),
+        ({"length": 0}, ValueError, "length"),
+        ({"length": 10, "document_starts": [0, 5, 4]}, ValueError, "document_starts"),
+        ({"length": 10, "document_starts": [0, 5, 5]}, ValueError, "document_starts"),
+        ({"length": 10, "document_starts": [0, 10]}, ValueError, "document_starts"),
+        ({"length": 10, "document_starts": [-1, 3]}, ValueError, "document_starts"),
+        ({"length": 10, "document_starts": torch.tensor([[0]])}, ValueError, "document_starts"),
+        ({"length": 10, "window_blocks": -1}, ValueError, "window_blocks"),
+        ({"length": 10, "window_blocks": torch.tensor(-1)}, ValueError, "window_blocks"),
+        ({"length": 10, "window_blocks": 1.5}, TypeError, "window_blocks"),
+        ({"length": 10, "window_blocks": True}, TypeError, "window_blocks"),
+        ({"length": 10, "window_blocks": torch.tensor([1, 2])}, TypeError, "window_blocks"),
+        ({"length": 10, "window_tokens": 0}, ValueError, "window_tokens"),
+        ({"length": 10, "window_tokens": torch.tensor(0)}, ValueError, "window_tokens"),
+        ({"length": 10, "window_tokens": 3, "window_blocks": 1}, ValueError, "window_blocks and window_tokens"),
+        ({"length": 10, "window_blocks": 1, "block_tokens": 0}, ValueError, "block_tokens"),
+        ({"tokens_BT": torch.zeros(3)}, TypeError, "tokens_BT"),
+        ({"tokens_BT": [1, 2]}, TypeError, "tokens_BT"),
+        ({"tokens_BT": torch.zeros(0, dtype=torch.int32)}, ValueError, "tokens_BT"),
+        ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "device": "meta"}, ValueError, "device"),
+        ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "length": 5}, ValueError, "length"),
+        ({"tokens_BT": torch.zeros(4, dtype=torch.int32), "document_starts": [0]}, ValueError, "document_starts"),
+    ],
+)
 def test_errors_name_the_argument(arguments, error, name):
     with pytest.raises(error, match=name):
         attention_plan(**arguments)

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -65,8 +66,15 @@ def test_against_float64(impl, softcap, reduction, chunk_tokens):
 
 
 @settings(deadline=None, max_examples=40)
-@given(N=st.integers(1, 40), D=st.integers(1, 9), V=st.integers(1, 40), chunk=st.integers(1, 50),
-       softcap=st.sampled_from(SOFTCAPS), reduction=st.sampled_from(REDUCTIONS), seed=st.integers(0, 99))
+@given(
+    N=st.integers(1, 40),
+    D=st.integers(1, 9),
+    V=st.integers(1, 40),
+    chunk=st.integers(1, 50),
+    softcap=st.sampled_from(SOFTCAPS),
+    reduction=st.sampled_from(REDUCTIONS),
+    seed=st.integers(0, 99),
+)
 def test_any_shape_and_any_chunk_is_the_definition(N, D, V, chunk, softcap, reduction, seed):
     x, w, targets, upstream = (t.double() if t.is_floating_point() else t for t in draw(N, D, V, seed=seed))
     targets[-1] = V - 1  # torch's mean over no target at all is NaN
@@ -179,9 +187,9 @@ def test_gradcheck():
     for reduction in REDUCTIONS:
         for softcap in SOFTCAPS:
             assert torch.autograd.gradcheck(
-                lambda x, w: linear_cross_entropy(
-                    x, w, targets, softcap=softcap, reduction=reduction, chunk_tokens=2  # noqa: B023
-                ), (x, w))
+                partial(linear_cross_entropy, targets=targets, softcap=softcap, reduction=reduction, chunk_tokens=2),
+                (x, w),
+            )
 
 
 def test_logits_for_sampling_are_capped_float32():
@@ -197,10 +205,13 @@ def test_logits_for_sampling_are_capped_float32():
 def test_wrong_arguments_are_named():
     x, w, targets, _ = draw()
     for arguments, options, word in (
-        ((x, w[:, :-1], targets), {}, "weight"), ((x, w, targets[:-1]), {}, "targets"),
+        ((x, w[:, :-1], targets), {}, "weight"),
+        ((x, w, targets[:-1]), {}, "targets"),
         ((x[None], w, targets), {}, "x"),
-        ((x, w, targets), dict(softcap="tanh"), "softcap"), ((x, w, targets), dict(reduction="max"), "reduction"),
-        ((x, w, targets), dict(impl="cuda"), "impl"), ((x, w, targets), dict(fp8=True), "fp8"),
+        ((x, w, targets), dict(softcap="tanh"), "softcap"),
+        ((x, w, targets), dict(reduction="max"), "reduction"),
+        ((x, w, targets), dict(impl="cuda"), "impl"),
+        ((x, w, targets), dict(fp8=True), "fp8"),
         ((x, w, targets), dict(chunk_tokens=0), "chunk_tokens"),
     ):
         with pytest.raises(ValueError, match=word):

@@ -37,9 +37,7 @@ def test_against_float64(impl, shape):
 @pytest.mark.parametrize("impl", WAYS)
 def test_nothing_passes_where_the_activation_is_off(impl):
     x, w_in, w_out, dy = draw()
-    y, dx, dw_in, dw_out = with_gradients(
-        lambda *a: relu_squared_mlp(*a, impl=impl), x.abs(), -w_in.abs(), w_out, dy
-    )
+    y, dx, dw_in, dw_out = with_gradients(lambda *a: relu_squared_mlp(*a, impl=impl), x.abs(), -w_in.abs(), w_out, dy)
     assert all((t == 0).all() for t in (y, dx, dw_in, dw_out))
 
 

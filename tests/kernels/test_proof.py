@@ -19,10 +19,20 @@ from kernels.runtime import HAVE_TRITON, INTERPRETED, tl, triton
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before triton is imported")
 FAMILIES = families() if HAVE_TRITON else {}
-QUICK = [(name, case, dtype) for name, family in FAMILIES.items() for case in family.numeric if case.quick
-         for dtype in case.dtypes]
-REST = [(name, case, dtype) for name, family in FAMILIES.items() for case in family.numeric if not case.quick
-        for dtype in case.dtypes]
+QUICK = [
+    (name, case, dtype)
+    for name, family in FAMILIES.items()
+    for case in family.numeric
+    if case.quick
+    for dtype in case.dtypes
+]
+REST = [
+    (name, case, dtype)
+    for name, family in FAMILIES.items()
+    for case in family.numeric
+    if not case.quick
+    for dtype in case.dtypes
+]
 FAULTS = [(name, number) for name, family in FAMILIES.items() for number in range(len(family.faults))]
 
 
@@ -56,8 +66,13 @@ def test_every_kernel_has_a_case(name):
     from triton.runtime.interpreter import InterpretedFunction
 
     module = importlib.import_module(FAMILIES[name].module)
-    entry = {n for n, x in vars(module).items() if isinstance(x, InterpretedFunction)
-             and any(p.startswith("p_") for p in x.arg_names) and f"{n}[" in open(module.__file__).read()}
+    entry = {
+        n
+        for n, x in vars(module).items()
+        if isinstance(x, InterpretedFunction)
+        and any(p.startswith("p_") for p in x.arg_names)
+        and f"{n}[" in open(module.__file__).read()
+    }
     assert entry == set(FAMILIES[name].kernels)
 
 
@@ -155,8 +170,9 @@ def test_a_tile_that_does_not_fit_is_an_error(tmp_path, repo):
     script.write_text(OVERSIZED)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(repo), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], env=environment, capture_output=True,
-                          text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], env=environment, capture_output=True, text=True, timeout=240
+    )
     lines = done.stdout.split("\n")
     assert lines[0].startswith("fits") and lines[1] == "OutOfResources", done.stdout + done.stderr[-2000:]
 
@@ -240,17 +256,28 @@ def _run_misbehaving(how):
             _misbehaving[(3,)](x, y, 40, HOW=how)
         return {"y": y}
 
-    case = Numeric("copy", lambda random: {"x": torch.randn(40, generator=random)}, kernel,
-                   lambda module, given: {"y": given["x"].clone()})
+    case = Numeric(
+        "copy",
+        lambda random: {"x": torch.randn(40, generator=random)},
+        kernel,
+        lambda module, given: {"y": given["x"].clone()},
+    )
     return check_case(None, case, torch.float32)
 
 
 @interpreted
-@pytest.mark.parametrize("how, message", [
-    ("no mask", "outside p_y"), ("overlap", "meets what program"), ("neighbour", "program"),
-    ("same lane", "several lanes"), ("other tensor", "outside p_x"), ("unwritten", "off by nan"),
-    ("gap", "outside p_x"),
-])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("no mask", "outside p_y"),
+        ("overlap", "meets what program"),
+        ("neighbour", "program"),
+        ("same lane", "several lanes"),
+        ("other tensor", "outside p_x"),
+        ("unwritten", "off by nan"),
+        ("gap", "outside p_x"),
+    ],
+)
 def test_watch_notices(how, message):
     from kernels.proof.interpreter import KernelFault
 
@@ -289,8 +316,16 @@ def test_patches_are_undone():
     from kernels.proof.interpreter import checked, mended, poisoned
 
     def state():
-        return [dict(vars(x)) for x in (interpreter.InterpreterBuilder, interpreter.GridExecutor, interpreter.ReduceOps,
-                                        interpreter.TensorDescHandle)] + [torch.empty, interpreter._implicit_cvt]
+        return [
+            dict(vars(x))
+            for x in (
+                interpreter.InterpreterBuilder,
+                interpreter.GridExecutor,
+                interpreter.ReduceOps,
+                interpreter.TensorDescHandle,
+            )
+        ] + [torch.empty, interpreter._implicit_cvt]
+
     before = state()
     with mended(), checked(), poisoned():
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(2)).isnan().all()

@@ -7,11 +7,11 @@ import torch
 
 import train_gpt
 from kernels import cross_entropy
-from kernels.communication import touched_rows
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.mlp import relu_squared_mlp
 from kernels.residual import residual_mix
 from kernels.runtime import INTERPRETED
+from trainer.exchange import touched_rows
 
 
 def random(*shape, seed=0):

@@ -11,11 +11,7 @@ from lab.models.base import windows
 from lab.models.batchnorm import BatchNorm1d
 from lab.models.recurrent import RecurrentLayer
 
-SMALL = {
-    "recurrent": {"hidden_dim": 16},
-    "gpt": {"model_dim": 16, "num_heads": 2},
-    "wavenet": {"hidden_dim": 16},
-}
+SMALL = {"recurrent": {"hidden_dim": 16}, "gpt": {"model_dim": 16, "num_heads": 2}, "wavenet": {"hidden_dim": 16}}
 
 
 def small(name, vocab=12):

@@ -42,8 +42,10 @@ def test_runs_are_found_with_size_loss_and_date(places, tmp_path):
     best = save(tmp_path / "one", step=5, name="best.safetensors")
     save(tmp_path / "two", "bigram")
     save(tmp_path / "two", "bigram", name="resume.safetensors")
-    log = "=" * 100 + "\n" + "".join(
-        f"step:{s}/9 val_loss:{v} train_time:1ms step_avg:1ms\n" for s, v in ((0, 3.0), (5, 2.0), (9, 2.5))
+    log = (
+        "=" * 100
+        + "\n"
+        + "".join(f"step:{s}/9 val_loss:{v} train_time:1ms step_avg:1ms\n" for s, v in ((0, 3.0), (5, 2.0), (9, 2.5)))
     )
     (tmp_path / "one" / "runs" / "seed-000.txt").write_text(log)
     (tmp_path / "one" / "torn.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
@@ -63,8 +65,8 @@ def test_checkpoints_of_the_trainer_are_described_too(places, tmp_path):
     import dataclasses
     import json
 
-    from records.checkpoints import save_tensors
     from train_gpt import CHECKPOINT_FORMAT, GPT, parse_config
+    from trainer.checkpoints import save_tensors
 
     config = parse_config(["--preset=nano", "--model_dim=16", "--num_heads=1"])
     gpt = GPT(config)

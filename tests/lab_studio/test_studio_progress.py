@@ -6,8 +6,7 @@ from lab.studio.progress import MOST_POINTS, Progress, clock_text, curves, read_
 
 RULER = "=" * 100
 SOURCE = (
-    "print('step:9/9 train_loss:1.0 train_time:1ms step_avg:1ms')\n"
-    "step:1/1 val_loss:0.5 train_time:1ms step_avg:1ms\n"
+    "print('step:9/9 train_loss:1.0 train_time:1ms step_avg:1ms')\nstep:1/1 val_loss:0.5 train_time:1ms step_avg:1ms\n"
 )
 HEAD = f"{SOURCE}{RULER}\nRunning Python 3\n{RULER}\n"
 

@@ -64,8 +64,13 @@ def test_an_uploaded_text_is_handed_on(places):
     from train_gpt import parse_config
 
     config = parse_config(list(words[1:]))
-    stream = TokenStream(config.val_files, sequence_tokens=config.val_seq_len, vocab_size=256, cycle=False,
-                         sequences_per_step=config.val_tokens // config.val_seq_len)  # fmt: skip
+    stream = TokenStream(
+        config.val_files,
+        sequence_tokens=config.val_seq_len,
+        vocab_size=256,
+        cycle=False,
+        sequences_per_step=config.val_tokens // config.val_seq_len,
+    )
     inputs, _ = stream.batch(0, 0)
     assert bytes(int(i) for i in inputs[-12:]).decode() in "Some words. " * 2
 

@@ -69,8 +69,9 @@ def test_a_handler_refuses_a_path_outside(server):
     (index,) = (d["id"] for d in config["dependencies"] if d["api_name"] == "compose")
     session = {"fn_index": index, "session_hash": "test"}
     data = ["/etc/passwd", "x", 0.8, 0, 1, 0, 5]
-    joined = server.get("gradio_api/queue/join", json.dumps({"data": data, **session}).encode(),
-                        Content_Type="application/json")  # fmt: skip
+    joined = server.get(
+        "gradio_api/queue/join", json.dumps({"data": data, **session}).encode(), Content_Type="application/json"
+    )
     assert joined.status == 200
     with server.get("gradio_api/queue/data?session_hash=test") as stream:
         for line in stream:

@@ -57,4 +57,4 @@ def test_the_report_is_one_file_below_the_studios_folder(tmp_path):
     places = Places(tmp_path / "home", (tmp_path,))
     report = write_report(folder, places)
     text = report.read_text()
-    assert report.parent == places.reports and "<svg" in text and "seed-001" in text and "src=\"http" not in text
+    assert report.parent == places.reports and "<svg" in text and "seed-001" in text and 'src="http' not in text

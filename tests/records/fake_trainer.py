@@ -15,11 +15,27 @@ from pathlib import Path
 
 SOURCE = Path(__file__).read_text()
 FIELDS = {
-    "preset": "nano", "seed": "0", "output_dir": ".", "run_name": "run", "resume": "", "plan_hash": "",
-    "save_final": "true", "num_iterations": "10", "step_s": "0", "target_loss": "0.75", "loss": "0.7",
-    "noise": "0.004", "crash_seeds": "", "crash_code": "4", "hang_seeds": "", "die_seeds": "", "crash_once": "",
-    "checkpoint_every": "0", "silent_exit_seeds": "", "delays": "",
-}  # fmt: skip
+    "preset": "nano",
+    "seed": "0",
+    "output_dir": ".",
+    "run_name": "run",
+    "resume": "",
+    "plan_hash": "",
+    "save_final": "true",
+    "num_iterations": "10",
+    "step_s": "0",
+    "target_loss": "0.75",
+    "loss": "0.7",
+    "noise": "0.004",
+    "crash_seeds": "",
+    "crash_code": "4",
+    "hang_seeds": "",
+    "die_seeds": "",
+    "crash_once": "",
+    "checkpoint_every": "0",
+    "silent_exit_seeds": "",
+    "delays": "",
+}
 
 
 def sha256(text):
@@ -67,14 +83,25 @@ def main():
         own["target_loss"] = float(own["target_loss"])
         last = points[-1]
         told = {
-            "schema": 1, "status": status, "run_name": name, "seed": seed, "config": own,
-            "config_hash": sha256(json.dumps(comparable)), "code_hash": sha256(SOURCE), "data_hash": "0" * 64,
-            "kernels_hash": "0" * 64, "plan_hash": config["plan_hash"], "validation": points,
+            "schema": 1,
+            "status": status,
+            "run_name": name,
+            "seed": seed,
+            "config": own,
+            "config_hash": sha256(json.dumps(comparable)),
+            "code_hash": sha256(SOURCE),
+            "data_hash": "0" * 64,
+            "kernels_hash": "0" * 64,
+            "plan_hash": config["plan_hash"],
+            "validation": points,
             "environment": {"hardware": "none", "compute": "none", "world_size": 1, "python": "3"},
             "final_loss": last["loss"] if status == "finished" else None,
-            "train_time_s": last["train_time_s"], "peak_memory_mib": 1,
-            "start_time": "2026-01-01T00:00:00+00:00", "end_time": "2026-01-01T00:00:01+00:00", "error": error,
-        }  # fmt: skip
+            "train_time_s": last["train_time_s"],
+            "peak_memory_mib": 1,
+            "start_time": "2026-01-01T00:00:00+00:00",
+            "end_time": "2026-01-01T00:00:01+00:00",
+            "error": error,
+        }
         temporary = json_path.with_suffix(".part")
         temporary.write_text(json.dumps(told))
         os.replace(temporary, json_path)

@@ -115,11 +115,14 @@ def test_unknown_events_and_values_that_json_lacks_are_refused(tmp_path):
 EVENT = st.fixed_dictionaries(
     {"event": st.sampled_from(ledger_module.EVENTS)},
     optional={
-        "run": st.sampled_from(["a", "b"]), "attempt": st.integers(1, 3), "seed": st.integers(0, 5),
+        "run": st.sampled_from(["a", "b"]),
+        "attempt": st.integers(1, 3),
+        "seed": st.integers(0, 5),
         "status": st.sampled_from(["finished", "crashed", "interrupted", "nonsense"]),
-        "host": st.just("elsewhere"), "reason": st.text(max_size=5),
+        "host": st.just("elsewhere"),
+        "reason": st.text(max_size=5),
     },
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200, deadline=None)

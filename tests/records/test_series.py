@@ -411,8 +411,16 @@ def test_a_damaged_result_is_named_by_its_field(tmp_path):
     from records.report import check_result
 
     point = {"step": 4, "loss": 2.5, "step_avg_ms": 1.0}
-    whole = {"seed": 0, "final_loss": 2.5, "train_time_s": 1, "config": {}, "environment": {}, "start_time": "now",
-             "end_time": "then", "validation": [point]}  # fmt: skip
+    whole = {
+        "seed": 0,
+        "final_loss": 2.5,
+        "train_time_s": 1,
+        "config": {},
+        "environment": {},
+        "start_time": "now",
+        "end_time": "then",
+        "validation": [point],
+    }
     path = tmp_path / "seed-000.json"
     check_result(path, whole)
     for field in whole:

@@ -128,9 +128,13 @@ def command(tmp_path, *flags, repeats=3):
 def run(tmp_path, *flags, repeats=3, conf=None):
     environment = os.environ | ({"SLURM_CONF": conf} if conf else {})
     done = subprocess.run(
-        command(tmp_path, *flags, repeats=repeats), cwd=FAKE.parents[2], env=environment, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+        command(tmp_path, *flags, repeats=repeats),
+        cwd=FAKE.parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -172,16 +176,25 @@ def test_many_runs_write_into_one_series_at_once(tmp_path, cluster):
 @pytest.mark.slow
 def test_stopping_withdraws_what_is_queued_and_resumes_what_ran(tmp_path, cluster):
     words = command(tmp_path, "--hang_seeds=0:1", "--parallel=2", repeats=4)
-    process = subprocess.Popen(words, cwd=FAKE.parents[2], env=os.environ | {"SLURM_CONF": cluster},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        words,
+        cwd=FAKE.parents[2],
+        env=os.environ | {"SLURM_CONF": cluster},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_for(lambda: (tmp_path / "s").exists() and len(events(tmp_path, "start")) == 2, "two runs run", 60)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, out
     assert statuses(tmp_path) == {
-        "seed-000": "interrupted", "seed-001": "interrupted", "seed-002": "cancelled", "seed-003": "cancelled",
-    }, out  # fmt: skip
+        "seed-000": "interrupted",
+        "seed-001": "interrupted",
+        "seed-002": "cancelled",
+        "seed-003": "cancelled",
+    }, out
     code, out = run(tmp_path, "--hang_seeds=0:1", "--parallel=2", repeats=4, conf=cluster)
     assert code == 0 and set(statuses(tmp_path).values()) == {"finished"}, out
     assert [e["resume"] for e in events(tmp_path, "launch") if e["attempt"] == 2] == [True, True]
@@ -190,8 +203,13 @@ def test_stopping_withdraws_what_is_queued_and_resumes_what_ran(tmp_path, cluste
 @pytest.mark.slow
 def test_a_start_that_was_killed_adopts_its_jobs(tmp_path, cluster):
     words = command(tmp_path, "--step_s=0.5", "--parallel=1", repeats=2)
-    process = subprocess.Popen(words, cwd=FAKE.parents[2], env=os.environ | {"SLURM_CONF": cluster},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        words,
+        cwd=FAKE.parents[2],
+        env=os.environ | {"SLURM_CONF": cluster},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for(lambda: (tmp_path / "s").exists() and len(events(tmp_path, "start")) == 1, "one run runs", 60)
     process.kill()
     process.wait()
@@ -204,8 +222,14 @@ def test_a_start_that_was_killed_adopts_its_jobs(tmp_path, cluster):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_a_crash(tmp_path, cluster):
     words = command(tmp_path, "--hang_seeds=0", repeats=1)
-    process = subprocess.Popen(words, cwd=FAKE.parents[2], env=os.environ | {"SLURM_CONF": cluster},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        words,
+        cwd=FAKE.parents[2],
+        env=os.environ | {"SLURM_CONF": cluster},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_for(lambda: (tmp_path / "s").exists() and len(events(tmp_path, "start")) == 1, "the run runs", 60)
     os.kill(events(tmp_path, "start")[0]["pid"], signal.SIGSTOP)  # so that it cannot say goodbye
     os.kill(events(tmp_path, "launch")[0]["pid"], signal.SIGKILL)

@@ -52,11 +52,17 @@ def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, r
         text = log_text(loss, seed=seed, plan_hash=plan.hash if plan else "", step_ms=speed)
         (folder / "runs" / f"{name}.txt").write_text(text)
         beside = {
-            "schema": 1, "status": "finished", "run_name": name, "seed": seed, "code_hash": code_hash(),
+            "schema": 1,
+            "status": "finished",
+            "run_name": name,
+            "seed": seed,
+            "code_hash": code_hash(),
             "config": {"num_iterations": STEPS, "target_loss": 2.92, "preset": "nano"},
-            "config_hash": "c" * 64, "data_hash": "sha256:" + "d" * 64,
-            "environment": {"host_hash": hosts[seed % len(hosts)] if hosts else "abc"}, "validation": [],
-        }  # fmt: skip
+            "config_hash": "c" * 64,
+            "data_hash": "sha256:" + "d" * 64,
+            "environment": {"host_hash": hosts[seed % len(hosts)] if hosts else "abc"},
+            "validation": [],
+        }
         for step, value in re.findall(r"^step:(\d+)/\d+ val_loss:(\S+)", text.split("=" * 100)[2], re.MULTILINE):
             beside["validation"].append({"step": int(step), "loss": float(value)})
         (folder / "runs" / f"{name}.json").write_text(json.dumps(beside))

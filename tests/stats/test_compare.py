@@ -22,10 +22,20 @@ def _sample(name, losses, times=None, seeds=None, hosts=None):
     times = [None] * len(losses) if times is None else times
     finals = tuple(Validation(100, float(x), t, None, 6, None) for x, t in zip(losses, times))
     runs = tuple(
-        Run(f"{name}-{i}", f"{name}-{i}", "steps", 1, 100, 100, 100, (point,), seed=seeds[i] if seeds else None,
-            host=hosts[i] if hosts else None)
+        Run(
+            f"{name}-{i}",
+            f"{name}-{i}",
+            "steps",
+            1,
+            100,
+            100,
+            100,
+            (point,),
+            seed=seeds[i] if seeds else None,
+            host=hosts[i] if hosts else None,
+        )
         for i, point in enumerate(finals)
-    )  # fmt: skip
+    )
     return Sample(name, runs, finals)
 
 
@@ -132,8 +142,17 @@ def test_command_line_and_community_table(make_series, capsys):
     told = capsys.readouterr().out
     header = [cell.strip() for cell in told.splitlines()[0].split("|")[2:-1]]
     assert header == [
-        "Runs", "Steps", "Time mean", "Time sd", "Time +/-", "Time p", "Loss mean", "Loss sd", "Loss +/-", "p",
-    ]  # fmt: skip
+        "Runs",
+        "Steps",
+        "Time mean",
+        "Time sd",
+        "Time +/-",
+        "Time p",
+        "Loss mean",
+        "Loss sd",
+        "Loss +/-",
+        "p",
+    ]
     assert "b is higher by" in told and "b is shorter by" in told
     assert main(["compare", str(a), str(b), "--json"]) == 0
     loss = json.loads(capsys.readouterr().out)["comparisons"][0]["loss"]

@@ -58,9 +58,19 @@ def test_every_result_line_of_the_public_logs_is_read(shared_data):
 def test_the_reference_run_point_by_point(shared_data):
     (run,) = read_runs(shared_data / "logs" / "medium_second_input_embedding.txt")
     published = {
-        0: 10.82584, 125: 4.290908, 250: 3.87262, 500: 3.577053, 1000: 3.356537, 1500: 3.258505,
-        2000: 3.192431, 3000: 3.09572, 4000: 3.018777, 5000: 2.951173, 5500: 2.924833, 5690: 2.919956,
-    }  # fmt: skip
+        0: 10.82584,
+        125: 4.290908,
+        250: 3.87262,
+        500: 3.577053,
+        1000: 3.356537,
+        1500: 3.258505,
+        2000: 3.192431,
+        3000: 3.09572,
+        4000: 3.018777,
+        5000: 2.951173,
+        5500: 2.924833,
+        5690: 2.919956,
+    }
     assert {step: run.losses_by_step[step] for step in published} == published
     final = final_validation(run)
     assert (final.step_avg_ms, run.peak_memory_mib) == (247.37, 53988)

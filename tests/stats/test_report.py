@@ -110,11 +110,22 @@ def test_rendered_in_a_browser_without_a_complaint(records, tmp_path):
     page, picture = tmp_path / "report.html", tmp_path / "report.png"
     main(["report", str(records), "--html", str(page)])
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", "--window-size=1200,3000",
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--window-size=1200,3000",
         "--virtual-time-budget=3000",
-    ]  # fmt: skip
+    ]
     done = subprocess.run(
         [*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, text=True, timeout=120
     )
@@ -137,9 +148,22 @@ def test_a_broken_page_would_be_noticed(tmp_path):
     """The check of the console above is not blind."""
     page = tmp_path / "broken.html"
     page.write_text("<!doctype html><script>undefined_function()</script>")
-    command = [_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
-               "--dump-dom", page.as_uri()]  # fmt: skip
+    command = [
+        _browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert any("CONSOLE" in line for line in done.stderr.splitlines())

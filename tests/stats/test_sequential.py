@@ -22,13 +22,30 @@ from stats.sequential import (
     log_likelihood_ratio,
     simulate,
     spending_bounds,
-)  # fmt: skip
+)
 
 # The published 19 losses of the medium track's record with a second input embedding.
 LOSSES = [
-    2.919502, 2.91976, 2.920582, 2.919331, 2.919008, 2.919827, 2.918785, 2.918519, 2.919297, 2.920061,
-    2.918938, 2.919342, 2.918186, 2.920546, 2.91954, 2.919093, 2.918951, 2.919599, 2.919956,
-]  # fmt: skip
+    2.919502,
+    2.91976,
+    2.920582,
+    2.919331,
+    2.919008,
+    2.919827,
+    2.918785,
+    2.918519,
+    2.919297,
+    2.920061,
+    2.918938,
+    2.919342,
+    2.918186,
+    2.920546,
+    2.91954,
+    2.919093,
+    2.918951,
+    2.919599,
+    2.919956,
+]
 TRACK = dict(threshold=2.92, margin=0.0006, sigma=0.00063)
 
 
@@ -49,11 +66,7 @@ def _exact_log_ratio(t: float, n: int, effect: float) -> float:
 def test_likelihood_ratio_against_independent_digits(n, effect):
     for t in (-9.0, -2.5, -0.4, 0.0, 0.7, 2.0, 4.07, 11.0):
         exact = _exact_log_ratio(t, n, effect)
-        assert math.isclose(log_likelihood_ratio(t, n, effect), exact, rel_tol=1e-6, abs_tol=1e-8), (
-            t,
-            n,
-            effect,
-        )
+        assert math.isclose(log_likelihood_ratio(t, n, effect), exact, rel_tol=1e-6, abs_tol=1e-8), (t, n, effect)
         assert math.isclose(_ratio_by_integral(t, n, effect * math.sqrt(n)), exact, rel_tol=1e-9, abs_tol=1e-9)
 
 
@@ -87,8 +100,16 @@ def test_likelihood_ratio_is_one_on_average_under_h0():
     st.sampled_from(["strict", "wald"]),
 )
 def test_bounds_of_t_are_where_the_ratio_is(first_look, effect, alpha, beta, bounds):
-    plan = make_plan(margin=effect, sigma=1.0, threshold=3.0, alpha=alpha, beta=beta, bounds=bounds,
-                     first_look=first_look, cap=first_look + 6)  # fmt: skip
+    plan = make_plan(
+        margin=effect,
+        sigma=1.0,
+        threshold=3.0,
+        alpha=alpha,
+        beta=beta,
+        bounds=bounds,
+        first_look=first_look,
+        cap=first_look + 6,
+    )
     low, high = likelihood_bounds(plan)
     for bound in boundaries(plan)[:-1]:
         assert bound.t_futile < bound.t_accept

@@ -85,13 +85,24 @@ def test_help_of_every_verb(verb, capsys):
 @pytest.mark.parametrize(
     "command",
     [
-        ["plan", "--alpha", "2"], ["plan", "--margin", "-1"], ["plan", "--margin", "x"], ["plan", "--beta", "1"],
-        ["plan", "--cap", "1"], ["plan", "--looks", "9,3"], ["plan", "--margin", "1e-9"], ["plan", "--nodes", "0"],
-        ["compare", "a"], ["curve", "x", "--alpha", "0"], ["validate", "x", "--alpha", "nan"], ["schema", "nothing"],
-        ["monitor"], ["--nothing"], [],
+        ["plan", "--alpha", "2"],
+        ["plan", "--margin", "-1"],
+        ["plan", "--margin", "x"],
+        ["plan", "--beta", "1"],
+        ["plan", "--cap", "1"],
+        ["plan", "--looks", "9,3"],
+        ["plan", "--margin", "1e-9"],
+        ["plan", "--nodes", "0"],
+        ["compare", "a"],
+        ["curve", "x", "--alpha", "0"],
+        ["validate", "x", "--alpha", "nan"],
+        ["schema", "nothing"],
+        ["monitor"],
+        ["--nothing"],
+        [],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_usage_errors_exit_with_2(command, capsys):
     assert main(command) == 2
     assert "error: " in capsys.readouterr().err

@@ -19,13 +19,47 @@ from stats.ttest import pooled_z, rounding_interval, sensitivity_of, ttest
 
 # The 19 published final losses and times of the medium track's record with a second input embedding.
 LOSSES = [
-    2.919502, 2.91976, 2.920582, 2.919331, 2.919008, 2.919827, 2.918785, 2.918519, 2.919297, 2.920061,
-    2.918938, 2.919342, 2.918186, 2.920546, 2.91954, 2.919093, 2.918951, 2.919599, 2.919956,
-]  # fmt: skip
+    2.919502,
+    2.91976,
+    2.920582,
+    2.919331,
+    2.919008,
+    2.919827,
+    2.918785,
+    2.918519,
+    2.919297,
+    2.920061,
+    2.918938,
+    2.919342,
+    2.918186,
+    2.920546,
+    2.91954,
+    2.919093,
+    2.918951,
+    2.919599,
+    2.919956,
+]
 TIMES_S = [
-    1414.299, 1412.033, 1411.668, 1421.735, 1411.998, 1411.094, 1412.637, 1410.047, 1410.509, 1412.048,
-    1411.574, 1415.299, 1411.649, 1412.94, 1412.508, 1410.912, 1415.296, 1410.778, 1407.511,
-]  # fmt: skip
+    1414.299,
+    1412.033,
+    1411.668,
+    1421.735,
+    1411.998,
+    1411.094,
+    1412.637,
+    1410.047,
+    1410.509,
+    1412.048,
+    1411.574,
+    1415.299,
+    1411.649,
+    1412.94,
+    1412.508,
+    1410.912,
+    1415.296,
+    1410.778,
+    1407.511,
+]
 PUBLISHED = {
     "n": 19,
     "sample_mean": 2.9194117368421053,
@@ -106,11 +140,7 @@ def test_exit_codes(tmp_path, capsys):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(2.5, 3.5), min_size=2, max_size=30, unique=True),
-    st.floats(2.5, 3.5),
-    st.floats(0.001, 0.5),
-)
+@given(st.lists(st.floats(2.5, 3.5), min_size=2, max_size=30, unique=True), st.floats(2.5, 3.5), st.floats(0.001, 0.5))
 def test_agreement_with_scipy_and_statsmodels(losses, threshold, alpha):
     assume(np.std(losses) > 1e-6)
     found = ttest(losses, threshold, alpha, sensitivity=False)

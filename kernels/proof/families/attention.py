@@ -12,20 +12,25 @@ SQUARE, TALL, WIDE = (64, 64), (128, 32), (16, 64)
 
 def _inputs(T, H, K, width, starts, B=1, **window):
     """Random q, k, v and the gradient at o, with a plan; `starts` are the documents' first tokens."""
+
     def make(random):
         from kernels.attention import attention_plan
 
         tokens = torch.ones(B, T, dtype=torch.int32)
         for b, where in enumerate(starts if B > 1 else [starts]):
             tokens[b, list(where)] = 0
-        draw = {n: torch.randn(B, T, heads, width, generator=random)
-                for n, heads in (("q", H), ("k", K), ("v", K), ("do", H))}
+        draw = {
+            n: torch.randn(B, T, heads, width, generator=random)
+            for n, heads in (("q", H), ("k", K), ("v", K), ("do", H))
+        }
         return {**draw, "plan": attention_plan(tokens, eos_id=0, **window)}
+
     return make
 
 
 def _kernel(tile, descriptors=False):
     """Forward and backward with this tile for all three kernels."""
+
     def run(module, given):
         def like(block_m, block_n):
             return module.Tile(block_m, block_n, 4, 1, descriptors)
@@ -34,6 +39,7 @@ def _kernel(tile, descriptors=False):
         o, lse = module.launch_forward(q, k, v, plan, SCALE, like(*tile))
         grads = module.launch_backward(do, q, k, v, o, lse, plan, SCALE, like(*tile), like(*reversed(tile)))
         return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads))}
+
     return run
 
 
@@ -51,12 +57,14 @@ def _reference(module, given):
 
 def _numeric(name, tile, *shape, descriptors=False, quick=True, **window):
     # a document of one token has dq = dk = 0 as the difference of two products of order one
-    return Numeric(name, _inputs(*shape, **window), _kernel(tile, descriptors), _reference, quick=quick,
-                   least_scale=1.0)
+    return Numeric(
+        name, _inputs(*shape, **window), _kernel(tile, descriptors), _reference, quick=quick, least_scale=1.0
+    )
 
 
 def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
     """The launch of a training step of this shape, with the device's own tiles."""
+
     def run():
         import kernels.attention as module
 
@@ -73,6 +81,7 @@ def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
         q, k, v, do = meta(H), meta(K), meta(K), meta(H)
         o, lse = module.launch_forward(q, k, v, plan, SCALE, tile("forward"))
         module.launch_backward(do, q, k, v, o, lse, plan, SCALE, tile("dq"), tile("dkdv"))
+
     return run
 
 
@@ -81,25 +90,64 @@ FAMILY = Family(
     module="kernels.attention",
     kernels=("_attention_forward", "_attention_dq", "_attention_dkdv"),
     numeric=(
-        _numeric("documents inside a window, ragged end, square tiles", SQUARE,
-                 200, 2, 1, 16, (0, 3, 4, 70, 128, 199), window_blocks=2),
+        _numeric(
+            "documents inside a window, ragged end, square tiles",
+            SQUARE,
+            200,
+            2,
+            1,
+            16,
+            (0, 3, 4, 70, 128, 199),
+            window_blocks=2,
+        ),
         _numeric("one document, window of one block, tall tiles", TALL, 300, 1, 1, 16, (0,), window_blocks=1),
         _numeric("one document, token window, wide tiles", WIDE, 150, 1, 1, 16, (), window_tokens=100),
-        _numeric("two sequences, four heads on two, descriptors, causal", SQUARE, 130, 4, 2, 16,
-                 ((5,), (1, 2, 129)), B=2, descriptors=True),
-        _numeric("width 64, one-token documents", SQUARE, 70, 2, 2, 64, range(0, 70, 1), quick=False,
-                 window_blocks=1),
-        _numeric("width 128, window of three blocks, four heads on two", TALL, 520, 4, 2, 128,
-                 (0, 100, 256, 257), quick=False, window_blocks=3),
-        _numeric("width 64, descriptors, a document that ends at a block border", TALL, 400, 2, 1, 64, (128, 384),
-                 descriptors=True, quick=False, window_blocks=2),
+        _numeric(
+            "two sequences, four heads on two, descriptors, causal",
+            SQUARE,
+            130,
+            4,
+            2,
+            16,
+            ((5,), (1, 2, 129)),
+            B=2,
+            descriptors=True,
+        ),
+        _numeric("width 64, one-token documents", SQUARE, 70, 2, 2, 64, range(0, 70, 1), quick=False, window_blocks=1),
+        _numeric(
+            "width 128, window of three blocks, four heads on two",
+            TALL,
+            520,
+            4,
+            2,
+            128,
+            (0, 100, 256, 257),
+            quick=False,
+            window_blocks=3,
+        ),
+        _numeric(
+            "width 64, descriptors, a document that ends at a block border",
+            TALL,
+            400,
+            2,
+            1,
+            64,
+            (128, 384),
+            descriptors=True,
+            quick=False,
+            window_blocks=2,
+        ),
         _numeric("one token", SQUARE, 1, 1, 1, 32, (0,), quick=False, window_blocks=1),
         _numeric("a whole number of tiles, causal", SQUARE, 256, 1, 1, 32, (), quick=False),
     ),
     launches=(
         Launch("bf16, 8 heads of 128", _launch(torch.bfloat16), quick=True),
-        Launch("bf16, 8 heads of 128, pointers", _launch(torch.bfloat16, descriptors=False),
-               devices=("sm_90", "sm_100"), demanding=False),
+        Launch(
+            "bf16, 8 heads of 128, pointers",
+            _launch(torch.bfloat16, descriptors=False),
+            devices=("sm_90", "sm_100"),
+            demanding=False,
+        ),
         Launch("bf16, 8 heads of 64", _launch(torch.bfloat16, width=64)),
         Launch("bf16, two ragged sequences, 8 heads of 128 on 2", _launch(torch.bfloat16, T=5000, B=2, K=2)),
         Launch("fp16, 4 heads of 32", _launch(torch.float16, H=4, K=4, width=32), demanding=False),
@@ -114,44 +162,80 @@ FAMILY = Family(
         "_attention_dkdv": Demand(instructions=("HGMMA", "UTMALDG"), stack_bytes=160),
     },
     faults=(
-        Fault("queries see one token into the future", "o_j[None, :] <= o_i[:, None]",
-              "o_j[None, :] <= o_i[:, None] + 1"),
-        Fault("a key's own query does not see it, backward", "o_i[None, :] >= o_j[:, None]",
-              "o_i[None, :] > o_j[:, None]"),
-        Fault("the oldest key of each query is lost", "o_j[None, :] >= b_first[:, None]",
-              "o_j[None, :] > b_first[:, None]"),
-        Fault("a key's last query is one too many", "o_i[None, :] < b_end[:, None]",
-              "o_i[None, :] <= b_end[:, None]"),
-        Fault("a partly allowed tile counts as interior", "tl.maximum(row - oldest_of_all, 0) // BN",
-              "tl.cdiv(tl.maximum(row - oldest_of_all, 0), BN)"),
-        Fault("interior by the first query instead of the last", "oldest_of_all = tl.load(p_first + end - 1)",
-              "oldest_of_all = tl.load(p_first + row)"),
-        Fault("the far edge is one tile short", "edge = tl.cdiv(tl.maximum(row - interior * BN - oldest, 0), BN)",
-              "edge = tl.maximum(row - interior * BN - oldest, 0) // BN"),
-        Fault("the far edge starts one tile late", "t < interior + edge, row - (t + 1) * BN",
-              "t < interior + edge, row - (t + 2) * BN"),
-        Fault("only the first diagonal tile", "return tl.cdiv(end - row, BN), interior, edge",
-              "return 1, interior, edge"),
-        Fault("backward: interior by the last key instead of the first", "end_of_first = tl.load(p_end + key)",
-              "end_of_first = tl.load(p_end + tl.minimum(key + BN, T) - 1)"),
-        Fault("backward: edge tiles lost", "edge = tl.cdiv(tl.maximum(end_of_last - start - interior * BM, 0), BM)",
-              "edge = 0"),
+        Fault(
+            "queries see one token into the future", "o_j[None, :] <= o_i[:, None]", "o_j[None, :] <= o_i[:, None] + 1"
+        ),
+        Fault(
+            "a key's own query does not see it, backward", "o_i[None, :] >= o_j[:, None]", "o_i[None, :] > o_j[:, None]"
+        ),
+        Fault(
+            "the oldest key of each query is lost",
+            "o_j[None, :] >= b_first[:, None]",
+            "o_j[None, :] > b_first[:, None]",
+        ),
+        Fault("a key's last query is one too many", "o_i[None, :] < b_end[:, None]", "o_i[None, :] <= b_end[:, None]"),
+        Fault(
+            "a partly allowed tile counts as interior",
+            "tl.maximum(row - oldest_of_all, 0) // BN",
+            "tl.cdiv(tl.maximum(row - oldest_of_all, 0), BN)",
+        ),
+        Fault(
+            "interior by the first query instead of the last",
+            "oldest_of_all = tl.load(p_first + end - 1)",
+            "oldest_of_all = tl.load(p_first + row)",
+        ),
+        Fault(
+            "the far edge is one tile short",
+            "edge = tl.cdiv(tl.maximum(row - interior * BN - oldest, 0), BN)",
+            "edge = tl.maximum(row - interior * BN - oldest, 0) // BN",
+        ),
+        Fault(
+            "the far edge starts one tile late",
+            "t < interior + edge, row - (t + 1) * BN",
+            "t < interior + edge, row - (t + 2) * BN",
+        ),
+        Fault(
+            "only the first diagonal tile", "return tl.cdiv(end - row, BN), interior, edge", "return 1, interior, edge"
+        ),
+        Fault(
+            "backward: interior by the last key instead of the first",
+            "end_of_first = tl.load(p_end + key)",
+            "end_of_first = tl.load(p_end + tl.minimum(key + BN, T) - 1)",
+        ),
+        Fault(
+            "backward: edge tiles lost",
+            "edge = tl.cdiv(tl.maximum(end_of_last - start - interior * BM, 0), BM)",
+            "edge = 0",
+        ),
         Fault("backward: interior starts on the diagonal", "start = key + tl.cdiv(BN, BM) * BM", "start = key"),
-        Fault("rows past the end are written", "mask=(row + o_row < T)[:, None])",
-              "mask=(row + o_row < T + 1)[:, None])"),
-        Fault("rows past the end are read", "((row + o_row >= 0) & (row + o_row < T))[:, None]",
-              "(row + o_row >= 0)[:, None]"),
-        Fault("rows before the start are read", "((row + o_row >= 0) & (row + o_row < T))[:, None]",
-              "(row + o_row < T)[:, None]"),
-        Fault("the head's stride is that of its neighbour in time", "+ row) * HEADS + head) * DH",
-              "+ row) * HEADS) * DH + head"),
-        Fault("query heads read the wrong key head", "kv_head = head // (HEADS // KV_HEADS)",
-              "kv_head = head % KV_HEADS"),
-        Fault("keys forget the later query heads of their group", "for g in range(0, HEADS // KV_HEADS):",
-              "for g in range(0, 1):"),
+        Fault(
+            "rows past the end are written", "mask=(row + o_row < T)[:, None])", "mask=(row + o_row < T + 1)[:, None])"
+        ),
+        Fault(
+            "rows past the end are read",
+            "((row + o_row >= 0) & (row + o_row < T))[:, None]",
+            "(row + o_row >= 0)[:, None]",
+        ),
+        Fault(
+            "rows before the start are read",
+            "((row + o_row >= 0) & (row + o_row < T))[:, None]",
+            "(row + o_row < T)[:, None]",
+        ),
+        Fault(
+            "the head's stride is that of its neighbour in time",
+            "+ row) * HEADS + head) * DH",
+            "+ row) * HEADS) * DH + head",
+        ),
+        Fault(
+            "query heads read the wrong key head", "kv_head = head // (HEADS // KV_HEADS)", "kv_head = head % KV_HEADS"
+        ),
+        Fault(
+            "keys forget the later query heads of their group",
+            "for g in range(0, HEADS // KV_HEADS):",
+            "for g in range(0, 1):",
+        ),
         Fault("the second sequence uses the first one's plan", "p_first += batch * T", "p_first += batch"),
-        Fault("the running maximum is not carried", "b_keep = tl.exp2(b_max - b_shift)",
-              "b_keep = tl.exp2(b_max * 0)"),
+        Fault("the running maximum is not carried", "b_keep = tl.exp2(b_max - b_shift)", "b_keep = tl.exp2(b_max * 0)"),
         Fault("delta is left out", "b_ds = b_p * (b_dp - b_delta[None, :])", "b_ds = b_p * b_dp"),
         Fault("two programs take the same rows", "tile % (CHUNK // ROWS) * ROWS", "0"),
         Fault("the logarithm is stored in base e", "b_max + tl.log2(b_sum)", "b_max + tl.log(b_sum)"),

@@ -17,9 +17,17 @@ def _inputs(B, T, H, K, width, merged=False, with_ve=True):
         if not merged:
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         angle = torch.arange(T)[:, None] * torch.linspace(0, 1, width // 2)
-        return {"q": q, "k": k, "v": v, "ve": draw(B, T, K, width) if with_ve else None, "s": draw(2),
-                "cos": angle.cos(), "sin": angle.sin(),
-                "grads": [draw(B, T, heads, width) for heads in (H, K, K)]}
+        return {
+            "q": q,
+            "k": k,
+            "v": v,
+            "ve": draw(B, T, K, width) if with_ve else None,
+            "s": draw(2),
+            "cos": angle.cos(),
+            "sin": angle.sin(),
+            "grads": [draw(B, T, heads, width) for heads in (H, K, K)],
+        }
+
     return make
 
 
@@ -54,10 +62,15 @@ def _launch(dtype, H=8, K=8, width=128, with_ve=True):
             return torch.empty(*shape, dtype=dtype, device="meta")
 
         q, k, v = meta(1, 4096, H + 2 * K, width).split((H, K, K), dim=2)
-        rest = (meta(1, 4096, K, width) if with_ve else None, meta(2, dtype=torch.float32),
-                meta(4096, width // 2, dtype=torch.float32), meta(4096, width // 2, dtype=torch.float32))
+        rest = (
+            meta(1, 4096, K, width) if with_ve else None,
+            meta(2, dtype=torch.float32),
+            meta(4096, width // 2, dtype=torch.float32),
+            meta(4096, width // 2, dtype=torch.float32),
+        )
         module.launch_inputs_forward(q, k, v, *rest)
         module.launch_inputs_backward([meta(1, 4096, h, width) for h in (H, K, K)], q, k, v, *rest)
+
     return run
 
 
@@ -80,14 +93,23 @@ FAMILY = Family(
     faults=(
         Fault("a token past the end is touched", "o_token < tokens", "o_token < tokens + 1"),
         Fault("every sequence but the first has wrong angles", "(o_token % T)", "o_token"),
-        Fault("rotation the wrong way round", "b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin",
-              "b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin"),
-        Fault("k is read with the stride of a contiguous tensor", "o_token, stride_k, m_token",
-              "o_token, KV_HEADS * 2 * R, m_token"),
+        Fault(
+            "rotation the wrong way round",
+            "b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin",
+            "b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin",
+        ),
+        Fault(
+            "k is read with the stride of a contiguous tensor",
+            "o_token, stride_k, m_token",
+            "o_token, KV_HEADS * 2 * R, m_token",
+        ),
         Fault("the second half is read from the first", "tl.load(p + R,", "tl.load(p,"),
         Fault("the norm's gradient forgets its own change", "(b_g1 - b_y1 * b_mean) * b_r", "b_g1 * b_r"),
-        Fault("a scalar's gradient overwrites that of the next program", "tl.program_id(0) * 2 + 1",
-              "tl.program_id(0) * 2 + 2"),
+        Fault(
+            "a scalar's gradient overwrites that of the next program",
+            "tl.program_id(0) * 2 + 1",
+            "tl.program_id(0) * 2 + 2",
+        ),
         Fault("a head is skipped", "for h in range(0, HEADS):", "for h in range(1, HEADS):"),
         Fault("the mean is over half a head", "/ (2 * R)", "/ R"),
     ),

@@ -13,6 +13,7 @@ def _inputs(N, V, scale=3.0):
         targets[1::5] = IGNORED
         targets[-1] = V - 1
         return {"z": torch.randn(N, V, generator=random) * scale, "targets": targets}
+
     return make
 
 
@@ -22,6 +23,7 @@ def _kernel(softcap, block):
         alone = module.launch_rows(z.clone(), given["targets"], softcap, IGNORED, False, block)
         losses = module.launch_rows(z, given["targets"], softcap, IGNORED, True, block)
         return {"alone": alone, "losses": losses, "dz": z}
+
     return run
 
 
@@ -34,6 +36,7 @@ def _reference(softcap):
         )
         (dz,) = torch.autograd.grad(losses.sum(), z)
         return {"alone": losses, "losses": losses, "dz": dz}
+
     return run
 
 
@@ -49,6 +52,7 @@ def _launch(dtype, N=4096, V=50304, softcap="rsqrt"):
         targets = torch.empty(N, dtype=torch.int64, device="meta")
         module.launch_rows(z, targets, softcap, IGNORED, True)
         module.launch_rows(z, targets, softcap, IGNORED, False)
+
     return run
 
 
@@ -79,12 +83,18 @@ FAMILY = Family(
         Fault("the target is not subtracted", "- log_total) - 1) * slope_target", "- log_total)) * slope_target"),
         Fault("the target's slope is left out", "- 1) * slope_target", "- 1)"),
         Fault("the cap's slope is left out", "* _LOG2_E) * b_slope", "* _LOG2_E)"),
-        Fault("classes past the end are counted", "tl.where(o < V, b_c, float(\"-inf\"))", "b_c"),
-        Fault("classes past the end are read", "tl.load(p_z + o, mask=o < V, other=0.0)",
-              "tl.load(p_z + o, mask=o < V + 1, other=0.0)"),
-        Fault("classes past the end are written", "b_g.to(p_z.dtype.element_ty), mask=o < V)",
-              "b_g.to(p_z.dtype.element_ty), mask=o < V + 1)"),
-        Fault("ignored rows have a gradient", "tl.where(counted, log_total, float(\"inf\"))", "log_total"),
+        Fault("classes past the end are counted", 'tl.where(o < V, b_c, float("-inf"))', "b_c"),
+        Fault(
+            "classes past the end are read",
+            "tl.load(p_z + o, mask=o < V, other=0.0)",
+            "tl.load(p_z + o, mask=o < V + 1, other=0.0)",
+        ),
+        Fault(
+            "classes past the end are written",
+            "b_g.to(p_z.dtype.element_ty), mask=o < V)",
+            "b_g.to(p_z.dtype.element_ty), mask=o < V + 1)",
+        ),
+        Fault("ignored rows have a gradient", 'tl.where(counted, log_total, float("inf"))', "log_total"),
         Fault("ignored rows have a target", "mask=counted)", "mask=row >= 0)"),
         Fault("ignored rows have a loss", "tl.where(counted, log_total - c_target, 0.0)", "log_total - c_target"),
         Fault("the target's logit is not capped", "log_total - c_target", "log_total - tl.load(p_z_target)"),
@@ -92,8 +102,11 @@ FAMILY = Family(
         Fault("blocks forget what came before", "b_total * tl.exp(b_most - b_shift) + ", ""),
         Fault("blocks of capped logits forget what came before", "b_most, b_total + tl.exp2", "b_most, tl.exp2"),
         Fault("the tail is not counted", "tl.log(tail + ", "tl.log(0 * tail + "),
-        Fault("the tail's gradient is left out", "            if TAIL > 0:\n                _store",
-              "            if TAIL > 1 << 20:\n                _store"),
+        Fault(
+            "the tail's gradient is left out",
+            "            if TAIL > 0:\n                _store",
+            "            if TAIL > 1 << 20:\n                _store",
+        ),
         Fault("the last whole block is left out", "whole = V // BLOCK * BLOCK", "whole = (V - 1) // BLOCK * BLOCK"),
     ),
 )

@@ -9,6 +9,7 @@ def _inputs(N, D, F):
     def make(random):
         shapes = dict(x=(N, D), w_in=(F, D), w_out=(D, F), dy=(N, D))
         return {name: torch.randn(*shape, generator=random) * D**-0.25 for name, shape in shapes.items()}
+
     return make
 
 
@@ -35,6 +36,7 @@ def _launch(dtype, N=65536, D=1024, F=4096):
 
         a = module.launch_activation(meta(N, D), meta(F, D))
         module.launch_slope(meta(N, D), meta(D, F), a)
+
     return run
 
 
@@ -61,15 +63,27 @@ FAMILY = Family(
         Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
         Fault("negative values pass", "tl.maximum(b_out, 0.0)", "b_out"),
         Fault("the slope lacks its two", "b_out *= 2 * tl.sqrt", "b_out *= tl.sqrt"),
-        Fault("rows past the end are read", "(o_m < M)[:, None] & (o_k < K)[None, :]",
-              "(o_m < M + 1)[:, None] & (o_k < K)[None, :]"),
-        Fault("depth past the end is read", "(o_n < N)[:, None] & (o_k < K)[None, :]",
-              "(o_n < N)[:, None] & (o_k < K + 1)[None, :]"),
-        Fault("columns past the end are written", "m_out = (o_m < M)[:, None] & (o_n < N)[None, :]",
-              "m_out = (o_m < M)[:, None] & (o_n < N + 1)[None, :]"),
+        Fault(
+            "rows past the end are read",
+            "(o_m < M)[:, None] & (o_k < K)[None, :]",
+            "(o_m < M + 1)[:, None] & (o_k < K)[None, :]",
+        ),
+        Fault(
+            "depth past the end is read",
+            "(o_n < N)[:, None] & (o_k < K)[None, :]",
+            "(o_n < N)[:, None] & (o_k < K + 1)[None, :]",
+        ),
+        Fault(
+            "columns past the end are written",
+            "m_out = (o_m < M)[:, None] & (o_n < N)[None, :]",
+            "m_out = (o_m < M)[:, None] & (o_n < N + 1)[None, :]",
+        ),
         Fault("two programs take the same tile", "first + within % height", "first"),
-        Fault("a row of the result is one too long", "o_m[:, None].to(tl.int64) * N",
-              "o_m[:, None].to(tl.int64) * (N + 1)"),
+        Fault(
+            "a row of the result is one too long",
+            "o_m[:, None].to(tl.int64) * N",
+            "o_m[:, None].to(tl.int64) * (N + 1)",
+        ),
         Fault("a descriptor's rows are the first", "p_a.load([row, k])", "p_a.load([0, k])"),
         Fault("a descriptor's columns are the first", "p_b.load([column, k])", "p_b.load([0, k])"),
         Fault("the transposed factor's descriptor does not move", "p_b.load([k, column])", "p_b.load([0, column])"),

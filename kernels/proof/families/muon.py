@@ -11,6 +11,7 @@ def _matrices(B, M, K):
     def make(random):
         e = torch.randn(B, M, M, generator=random)
         return {"x": torch.randn(B, M, K, generator=random), "e": e + e.mT}
+
     return make
 
 
@@ -32,6 +33,7 @@ def _symmetric_reference(module, given):
 def _vectors(size):
     def make(random):
         return {name: torch.randn(size, generator=random) for name in ("weight", "buffer", "grad", "update")}
+
     return make
 
 
@@ -66,6 +68,7 @@ def _launch(dtype, B=60, M=1024, K=1024):
             module.launch_update(x[0], low, torch.empty(M, K, dtype=dtype, device="meta"), LR, DECAY)
         else:
             module.launch_update(wide, None, wide, LR, DECAY)
+
     return run
 
 
@@ -93,14 +96,26 @@ FAMILY = Family(
         Fault("the mirrored tile is not turned", "tl.trans(b_out), mask", "b_out, mask"),
         Fault("tiles above the diagonal are lost", "if i > j:", "if i > j + 1000:"),
         Fault("the diagonal is skipped", "if j > i:", "if j >= i:"),
-        Fault("rows past the end are read", "mask=(o_i < M)[:, None] & (o_k < K)[None, :], other",
-              "mask=(o_k < K + 0 * o_k)[None, :] & (o_i < M + 1)[:, None], other"),
-        Fault("columns past the end are read", "(o_j < M)[:, None] & (o_k < K)[None, :]",
-              "(o_j < M)[:, None] & (o_k < K + 1)[None, :]"),
-        Fault("rows past the end are written", "m_out = (o_i < M)[:, None] & (o_j < M)[None, :]",
-              "m_out = (o_i < M + 1)[:, None] & (o_j < M)[None, :]"),
-        Fault("every batch is the first", "batch = tl.program_id(1).to(tl.int64)",
-              "batch = tl.program_id(1).to(tl.int64) * 0"),
+        Fault(
+            "rows past the end are read",
+            "mask=(o_i < M)[:, None] & (o_k < K)[None, :], other",
+            "mask=(o_k < K + 0 * o_k)[None, :] & (o_i < M + 1)[:, None], other",
+        ),
+        Fault(
+            "columns past the end are read",
+            "(o_j < M)[:, None] & (o_k < K)[None, :]",
+            "(o_j < M)[:, None] & (o_k < K + 1)[None, :]",
+        ),
+        Fault(
+            "rows past the end are written",
+            "m_out = (o_i < M)[:, None] & (o_j < M)[None, :]",
+            "m_out = (o_i < M + 1)[:, None] & (o_j < M)[None, :]",
+        ),
+        Fault(
+            "every batch is the first",
+            "batch = tl.program_id(1).to(tl.int64)",
+            "batch = tl.program_id(1).to(tl.int64) * 0",
+        ),
         Fault("a descriptor's matrix is the first", "p_x.load([batch.to(tl.int32), j", "p_x.load([0, j"),
         Fault("a descriptor's rows are its columns", "i * BM, k]).reshape", "j * BM, k]).reshape"),
         Fault("beta is left out", "b_out += beta * tl.load", "b_out += tl.load"),

@@ -18,8 +18,15 @@ def build(studio, page: gr.Blocks) -> None:
     """Lay the page out and say what its parts do."""
     from lab.studio.app import told
 
-    table = gr.Dataframe(headers=HEADERS, label="Checkpoints (click one to open it)", interactive=False, wrap=True,
-                         max_height=320, column_widths=WIDTHS, elem_id="checkpoints")  # fmt: skip
+    table = gr.Dataframe(
+        headers=HEADERS,
+        label="Checkpoints (click one to open it)",
+        interactive=False,
+        wrap=True,
+        max_height=320,
+        column_widths=WIDTHS,
+        elem_id="checkpoints",
+    )
     with gr.Row(equal_height=True):
         path = gr.Dropdown([], label="Checkpoint", allow_custom_value=True, elem_id="path", scale=4, min_width=260)
         again = gr.Button("Refresh the list", size="sm", elem_id="refresh", scale=1, min_width=120)
@@ -30,8 +37,12 @@ def build(studio, page: gr.Blocks) -> None:
         with gr.Column(scale=1, min_width=320):
             kinds = [name for name in ANALYSES if name != "Architecture"]
             kind = gr.Radio(kinds, value=kinds[0], label="Analysis", elem_id="analysis")
-            prompt = gr.Textbox(label="Prompt", placeholder="(empty: the beginning of a text)", max_length=2000,
-                                elem_id="analysis_prompt")  # fmt: skip
+            prompt = gr.Textbox(
+                label="Prompt",
+                placeholder="(empty: the beginning of a text)",
+                max_length=2000,
+                elem_id="analysis_prompt",
+            )
             run = gr.Button("Analyse", elem_id="analyse")
             words = gr.Markdown(elem_id="analysis_words")
             picture = _picture("analysis_picture", visible=False)
@@ -71,8 +82,14 @@ def build(studio, page: gr.Blocks) -> None:
 
 
 def _picture(id: str, visible: bool = True) -> gr.Image:
-    return gr.Image(type="filepath", interactive=False, show_label=False, elem_id=id, visible=visible,
-                    buttons=["download", "fullscreen"])  # fmt: skip
+    return gr.Image(
+        type="filepath",
+        interactive=False,
+        show_label=False,
+        elem_id=id,
+        visible=visible,
+        buttons=["download", "fullscreen"],
+    )
 
 
 def facts_html(studio, checkpoint) -> str:
@@ -81,10 +98,11 @@ def facts_html(studio, checkpoint) -> str:
     told |= checkpoint.told.get("fields", {})
     tokenizer = checkpoint.tokenizer
     lines = {
-        "model": checkpoint.name, "step": f"{checkpoint.step:,}",
+        "model": checkpoint.name,
+        "step": f"{checkpoint.step:,}",
         "parameters": f"{checkpoint.model.num_parameters():,}",
         "vocabulary": f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
-    }  # fmt: skip
+    }
     lines |= {k: v for k, v in told.items() if k not in lines and not str(k).endswith(("hash", "digest"))}
     shown = [(html.escape(str(k)), html.escape(str(v))) for k, v in lines.items()]
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)

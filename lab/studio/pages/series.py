@@ -32,20 +32,28 @@ def build(studio, page: gr.Blocks) -> None:
 
     with gr.Row(equal_height=True):
         folder = gr.Dropdown([], label="Series", elem_id="series", allow_custom_value=True, scale=3, min_width=280)
-        threshold = gr.Textbox(label="Threshold", placeholder="the series' own", max_length=20, elem_id="threshold",
-                               scale=1, min_width=140)  # fmt: skip
+        threshold = gr.Textbox(
+            label="Threshold", placeholder="the series' own", max_length=20, elem_id="threshold", scale=1, min_width=140
+        )
         alpha = gr.Number(0.05, label="Alpha", minimum=0.001, maximum=0.5, elem_id="alpha", scale=1, min_width=120)
         report = gr.DownloadButton("Download the report", elem_id="report", size="sm", scale=1, min_width=160)
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            verdict = gr.Textbox(label="t-test, as python -m stats.ttest prints it", lines=12, max_lines=30,
-                                 elem_id="verdict", buttons=["copy"])  # fmt: skip
-            sequential = gr.Textbox(label="Sequential test, as runs come in", lines=4, max_lines=30,
-                                    elem_id="sequential", visible=False)  # fmt: skip
+            verdict = gr.Textbox(
+                label="t-test, as python -m stats.ttest prints it",
+                lines=12,
+                max_lines=30,
+                elem_id="verdict",
+                buttons=["copy"],
+            )
+            sequential = gr.Textbox(
+                label="Sequential test, as runs come in", lines=4, max_lines=30, elem_id="sequential", visible=False
+            )
         with gr.Column(scale=1, min_width=320):
             pictures = gr.HTML(elem_classes="pictures", elem_id="pictures")
-    table = gr.Dataframe(headers=HEADERS, label="Runs", interactive=False, wrap=True, column_widths=WIDTHS,
-                         elem_id="runs")  # fmt: skip
+    table = gr.Dataframe(
+        headers=HEADERS, label="Runs", interactive=False, wrap=True, column_widths=WIDTHS, elem_id="runs"
+    )
     seen = gr.State(())
     outputs = [verdict, sequential, pictures, table, seen]
 

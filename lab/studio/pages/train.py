@@ -14,8 +14,16 @@ from lab.studio.recipes import BOUNDS, MODELS, READINGS, TOKENS, Request, corpor
 
 REFRESH_S = 1.5
 FIRST = "gpt"
-STATE_SIGNS = {"running": "▶", "queued": "…", "paused": "⏸", "pausing": "⏸", "stopping": "■", "stopped": "■",
-               "finished": "✓", "failed": "✗"}  # fmt: skip
+STATE_SIGNS = {
+    "running": "▶",
+    "queued": "…",
+    "paused": "⏸",
+    "pausing": "⏸",
+    "stopping": "■",
+    "stopped": "■",
+    "finished": "✓",
+    "failed": "✗",
+}
 
 
 def build(studio, page: gr.Blocks) -> None:
@@ -47,16 +55,22 @@ def _form(studio) -> tuple[dict[str, gr.Component], gr.Button]:
     about = gr.Markdown(MODELS[FIRST].about)
     corpus = gr.Dropdown(corpora_for(FIRST), value="stories", label="Corpus", elem_id="corpus")
     with gr.Group(visible=False) as upload_group:
-        upload = gr.File(label=f"Text file (UTF-8, at most {MAX_UPLOAD_BYTES >> 20} MB)", file_types=[".txt", ".md"],
-                         elem_id="upload", height=140)  # fmt: skip
+        upload = gr.File(
+            label=f"Text file (UTF-8, at most {MAX_UPLOAD_BYTES >> 20} MB)",
+            file_types=[".txt", ".md"],
+            elem_id="upload",
+            height=140,
+        )
         reading = gr.Radio([(label, key) for key, label in READINGS.items()], value="text", label="Read as")
     text = gr.State("")
     tokens = gr.Radio([(label, key) for key, label in TOKENS.items()], value="char", label="Tokens")
-    steps = gr.Number(MODELS[FIRST].steps, label="Steps", precision=0, minimum=1, maximum=BOUNDS["steps"][1],
-                      elem_id="steps")  # fmt: skip
+    steps = gr.Number(
+        MODELS[FIRST].steps, label="Steps", precision=0, minimum=1, maximum=BOUNDS["steps"][1], elem_id="steps"
+    )
     with gr.Accordion("More (0: the model's own value)", open=False, elem_id="more"):
-        batch = gr.Number(0, label="Tokens a step", precision=0, minimum=0, maximum=BOUNDS["batch_tokens"][1],
-                          elem_id="batch_tokens")  # fmt: skip
+        batch = gr.Number(
+            0, label="Tokens a step", precision=0, minimum=0, maximum=BOUNDS["batch_tokens"][1], elem_id="batch_tokens"
+        )
         rate = gr.Number(0, label="Learning rate", minimum=0, maximum=BOUNDS["learning_rate"][1], visible=False)
         width = gr.Slider(0, BOUNDS["width"][1], 0, step=16, label="Width", elem_id="width")
         layers = gr.Slider(0, BOUNDS["layers"][1], 0, step=1, label="Layers", elem_id="layers")
@@ -68,10 +82,15 @@ def _form(studio) -> tuple[dict[str, gr.Component], gr.Button]:
         corpora = corpora_for(key)
         plain = bool(chosen.rung) and not chosen.stories
         return (
-            chosen.about, gr.update(choices=corpora, value=corpora[0][1]), gr.update(visible=plain), chosen.steps,
-            gr.update(visible=chosen.learning_rate), gr.update(visible=bool(chosen.width)),
-            gr.update(visible=bool(chosen.layers)), "stories" if chosen.stories else "text",
-        )  # fmt: skip
+            chosen.about,
+            gr.update(choices=corpora, value=corpora[0][1]),
+            gr.update(visible=plain),
+            chosen.steps,
+            gr.update(visible=chosen.learning_rate),
+            gr.update(visible=bool(chosen.width)),
+            gr.update(visible=bool(chosen.layers)),
+            "stories" if chosen.stories else "text",
+        )
 
     model.change(choose_model, model, [about, corpus, tokens, steps, rate, width, layers, reading])
     corpus.change(lambda key: gr.update(visible=key == "upload"), corpus, upload_group)
@@ -82,8 +101,19 @@ def _form(studio) -> tuple[dict[str, gr.Component], gr.Button]:
 
     upload.upload(keep, upload, text)
     upload.clear(lambda: "", None, text)
-    named = dict(model=model, corpus=corpus, reading=reading, text=text, tokens=tokens, steps=steps, batch_tokens=batch,
-                 learning_rate=rate, width=width, layers=layers, seed=seed)  # fmt: skip
+    named = dict(
+        model=model,
+        corpus=corpus,
+        reading=reading,
+        text=text,
+        tokens=tokens,
+        steps=steps,
+        batch_tokens=batch,
+        learning_rate=rate,
+        width=width,
+        layers=layers,
+        seed=seed,
+    )
     return named, start
 
 
@@ -151,13 +181,23 @@ class _Watch:
         drawn = seen and tuple(seen) == points
         figure = None if drawn else curves(progress, entry.training.floor)
         plot = gr.skip() if drawn else gr.update(value=figure, visible=bool(progress.step))
-        can = [("queued", "running"), ("paused", "stopped", "failed"), ("queued", "running", "paused", "pausing"),
-               ("queued", "paused", "stopped", "finished", "failed")]  # fmt: skip
+        can = [
+            ("queued", "running"),
+            ("paused", "stopped", "failed"),
+            ("queued", "running", "paused", "pausing"),
+            ("queued", "paused", "stopped", "finished", "failed"),
+        ]
         buttons = [gr.update(interactive=state in states) for states in can]
         buttons[1] = gr.update(interactive=state in can[1], value="Try again" if state == "failed" else "Resume")
         ahead = len([e for e in entries[: entries.index(entry)] if e.state in ("queued", "running", "paused")])
-        return [gr.update(choices=choices, value=entry.id), status_html(entry, progress, ahead), *buttons, plot,
-                samples_html(samples), points]  # fmt: skip
+        return [
+            gr.update(choices=choices, value=entry.id),
+            status_html(entry, progress, ahead),
+            *buttons,
+            plot,
+            samples_html(samples),
+            points,
+        ]
 
 
 def status_html(entry: Entry, progress: Progress, ahead: int) -> str:

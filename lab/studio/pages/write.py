@@ -18,8 +18,9 @@ def build(studio, page: gr.Blocks) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             chosen = gr.Dropdown([], label="Model", allow_custom_value=True, elem_id="checkpoint")
-            prompt = gr.Textbox(label="Beginning", placeholder="Once upon a time", lines=3, max_length=4000,
-                                elem_id="prompt")  # fmt: skip
+            prompt = gr.Textbox(
+                label="Beginning", placeholder="Once upon a time", lines=3, max_length=4000, elem_id="prompt"
+            )
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature (0: always the likeliest)")
             top_k = gr.Slider(0, 200, 0, step=1, label="Top-k (0: off)")
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p (1: off)")
@@ -30,9 +31,15 @@ def build(studio, page: gr.Blocks) -> None:
                 halt = gr.Button("Stop", elem_id="halt", min_width=80)
         with gr.Column(scale=2, min_width=320):
             story = gr.HTML(story_html("", "", None), elem_id="story")
-            tokens = gr.HighlightedText(label="Tokens", show_legend=False, combine_adjacent=False, elem_id="tokens",
-                                        show_inline_category=False, visible=False,
-                                        color_map={"written": "#93c5fd", "end": "#94a3b8"})  # fmt: skip
+            tokens = gr.HighlightedText(
+                label="Tokens",
+                show_legend=False,
+                combine_adjacent=False,
+                elem_id="tokens",
+                show_inline_category=False,
+                visible=False,
+                color_map={"written": "#93c5fd", "end": "#94a3b8"},
+            )
             about = gr.Markdown(HINT, elem_id="about")
             bars = gr.Label(label="What the model expected there", num_top_classes=10, visible=False, elem_id="bars")
             drove = gr.HighlightedText(label="What drove it", show_legend=True, elem_id="drove", visible=False)
@@ -44,8 +51,10 @@ def build(studio, page: gr.Blocks) -> None:
 
     settings = [temperature, top_k, top_p, seed, length]
     event = dict(inputs=[chosen, prompt, *settings], outputs=[story, tokens, written, about, bars, drove])
-    running = [go.click(compose, **event, show_progress="hidden", concurrency_limit=2),
-               prompt.submit(compose, **event, show_progress="hidden", concurrency_limit=2)]  # fmt: skip
+    running = [
+        go.click(compose, **event, show_progress="hidden", concurrency_limit=2),
+        prompt.submit(compose, **event, show_progress="hidden", concurrency_limit=2),
+    ]
     halt.click(lambda: None, cancels=running)
 
     @told
@@ -69,10 +78,12 @@ def _compose(studio, path, beginning, settings):
 
     temperature, top_k, top_p, seed, length = settings
     clean = dict(
-        temperature=min(max(float(temperature), 0.0), 5.0), top_k=max(int(top_k), 0),
-        top_p=min(max(float(top_p), 0.01), 1.0), seed=int(seed or 0) % 2**31,
+        temperature=min(max(float(temperature), 0.0), 5.0),
+        top_k=max(int(top_k), 0),
+        top_p=min(max(float(top_p), 0.01), 1.0),
+        seed=int(seed or 0) % 2**31,
         max_tokens=min(max(int(length), 1), LONGEST),
-    )  # fmt: skip
+    )
     checkpoint = studio.models.load(path)
     hidden = gr.update(visible=False)
     now = None
@@ -92,7 +103,7 @@ def story_html(text: str, beginning: str, ended: bool | None) -> str:
     if not text.strip():
         return "<p class='quiet'>The story will stand here.</p>" if ended is None else "<p class='quiet'>(nothing)</p>"
     given = beginning if text.startswith(beginning) else ""
-    body = f"<span class='given'>{html.escape(given)}</span>{html.escape(text[len(given):])}"
+    body = f"<span class='given'>{html.escape(given)}</span>{html.escape(text[len(given) :])}"
     paragraphs = "".join(f"<p>{part}</p>" for part in body.strip().split("\n") if part.strip())
     note = {None: "", True: "<p class='end'>The end.</p>", False: "<p class='end'>(cut at the length)</p>"}[ended]
     return paragraphs + note

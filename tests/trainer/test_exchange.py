@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kernels.communication import bytes_per_step, owners
+from trainer.exchange import bytes_per_step, owners
 
 STEPS, VOCAB, WIDTH = 3, 48, 8
 
@@ -17,7 +17,7 @@ PROGRAM = """
 import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
-from kernels.communication import GradientExchange, PlainExchange, touched_rows
+from trainer.exchange import GradientExchange, PlainExchange, touched_rows
 
 rank, world, file, steps, vocab, width = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
 torch.set_num_threads(1)
@@ -99,8 +99,14 @@ def run_world(world: int, folder, repo, vocab: int = VOCAB) -> list[dict]:
     arguments = [str(n) for n in (world, folder / f"meet-{world}-{vocab}", STEPS, vocab, WIDTH)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, str(rank), *arguments], cwd=repo,
-                         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM, str(rank), *arguments],
+            cwd=repo,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(world)
     ]
     try:

@@ -101,7 +101,5 @@ def newest_whole(
         except CheckpointError as error:
             say(f"warning: {error}; trying the checkpoint before it")
     if found:
-        raise CheckpointError(
-            f"{folder}: none of its {len(found)} checkpoints is whole; move them away to start over"
-        )
+        raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole; move them away to start over")
     return None

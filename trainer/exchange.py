@@ -67,8 +67,11 @@ class PlainExchange:
     head_rows = slice(None)
 
     def __init__(
-        self, matrices: Mapping[str, nn.Parameter], tables: Mapping[str, nn.Parameter],
-        head: nn.Parameter | None, others: list[nn.Parameter],
+        self,
+        matrices: Mapping[str, nn.Parameter],
+        tables: Mapping[str, nn.Parameter],
+        head: nn.Parameter | None,
+        others: list[nn.Parameter],
     ):
         self.mine = list(matrices)
         self.parameters = [p for p in (*matrices.values(), *tables.values(), head, *others) if p is not None]
@@ -103,8 +106,11 @@ class GradientExchange:
     """
 
     def __init__(
-        self, matrices: Mapping[str, nn.Parameter], tables: Mapping[str, nn.Parameter],
-        head: nn.Parameter | None, others: list[nn.Parameter],
+        self,
+        matrices: Mapping[str, nn.Parameter],
+        tables: Mapping[str, nn.Parameter],
+        head: nn.Parameter | None,
+        others: list[nn.Parameter],
     ):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.matrices, self.tables, self.others = dict(matrices), dict(tables), list(others)
