@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lab import LabError
+from lab.cleaning import STORY_END, read_stories
+from lab.embedded import embedded_documents
 from lab.models.base import IGNORE
-from lab.stories import STORY_END, word_tokenizer
-from lab.tokens import ByteTokenizer, CharTokenizer, Tokenizer
+from lab.tokens import ByteTokenizer, CharTokenizer, Tokenizer, word_tokenizer
 
 KINDS = ("names", "text", "stories", "sums")
 SPLITS = ("train", "val", "test")
@@ -72,12 +73,8 @@ def load_documents(kind: str, path: str | Path | None = None, limit_chars: int =
     if kind not in KINDS:
         raise LabError(f"no data named {kind!r}; choose one of {', '.join(KINDS)}")
     if not path:
-        from lab.embedded import embedded_documents
-
         return embedded_documents(kind, limit_chars)
     if kind == "stories":
-        from lab.stories import read_stories
-
         documents = read_stories(path).stories
     else:
         text = read_text(path)

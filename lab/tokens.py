@@ -6,7 +6,6 @@ that opens every document and, as a target, ends it.
 
 import hashlib
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from lab import LabError
 from lab.models.base import MARK
+from lab.words import common_words, join_words, split_words
 
 UNKNOWN = -1  # stands in `encode(..., unknown="keep")` for text that the vocabulary lacks
 
@@ -160,14 +160,10 @@ class WordTokenizer(Tokenizer):
         self._names = set(self.capitalized)
 
     def encode(self, text: str, unknown: str = "error") -> np.ndarray:
-        from lab.stories import split_words  # the other way round imports this module
-
         missing = UNKNOWN if unknown == "keep" else self.unknown_id
         return np.array([self._ids.get(w.lower(), missing) for w in split_words(text)], dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        from lab.stories import join_words
-
         words = ["<unk>" if i == self.unknown_id else self.words[i - 2] for i in ids if i != self.mark]
         return join_words(words, self._names)
 
@@ -177,6 +173,11 @@ class WordTokenizer(Tokenizer):
 
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "words": self.words, "capitalized": self.capitalized}
+
+
+def word_tokenizer(documents: Sequence[str], size: int = 2000, min_count: int = 2) -> WordTokenizer:
+    """A vocabulary of the `size` commonest words of `documents`, see `common_words`."""
+    return WordTokenizer(*common_words(documents, size, min_count))
 
 
 def from_spec(spec: dict[str, Any]) -> Tokenizer:
@@ -191,9 +192,3 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
     if kind == "word":
         return WordTokenizer(spec["words"], spec.get("capitalized", ()))
     raise LabError(f"the checkpoint's vocabulary is of kind {kind!r}; known are char, byte, gpt2 and word")
-
-
-def plain(text: str) -> str:
-    """`text` with typographic variants folded to their plain forms (NFKC, quotes and dashes to ASCII)."""
-    table = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
-    return unicodedata.normalize("NFKC", text).translate(table).replace("\u2026", "...")

@@ -16,7 +16,7 @@ from lab.analyses.samples import profile
 from lab.analyses.scoring import token_losses
 from lab.checkpoints import Checkpoint
 from lab.sample import generate
-from lab.stories import split_words
+from lab.words import split_words
 
 
 def longest_shared_run(text: str, corpus: str) -> int:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import LabError
+from lab.cleaning import clean_stories, repair_encoding
 from lab.datasets import (
     load_corpus,
     load_documents,
@@ -17,8 +18,8 @@ from lab.datasets import (
     tokenize_documents,
 )
 from lab.models import IGNORE
-from lab.stories import clean_stories, join_words, repair_encoding, split_words, word_tokenizer
-from lab.tokens import ByteTokenizer, CharTokenizer, GPT2Tokenizer, UnknownTextError, from_spec
+from lab.tokens import ByteTokenizer, CharTokenizer, GPT2Tokenizer, UnknownTextError, from_spec, word_tokenizer
+from lab.words import join_words, split_words
 
 WORDS = st.lists(st.text("abcde", min_size=1, max_size=9), min_size=1, max_size=30)
 
