@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
@@ -16,10 +17,38 @@ class UsageError(ValueError):
     """A command line or a configuration makes no sense; the message says which field and what to do."""
 
 
-def setting(default: Any, unit: str, text: str) -> Any:
-    """A dataclass field with the unit and the sentence that `help_text` prints. Its type must be a real one
-    (bool, int, float or str), not a string: the module must not postpone annotations."""
-    return dataclasses.field(default=default, metadata={"unit": unit, "help": text})
+def setting(
+    default: Any,
+    unit: str,
+    text: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Iterable[str] = (),
+) -> Any:
+    """A dataclass field with the unit and the sentence that `help_text` prints, and the values that `check_limits`
+    lets pass. Its type must be a real one (bool, int, float or str), not a string: the module must not postpone
+    annotations."""
+    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    told = {"limits": {words: limit for words, limit in limits.items() if limit is not None}}
+    return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "choices": tuple(choices), **told})
+
+
+_HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+def check_limits(options: Any) -> None:
+    """Raise UsageError for the first field of a dataclass whose value its `setting` does not let pass."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        limits, choices = field.metadata.get("limits", {}), field.metadata.get("choices", ())
+        if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
+            wanted = " and ".join(f"{words} {limit:,}".replace(",", "") for words, limit in limits.items())
+            raise UsageError(f"--{field.name}={value}: {wanted}")
+        if choices and value not in choices:
+            raise UsageError(f"--{field.name}={value}: one of {', '.join(choices)}")
 
 
 def parse_options(
@@ -29,25 +58,55 @@ def parse_options(
 
     `kind` has a field `preset`, a key of `presets` whose row replaces the defaults. A bare `--field` means the text
     in `bare`, else "true". Raises UsageError."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    words, given = read_words([kind], arguments, bare)
+    if words:
+        raise UsageError(f"unknown argument {words[0]!r}; {_hint(words[0], [kind])}")
+    preset = given.get("preset", next(f.default for f in dataclasses.fields(kind) if f.name == "preset"))
+    if preset not in presets:
+        raise UsageError(f"--preset={preset}: no such preset; there are {', '.join(presets)}")
+    return fill(kind, {"preset": preset, **given}, presets[preset])
+
+
+def read_words(
+    kinds: Sequence[type], arguments: Iterable[str], bare: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """(words that belong to no field, {field: its text}) of a command line over the fields of several dataclasses.
+
+    A bare `--field` means the text in `bare`, else "true"; a flag takes the next word for its own only if that
+    is a yes or a no. Raises UsageError for a field that none of `kinds` has."""
+    types = {field.name: field.type for kind in kinds for field in dataclasses.fields(kind)}
+    words: list[str] = []
     given: dict[str, str] = {}
     queue = list(arguments)
     while queue:
         word = queue.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not word.startswith("--") or name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean --{near[0]}?" if near else "see --help"
-            raise UsageError(f"unknown argument {word!r}; {hint}")
+        if name not in types:
+            raise UsageError(f"unknown argument {word!r}; {_hint(name, kinds)}")
         if not equals:
-            text = queue.pop(0) if queue and not queue[0].startswith("--") else bare.get(name, "true")
+            next_word = queue[0] if queue else "--"
+            takes = not next_word.startswith("--") and (types[name] is not bool or next_word.lower() in YES + NO)
+            text = queue.pop(0) if takes else bare.get(name, "true")
         given[name] = text
-    preset = given.get("preset", fields["preset"].default)
-    if preset not in presets:
-        raise UsageError(f"--preset={preset}: no such preset; there are {', '.join(presets)}")
-    typed = {name: _typed(fields[name], text) for name, text in given.items()}
-    return kind(**{**presets[preset], **typed, "preset": preset})
+    return words, given
+
+
+def _hint(name: str, kinds: Sequence[type]) -> str:
+    known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(name.removeprefix("--").partition("=")[0], known, n=1)
+    return f"did you mean --{near[0]}?" if near else "see --help"
+
+
+def fill(kind: type[Options], given: Mapping[str, str], start: Mapping[str, Any] | None = None) -> Options:
+    """An instance of the dataclass `kind`: its defaults, over them `start`, over them the texts in `given` that
+    name its fields, typed. Raises UsageError."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    typed = {name: _typed(fields[name], text) for name, text in given.items() if name in fields}
+    return kind(**{**(start or {}), **typed})
 
 
 def _typed(field: dataclasses.Field, text: str) -> Any:
@@ -71,10 +130,19 @@ def _typed(field: dataclasses.Field, text: str) -> Any:
 
 def help_text(kind: type, presets: Mapping[str, Mapping[str, Any]], beside: str) -> str:
     """Every field with type, unit and default, and the value of preset `beside` where it differs."""
-    lines = [f"Fields (--field=value) with their defaults; presets: {', '.join(presets)}\n"]
+    head = f"Fields (--field=value) with their defaults; presets: {', '.join(presets)}\n"
+    return "\n".join([head, *fields_text(kind, {beside: presets[beside]})])
+
+
+def fields_text(kind: type, beside: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
+    """Lines for every field of a dataclass: default, sentence, type, unit, choices; and its value in each of
+    `beside`, where it has one."""
+    lines = []
     for field in dataclasses.fields(kind):
+        choices = f": {', '.join(field.metadata['choices'])}" if field.metadata.get("choices") else ""
         lines.append(f"  --{field.name}={field.default}")
-        lines.append(f"        {field.metadata['help']} ({field.type.__name__}, {field.metadata['unit']})")
-        if field.name in presets[beside]:
-            lines.append(f"        {beside}: {presets[beside][field.name]}")
-    return "\n".join(lines)
+        lines.append(f"        {field.metadata['help']} ({field.type.__name__}, {field.metadata['unit']}{choices})")
+        for name, values in (beside or {}).items():
+            if field.name in values:
+                lines.append(f"        {name}: {values[field.name]}")
+    return lines
