@@ -187,7 +187,7 @@ def tune(tokens: torch.Tensor, heads: int, width: int, repeats: int) -> list[dic
         for kernel, shapes in module.CANDIDATES.items():
             for shape in shapes:
                 for descriptors in (True, False):
-                    tile = module.Tile(*shape, descriptors)
+                    tile = module.Tile(*shape, descriptors=descriptors)
                     if kernel == "forward":
                         run = functools.partial(module.launch_forward, q, k, v, plan, SCALE, tile)
                     else:  # both backward kernels run; the other one keeps its tile, so differences are this one's

@@ -24,7 +24,7 @@ import torch
 
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
-from kernels.runtime import LOG2_E, copies_in_bulk, descriptor, device_kind, implementation_of, tl, triton
+from kernels.runtime import LOG2_E, Tile, Tiles, copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 __all__ = [
     "AttentionPlan",
@@ -61,12 +61,7 @@ class AttentionPlan(NamedTuple):
     band_mask: torch.Tensor | None = None
 
 
-def implementation(impl: str, tensor: torch.Tensor) -> str:
-    """Name of what `attention(..., impl=impl)` runs on this tensor's device; the training log prints it."""
-    return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
-
-
-# ---- plan --------------------------------------------------------------------------------------------------
+# ---- plan -------------------------------------------------------------------------------------------------
 
 
 def attention_plan(
@@ -187,7 +182,7 @@ def _window(name: str, window: int | torch.Tensor, least: int) -> int | torch.Te
     return torch.sym_max(window, 1)
 
 
-# ---- references --------------------------------------------------------------------------------------------
+# ---- references -------------------------------------------------------------------------------------------
 
 
 def allowed_pairs(plan: AttentionPlan) -> torch.Tensor:
@@ -208,26 +203,52 @@ def attention_reference(q_BTHDh, k_BTKDh, v_BTKDh, plan: AttentionPlan, *, scale
     return (score_BHTT.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
-# ---- tiles -------------------------------------------------------------------------------------------------
+def flex_mask(plan: AttentionPlan):
+    """The plan as FlexAttention's BlockMask, with its full and partial blocks told apart."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    first_BT = plan.first_key_BT
+    block, T = SCHEDULE_TOKENS, first_BT.shape[1]
+
+    def may_see(b, h, i, j):
+        return (j <= i) & (j >= first_BT[b, i])
+
+    start = torch.arange(0, T, block, device=first_BT.device)
+    last = (start + block - 1).clamp(max=T - 1)
+    query, key = start[:, None], start[None, :]
+    visited = (key <= query) & (key + block > first_BT[:, start, None])
+    full = visited & (key < query) & (key >= first_BT[:, last, None])
+
+    def ordered(chosen):
+        chosen = chosen[:, None].int()
+        return (
+            chosen.sum(-1).int().contiguous(),
+            chosen.argsort(dim=-1, descending=True, stable=True).int().contiguous(),
+        )
+
+    return BlockMask.from_kv_blocks(
+        *ordered(visited & ~full), *ordered(full), BLOCK_SIZE=block, mask_mod=may_see, seq_lengths=(T, T)
+    )
 
 
-class Tile(NamedTuple):
-    """Launch configuration of one kernel: queries and keys of a tile, warps, pipeline stages, and whether the
-    walked operands come through tensor descriptors (Hopper's and Blackwell's bulk copies), not pointers."""
+def _flex(q, k, v, plan, scale):
+    """torch's FlexAttention on the same plan: what the fused kernel is measured against."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    descriptors: bool = False
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = flex_attention(q, k, v, block_mask=flex_mask(plan), scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2)
 
 
-#: (device kind, kernel, bytes an element) -> tile, for head widths up to 128. Kinds: `device_kind`. A missing
-#: entry falls back to ("default", ...), which fits the shared memory of every device that torch supports (99 KiB
+# ---- tiles ------------------------------------------------------------------------------------------------
+
+
+#: For head widths up to 128. "default" fits the shared memory of every device that torch supports (99 KiB
 #: on NVIDIA, 64 KiB on AMD). Hopper's: 128 rows of queries, as 64 would read k and v twice as often, 8 TB/s from
 #: the second-level cache at 500 TFLOP/s; keys as many as do not make the hot loop spill. None has been timed on a
 #: GPU yet: `python -m bench.attention --tune` times CANDIDATES there.
-TILES: dict[tuple[str, str, int], Tile] = {
+TILES: Tiles = {
     ("default", "forward", 2): Tile(64, 64, 4, 2),
     ("default", "dq", 2): Tile(64, 32, 4, 2),
     ("default", "dkdv", 2): Tile(32, 64, 4, 2),
@@ -237,18 +258,18 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("sm_80", "forward", 2): Tile(128, 64, 8, 2),
     ("sm_80", "dq", 2): Tile(128, 32, 8, 2),
     ("sm_80", "dkdv", 2): Tile(32, 128, 8, 2),
-    ("sm_90", "forward", 2): Tile(128, 64, 8, 2, True),
-    ("sm_90", "dq", 2): Tile(128, 64, 8, 2, True),
-    ("sm_90", "dkdv", 2): Tile(64, 128, 8, 2, True),
-    ("sm_100", "forward", 2): Tile(128, 64, 8, 2, True),
-    ("sm_100", "dq", 2): Tile(128, 64, 8, 2, True),
-    ("sm_100", "dkdv", 2): Tile(64, 128, 8, 1, True),
+    ("sm_90", "forward", 2): Tile(128, 64, 8, 2, descriptors=True),
+    ("sm_90", "dq", 2): Tile(128, 64, 8, 2, descriptors=True),
+    ("sm_90", "dkdv", 2): Tile(64, 128, 8, 2, descriptors=True),
+    ("sm_100", "forward", 2): Tile(128, 64, 8, 2, descriptors=True),
+    ("sm_100", "dq", 2): Tile(128, 64, 8, 2, descriptors=True),
+    ("sm_100", "dkdv", 2): Tile(64, 128, 8, 1, descriptors=True),
     ("gfx942", "forward", 2): Tile(128, 64, 4, 1),
     ("gfx942", "dq", 2): Tile(64, 32, 4, 1),
     ("gfx942", "dkdv", 2): Tile(32, 64, 4, 1),
 }
 
-#: What `--tune` tries, by kernel, with and without descriptors: (block_m, block_n, warps, stages).
+#: What `--tune` tries, by kernel, with and without descriptors: (rows, columns, warps, stages).
 CANDIDATES = {
     "forward": (
         (128, 128, 8, 2),
@@ -264,13 +285,7 @@ CANDIDATES = {
 }
 
 
-def tile_for(kernel: str, dtype: torch.dtype, kind: str | None = None) -> Tile:
-    """The tile of `kernel` ("forward", "dq" or "dkdv") for inputs of `dtype`, on this device or on `kind`."""
-    kind = device_kind() if kind is None else kind
-    return TILES.get((kind, kernel, dtype.itemsize)) or TILES["default", kernel, dtype.itemsize]
-
-
-# ---- Triton: attention -------------------------------------------------------------------------------------
+# ---- Triton -----------------------------------------------------------------------------------------------
 # Prefixes: p_ pointer (or tensor descriptor), o_ offset, b_ block of values, m_ mask. Logits are kept in
 # base 2: scale_log2 = scale * log2(e), so that exp is the device's own exp2. A program owns one tile of
 # rows and walks the other axis in two loops: the edge tiles (the diagonal, and the far end where documents
@@ -770,7 +785,7 @@ def _attention_dkdv(
     _store_tile(p_dv, b_dv, batch, key, kv_head, T, KV_HEADS, DH, BN)
 
 
-# ---- launchers ---------------------------------------------------------------------------------------------
+# ---- launchers --------------------------------------------------------------------------------------------
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -801,8 +816,8 @@ def _constants(q, k, tile: Tile) -> dict:
         "KV_HEADS": k.shape[2],
         "DH": q.shape[3],
         "CHUNK": SCHEDULE_TOKENS,
-        "BM": tile.block_m,
-        "BN": tile.block_n,
+        "BM": tile.rows,
+        "BN": tile.columns,
         "DESCRIPTOR": tile.descriptors,
         "PRECISION": _precision(q.dtype),
         "num_warps": tile.warps,
@@ -815,13 +830,13 @@ def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None
     """Run the forward kernel. q, k, v (B, T, heads, Dh), contiguous.
 
     Returns: o like q, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
-    tile = tile or tile_for("forward", q.dtype)
+    tile = tile or tile_of(TILES, "forward", q.dtype)
     B, T, H, _ = q.shape
     o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    _attention_forward[_grid(q, tile.block_m)](
+    _attention_forward[_grid(q, tile.rows)](
         q,
-        _operand(k, tile.block_n, tile),
-        _operand(v, tile.block_n, tile),
+        _operand(k, tile.columns, tile),
+        _operand(v, tile.columns, tile),
         o,
         lse,
         plan.first_key_BT,
@@ -841,15 +856,15 @@ def launch_backward(
 
     No atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys, each in a fixed
     order, so that two runs give the same bits. The price is that the logits are computed twice."""
-    tile_dq = tile_dq or tile_for("dq", q.dtype)
-    tile = tile_dkdv or tile_for("dkdv", q.dtype)
+    tile_dq = tile_dq or tile_of(TILES, "dq", q.dtype)
+    tile = tile_dkdv or tile_of(TILES, "dkdv", q.dtype)
     T = q.shape[1]
     chunks = triton.cdiv(T, SCHEDULE_TOKENS)
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    _attention_dq[_grid(q, tile_dq.block_m)](
+    _attention_dq[_grid(q, tile_dq.rows)](
         q,
-        _operand(k, tile_dq.block_n, tile_dq),
-        _operand(v, tile_dq.block_n, tile_dq),
+        _operand(k, tile_dq.columns, tile_dq),
+        _operand(v, tile_dq.columns, tile_dq),
         o,
         do,
         lse,
@@ -863,11 +878,11 @@ def launch_backward(
         chunks,
         **_constants(q, k, tile_dq),
     )
-    _attention_dkdv[_grid(k, tile.block_n)](
-        _operand(q, tile.block_m, tile),
+    _attention_dkdv[_grid(k, tile.columns)](
+        _operand(q, tile.rows, tile),
         k,
         v,
-        _operand(do, tile.block_m, tile),
+        _operand(do, tile.rows, tile),
         lse,
         delta,
         dk,
@@ -883,7 +898,7 @@ def launch_backward(
     return dq, dk, dv
 
 
-# ---- torch operators ---------------------------------------------------------------------------------------
+# ---- torch operators --------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
@@ -945,48 +960,12 @@ def _attention_grad(ctx, do, _dlse):
 _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
 
 
-# ---- FlexAttention -----------------------------------------------------------------------------------------
+# ---- public functions -------------------------------------------------------------------------------------
 
 
-def flex_mask(plan: AttentionPlan):
-    """The plan as FlexAttention's BlockMask, with its full and partial blocks told apart."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    first_BT = plan.first_key_BT
-    block, T = SCHEDULE_TOKENS, first_BT.shape[1]
-
-    def may_see(b, h, i, j):
-        return (j <= i) & (j >= first_BT[b, i])
-
-    start = torch.arange(0, T, block, device=first_BT.device)
-    last = (start + block - 1).clamp(max=T - 1)
-    query, key = start[:, None], start[None, :]
-    visited = (key <= query) & (key + block > first_BT[:, start, None])
-    full = visited & (key < query) & (key >= first_BT[:, last, None])
-
-    def ordered(chosen):
-        chosen = chosen[:, None].int()
-        return (
-            chosen.sum(-1).int().contiguous(),
-            chosen.argsort(dim=-1, descending=True, stable=True).int().contiguous(),
-        )
-
-    return BlockMask.from_kv_blocks(
-        *ordered(visited & ~full), *ordered(full), BLOCK_SIZE=block, mask_mod=may_see, seq_lengths=(T, T)
-    )
-
-
-def _flex(q, k, v, plan, scale):
-    """torch's FlexAttention on the same plan: what the fused kernel is measured against."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = flex_attention(q, k, v, block_mask=flex_mask(plan), scale=scale, enable_gqa=grouped)
-    return o.transpose(1, 2)
-
-
-# ---- public functions --------------------------------------------------------------------------------------
+def implementation(impl: str, tensor: torch.Tensor) -> str:
+    """Name of what `attention(..., impl=impl)` runs on this tensor's device; the training log prints it."""
+    return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
 
 
 def attention(

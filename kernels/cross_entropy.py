@@ -42,20 +42,7 @@ _MOST_IN_REGISTERS = 1 << 14
 FP8_DEVICES = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
-def chosen_chunk_tokens(classes: int, element_bytes: int, device_bytes: int) -> int:
-    """Rows of logits at once on a GPU with `device_bytes` of memory: a power of two.
-
-    By the whole memory, not by what is free at the moment: the order in which dw is summed follows from the chunks, and
-    a run and its repetition must have the same. 80 GB take 8192 rows of 50,304 classes, 48 GB 4096, 24 GB 2048."""
-    rows = int(device_bytes * CHUNK_SHARE / (classes * element_bytes))
-    rows = 1 << max(rows, 1).bit_length() - 1
-    return min(max(rows, LEAST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
-
-
-def implementation(impl: str, tensor: torch.Tensor) -> str:
-    """The name of what would run: triton | reference (chunks, own gradient) | eager (all logits)."""
-    choices = ("triton", "reference", "eager")
-    return implementation_of(impl, tensor, cpu="reference", choices=choices)
+# ---- reference --------------------------------------------------------------------------------------------
 
 
 def _apply_softcap(z: torch.Tensor, softcap: str | None) -> torch.Tensor:
@@ -66,20 +53,6 @@ def _apply_softcap(z: torch.Tensor, softcap: str | None) -> torch.Tensor:
         z = z.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         return 15 * z * torch.rsqrt(z * z + 225)
     return 23 * torch.sigmoid((z + 5) / 7.5)
-
-
-def _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens) -> None:
-    """Raise ValueError, naming the argument, for shapes or options that cannot work."""
-    if softcap not in SOFTCAPS:
-        raise ValueError(f"softcap={softcap!r} is unknown; choose one of {SOFTCAPS}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is unknown; choose one of {REDUCTIONS}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1 (or None: chosen for the device)")
-    if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(f"x {tuple(x_ND.shape)} and weight {tuple(weight_VD.shape)} must be (N, D) and (V, D)")
-    if targets_N.shape != x_ND.shape[:1]:
-        raise ValueError(f"targets {tuple(targets_N.shape)} must be ({x_ND.shape[0]},), one class a row of x")
 
 
 def softcapped_logits(x_ND: torch.Tensor, weight_VD: torch.Tensor, softcap: str | None = "rsqrt") -> torch.Tensor:
@@ -101,6 +74,28 @@ def linear_cross_entropy_reference(
     return torch.nn.functional.cross_entropy(c_NV, targets_N.long(), reduction=reduction, ignore_index=ignore_index)
 
 
+# ---- the plain-torch way in chunks ------------------------------------------------------------------------
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """The dtype of losses and sums for an input: float64 for float64, else float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _mean_scale(targets_N: torch.Tensor, ignore_index: int, dtype: torch.dtype) -> torch.Tensor:
+    """1 / number of targets that count, as a tensor; NaN losses (0/0) when none does, as torch has it."""
+    return 1.0 / (targets_N != ignore_index).sum().to(dtype)
+
+
+def _matmul_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, accumulated and returned in at least float32 whatever the inputs' dtype."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def _softcap_(z: torch.Tensor, softcap: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Soft cap in place; returns (capped logits in z's memory, the cap's derivative or None for 1)."""
     if softcap is None:
@@ -115,13 +110,24 @@ def _softcap_(z: torch.Tensor, softcap: str | None) -> tuple[torch.Tensor, torch
     return s.mul_(23), slope
 
 
-def _matmul_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, accumulated and returned in at least float32 whatever the inputs' dtype."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _chunk_loss(x, w, targets, softcap, ignore_index, with_gradient):
+    """Losses (C,) of a chunk of C tokens and d(sum of losses)/dz (C, V), or None without gradient."""
+    z = (x @ w.t()).to(_wide(x))
+    c, slope = _softcap_(z, softcap)
+    keep = targets != ignore_index
+    safe = torch.where(keep, targets, 0).long()[:, None]
+    c_target = c.gather(1, safe)
+    # Capped logits lie within 23 of zero, so their exponentials need no subtracted maximum.
+    shift = c.amax(1, keepdim=True) if softcap is None else None
+    e = c.exp_() if shift is None else c.sub_(shift).exp_()
+    total = e.sum(1, keepdim=True)
+    log_total = total.log() if shift is None else total.log() + shift
+    losses = torch.where(keep, (log_total - c_target)[:, 0], 0.0)
+    if not with_gradient:
+        return losses, None
+    keep = keep[:, None].to(e.dtype)
+    e.mul_(keep / total).scatter_add_(1, safe, -keep)
+    return losses, e if slope is None else e.mul_(slope)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -159,37 +165,37 @@ class _ChunkedLoss(torch.autograd.Function):
         return (dx_ND * factor.to(dx_ND.dtype), (dw_VD * factor).to(ctx.weight_dtype), *[None] * 5)
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype of losses and sums for an input: float64 for float64, else float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+class _TokenLosses(torch.autograd.Function):
+    """Per-token losses (N,) chunk by chunk; the backward pass computes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens):
+        w_VD = weight_VD.to(x_ND.dtype)
+        losses_N = torch.empty(x_ND.shape[0], dtype=_wide(x_ND), device=x_ND.device)
+        for start in range(0, x_ND.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            losses_N[rows] = _chunk_loss(x_ND[rows], w_VD, targets_N[rows], softcap, ignore_index, False)[0]
+        ctx.save_for_backward(x_ND, weight_VD, targets_N)
+        ctx.options = (softcap, ignore_index, chunk_tokens)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx, upstream_N):
+        x_ND, weight_VD, targets_N = ctx.saved_tensors
+        softcap, ignore_index, chunk_tokens = ctx.options
+        w_VD = weight_VD.to(x_ND.dtype)
+        dx_ND = torch.empty_like(x_ND)
+        dw_VD = torch.zeros_like(weight_VD, dtype=_wide(x_ND))
+        for start in range(0, x_ND.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            gradient = _chunk_loss(x_ND[rows], w_VD, targets_N[rows], softcap, ignore_index, True)[1]
+            gradient = gradient.mul_(upstream_N[rows, None]).to(x_ND.dtype)
+            torch.mm(gradient, w_VD, out=dx_ND[rows])
+            dw_VD += _matmul_f32(gradient.t(), x_ND[rows])
+        return dx_ND, dw_VD.to(weight_VD.dtype), None, None, None, None
 
 
-def _mean_scale(targets_N: torch.Tensor, ignore_index: int, dtype: torch.dtype) -> torch.Tensor:
-    """1 / number of targets that count, as a tensor; NaN losses (0/0) when none does, as torch has it."""
-    return 1.0 / (targets_N != ignore_index).sum().to(dtype)
-
-
-def _chunk_loss(x, w, targets, softcap, ignore_index, with_gradient):
-    """Losses (C,) of a chunk of C tokens and d(sum of losses)/dz (C, V), or None without gradient."""
-    z = (x @ w.t()).to(_wide(x))
-    c, slope = _softcap_(z, softcap)
-    keep = targets != ignore_index
-    safe = torch.where(keep, targets, 0).long()[:, None]
-    c_target = c.gather(1, safe)
-    # Capped logits lie within 23 of zero, so their exponentials need no subtracted maximum.
-    shift = c.amax(1, keepdim=True) if softcap is None else None
-    e = c.exp_() if shift is None else c.sub_(shift).exp_()
-    total = e.sum(1, keepdim=True)
-    log_total = total.log() if shift is None else total.log() + shift
-    losses = torch.where(keep, (log_total - c_target)[:, 0], 0.0)
-    if not with_gradient:
-        return losses, None
-    keep = keep[:, None].to(e.dtype)
-    e.mul_(keep / total).scatter_add_(1, safe, -keep)
-    return losses, e if slope is None else e.mul_(slope)
-
-
-# ---- Triton: a row of logits becomes its loss and its gradient ----------------------------------------------
+# ---- Triton: a row of logits becomes its loss and its gradient --------------------------------------------
 # Prefixes: p_ pointer, b_ block of values, o_ offset, m_ mask.
 
 
@@ -317,6 +323,19 @@ def _row_loss(
         tl.store(p_z_target, g_target.to(p_z.dtype.element_ty), mask=counted)
 
 
+# ---- launchers --------------------------------------------------------------------------------------------
+
+
+def chosen_chunk_tokens(classes: int, element_bytes: int, device_bytes: int) -> int:
+    """Rows of logits at once on a GPU with `device_bytes` of memory: a power of two.
+
+    By the whole memory, not by what is free at the moment: the order in which dw is summed follows from the chunks, and
+    a run and its repetition must have the same. 80 GB take 8192 rows of 50,304 classes, 48 GB 4096, 24 GB 2048."""
+    rows = int(device_bytes * CHUNK_SHARE / (classes * element_bytes))
+    rows = 1 << max(rows, 1).bit_length() - 1
+    return min(max(rows, LEAST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
+
+
 def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradient: bool, block: int | None = None):
     """float32 losses (N,); if `gradient`, z is overwritten by d(sum of losses)/dz. z is dense.
 
@@ -390,6 +409,9 @@ def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens,
             dx_ND[rows] = _gradient_products(z, x_ND[rows], w_VD, dw_VD, fp8)
         del z  # before the next chunk's logits, or two chunks of them would exist
     return losses, dx_ND, dw_VD
+
+
+# ---- torch operators --------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("speedrun::head_loss", mutates_args=())
@@ -484,46 +506,13 @@ def _token_losses_grad(ctx, upstream_N):
 _head_token_losses.register_autograd(_token_losses_grad, setup_context=_token_losses_setup)
 
 
-def _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_tokens, fp8):
-    """The Triton way of `linear_cross_entropy`."""
-    if fp8 and device_kind() not in FP8_DEVICES:
-        raise ValueError(f"fp8=True needs one of {', '.join(FP8_DEVICES)}, and this device is {device_kind()}")
-    arguments = (x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens or 0, fp8)
-    if reduction == "none":
-        return _head_token_losses(*arguments)
-    differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    total = _head_loss(*arguments, differentiable)[0].sum()
-    return total * _mean_scale(targets_N, ignore_index, total.dtype) if reduction == "mean" else total
+# ---- public functions -------------------------------------------------------------------------------------
 
 
-class _TokenLosses(torch.autograd.Function):
-    """Per-token losses (N,) chunk by chunk; the backward pass computes the logits again, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens):
-        w_VD = weight_VD.to(x_ND.dtype)
-        losses_N = torch.empty(x_ND.shape[0], dtype=_wide(x_ND), device=x_ND.device)
-        for start in range(0, x_ND.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            losses_N[rows] = _chunk_loss(x_ND[rows], w_VD, targets_N[rows], softcap, ignore_index, False)[0]
-        ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.options = (softcap, ignore_index, chunk_tokens)
-        return losses_N
-
-    @staticmethod
-    def backward(ctx, upstream_N):
-        x_ND, weight_VD, targets_N = ctx.saved_tensors
-        softcap, ignore_index, chunk_tokens = ctx.options
-        w_VD = weight_VD.to(x_ND.dtype)
-        dx_ND = torch.empty_like(x_ND)
-        dw_VD = torch.zeros_like(weight_VD, dtype=_wide(x_ND))
-        for start in range(0, x_ND.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            gradient = _chunk_loss(x_ND[rows], w_VD, targets_N[rows], softcap, ignore_index, True)[1]
-            gradient = gradient.mul_(upstream_N[rows, None]).to(x_ND.dtype)
-            torch.mm(gradient, w_VD, out=dx_ND[rows])
-            dw_VD += _matmul_f32(gradient.t(), x_ND[rows])
-        return dx_ND, dw_VD.to(weight_VD.dtype), None, None, None, None
+def implementation(impl: str, tensor: torch.Tensor) -> str:
+    """The name of what would run: triton | reference (chunks, own gradient) | eager (all logits)."""
+    choices = ("triton", "reference", "eager")
+    return implementation_of(impl, tensor, cpu="reference", choices=choices)
 
 
 def linear_cross_entropy(
@@ -559,3 +548,29 @@ def linear_cross_entropy(
     if reduction == "none":
         return _TokenLosses.apply(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens)
     return _ChunkedLoss.apply(x_ND, weight_VD, targets_N, softcap, reduction == "mean", ignore_index, chunk_tokens)
+
+
+def _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_tokens, fp8):
+    """The Triton way of `linear_cross_entropy`."""
+    if fp8 and device_kind() not in FP8_DEVICES:
+        raise ValueError(f"fp8=True needs one of {', '.join(FP8_DEVICES)}, and this device is {device_kind()}")
+    arguments = (x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens or 0, fp8)
+    if reduction == "none":
+        return _head_token_losses(*arguments)
+    differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    total = _head_loss(*arguments, differentiable)[0].sum()
+    return total * _mean_scale(targets_N, ignore_index, total.dtype) if reduction == "mean" else total
+
+
+def _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens) -> None:
+    """Raise ValueError, naming the argument, for shapes or options that cannot work."""
+    if softcap not in SOFTCAPS:
+        raise ValueError(f"softcap={softcap!r} is unknown; choose one of {SOFTCAPS}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is unknown; choose one of {REDUCTIONS}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1 (or None: chosen for the device)")
+    if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"x {tuple(x_ND.shape)} and weight {tuple(weight_VD.shape)} must be (N, D) and (V, D)")
+    if targets_N.shape != x_ND.shape[:1]:
+        raise ValueError(f"targets {tuple(targets_N.shape)} must be ({x_ND.shape[0]},), one class a row of x")

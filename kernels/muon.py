@@ -8,11 +8,9 @@ A bfloat16 weight with a 16-bit mantissa beside it is a float32 master cut in tw
 16 bits (so it is the master rounded towards zero), the mantissa the lower 16.
 """
 
-from typing import NamedTuple
-
 import torch
 
-from kernels.runtime import copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
+from kernels.runtime import Tile, Tiles, copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 # The optimal composition for singular values in [1e-3, 1]: Amsel, Persson, Musco, Gower, "The Polar Express", arXiv
 # 2505.16932, 2025, first five steps. Each is the minimax odd quintic on what the step before leaves, cut off at 0.024
@@ -42,39 +40,66 @@ COEFFICIENTS = {
 }
 
 
-def implementation(impl: str, tensor: torch.Tensor) -> str:
-    """The name of what would run for that tensor: triton | reference."""
-    return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
+# ---- reference --------------------------------------------------------------------------------------------
 
 
-# ---- Triton ------------------------------------------------------------------------------------------------
+def orthogonalize_reference(
+    g_BMN: torch.Tensor, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """The definition, in plain torch, computed in `dtype`; g is (..., M, N), the result is like g."""
+    x = g_BMN.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_norm_dtype(dtype)) + 1e-7).to(dtype)
+    rows = x.reshape(-1, *x.shape[-2:])
+    for a, b, c in COEFFICIENTS[coefficients]:
+        product = torch.bmm(rows, rows.mT)
+        polynomial = torch.baddbmm(product, product, product, beta=b, alpha=c)
+        rows = torch.baddbmm(rows, polynomial, rows, beta=a)
+    x = rows.view(x.shape)
+    return (x.mT if tall else x).to(g_BMN.dtype)
+
+
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms are summed in at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bfloat16 weight, uint16 mantissa) whose bits together are the float32 `master`."""
+    halves = master.contiguous().view(torch.int32)
+    weight = (halves >> 16).to(torch.int16).view(torch.bfloat16)
+    return weight, halves.to(torch.int16).view(torch.uint16)
+
+
+def join_master(weight: torch.Tensor, mantissa: torch.Tensor) -> torch.Tensor:
+    """The float32 master of a bfloat16 weight and its uint16 (or int16) mantissa."""
+    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
+    low = mantissa.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+    return (high | low).view(torch.float32)
+
+
+# ---- tiles ------------------------------------------------------------------------------------------------
+
+
+#: Square tiles of the result. "default" is small enough for any device.
+TILES: Tiles = {
+    ("default", "symmetric", 2): Tile(64, 64, 4, 2, depth=32),
+    ("default", "symmetric", 4): Tile(32, 32, 4, 2, depth=32),
+    ("sm_80", "symmetric", 2): Tile(128, 128, 8, 3, depth=64),
+    ("sm_90", "symmetric", 2): Tile(128, 128, 8, 4, depth=64, descriptors=True),
+    ("sm_100", "symmetric", 2): Tile(128, 128, 8, 4, depth=64, descriptors=True),
+    ("gfx942", "symmetric", 2): Tile(128, 128, 8, 2, depth=32),
+}
+_ELEMENTS = 4096  # a program of the elementwise kernels
+
+
+# ---- Triton -----------------------------------------------------------------------------------------------
 # Prefixes: p_ pointer, b_ block of values, o_ offset, m_ mask. Bytes and FLOPs, for B matrices (M, K): a symmetric
 # product computes the tiles on and below the diagonal, about B M^2 K FLOPs in place of 2 B M^2 K, and writes each tile
 # twice, once mirrored. The elementwise kernels touch every number once: 16 bytes a weight for momentum (buffer read and
 # written, gradient read, update written) and 10 for the update (weight and mantissa read and written, update read).
-
-
-class Tile(NamedTuple):
-    """rows and columns of the output, depth of a product's step, warps, pipeline stages; descriptors: the factors come
-    through a tensor descriptor (the bulk copies of Hopper and Blackwell), where 16 bytes divide their rows."""
-
-    rows: int
-    depth: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-
-
-#: By device (`device_kind`) and bytes of an element. "default" is small enough for any device.
-TILES = {
-    ("default", 2): Tile(64, 32, 4, 2),
-    ("default", 4): Tile(32, 32, 4, 2),
-    ("sm_80", 2): Tile(128, 64, 8, 3),
-    ("sm_90", 2): Tile(128, 64, 8, 4, descriptors=True),
-    ("sm_100", 2): Tile(128, 64, 8, 4, descriptors=True),
-    ("gfx942", 2): Tile(128, 32, 8, 2),
-}
-_ELEMENTS = 4096  # a program of the elementwise kernels
 
 
 @triton.jit
@@ -155,13 +180,13 @@ def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BL
         tl.store(p_weight + o, b_master, mask=m)
 
 
-# ---- launchers ---------------------------------------------------------------------------------------------
+# ---- launchers --------------------------------------------------------------------------------------------
 
 
 def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0, tile: Tile | None = None):
     """alpha X X^T + beta E for each matrix of x (B, M, K), contiguous; E (B, M, M) must be symmetric."""
     B, M, K = x_BMK.shape
-    tile = tile or tile_of(TILES, x_BMK)
+    tile = tile or tile_of(TILES, "symmetric", x_BMK.dtype)
     descriptors = tile.descriptors and copies_in_bulk(x_BMK)
     p_x = descriptor(x_BMK, [1, tile.rows, tile.depth]) if descriptors else x_BMK
     out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)
@@ -218,27 +243,12 @@ def orthogonalize_triton(g_BMN, coefficients: str = "spec", dtype: torch.dtype =
     return (x.mT if tall else x).to(g_BMN.dtype)
 
 
-def orthogonalize_reference(
-    g_BMN: torch.Tensor, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
-    """The definition, in plain torch, computed in `dtype`; g is (..., M, N), the result is like g."""
-    x = g_BMN.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_norm_dtype(dtype)) + 1e-7).to(dtype)
-    rows = x.reshape(-1, *x.shape[-2:])
-    for a, b, c in COEFFICIENTS[coefficients]:
-        product = torch.bmm(rows, rows.mT)
-        polynomial = torch.baddbmm(product, product, product, beta=b, alpha=c)
-        rows = torch.baddbmm(rows, polynomial, rows, beta=a)
-    x = rows.view(x.shape)
-    return (x.mT if tall else x).to(g_BMN.dtype)
+# ---- public functions -------------------------------------------------------------------------------------
 
 
-def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Norms are summed in at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+def implementation(impl: str, tensor: torch.Tensor) -> str:
+    """The name of what would run for that tensor: triton | reference."""
+    return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
 
 
 def orthogonalize(
@@ -266,20 +276,6 @@ def momentum_(buffer: torch.Tensor, grad: torch.Tensor, momentum: float, *, impl
     grad = grad.to(buffer.dtype)
     buffer.lerp_(grad, 1 - momentum)
     return grad.lerp(buffer, momentum)
-
-
-def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bfloat16 weight, uint16 mantissa) whose bits together are the float32 `master`."""
-    halves = master.contiguous().view(torch.int32)
-    weight = (halves >> 16).to(torch.int16).view(torch.bfloat16)
-    return weight, halves.to(torch.int16).view(torch.uint16)
-
-
-def join_master(weight: torch.Tensor, mantissa: torch.Tensor) -> torch.Tensor:
-    """The float32 master of a bfloat16 weight and its uint16 (or int16) mantissa."""
-    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
-    low = mantissa.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-    return (high | low).view(torch.float32)
 
 
 def apply_update_(

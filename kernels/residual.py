@@ -14,13 +14,6 @@ import torch
 from kernels.runtime import implementation_of
 
 
-def implementation(impl: str, tensor: torch.Tensor) -> str:
-    """The name of what would run for that tensor: always the reference, see above."""
-    return implementation_of(
-        "reference" if impl in ("auto", "triton") else impl, tensor, cpu="reference", choices=("reference",)
-    )
-
-
 def residual_mix_reference(
     x: torch.Tensor, x00: torch.Tensor, x01: torch.Tensor, lambdas_3: torch.Tensor
 ) -> torch.Tensor:
@@ -46,6 +39,13 @@ class _ResidualMix(torch.autograd.Function):
         flat = dy.reshape(-1)
         dots = [torch.dot(flat, part.reshape(-1)) for part in (x, x00, x01)]
         return dy * l0, dy * l1, dy * l2, torch.stack(dots).to(lambdas_3.dtype)
+
+
+def implementation(impl: str, tensor: torch.Tensor) -> str:
+    """The name of what would run for that tensor: always the reference, see above."""
+    return implementation_of(
+        "reference" if impl in ("auto", "triton") else impl, tensor, cpu="reference", choices=("reference",)
+    )
 
 
 def residual_mix(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -84,9 +85,33 @@ def device_kind() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
-def tile_of(tiles: dict, x: torch.Tensor):
-    """The tile of this device for x's bytes an element, in a table by (device, bytes); else that of "default"."""
-    return tiles.get((device_kind(), x.element_size())) or tiles["default", x.element_size()]
+class Tile(NamedTuple):
+    """Launch configuration of one kernel.
+
+    rows, columns: of the tile that a program works on. For products, those of the result; for attention, queries and
+        keys (whichever the program owns, it walks the other).
+    warps, stages: warps a program, and stages of the pipeline of its loop.
+    depth: of a product's step along the summed axis; 0 where a tile spans it.
+    descriptors: what is walked comes through tensor descriptors (the bulk copies of Hopper and Blackwell), where 16
+        bytes divide its rows; else through pointers.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    depth: int = 0
+    descriptors: bool = False
+
+
+#: A family's tiles: (device kind, kernel, bytes an element) -> tile. Kinds: `device_kind`; "default" fits any device.
+Tiles = dict[tuple[str, str, int], Tile]
+
+
+def tile_of(tiles: Tiles, kernel: str, dtype: torch.dtype, kind: str | None = None) -> Tile:
+    """The tile of `kernel` for elements of `dtype`, on this device or on `kind`; that of "default" if it has none."""
+    kind = device_kind() if kind is None else kind
+    return tiles.get((kind, kernel, dtype.itemsize)) or tiles["default", kernel, dtype.itemsize]
 
 
 def copies_in_bulk(x: torch.Tensor) -> bool:

@@ -227,11 +227,11 @@ def test_what_runs():
 
 def test_every_device_has_tiles_that_divide_the_schedule():
     for (kind, kernel, _), tile in module.TILES.items():
-        own = tile.block_n if kernel == "dkdv" else tile.block_m
+        own = tile.columns if kernel == "dkdv" else tile.rows
         assert module.SCHEDULE_TOKENS % own == 0, (kind, kernel)
     for kernel in ("forward", "dq", "dkdv"):
-        assert module.tile_for(kernel, torch.bfloat16, "sm_123") == module.TILES["default", kernel, 2]
-        assert module.tile_for(kernel, torch.float32, "sm_90") == module.TILES["default", kernel, 4]
+        assert module.tile_of(module.TILES, kernel, torch.bfloat16, "sm_123") == module.TILES["default", kernel, 2]
+        assert module.tile_of(module.TILES, kernel, torch.float32, "sm_90") == module.TILES["default", kernel, 4]
 
 
 def good():

@@ -33,7 +33,7 @@ def _kernel(tile, descriptors=False):
 
     def run(module, given):
         def like(block_m, block_n):
-            return module.Tile(block_m, block_n, 4, 1, descriptors)
+            return module.Tile(block_m, block_n, 4, 1, descriptors=descriptors)
 
         q, k, v, do, plan = (given[n] for n in ("q", "k", "v", "do", "plan"))
         o, lse = module.launch_forward(q, k, v, plan, SCALE, like(*tile))
@@ -72,7 +72,7 @@ def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
             return torch.empty(B, T, heads, width, dtype=dtype, device="meta")
 
         def tile(kernel):
-            own = module.tile_for(kernel, dtype)
+            own = module.tile_of(module.TILES, kernel, dtype)
             return own if descriptors is None else own._replace(descriptors=descriptors)
 
         row = torch.empty(B, T, dtype=torch.int32, device="meta")

@@ -19,7 +19,7 @@ def _kernel(module, given, tile=None):
 
 
 def _by_descriptors(module, given):
-    return _kernel(module, given, module.Tile(32, 64, 16, 4, 1, descriptors=True))
+    return _kernel(module, given, module.Tile(32, 64, 4, 1, depth=16, descriptors=True))
 
 
 def _reference(module, given):

@@ -22,7 +22,7 @@ def _symmetric_kernel(module, given, tile=None):
 
 
 def _by_descriptors(module, given):
-    return _symmetric_kernel(module, given, module.Tile(32, 16, 4, 1, descriptors=True))
+    return _symmetric_kernel(module, given, module.Tile(32, 32, 4, 1, depth=16, descriptors=True))
 
 
 def _symmetric_reference(module, given):
