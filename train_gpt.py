@@ -25,7 +25,6 @@ from pathlib import Path
 
 SOURCE = Path(__file__).read_text()  # read before anything can change it: the log embeds what really runs
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -58,6 +57,7 @@ from trainer.log import Clock, Progress, RunLog, now, say
 from trainer.options import UsageError, help_text, parse_options, setting
 from trainer.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling
+from trainer.sample import sample_command
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
@@ -974,87 +974,6 @@ def run(config: Config) -> int:
     return 128 + signal_number if signal_number else 0
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Talking to what was trained
-
-
-@torch.no_grad()
-def generate(
-    model: GPT, tokens: list[int], max_new_tokens: int, *, temperature=1.0, top_k=0, top_p=1.0, generator=None
-):
-    """Yield new token ids until the end-of-text token or `max_new_tokens`.
-
-    `temperature` 0 takes the likeliest token; `top_k` (0: off) and `top_p` (1: off) cut the tail before sampling
-    (nucleus sampling: Holtzman et al. 2020)."""
-    device, limit = model.head_w.device, max(model.config.window_max_tokens, 1024)
-    tokens = [model.config.eos_id, *tokens]
-    for _ in range(max_new_tokens):
-        logits_V = model(torch.tensor([tokens[-limit:]], device=device))[0, -1]
-        token = int(pick(logits_V, temperature, top_k, top_p, generator))
-        if token == model.config.eos_id:
-            return
-        tokens.append(token)
-        yield token
-
-
-def pick(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator=None) -> Tensor:
-    """Token ids (...) from logits (V) or (B, V)."""
-    if temperature <= 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        unlikely = p.cumsum(-1) - p >= top_p  # the likelier ones before it have top_p already
-        logits = logits.masked_fill(unlikely.gather(-1, index.argsort(-1)), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[..., 0]
-
-
-def sample_command(arguments: list[str]) -> int:
-    """`train_gpt.py sample CHECKPOINT`: write text, token by token."""
-    parser = argparse.ArgumentParser(prog="train_gpt.py sample", description="Write text from a checkpoint.")
-    parser.add_argument("checkpoint", help="a .safetensors file of train_gpt.py")
-    parser.add_argument("--prompt", default="", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=300, help="at most this many tokens a sample")
-    parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="sample from this many tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vocab", default="", help="folder with encoder.json and vocab.bpe (GPT-2 tokens offline)")
-    options = parser.parse_args(arguments)
-    model, config = load_model(options.checkpoint, options.device)
-    from data.encoding import TokenizeError, encoding_for  # late: only this needs it
-
-    try:
-        encoding = encoding_for(config.vocab_size, options.vocab or None)
-        prompt = encoding.encode(options.prompt)
-    except TokenizeError as error:
-        raise UsageError(str(error)) from error
-    generator = torch.Generator(options.device).manual_seed(options.seed)
-    for number in range(options.num_samples):
-        if number:
-            print("\n" + "-" * 40)
-        decoder = encoding.stream_decoder()
-        print(options.prompt, end="", flush=True)
-        new = generate(
-            model,
-            prompt,
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=generator,
-        )
-        for token in new:
-            print(decoder(token), end="", flush=True)
-        print()
-    return 0
-
-
 EXIT_CODES = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFiniteLoss: 4, OSError: 5}
 
 
@@ -1066,7 +985,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         if arguments[:1] == ["sample"]:
-            return sample_command(arguments[1:])
+            return sample_command(arguments[1:], load_model)
         return run(parse_config(arguments))
     except tuple(EXIT_CODES) as error:
         if rank() == 0 or not getattr(error, "shared", False):

@@ -308,9 +308,10 @@ def forged_checkpoints_check(folder: Path):
 def _write_text(path: Path) -> None:
     """Load a model and sample from it, as `train_gpt.py sample` does."""
     import train_gpt
+    from trainer.sample import generate
 
     model, _ = train_gpt.load_model(path)
-    list(train_gpt.generate(model, [5, 6], 2, temperature=0))
+    list(generate(model, [5, 6], 2, temperature=0))
 
 
 def _go_on(trainer, path: Path) -> None:

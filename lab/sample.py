@@ -10,7 +10,7 @@ import torch
 
 from lab import LabError, cli
 from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
-from train_gpt import pick
+from trainer.sample import pick
 
 LONGEST_CONTEXT = 1024  # tokens that a model without a fixed context is given
 

@@ -16,6 +16,7 @@ import torch
 import train_gpt
 from data.shards import write_shard
 from trainer import log as runlog
+from trainer import sample
 from trainer.checkpoints import CheckpointError, load_tensors, newest_whole
 
 REPO = Path(__file__).resolve().parent.parent
@@ -370,13 +371,13 @@ def test_sampling_writes_text(undisturbed, capsys):
 def test_sampling_filters_are_what_they_say():
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0])
     generator = torch.Generator().manual_seed(0)
-    draw = lambda **options: {int(train_gpt.pick(logits, generator=generator, **options)) for _ in range(200)}  # noqa: E731
+    draw = lambda **options: {int(sample.pick(logits, generator=generator, **options)) for _ in range(200)}  # noqa: E731
     assert draw(temperature=0, top_k=0, top_p=1.0) == {0}
     assert draw(temperature=5.0, top_k=2, top_p=1.0) == {0, 1}
     assert draw(temperature=1.0, top_k=0, top_p=0.7) == {0, 1}
     assert draw(temperature=9.0, top_k=0, top_p=1.0) == {0, 1, 2, 3}
     batch = torch.stack([logits, logits.flip(0)]).repeat(100, 1)
-    drawn = train_gpt.pick(batch, 5.0, top_k=3, top_p=0.6, generator=generator)
+    drawn = sample.pick(batch, 5.0, top_k=3, top_p=0.6, generator=generator)
     assert drawn.shape == (200,) and set(drawn[::2].tolist()) == {0, 1} and set(drawn[1::2].tolist()) == {2, 3}
 
 

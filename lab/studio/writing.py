@@ -48,7 +48,7 @@ def write(
     UnknownTextError for a prompt with characters that the vocabulary lacks."""
     import torch
 
-    from train_gpt import pick
+    from trainer.sample import pick
 
     mark = checkpoint.tokenizer.mark
     ids = checkpoint.encode_prompt(prompt)
