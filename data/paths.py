@@ -41,7 +41,8 @@ def is_remote(path: str | os.PathLike) -> bool:
 def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """The files that `patterns` name: each a path, URL or glob; a string may hold several, divided by commas.
 
-    Matches of one pattern are sorted by name; patterns keep their order. Raises PathError for a pattern that
+    Matches of one pattern are sorted by name, numbers in them by value (part2 before part10); patterns keep their
+    order. Raises PathError for a pattern that
     matches nothing, and for a file that is named twice (overlapping globs would repeat data silently).
     """
     if isinstance(patterns, (str, os.PathLike)):
@@ -63,20 +64,26 @@ def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
 
 def _matches(pattern: str) -> list[str]:
     if not is_remote(pattern):
-        local = _local(pattern)
-        return [local] if os.path.exists(local) else sorted(p for p in glob.glob(local) if not os.path.isdir(p))
+        local = local_path(pattern)
+        found = [local] if os.path.exists(local) else [p for p in glob.glob(local) if not os.path.isdir(p)]
+        return sorted(found, key=natural)
     with _blamed(pattern):
         file_system, path = _file_system(pattern)
         if not any(mark in path for mark in "*?["):
             return [pattern] if file_system.exists(path) else []
-        return sorted(file_system.unstrip_protocol(found) for found in file_system.glob(path))
+        return sorted(map(file_system.unstrip_protocol, file_system.glob(path)), key=natural)
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts names as people count: digits by their value, all else as text."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def file_size(path: str) -> int:
     """Bytes of a local or remote file."""
     with _blamed(path):
         if not is_remote(path):
-            return os.stat(_local(path)).st_size
+            return os.stat(local_path(path)).st_size
         file_system, inner = _file_system(path)
         return int(file_system.info(inner)["size"])
 
@@ -88,7 +95,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
             file_system, inner = _file_system(path)
             stop = min(stop, int(file_system.info(inner)["size"]))  # some stores refuse ranges past the end
             return file_system.cat_file(inner, start=start, end=stop) if start < stop else b""
-        with open(_local(path), "rb") as file:
+        with open(local_path(path), "rb") as file:
             file.seek(start)
             return file.read(stop - start)
 
@@ -107,7 +114,7 @@ def fetch(path: str) -> Path:
     not at all). Raises PathError when the download fails or the copy has another size than the store reports.
     """
     if not is_remote(path):
-        return Path(_local(path))
+        return Path(local_path(path))
     with _blamed(path):
         file_system, inner = _file_system(path)
         info = file_system.info(inner)
@@ -184,7 +191,7 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def _local(path: str) -> str:
+def local_path(path: str) -> str:
     path = os.fspath(path)
     return os.path.expanduser(path[7:] if path.startswith("file://") else path)
 

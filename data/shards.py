@@ -106,7 +106,13 @@ def _guess(header: bytes) -> str:
         return " (it is a shard of 32-bit Llama 3 tokens)"
     if header and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in header[:64]):
         return " (it looks like text: make shards of it with python -m data.tokenize)"
-    return ""
+    if header.startswith(b"\x93NUMPY"):
+        return " (it is a NumPy array: make a shard of it with python -m data.convert)"
+    return (
+        " (16-bit tokens without a header, as nanoGPT writes them, become a shard with python -m data.convert)"
+        if len(header) % 2 == 0 and header
+        else ""
+    )
 
 
 class ShardWriter:

@@ -3,315 +3,55 @@
     python -m data.tokenize stories.txt --out DIR --encoding bytes --documents marker --val-fraction 0.1
     python -m data.tokenize crawl/*.jsonl.gz --out DIR --encoding gpt2 --field text --shard-tokens 100000000
     python -m data.tokenize shakespeare.txt --out DIR --encoding bytes --val-fraction 0.1 --split characters
+    python -m data.tokenize 'wiki/*.parquet' 'web/*.jsonl.zst' --weights 1,3 --shuffle 1 --out DIR --val-fraction 0.01
 
 Each document is preceded by its end-of-text token: 50256 for gpt2, 0 for bytes. A document may continue in
 the next shard. One process reads and writes; the others encode, a bounded number of pieces ahead, so memory
 does not grow with the corpus, and any number of workers gives the same bytes. A long document is encoded in
 pieces that are cut between a visible character and white space, where GPT-2's pattern always cuts, so the
-tokens are those of the whole document.
+tokens are those of the whole document. What can be read: data/reading.py.
+
+--shuffle puts the documents of each part in a seeded random order, in two passes: tokens go to one of many
+temporary files by a draw for each document, then each file's documents are ordered in memory (a few hundredths
+of the part). --weights takes documents from several inputs in turn, so that their characters stay in these
+proportions, until one input ends.
 
 Shards are written to a hidden folder in DIR and moved to their names when all are complete; tokenize.json,
-with counts and hashes, comes last. An interrupted run leaves nothing behind.
+with counts and hashes, comes last: it is what `train_gpt.py --data=DIR` goes by. An interrupted run leaves
+nothing behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import hashlib
 import json
 import os
-import re
-import select
 import signal
-import stat
 import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data import paths, shards
+from data.encoding import ENCODINGS, MARKER, TokenizeError, make_encoder, token_characters
+from data.reading import KINDS, PACKED, Piece, Reader, file_kind
 
-ENCODINGS = {"gpt2": (50257, 50256), "bytes": (256, 0)}  # name: vocabulary, end-of-text token
-MARKER = "<|endoftext|>"
-
-_PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces of about this size
-_LONGEST_WORD = 1 << 22
 _BATCH_CHARS = 1 << 20  # what a worker gets at once
-_READ_BYTES = 1 << 20
-# GPT-2's split into words, from the release of its vocabulary; an alternation of the contractions is equivalent.
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-_CUT = re.compile(r"(?<=\S)(?=[ \n])")
-
-
-class TokenizeError(ValueError):
-    """Input that cannot be tokenized, or output that cannot be written; the message names the place and the cause."""
-
-
-class Piece(NamedTuple):
-    """A document or a part of one. `where` names its place, for errors; `starts`: a document begins here."""
-
-    where: str
-    starts: bool
-    text: str
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_pieces(path: str, *, kind: str, field: str, documents: str, marker: str) -> Iterator[Piece]:
-    """The documents of one file, cut into pieces, in order. Raises TokenizeError."""
-    if kind == "parquet":
-        found = _parquet_documents(path, field)
-    elif kind == "jsonl":
-        found = _jsonl_documents(path, field)
-    elif documents == "file":
-        yield from _whole_file(path)
-        return
-    else:
-        found = _text_documents(path, documents, marker)
-    for where, text in found:
-        yield from _cut(where, text)
-
-
-def _cut(where: str, text: str) -> Iterator[Piece]:
-    """A document as pieces, each but the last _PIECE_CHARS or a little longer."""
-    starts, begin = True, 0
-    while begin < len(text):
-        end = _cut_after(text, begin + _PIECE_CHARS)
-        yield Piece(where, starts, text[begin:end])
-        starts, begin = False, end
-
-
-def _cut_after(text: str, place: int) -> int:
-    """The first place from `place` on where a text may be cut without changing its tokens, else its end.
-
-    A "word" of more than _LONGEST_WORD characters is cut anyway; it must not fill the memory.
-    """
-    last = min(place + _LONGEST_WORD, len(text))
-    found = _CUT.search(text, min(place, last), last)
-    return found.start() if found else last
-
-
-def _chunks(path: str) -> Iterator[str]:
-    """The text of a file, decompressed by its suffix, in chunks; line ends stay as they are, a BOM is dropped."""
-    decoder, read = codecs.getincrementaldecoder("utf-8-sig")(), 0
-    try:
-        with _open(path) as file:
-            while block := file.read(_READ_BYTES):
-                read += len(block)
-                yield decoder.decode(block)
-            yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:  # its object ends with the last byte that was read
-        place = read - len(error.object) + error.start
-        raise TokenizeError(f"{path}: not UTF-8 text at byte {place:,} ({error.reason})") from error
-    except (OSError, EOFError, ImportError) as error:  # gzip raises EOFError and BadGzipFile, an OSError
-        raise TokenizeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except Exception as error:  # zlib.error, lzma.LZMAError and what remote file systems raise
-        raise TokenizeError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _open(path: str):
-    """A file to read bytes from, unpacked by its suffix."""
-    if paths.is_remote(path) or path.endswith(_PACKED):
-        import fsspec
-
-        return fsspec.open(path, "rb", compression="infer")
-    file = open(path, "rb", buffering=0)
-    return file if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else _Pipe(file)
-
-
-class _Pipe:
-    """A pipe or terminal, read in waits of a fraction of a second, between which signals are noticed.
-
-    A read that blocks would not end if the kernel gave the signal to another thread (numpy's library has some).
-    """
-
-    def __init__(self, file):
-        self._file = file
-
-    def read(self, size: int) -> bytes:
-        while not select.select([self._file], [], [], 0.2)[0]:
-            pass
-        return self._file.read(size)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
-
-
-def _whole_file(path: str) -> Iterator[Piece]:
-    starts, held = True, ""
-    for chunk in _chunks(path):
-        held += chunk
-        while (end := _cut_after(held, _PIECE_CHARS)) < len(held):
-            yield Piece(path, starts, held[:end])
-            starts, held = False, held[end:]
-    if held:
-        yield Piece(path, starts, held)
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends. Only line feeds end lines (carriage returns before them are dropped)."""
-    number, held = 0, []
-    for chunk in _chunks(path):
-        first, *more = chunk.split("\n")
-        held.append(first)
-        for line in more:
-            number += 1
-            yield number, "".join(held).removesuffix("\r")
-            held = [line]
-    if any(held):
-        yield number + 1, "".join(held).removesuffix("\r")
-
-
-def _text_documents(path: str, documents: str, marker: str) -> Iterator[tuple[str, str]]:
-    first, lines = 1, []
-    for number, line in _lines(path):
-        if documents == "line":
-            yield f"{path}, line {number}", line
-        elif line == marker if documents == "marker" else not line.strip():
-            yield f"{path}, line {first}", "\n".join(lines).strip("\n")
-            first, lines = number + 1, []
-        else:
-            lines.append(line)
-    yield f"{path}, line {first}", "\n".join(lines).strip("\n")
-
-
-def _jsonl_documents(path: str, field: str) -> Iterator[tuple[str, str]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TokenizeError(f"{where}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise TokenizeError(f"{where}: a JSON object is needed, found {type(record).__name__}")
-        yield where, _string(where, field, record)
-
-
-def _parquet_documents(path: str, field: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise TokenizeError(f"{path}: reading parquet takes pyarrow; install it") from error
-    try:
-        with pyarrow.parquet.ParquetFile(paths.fetch(path)) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise TokenizeError(f"{path}: no column {field!r}; it has {', '.join(names)}; use --field")
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield f"{path}, row {row}", _string(f"{path}, row {row}", field, {field: value})
-                    row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise TokenizeError(f"{path}: cannot be read as parquet: {error}") from error
-
-
-def _string(where: str, field: str, record: dict) -> str:
-    if field not in record:
-        raise TokenizeError(f"{where}: no field {field!r}; it has {', '.join(record) or 'none'}; use --field")
-    value = record[field]
-    if not isinstance(value, str):
-        raise TokenizeError(f"{where}: field {field!r} is {type(value).__name__}, a text is needed")
-    return value
-
-
-def file_kind(path: str) -> str:
-    """text, jsonl or parquet, by the name; a suffix for compression is passed over."""
-    name = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
-    if name.endswith((".jsonl", ".ndjson", ".json")):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "text"
-
+_BUCKETS = 128  # temporary files of a shuffle
 
 # -----------------------------------------------------------------------------------------------------------
 # Encoding
-
-
-def bytes_encoder(text: str) -> np.ndarray:
-    """UTF-8 bytes as tokens. Byte 0 is taken: it separates documents."""
-    data = text.encode("utf-8")
-    if b"\0" in data:
-        raise TokenizeError("byte 0 in the text, which marks the beginning of documents; remove it from the input")
-    return np.frombuffer(data, dtype=np.uint8).astype(shards.TOKEN)
-
-
-def gpt2_encoder(vocab: str | None = None) -> Callable[[str], np.ndarray]:
-    """GPT-2's byte-pair encoder; `<|endoftext|>` in a text is ordinary text.
-
-    vocab: folder with GPT-2's encoder.json, checked by its hash. Without it tiktoken uses its cache or
-    downloads.
-    """
-    encoding = _gpt2_encoding(vocab)
-
-    def encode(text: str) -> np.ndarray:
-        text.encode("utf-8")  # lone surrogates: the same error as for bytes, where tiktoken would replace them
-        return np.array(encoding.encode_ordinary(text), dtype=shards.TOKEN)
-
-    return encode
-
-
-def _gpt2_encoding(vocab: str | None):
-    import tiktoken
-
-    if vocab is None:
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # requests' many kinds, and a wrong hash
-            raise TokenizeError(
-                f"the GPT-2 vocabulary could not be downloaded ({type(error).__name__}); with --vocab DIR it is read "
-                "from encoder.json in a folder"
-            ) from error
-    path = Path(vocab) / "encoder.json"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TokenizeError(f"{path}: {error.strerror}; --vocab names the folder that holds encoder.json") from error
-    if (digest := hashlib.sha256(data).hexdigest()) != _ENCODER_SHA256:
-        raise TokenizeError(f"{path}: not GPT-2's vocabulary: sha256 {digest}, expected {_ENCODER_SHA256}")
-    byte_of = _bytes_by_character()
-    # In this vocabulary a token's number is its rank among the merges, so the merges' own file is not needed.
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in json.loads(data).items() if token != MARKER}
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=_GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={MARKER: ENCODINGS["gpt2"][1]},
-        explicit_n_vocab=ENCODINGS["gpt2"][0],
-    )
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """GPT-2's file writes bytes as characters: visible Latin-1 as themselves, the other 68 from U+0100 on, in order."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in visible}
-    for byte in range(256):
-        if byte not in visible:
-            table[chr(0x100 + len(table) - len(visible))] = byte
-    return table
-
-
-def make_encoder(name: str, vocab: str | None) -> Callable[[str], np.ndarray]:
-    """The function that turns a text into token ids (uint16)."""
-    return bytes_encoder if name == "bytes" else gpt2_encoder(vocab)
 
 
 class Encoded(NamedTuple):
@@ -354,7 +94,7 @@ _worker: Callable | None = None
 def _start_worker(name: str, vocab: str | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-    _worker = partial(encode_batch, encoder=make_encoder(name, vocab), end_of_text=ENCODINGS[name][1])
+    _worker = partial(encode_batch, encoder=make_encoder(name, vocab), end_of_text=ENCODINGS[name].end_of_text)
 
 
 def _work(batch: list[tuple[str, Piece]]) -> list[Encoded]:
@@ -366,7 +106,7 @@ def encode_all(pieces: Iterable[tuple[str, Piece]], name: str, vocab: str | None
     encoder = make_encoder(name, vocab)  # here first: its errors are plain, and tiktoken's cache is filled once
     if workers == 1:
         for batch in _batches(pieces):
-            yield from encode_batch(batch, encoder, ENCODINGS[name][1])
+            yield from encode_batch(batch, encoder, ENCODINGS[name].end_of_text)
         return
     import multiprocessing
 
@@ -397,6 +137,35 @@ def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Pi
             batch, size = [], 0
     if batch:
         yield batch
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Several inputs
+
+
+class Mixture:
+    """Documents of several inputs in turn: always of the one that has given the fewest characters for its weight,
+    until that one has no more. Iterate over it once; then `characters` says what each has given, `ended` which ended.
+    """
+
+    def __init__(self, inputs: Sequence[Iterator[Piece]], weights: Sequence[float]):
+        self.inputs, self.weights = list(inputs), list(weights)
+        self.characters, self.ended = [0] * len(self.inputs), -1
+
+    def __iter__(self) -> Iterator[Piece]:
+        heads = [next(pieces, None) for pieces in self.inputs]
+        while True:
+            at = min(range(len(heads)), key=lambda i: (self.characters[i] / self.weights[i], i))
+            piece = heads[at]
+            if piece is None:
+                self.ended = at
+                return
+            while True:
+                yield piece
+                self.characters[at] += len(piece.text)
+                piece = heads[at] = next(self.inputs[at], None)
+                if piece is None or piece.starts:
+                    break
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -454,10 +223,13 @@ class PartWriter:
             self.counts["tokens"] += len(tokens[:room])
             tokens = tokens[room:]
             if self._writer.num_tokens == self.shard_tokens:
-                self.close()
+                self._complete()
 
     def close(self) -> None:
-        """Complete the shard that was begun."""
+        """Complete the shard that was begun: the part is written."""
+        self._complete()
+
+    def _complete(self) -> None:
         if self._writer is not None:
             self.files.append(self._writer.close())
             self._writer = None
@@ -468,6 +240,50 @@ class PartWriter:
             with contextlib.suppress(KeyboardInterrupt):
                 self._writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
             self._writer = None
+
+
+class ShufflingWriter(PartWriter):
+    """A part whose documents come out in a random order that `seed` decides, whatever the pieces they arrive in."""
+
+    def __init__(self, folder: Path, part: str, shard_tokens: int, end_of_text: int, seed: int):
+        super().__init__(folder, part, shard_tokens)
+        self.end_of_text, self.random = end_of_text, np.random.default_rng([seed, part == "val"])
+        self.buckets: dict[int, object] = {}
+        self.bucket = 0
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Add tokens; each document goes, whole, to the temporary file that is drawn for it."""
+        starts = np.flatnonzero(tokens == self.end_of_text)
+        drawn = (self.random.random(len(starts)) * _BUCKETS).astype(int).tolist()
+        bounds = [0, *starts.tolist(), len(tokens)]
+        for bucket, begin, end in zip([self.bucket, *drawn], bounds, bounds[1:]):
+            if begin < end:
+                self._bucket(bucket).write(tokens[begin:end].tobytes())
+            self.bucket = bucket
+
+    def _bucket(self, number: int):
+        if number not in self.buckets:
+            self.buckets[number] = open(self.folder / f".{self.part}-{number}", "w+b")
+        return self.buckets[number]
+
+    def close(self) -> None:
+        """The second pass: order each file's documents and write them all."""
+        for number in sorted(self.buckets):
+            file = self.buckets.pop(number)
+            with file:
+                file.seek(0)
+                tokens = np.frombuffer(file.read(), dtype=shards.TOKEN)
+            os.unlink(file.name)
+            starts = np.flatnonzero(tokens == self.end_of_text)
+            ends = [*starts[1:].tolist(), len(tokens)]
+            for at in self.random.permutation(len(starts)):
+                super().append(tokens[starts[at] : ends[at]])
+        self._complete()
+
+    def abandon(self) -> None:
+        while self.buckets:
+            self.buckets.popitem()[1].close()
+        super().abandon()
 
 
 class Progress:
@@ -517,6 +333,9 @@ class Settings(NamedTuple):
     max_tokens: int | None = None
     workers: int = 1
     overwrite: bool = False
+    on_bad: str = "stop"
+    shuffle: int | None = None
+    weights: tuple[float, ...] = ()
 
 
 def tokenize(inputs: list[str], settings: Settings) -> dict:
@@ -524,13 +343,7 @@ def tokenize(inputs: list[str], settings: Settings) -> dict:
 
     Raises TokenizeError, and leaves no file behind then.
     """
-    try:
-        files = paths.expand(inputs)
-    except paths.PathError as error:
-        raise TokenizeError(str(error)) from error
-    for file in files:
-        if not paths.is_remote(file) and os.path.isdir(file):
-            raise TokenizeError(f"{file}: a folder; name the files in it, for example '{file}/*.jsonl'")
+    inputs = _expanded(inputs, settings)
     out = Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -538,7 +351,7 @@ def tokenize(inputs: list[str], settings: Settings) -> dict:
         if old and not settings.overwrite:
             raise TokenizeError(f"{out}: holds shards already ({old[0].name}); give another --out, or --overwrite")
         with tempfile.TemporaryDirectory(dir=out, prefix=".tokenize-", ignore_cleanup_errors=True) as folder:
-            facts = _write_parts(files, settings, Path(folder))
+            facts = _write_parts(inputs, settings, Path(folder))
             for file in old:
                 file.unlink()
             for name in facts["shards"]:
@@ -555,30 +368,53 @@ def _old_files(out: Path) -> list[Path]:
     return sorted([*out.glob("train_*.bin"), *out.glob("val_*.bin"), *out.glob("tokenize.json")])
 
 
-def _write_parts(files: list[str], settings: Settings, folder: Path) -> dict:
+def _expanded(inputs: list[str], settings: Settings) -> list[list[str]]:
+    """The files of each input, each file in one of them only."""
+    if settings.weights and len(settings.weights) != len(inputs):
+        raise TokenizeError(f"{len(settings.weights)} --weights for {len(inputs)} inputs: give one for each")
+    if any(weight <= 0 for weight in settings.weights):
+        raise TokenizeError("--weights are above 0; leave an input out rather than giving it 0")
+    try:
+        paths.expand(inputs)  # refuses a file that two of them name
+        found = [paths.expand([name]) for name in inputs]
+    except paths.PathError as error:
+        raise TokenizeError(str(error)) from error
+    for file in chain.from_iterable(found):
+        if not paths.is_remote(file) and os.path.isdir(file):
+            raise TokenizeError(f"{file}: a folder; name the files in it, for example '{file}/*.jsonl'")
+        if settings.kind == "auto":
+            file_kind(file)  # before anything is read
+    return found
+
+
+def _pieces(inputs: list[list[str]], settings: Settings) -> tuple[Iterable[Piece], Reader]:
+    """All documents of all inputs, and the reader that counts what it meets."""
+    forbidden = "\0" if settings.encoding == "bytes" else ""
+    how = settings.kind, settings.field, settings.documents, settings.marker, settings.on_bad, forbidden
+    reader = Reader(*how)
+    streams = [(piece for file in files for piece in reader.pieces(file)) for files in inputs]
+    if settings.weights:
+        return Mixture(streams, settings.weights), reader
+    return (piece for stream in streams for piece in stream), reader
+
+
+def _write_parts(inputs: list[list[str]], settings: Settings, folder: Path) -> dict:
     """Read, split, encode, and write shards to `folder`."""
-
-    def pieces() -> Iterator[Piece]:
-        for file in files:
-            kind = file_kind(file) if settings.kind == "auto" else settings.kind
-            yield from read_pieces(
-                file, kind=kind, field=settings.field, documents=settings.documents, marker=settings.marker
-            )
-
-    train_characters = None
+    pieces, reader = _pieces(inputs, settings)
     if settings.split == "characters":
-        characters = sum(len(piece.text) for piece in pieces())
-        train_characters = int(characters * (1 - settings.val_fraction))
-        parts = split_by_character(pieces(), train_characters)
+        characters = sum(len(piece.text) for piece in _pieces(inputs, settings)[0])
+        parts = split_by_character(pieces, int(characters * (1 - settings.val_fraction)))
     else:
-        parts = split_by_document(pieces(), settings.val_fraction)
-    writers = {part: PartWriter(folder, part, settings.shard_tokens) for part in ("train", "val")}
-    progress = Progress(_total_bytes(files))
+        parts = split_by_document(pieces, settings.val_fraction)
+    writers = {part: _writer(folder, part, settings) for part in ("train", "val")}
+    progress = Progress(_total_bytes([file for files in inputs for file in files]))
     encoded = encode_all(parts, settings.encoding, settings.vocab, settings.workers)
     try:
         room = settings.max_tokens
         for part, tokens, documents, characters in encoded:
-            tokens = tokens[:room]
+            if room is not None and len(tokens) > room:
+                tokens = tokens[:room]
+                documents, characters = _counted(tokens, settings)
             writers[part].append(tokens)
             writers[part].counts.update(documents=documents, characters=characters)
             progress.add(characters, len(tokens))
@@ -591,10 +427,27 @@ def _write_parts(files: list[str], settings: Settings, folder: Path) -> dict:
         progress.close()
         for writer in writers.values():
             writer.abandon()
-    return _facts(files, settings, writers)
+    met = dict(reader.counts) | ({"first_bad": reader.first_bad} if reader.first_bad else {})
+    if settings.weights:
+        met["characters_by_input"], met["ended"] = pieces.characters, pieces.ended
+    return _facts(inputs, settings, writers, met)
 
 
-def _facts(files: list[str], settings: Settings, writers: dict[str, PartWriter]) -> dict:
+def _writer(folder: Path, part: str, settings: Settings) -> PartWriter:
+    if settings.shuffle is None:
+        return PartWriter(folder, part, settings.shard_tokens)
+    end_of_text = ENCODINGS[settings.encoding].end_of_text
+    return ShufflingWriter(folder, part, settings.shard_tokens, end_of_text, settings.shuffle)
+
+
+def _counted(tokens: np.ndarray, settings: Settings) -> tuple[int, int]:
+    """Documents and characters that begin in `tokens`."""
+    vocabulary = ENCODINGS[settings.encoding]
+    documents = int(np.count_nonzero(tokens == vocabulary.end_of_text))
+    return documents, int(token_characters(vocabulary.size, settings.vocab)[tokens].sum())
+
+
+def _facts(inputs: list[list[str]], settings: Settings, writers: dict[str, PartWriter], met: dict) -> dict:
     counts = {part: dict(writer.counts) for part, writer in writers.items() if writer.files}
     if "train" not in counts:
         raise TokenizeError("no text for training was found: the inputs are empty, or all went into validation")
@@ -606,10 +459,14 @@ def _facts(files: list[str], settings: Settings, writers: dict[str, PartWriter])
     infos = [info for writer in writers.values() for info in writer.files]
     return {
         "schema": 1,
-        "inputs": files,
+        "inputs": [file for files in inputs for file in files],
         "encoding": settings.encoding,
-        "vocab_size": ENCODINGS[settings.encoding][0],
-        "end_of_text": ENCODINGS[settings.encoding][1],
+        "vocab_size": ENCODINGS[settings.encoding].size,
+        "end_of_text": ENCODINGS[settings.encoding].end_of_text,
+        "documents": settings.documents,
+        "shuffle": settings.shuffle,
+        "weights": list(settings.weights),
+        "met": met,
         "split": settings.split,
         "val_fraction": settings.val_fraction,
         "cut_by_max_tokens": settings.max_tokens is not None,
@@ -620,7 +477,7 @@ def _facts(files: list[str], settings: Settings, writers: dict[str, PartWriter])
 
 def _total_bytes(files: list[str]) -> int | None:
     """Bytes of all inputs, or None where that says nothing about the text in them."""
-    if any(file_kind(file) == "parquet" or file.endswith(_PACKED) for file in files):
+    if any(file.endswith((*PACKED, ".parquet")) for file in files):
         return None
     with contextlib.suppress(paths.PathError):
         return sum(map(paths.file_size, files))
@@ -637,18 +494,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn text, JSONL or parquet into token shards.",
         epilog="Exit codes: 0 done, 2 wrong usage, 3 bad input or output, 130 interrupted.",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or URLs; .gz, .bz2, .xz are unpacked")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help=f"files, globs or URLs; {', '.join(PACKED)} are unpacked"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--encoding", choices=ENCODINGS, default="gpt2", help="default: %(default)s")
     parser.add_argument("--vocab", metavar="DIR", help="folder with GPT-2's encoder.json, for machines without network")
     parser.add_argument(
-        "--kind",
-        choices=("auto", "text", "jsonl", "parquet"),
-        default="auto",
-        help="what the inputs are; default: by their names",
+        "--kind", choices=("auto", *KINDS), default="auto", help="what the inputs are; default: by their names"
     )
     parser.add_argument(
-        "--field", default="text", help="field or column of the text in JSONL or parquet; default: %(default)s"
+        "--field", default="text", help="of the text in JSONL or parquet, a.b for b within a; default: %(default)s"
+    )
+    parser.add_argument(
+        "--on-bad", choices=("stop", "skip"), default="stop", help="at a document that is no text; default: %(default)s"
     )
     parser.add_argument(
         "--documents",
@@ -673,7 +532,11 @@ def _parser() -> argparse.ArgumentParser:
         "input (which is read twice); default: %(default)s",
     )
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after so many tokens")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after so many tokens (before any shuffling)")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the documents; default: as they come")
+    parser.add_argument(
+        "--weights", type=_weights, default=(), metavar="W,W,...", help="one an INPUT: their shares of the characters"
+    )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that encode; default: one a core, and 1 for bytes"
     )
@@ -681,11 +544,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _weights(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
 def _cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _remarks(facts: dict, inputs: list[str]) -> Iterator[str]:
+    """What a user should know beyond the counts."""
+    met = facts["met"]
+    if met.get("bad"):
+        yield f"{met['bad']:,} bad documents were skipped; the first: {met['first_bad']}"
+    if met.get("empty"):
+        yield f"{met['empty']:,} empty documents were left out"
+    if met.get("marker_lines"):
+        yield (
+            f"warning: {met['marker_lines']:,} lines equal to the end-of-text marker were taken as text by --documents "
+            f"{facts['documents']}; with --documents marker they divide documents"
+        )
+    if met.get("ended", -1) >= 0:
+        shares = ", ".join(f"{name}: {count:,}" for name, count in zip(inputs, met["characters_by_input"]))
+        yield f"{inputs[met['ended']]} ended first; characters of each input: {shares}"
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -724,6 +608,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{part}: {count['tokens']:,} tokens, {count['documents']:,} documents, "
                 f"{count['characters']:,} characters"
             )
+    for line in _remarks(facts, inputs):
+        print(f"data.tokenize: {line}", file=sys.stderr)
     print(f"{len(facts['shards'])} shards in {options.out} ({time.perf_counter() - start:.1f} s)")
     return 0
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.encoding import encoding_for
-from data.tokenize import TokenizeError
+from data.encoding import TokenizeError, encoding_for
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import shards, tokenize
-from data.tokenize import MARKER, Settings, TokenizeError
+from data import encoding, reading, shards, tokenize
+from data.encoding import MARKER, TokenizeError
+from data.tokenize import Settings
 
 
 def read(folder, part="train"):
@@ -121,9 +122,9 @@ def test_shards_hold_the_tokens_whatever_their_size(tmp_path_factory, documents,
     piece=st.integers(1, 9),
 )
 def test_split_by_character_is_a_cut(tmp_path_factory, text, fraction, piece):
-    folder, size = tmp_path_factory.mktemp("cut"), tokenize._PIECE_CHARS
+    folder, size = tmp_path_factory.mktemp("cut"), reading.PIECE_CHARS
     text = text.removeprefix("\ufeff") or "x"
-    tokenize._PIECE_CHARS = piece
+    reading.PIECE_CHARS = piece
     try:
         at = int(len(text) * (1 - fraction))
         if at in (0, len(text)) and fraction:
@@ -133,7 +134,7 @@ def test_split_by_character_is_a_cut(tmp_path_factory, text, fraction, piece):
         assert run(folder, "a.txt", text, val_fraction=fraction, split="characters") == as_bytes(text[:at])
         assert read(folder / "out", "val") == (as_bytes(text[at:]) if at < len(text) else [])
     finally:
-        tokenize._PIECE_CHARS = size
+        reading.PIECE_CHARS = size
 
 
 def test_split_by_document_depends_on_the_text_alone(tmp_path):
@@ -177,7 +178,7 @@ def vocab(shared_data):
 
 @pytest.fixture(scope="module")
 def gpt2(vocab):
-    return tokenize.gpt2_encoder(vocab)
+    return encoding.gpt2_encoder(vocab)
 
 
 def test_known_tokens(gpt2):
@@ -201,13 +202,13 @@ SPACES = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 @given(text=st.lists(SPACES | st.text(max_size=4), max_size=30).map("".join), piece=st.integers(1, 12))
 def test_cut_documents_have_the_same_tokens(gpt2, text, piece):
-    size = tokenize._PIECE_CHARS
-    tokenize._PIECE_CHARS = piece
+    size = reading.PIECE_CHARS
+    reading.PIECE_CHARS = piece
     try:
         text = text.encode("utf-8", "ignore").decode()
-        pieces = list(tokenize._cut("here", text))
+        pieces = list(reading.cut("here", text))
     finally:
-        tokenize._PIECE_CHARS = size
+        reading.PIECE_CHARS = size
     assert "".join(p.text for p in pieces) == text
     assert [p.starts for p in pieces] == [True, *[False] * (len(pieces) - 1)][: len(pieces)]
     tokens = [t for p in pieces for t in gpt2(p.text).tolist()]
@@ -216,10 +217,10 @@ def test_cut_documents_have_the_same_tokens(gpt2, text, piece):
 
 def test_vocabulary_errors(tmp_path, monkeypatch):
     with pytest.raises(TokenizeError, match=r"encoder\.json: No such file"):
-        tokenize.gpt2_encoder(str(tmp_path))
+        encoding.gpt2_encoder(str(tmp_path))
     (tmp_path / "encoder.json").write_text("{}")
     with pytest.raises(TokenizeError, match="not GPT-2's vocabulary: sha256"):
-        tokenize.gpt2_encoder(str(tmp_path))
+        encoding.gpt2_encoder(str(tmp_path))
     import tiktoken
 
     def no_network(name):
@@ -227,7 +228,7 @@ def test_vocabulary_errors(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(TokenizeError, match=r"could not be downloaded.*--vocab"):
-        tokenize.gpt2_encoder()
+        encoding.gpt2_encoder()
 
 
 # Errors
