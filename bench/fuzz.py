@@ -532,14 +532,15 @@ def tokenizer_check(folder: Path):
 
 
 JSONL = b'{"text": "One day", "n": 1}\n{"text": "a \\u00e9 b"}\n{"text": ""}\n{"text": "x y"}\n'
+PACKED = ("a.txt.gz", "a.txt.bz2", "a.txt.xz", "a.txt.zst", "a.zip")
 TOKENIZER_INPUT = st.tuples(
-    st.sampled_from(["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"]),
+    st.sampled_from(["a.txt", "a.jsonl", "a.parquet", *PACKED]),
     st.one_of(
         st.binary(max_size=100),
         st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
         DAMAGE.map(lambda operations: damage(JSONL, operations)),
         DAMAGE.map(lambda operations: damage(_parquet(), operations)),
-        DAMAGE.map(lambda operations: damage(_packed(), operations)),
+        st.tuples(st.sampled_from(PACKED), DAMAGE).map(lambda case: damage(_packed(case[0]), case[1])),
     ),
     st.sampled_from(["file", "line", "blank", "marker"]),
 )
@@ -556,10 +557,23 @@ def _parquet() -> bytes:
 
 
 @functools.cache
-def _packed() -> bytes:
+def _packed(name: str) -> bytes:
+    """A text in two members, streams or frames."""
+    import bz2
     import gzip
+    import lzma
+    import zipfile
 
-    return gzip.compress(b"some text " * 20, mtime=0)
+    import zstandard
+
+    if name == "a.zip":
+        sink = io.BytesIO()
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.txt", b"some text " * 20)
+            archive.writestr("b.jsonl", JSONL)
+        return sink.getvalue()
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}
+    return b"".join(pack[name.rpartition(".")[2]](part) for part in (b"some text " * 20, b"more of it " * 20))
 
 
 def series_check(folder: Path):
