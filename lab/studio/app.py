@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import html
-import inspect
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
 
-from data.shards import ShardError
-from lab import LabError
 from lab.studio.analyses import Microscope
 from lab.studio.catalogue import Catalogue, Models
-from lab.studio.jobs import Queue, QueueError
-from lab.studio.places import Places, Refused
+from lab.studio.jobs import Queue
+from lab.studio.pages import models, series, train, write
+from lab.studio.places import Places
 from lab.studio.samples import Samples
-from stats.errors import StatsError
 
 STYLE = Path(__file__).with_name("style.css")
-EXPECTED = (Refused, QueueError, LabError, StatsError, ShardError, OSError)
 
 
 class Studio:
@@ -36,34 +28,6 @@ class Studio:
         self.microscope = Microscope(places, self.models)
 
 
-@contextlib.contextmanager
-def telling() -> Iterator[None]:
-    """Errors that a user can do something about become messages on the page, in their own words."""
-    try:
-        yield
-    except EXPECTED as error:
-        raise gr.Error(html.escape(str(error)), duration=12, print_exception=False) from error
-
-
-def told(handler: Callable) -> Callable:
-    """`handler`, a function or a generator, within `telling`."""
-    if inspect.isgeneratorfunction(handler):
-
-        @functools.wraps(handler)
-        def streamed(*arguments):
-            with telling():
-                yield from handler(*arguments)
-
-        return streamed
-
-    @functools.wraps(handler)
-    def wrapped(*arguments):
-        with telling():
-            return handler(*arguments)
-
-    return wrapped
-
-
 def look() -> dict:
     """Launch options of the look: fonts that the machine has, nothing fetched."""
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
@@ -74,8 +38,6 @@ def look() -> dict:
 
 def build(places: Places) -> gr.Blocks:
     """The studio's four pages as one Gradio app, not yet served."""
-    from lab.studio.pages import models, series, train, write
-
     studio = Studio(places)
     with gr.Blocks(title="Studio") as page:
         gr.Navbar(main_page_name="Models")

@@ -9,6 +9,7 @@ import gradio as gr
 
 from lab.studio.analyses import ANALYSES, step_label
 from lab.studio.catalogue import steps_of
+from lab.studio.telling import told
 
 HEADERS = ["model", "series · run", "step", "parameters", "size", "validation", "saved"]
 WIDTHS = ["110px", "420px", "80px", "120px", "100px", "120px", "170px"]
@@ -16,8 +17,6 @@ WIDTHS = ["110px", "420px", "80px", "120px", "100px", "120px", "170px"]
 
 def build(studio, page: gr.Blocks) -> None:
     """Lay the page out and say what its parts do."""
-    from lab.studio.app import told
-
     table = gr.Dataframe(
         headers=HEADERS,
         label="Checkpoints (click one to open it)",

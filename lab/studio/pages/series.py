@@ -7,6 +7,7 @@ import math
 import gradio as gr
 
 from lab.studio.places import Refused
+from lab.studio.telling import told
 from lab.studio.verdicts import HEADERS, fingerprint, view, write_report
 
 REFRESH_S = 3.0
@@ -28,8 +29,6 @@ def judging(threshold: str, alpha: float | None) -> tuple[float | None, float]:
 
 def build(studio, page: gr.Blocks) -> None:
     """Lay the page out and say what its parts do."""
-    from lab.studio.app import told
-
     with gr.Row(equal_height=True):
         folder = gr.Dropdown([], label="Series", elem_id="series", allow_custom_value=True, scale=3, min_width=280)
         threshold = gr.Textbox(

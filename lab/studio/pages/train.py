@@ -11,6 +11,7 @@ from lab.studio.jobs import Entry
 from lab.studio.places import MAX_UPLOAD_BYTES
 from lab.studio.progress import Progress, clock_text, curves, read_progress
 from lab.studio.recipes import BOUNDS, MODELS, READINGS, TOKENS, Request, corpora_for, training_of
+from lab.studio.telling import told
 
 REFRESH_S = 1.5
 FIRST = "gpt"
@@ -34,7 +35,6 @@ def build(studio, page: gr.Blocks) -> None:
         with gr.Column(scale=2, min_width=320):
             watch = _Watch(studio)
     values = [inputs[f.name] for f in fields(Request)]
-    from lab.studio.app import told
 
     @told
     def begin(*given):
@@ -49,8 +49,6 @@ def build(studio, page: gr.Blocks) -> None:
 
 def _form(studio) -> tuple[dict[str, gr.Component], gr.Button]:
     """The fields by the name they have in Request, in its order, and the start button."""
-    from lab.studio.app import told
-
     model = gr.Dropdown([(m.label, key) for key, m in MODELS.items()], value=FIRST, label="Model", elem_id="model")
     about = gr.Markdown(MODELS[FIRST].about)
     corpus = gr.Dropdown(corpora_for(FIRST), value="stories", label="Corpus", elem_id="corpus")
@@ -136,8 +134,6 @@ class _Watch:
         self.outputs = [self.chosen, self.status, *self.buttons, self.plot, self.samples, self.seen]
 
     def connect(self, page: gr.Blocks) -> None:
-        from lab.studio.app import told
-
         quiet = dict(show_progress="hidden", concurrency_limit=None)
         page.load(lambda: self.shown(None), None, self.outputs, **quiet)
         self.chosen.input(self.shown, self.chosen, self.outputs, **quiet)

@@ -7,14 +7,14 @@ import math
 
 import gradio as gr
 
+from lab.studio.telling import told
+
 LONGEST = 1000
 HINT = "Click a token to see what the model expected there, and which tokens before it mattered."
 
 
 def build(studio, page: gr.Blocks) -> None:
     """Lay the page out and say what its parts do."""
-    from lab.studio.app import told
-
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             chosen = gr.Dropdown([], label="Model", allow_custom_value=True, elem_id="checkpoint")
