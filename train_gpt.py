@@ -52,12 +52,14 @@ from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
 from trainer.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
+from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange
 from trainer.log import Clock, Progress, RunLog, now, say
 from trainer.options import UsageError, help_text, parse_options, setting
 from trainer.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling
 from trainer.sample import sample_command
+from trainer.streams import describe_data, loss_floor, open_streams
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
@@ -137,10 +139,11 @@ class Config:
     data_dir: str = setting("", "folder", "for the embedded corpus; '': a cache folder beside this file")
 
 
-# What a run computes does not depend on these, so a checkpoint may be resumed with others.
+# What a run computes does not depend on these, so a checkpoint may be resumed with others. Where the data lie does
+# not matter either: what they are is in the hashes of the tokens (trainer/evidence.py).
 _RUN_FIELDS = frozenset(
-    "output_dir run_name checkpoint_every keep_checkpoints save_final resume overwrite plan_hash data_dir "
-    "device compile kernels communication log_train_loss deterministic warmup_steps".split()
+    "train_files val_files data_dir output_dir run_name checkpoint_every keep_checkpoints save_final resume overwrite "
+    "plan_hash device compile kernels communication log_train_loss deterministic warmup_steps".split()
 )
 
 # fmt: off
@@ -600,50 +603,6 @@ class Trainer:
 # Data and evaluation
 
 
-def embedded_files(config: Config) -> Config:
-    """`config` with 'embedded' replaced by the shards of the embedded corpus, which is generated if need be."""
-    if "embedded" not in (config.train_files, config.val_files):
-        return config
-    from data.corpus import ensure_corpus
-
-    folder = config.data_dir or str(Path(__file__).resolve().parent / "data" / "embedded")
-    corpus = ensure_corpus(folder)  # one process writes, the others wait
-    found = {"train_files": str(corpus.train_files), "val_files": str(corpus.val_files)}
-    return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) == "embedded"})
-
-
-def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
-    """Training and validation streams. Raises ShardError that names file and cause."""
-    files = embedded_files(config)
-    sequences = config.tokens_per_step // config.train_seq_len
-    train = TokenStream(
-        files.train_files,
-        sequence_tokens=config.train_seq_len,
-        sequences_per_step=sequences,
-        vocab_size=config.vocab_size,
-        drop_shard_tail=config.drop_shard_tail,
-    )
-    val = TokenStream(
-        files.val_files,
-        sequence_tokens=config.val_seq_len,
-        sequences_per_step=config.val_tokens // config.val_seq_len,
-        vocab_size=config.vocab_size,
-        cycle=False,
-    )
-    return train, val
-
-
-def loss_floor(config: Config) -> float | None:
-    """The least mean loss that anything could reach on the validation tokens, if they are of the embedded corpus,
-    whose grammar tells every document's exact probability (data/corpus.py)."""
-    if config.val_files != "embedded":
-        return None
-    from data.corpus import best_loss
-    from data.shards import open_shard
-
-    return best_loss(open_shard(embedded_files(config).val_files)[: config.val_tokens + 1])
-
-
 def my_sequences(config: Config, rank: int, world_size: int) -> range:
     """The sequences of a step that this process works on; all processes together cover each once."""
     return range(rank, config.tokens_per_step // config.train_seq_len, world_size)
@@ -770,25 +729,29 @@ def warm_up(trainer: Trainer) -> None:
     trainer.load(before)
 
 
-def resume(trainer: Trainer, log: RunLog, clock: Clock, folder: Path) -> int:
+def resume(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, record: TokenRecord, val_stream) -> int:
     """Load the checkpoint that `--resume` asks for; returns the number of steps already done.
 
-    Only rank 0 reads: other hosts need not see its disk."""
+    Only rank 0 reads it: other hosts need not see its disk. Everyone reads its share of the tokens of those steps."""
     if not trainer.config.resume:
         return 0
-    step, clock.seconds, log.validation[:], log.train_losses[:] = on_rank_0(lambda: _load(trainer, log, folder))
+    found = on_rank_0(lambda: _load(trainer, folder))
+    step, clock.seconds, log.validation[:], log.train_losses[:], told = found
+    if told:
+        check_same_data(told, step, record, val_stream, log.environment["hashes"]["val_data_hash"])
+    on_rank_0(lambda: log.cut_back_to(step if told else -1))
     trainer.share_state()
     return step
 
 
-def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list, list]:
-    """Put a checkpoint in place: steps done, training seconds, validations and losses so far. CheckpointError."""
+def _load(trainer: Trainer, folder: Path) -> tuple[int, float, list, list, dict[str, str]]:
+    """Put a checkpoint in place: steps done, training seconds, validations and losses so far, and its path and hashes
+    ({}: there is none yet). Raises CheckpointError."""
     c = trainer.config
     if c.resume == "auto":
         found = newest_whole(folder, CHECKPOINT_FORMAT, say)
         if found is None:
-            log.cut_back_to(-1)
-            return 0, 0.0, [], []
+            return 0, 0.0, [], [], {}
     else:
         found = Path(c.resume), *load_tensors(c.resume, CHECKPOINT_FORMAT)
     path, told, tensors = found
@@ -797,9 +760,6 @@ def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list
     if differing:
         names = ", ".join(differing)
         raise CheckpointError(f"{path}: made with another configuration; these fields differ: {names}")
-    for key, files in (("data_hash", c.train_files), ("val_data_hash", c.val_files)):
-        if told.get(key) != log.environment["hashes"][key]:
-            raise CheckpointError(f"{path}: made with other data; what {files} holds has changed since")
     check_tensors(path, tensors, trainer.state())
     try:
         step, seconds = int(told["step"]), float(told["train_time_s"])
@@ -810,17 +770,18 @@ def _load(trainer: Trainer, log: RunLog, folder: Path) -> tuple[int, float, list
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: what it says of its run makes no sense ({error})") from error
     trainer.load(tensors)
-    log.cut_back_to(step)
-    return step, seconds, validation, losses
+    hashes = {key: told.get(key, "") for key in ("data_hash", "val_data_hash")}
+    return step, seconds, validation, losses, {"path": str(path), **hashes}
 
 
-def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
+def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: int, record: TokenRecord) -> None:
     """A checkpoint after `step` steps; older ones beyond `keep_checkpoints` go once it is safely there."""
+    record.advance(step)
     state = trainer.whole_state()
-    on_rank_0(lambda: _save(state, trainer.config, log, clock, folder, step))
+    on_rank_0(lambda: _save(state, trainer.config, log, clock, folder, step, record))
 
 
-def _save(state: dict[str, Tensor], config: Config, log: RunLog, clock: Clock, folder: Path, step: int) -> None:
+def _save(state, config: Config, log: RunLog, clock: Clock, folder: Path, step: int, record: TokenRecord) -> None:
     if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
         raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
     hashes = log.environment["hashes"]
@@ -832,7 +793,8 @@ def _save(state: dict[str, Tensor], config: Config, log: RunLog, clock: Clock, f
         train_time_s=repr(clock.seconds),
         validation=json.dumps(log.validation),
         train_loss=json.dumps(log.train_losses),
-        **{k: hashes[k] for k in ("code_hash", "data_hash", "val_data_hash")},
+        **{k: hashes[k] for k in ("code_hash", "val_data_hash")},
+        **{k: str(v) for k, v in record.told().items()},
     )
     for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
@@ -848,10 +810,11 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
     c, (stream, val_stream) = trainer.config, streams
     folder = log.folder / f"{log.name}.checkpoints"
     clock = Clock(trainer.device)
-    start = resume(trainer, log, clock, folder)
+    record = TokenRecord(stream)
+    start = resume(trainer, log, clock, folder, record, val_stream)
     mine = my_sequences(c, rank(), trainer.world_size)
     order = ((step, sequence) for step in range(start, c.num_iterations) for sequence in mine)
-    batches = stream.prefetch(order)
+    batches = stream.prefetch(order, feed=record.feed)
     flops = flops_per_token(trainer.model)
     progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
     saved = start if start else -1
@@ -865,14 +828,15 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
                 loss = validate(trainer, val_stream, step)
                 if not math.isfinite(loss):
                     raise NonFiniteLoss(f"validation loss is {loss} after step {step}")
-                log.validated(step, elapsed, loss)
+                record.advance(step)
+                log.validated(step, elapsed, loss, **record.told())
                 log.summary("running")
                 clock.start()
             (asked,) = agree([stop.signal])
             wanted = asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0)
             if wanted and step > 0 and step != saved:
                 clock.stop()
-                save_run(trainer, log, clock, folder, step)
+                save_run(trainer, log, clock, folder, step, record)
                 saved = step
                 clock.start()
             if asked or last:
@@ -905,7 +869,7 @@ def unique_name(config: Config) -> str:
     return on_rank_0(lambda: config.run_name or drawn)
 
 
-def describe(config: Config, trainer: Trainer, streams) -> dict:
+def describe(config: Config, trainer: Trainer, val_stream: TokenStream, data: dict) -> dict:
     """The environment as the log tells it, with the names of the kernels that run."""
     sample = torch.empty(0, device=trainer.device, dtype=getattr(torch, config.dtype))
     ran = trainer.model.impls | {"attention": attention_implementation(trainer.model.impls["attention"], sample)}
@@ -914,10 +878,9 @@ def describe(config: Config, trainer: Trainer, streams) -> dict:
         world_size=trainer.world_size,
         source=SOURCE,
         implementations=ran,
-        data_hash=streams[0].data_hash(),
-        val_data_hash=streams[1].data_hash(),
+        val_data_hash=hash_of(val_stream),
         plan_hash=config.plan_hash,
-    )
+    ) | {"data": data}
 
 
 def run(config: Config) -> int:
@@ -926,8 +889,9 @@ def run(config: Config) -> int:
     device = set_up(config)
     asked, config = config, fit_to_world(config, world_size())
     streams = open_streams(config)
+    data, remarks = describe_data(config, *streams)
     trainer = Trainer(config, device)
-    environment = describe(config, trainer, streams)
+    environment = describe(config, trainer, streams[1], data)
     log = RunLog(
         config.output_dir,
         unique_name(config),
@@ -945,6 +909,8 @@ def run(config: Config) -> int:
                 f"{config.train_seq_len} tokens. Documents and windows end at their borders, so this is another run "
                 "than with 8 processes: its loss may be slightly higher, and its checkpoints need as many processes"
             )
+        for remark in remarks:
+            log.line(remark)
         log.summary("running")
         ceiling = matmul_ceiling(device, getattr(torch, config.dtype), trainer.world_size)
         warm_up(trainer)

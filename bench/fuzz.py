@@ -317,14 +317,11 @@ def _write_text(path: Path) -> None:
 def _go_on(trainer, path: Path) -> None:
     """Resume from the checkpoint, as `--resume=PATH` does."""
     import dataclasses
-    import types
 
     import train_gpt
 
     trainer.config = dataclasses.replace(trainer.config, resume=str(path))
-    hashes = {"code_hash": "x", "data_hash": "x", "val_data_hash": "x"}
-    log = types.SimpleNamespace(environment={"hashes": hashes}, cut_back_to=lambda step: None)
-    step, seconds, validation, losses = train_gpt._load(trainer, log, path.parent)
+    step, seconds, validation, losses, _ = train_gpt._load(trainer, path.parent)
     if not (0 <= step <= trainer.config.num_iterations and seconds >= 0):
         raise Wrong(f"resumed at step {step} after {seconds} s")
     json.dumps([validation, losses], allow_nan=False)

@@ -23,7 +23,7 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -316,10 +316,18 @@ class TokenStream:
             return step // self.steps_per_epoch
         return step * self.sequences_per_step * self.sequence_tokens // self.num_tokens
 
+    def shards_until(self, steps: int) -> list[ShardInfo]:
+        """The shards that the first `steps` steps read from, in order, each once."""
+        if self.drop_shard_tail:
+            used = int(np.searchsorted(self._first_step, min(steps, self.steps_per_epoch), side="left"))
+        else:
+            read = steps * self.sequences_per_step * self.sequence_tokens + 1
+            used = int(np.searchsorted(self._first_token, min(read, self.num_tokens), side="left"))
+        return [shard for shard in self.shards[: max(used, 1)] if shard.num_tokens]
+
     def batch(self, step: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (T,) int32 and targets (T,) int64 of one sequence of one step."""
-        window = self.window(step, sequence)
-        return window[:-1].astype(np.int32), window[1:].astype(np.int64)
+        return _inputs_and_targets(self.window(step, sequence))
 
     def window(self, step: int, sequence: int) -> np.ndarray:
         """The T + 1 tokens (uint16) of one sequence of one step, checked against the vocabulary."""
@@ -376,13 +384,19 @@ class TokenStream:
 
             threading.Thread(target=download, name="shard-download", daemon=True).start()
 
-    def prefetch(self, order: Iterable[tuple[int, int]], *, depth: int = 4, pin_memory: bool = False) -> Iterator:
+    def prefetch(
+        self,
+        order: Iterable[tuple[int, int]],
+        *,
+        depth: int = 4,
+        pin_memory: bool = False,
+        feed: Callable[[int, int, bytes], None] | None = None,
+    ) -> Iterator:
         """Yield CPU tensors (inputs_T int32, targets_T int64) for each (step, sequence) of `order`.
 
         A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to
-        a GPU overlap with
-        work there. What the thread raises is raised here, at the sequence that it concerns. Closing the
-        iterator ends the thread.
+        a GPU overlap with work there. feed: told of step, sequence and `window_digest` of each when it is yielded.
+        What the thread raises is raised here, at the sequence that it concerns. Closing the iterator ends the thread.
         """
         import torch  # here, so that the tokenizer and its workers start without it
 
@@ -400,8 +414,10 @@ class TokenStream:
                 if device is not None:  # a new thread would page-lock through GPU 0, whichever is this process's
                     torch.cuda.set_device(device)
                 for step, sequence in order:
-                    tensors = [torch.from_numpy(part) for part in self.batch(step, sequence)]
-                    put(tuple(t.pin_memory() if pin_memory else t for t in tensors))
+                    window = self.window(step, sequence)
+                    tensors = [torch.from_numpy(part) for part in _inputs_and_targets(window)]
+                    digest = window_digest(window) if feed else b""
+                    put((step, sequence, digest, tuple(t.pin_memory() if pin_memory else t for t in tensors)))
                     if stop.is_set():
                         return
                 put(None)
@@ -414,7 +430,10 @@ class TokenStream:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                *place, tensors = item
+                if feed:
+                    feed(*place)
+                yield tensors
         finally:
             stop.set()
             thread.join(timeout=5)
@@ -430,8 +449,18 @@ class TokenStream:
                 self._open.popitem()[1].close()
 
 
+def _inputs_and_targets(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return window[:-1].astype(np.int32), window[1:].astype(np.int64)
+
+
+def window_digest(window: np.ndarray) -> bytes:
+    """16 bytes: blake2b of the tokens of one sequence, its last target included, as little-endian 16-bit numbers."""
+    return hashlib.blake2b(np.ascontiguousarray(window, dtype=TOKEN), digest_size=16).digest()
+
+
 def data_hash(shards: Iterable[ShardInfo]) -> str:
-    """A hash of the shards' content and order for the record of a run, independent of where they lie.
+    """A hash of files, in order, independent of where they lie: what tokenize.json keeps of each shard, and what
+    checkpoints and logs told before the tokens themselves were hashed (trainer/evidence.py).
 
     Shards up to 64 MiB are hashed whole. Of a larger one the hash covers the header, the size, and 16 blocks
     of 64 KiB spread evenly from its first byte to its last: 30 shards of FineWeb take a second instead of

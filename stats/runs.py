@@ -62,6 +62,7 @@ _FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("config_hash", re.compile(r"\bconfig[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("kernels_hash", re.compile(r"\bkernels[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("data_hash", re.compile(r"\bdata[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
+    ("val_data_hash", re.compile(r"\bval_data_hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("plan_hash", re.compile(r"\bplan[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
 )
 _CONFIG = re.compile(r"^config:(\{.*\})\s*$", re.MULTILINE)
@@ -117,7 +118,8 @@ class Run:
     peak_memory_mib: int | None = None
     config_hash: str | None = None
     kernels_hash: str | None = None
-    data_hash: str | None = None
+    data_hash: str | None = None  # of the training tokens until the last validation, or of the files in older logs
+    val_data_hash: str | None = None
     plan_hash: str | None = None
     preset: str | None = None
     target_loss: float | None = None  # the threshold that the run's own configuration names
@@ -419,6 +421,9 @@ class _RunBuilder:
 
     def build(self, path: str, name: str, code_hash: str | None, facts: dict) -> Run:
         self._check_start()
+        if self.validations:  # the running hash of the tokens comes with every validation; the last one counts
+            told = dict(self.validations[-1].extra)
+            facts = facts | ({"data_hash": told["data_hash"]} if "data_hash" in told else {})
         return Run(
             path=path,
             name=name,

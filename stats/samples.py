@@ -128,6 +128,7 @@ _CONFIGURATION: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("kernels (kernels hash)", lambda run: run.kernels_hash),
     ("configurations (config hash)", lambda run: run.config_hash),
     ("data (data hash)", lambda run: run.data_hash),
+    ("validation data (val data hash)", lambda run: run.val_data_hash),
     ("presets", lambda run: run.preset),
     ("sets of validation steps", lambda run: tuple(point.step for point in run.validations)),
 )

@@ -250,6 +250,7 @@ def _with_sidecar(run: Run, beside: dict) -> Run:
         "config_hash": beside.get("config_hash"),
         "kernels_hash": beside.get("kernels_hash"),
         "data_hash": beside.get("data_hash"),
+        "val_data_hash": beside.get("val_data_hash"),
         "plan_hash": beside.get("plan_hash") or None,
         "code_hash": beside.get("code_hash"),
         "host": environment.get("host_hash") or environment.get("hostname_hash"),

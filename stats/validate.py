@@ -241,7 +241,7 @@ def _sidecar_disagreements(run: Run) -> Iterator[str]:
         yield f"a validation at step {step} that the log does not have"
     if beside.get("status") != "finished":
         yield f"status {beside.get('status')!r}, but the log is complete"
-    for key in ("seed", "code_hash", "config_hash", "data_hash", "plan_hash"):
+    for key in ("seed", "code_hash", "config_hash", "data_hash", "val_data_hash", "plan_hash"):
         here, there = getattr(run, key), beside.get(key)
         there = str(there).removeprefix("sha256:") if there not in (None, "") else ""
         if here is not None and there and not there.startswith(str(here)):

@@ -102,7 +102,8 @@ def test_log_and_json_say_what_ran(undisturbed):
     printed = [value for _, kind, value in losses(undisturbed / "run.txt") if kind == "val_loss"]
     assert printed == [f"{point['loss']:.6f}" for point in summary["validation"]]
     assert summary["validation"][0]["loss"] == pytest.approx(np.log(256), abs=1e-6)
-    assert len(summary["data_hash"]) >= 16 and len(summary["code_hash"]) == 64
+    assert len(summary["data_hash"]) == len(summary["val_data_hash"]) == 32 and len(summary["code_hash"]) == 64
+    assert f"train_tokens:12288 data_hash:{summary['data_hash']}\n" in rest and summary["train_tokens"] == 12288
     assert re.search(r"^step:12/12 train_loss:\S+ train_time:\d+ms step_avg:[\d.]+ms$", rest, re.MULTILINE)
 
 
@@ -162,6 +163,12 @@ def test_1_2_4_and_8_processes_give_the_same_training(undisturbed, shards, tmp_p
         assert [row[:2] for row in together] == [row[:2] for row in alone]
         gaps = [abs(float(a[2]) - float(b[2])) for a, b in zip(together, alone)]
         assert max(gaps) <= 1e-3, (world, max(gaps))
+        assert fed(tmp_path / f"world{world}.json") == fed(undisturbed / "run.json")
+
+
+def fed(summary: Path) -> list[tuple[int, int, str]]:
+    """(step, training tokens so far, their hash) of every validation."""
+    return [(p["step"], p["train_tokens"], p["data_hash"]) for p in json.loads(summary.read_text())["validation"]]
 
 
 def test_overlapped_communication_trains_as_the_plain_one(shards, tmp_path):

@@ -4,6 +4,8 @@ The log begins with the source that ran, then the environment between two rulers
 
     step:125/5690 train_loss:4.31 train_time:28446ms step_avg:227.57ms      one line a step
     step:125/5690 val_loss:4.290908 train_time:28446ms step_avg:227.57ms    one line a validation
+
+A validation's line goes on with `key:value` words: train_tokens and data_hash (trainer/evidence.py).
 """
 
 from __future__ import annotations
@@ -136,6 +138,7 @@ class RunLog:
             f"Running on device_name={e['hardware']} with world_size={e['world_size']}",
             *(f"{key}:{value}" for key, value in e["hashes"].items() if value),
             "implementations:" + json.dumps(e["implementations"], sort_keys=True),
+            *(["data:" + json.dumps(e["data"], sort_keys=True)] if "data" in e else []),
             "config:" + json.dumps(self.config, sort_keys=True),
             RULER,
         ]
@@ -184,12 +187,14 @@ class RunLog:
         times = f"train_time:{clock_ms:.0f}ms step_avg:{clock_ms / step:.2f}ms"
         self.line(f"step:{step}/{self.total_steps}{told} {times}", echo=False)
 
-    def validated(self, step: int, clock_ms: float, loss: float) -> None:
-        """The line of a validation after `step` training steps."""
+    def validated(self, step: int, clock_ms: float, loss: float, **words: Any) -> None:
+        """The line of a validation after `step` training steps. `words` follow the usual ones, and are in the JSON's
+        entry; those of the last validation are at its top, too."""
         average = clock_ms / max(step, 1)
-        self.validation.append(dict(step=step, loss=loss, train_time_s=clock_ms / 1000, step_avg_ms=average))
-        times = f"train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms"
-        self.line(f"step:{step}/{self.total_steps} val_loss:{loss:.6f} {times}")
+        times = dict(train_time_s=clock_ms / 1000, step_avg_ms=average)
+        self.validation.append(dict(step=step, loss=loss, **times, **words))
+        told = [f"train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms", *(f"{k}:{v}" for k, v in words.items())]
+        self.line(f"step:{step}/{self.total_steps} val_loss:{loss:.6f} {' '.join(told)}")
 
     def summary(self, status: str, error: str = "", **more: Any) -> dict[str, Any] | None:
         """(Re)write the JSON beside the log, and return it. `status`: running, finished, interrupted or failed."""
@@ -205,6 +210,7 @@ class RunLog:
             config=self.config,
             config_hash=self.config_hash,
             **self.environment["hashes"],
+            **{k: v for k, v in (last or {}).items() if k not in ("step", "loss", "train_time_s", "step_avg_ms")},
             environment=self.environment,
             validation=self.validation,
             train_loss=[round(loss, 6) for loss in self.train_losses],

@@ -63,6 +63,15 @@ def on_rank_0(work: Callable[[], T]) -> T:
     return told[0]
 
 
+def gathered(part: T) -> list[T]:
+    """Every rank's `part`, in the order of ranks, on every rank; it must be picklable."""
+    if not dist.is_initialized():
+        return [part]
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
 def agree(flags: Sequence[float]) -> list[float]:
     """The largest value of each flag over all processes (on the host; a GPU does not wait for it)."""
     if not dist.is_initialized():

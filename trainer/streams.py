@@ -1,0 +1,84 @@
+"""The data of a run: which shards, opened and checked, how long they last, and how good a model of them can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from data.folder import check_encoding
+from data.shards import ShardError, TokenStream
+from trainer.evidence import same_content
+
+EMBEDDED = "embedded"
+
+
+def embedded_files(config: Any) -> Any:
+    """`config` with 'embedded' replaced by the shards of the embedded corpus, which is generated if need be."""
+    if EMBEDDED not in (config.train_files, config.val_files):
+        return config
+    from data.corpus import ensure_corpus
+
+    folder = config.data_dir or str(Path(__file__).resolve().parent.parent / "data" / "embedded")
+    corpus = ensure_corpus(folder)  # one process writes, the others wait
+    found = {"train_files": str(corpus.train_files), "val_files": str(corpus.val_files)}
+    return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) == EMBEDDED})
+
+
+def open_streams(config: Any) -> tuple[TokenStream, TokenStream]:
+    """Training and validation streams. Raises ShardError that names file and cause: among others if they share a
+    shard, or if what lies beside the shards speaks of another vocabulary."""
+    files = embedded_files(config)
+    train = TokenStream(
+        files.train_files,
+        sequence_tokens=config.train_seq_len,
+        sequences_per_step=config.tokens_per_step // config.train_seq_len,
+        vocab_size=config.vocab_size,
+        drop_shard_tail=config.drop_shard_tail,
+    )
+    val = TokenStream(
+        files.val_files,
+        sequence_tokens=config.val_seq_len,
+        sequences_per_step=config.val_tokens // config.val_seq_len,
+        vocab_size=config.vocab_size,
+        cycle=False,
+    )
+    named = {os.path.realpath(shard.path) for shard in train.shards}
+    for shard in val.shards:
+        if os.path.realpath(shard.path) in named:
+            raise ShardError(f"{shard.path}: both --train_files and --val_files name it; validate on other data")
+    if pair := same_content(train, val):
+        raise ShardError(f"{pair[0]} and {pair[1]} hold the same tokens; validate on data that is not trained on")
+    return train, val
+
+
+def describe_data(config: Any, train: TokenStream, val: TokenStream) -> tuple[dict[str, Any], list[str]]:
+    """(what the log's `data:` line and the JSON tell of the data, sentences that the user should read).
+
+    Raises ShardError where tokens and vocabulary contradict."""
+    steps, a_pass = config.num_iterations, train.steps_per_epoch
+    facts = {
+        "train_shards": [[Path(s.path).name, s.num_tokens] for s in train.shards_until(steps)],
+        "val_shards": [[Path(s.path).name, s.num_tokens] for s in val.shards_until(1)],
+        "steps_in_one_pass": a_pass,
+        "passes": round(steps / a_pass, 3),
+    }
+    remarks = []
+    if steps > a_pass:
+        remarks.append(f"the data last for {a_pass} of {steps} steps: {steps / a_pass:.3g} passes over them")
+    files = [shard.path for shard in (*train.shards, *val.shards)]
+    if warning := check_encoding(files, val.window(0, 0), config.vocab_size, config.eos_id):
+        remarks.append(f"warning: {warning}")
+    return facts, remarks
+
+
+def loss_floor(config: Any) -> float | None:
+    """The least mean loss that anything could reach on the validation tokens, if they are of the embedded corpus,
+    whose grammar tells every document's exact probability (data/corpus.py)."""
+    if config.val_files != EMBEDDED:
+        return None
+    from data.corpus import best_loss
+    from data.shards import open_shard
+
+    return best_loss(open_shard(embedded_files(config).val_files)[: config.val_tokens + 1])
