@@ -593,7 +593,7 @@ def damaged_shard(action: str):
         damage_shard(fault) if not box.ends[-1].code else None
         if box.ends[-1].code:
             box.start(*RESUME)
-            still = cause if action == "shrink" else "made with other data"
+            still = cause if action == "shrink" else rf"{cause}|made with other data"
             if not stopped(outcome, box, {3}, still):
                 raise Unexpected(f"it went on with a shard that is not the one it began with ({name})")
         shutil.copyfile(campaign.shards / name, target)
