@@ -61,6 +61,21 @@ class AttentionPlan(NamedTuple):
     band_mask: torch.Tensor | None = None
 
 
+class LayerInputs(NamedTuple):
+    """What the backward kernels need to go on through the layer's inputs to its projections.
+
+    rms_q (B, H, T), rms_k (B, K, T): float32, the factors of the norms of q and k. v (B, T, K, Dh): raw, K_APART heads
+    between tokens as for k. ve (B, T, K, Dh), dense, or None; s float32 (2,); cos_TR, sin_TR float32 (T, Dh / 2)."""
+
+    rms_q: torch.Tensor
+    rms_k: torch.Tensor
+    v: torch.Tensor
+    ve: torch.Tensor | None
+    s: torch.Tensor
+    cos_TR: torch.Tensor
+    sin_TR: torch.Tensor
+
+
 # ---- plan -------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +308,10 @@ CANDIDATES = {
 # bounds are computed.
 
 
+#: Torch's default epsilon of a norm, in every dtype: that of float32.
+_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+
+
 @triton.jit
 def _place(p_order, chunks, HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """(sequence, head, first row) of this program: heads first, then the chunks by falling work."""
@@ -339,6 +358,33 @@ def _store_tile(p_x, b_x, batch, row, head, T, HEADS: tl.constexpr, DH: tl.const
 
 
 @triton.jit
+def _store_at_projection(
+    p_x, p_y, b_g, p_rms, p_cos, p_sin, batch, row, head, T, APART: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr
+):
+    """Write the gradient at x, of which y = rotary(x r) was made, from the float32 gradient g at y.
+
+    Rotations keep products of rows, so that the norm's derivative is taken before they are undone. y, laid out as x, is
+    read again: its tile, kept in registers over the loops, would make them spill."""
+    R: tl.constexpr = DH // 2
+    o_row = row + tl.arange(0, ROWS)
+    m_row = (o_row < T)[:, None]
+    o_x = ((batch.to(tl.int64) * T + row) * APART + head) * DH
+    o_x = o_x + tl.arange(0, ROWS)[:, None] * (APART * DH) + tl.arange(0, R)[None, :]
+    b_1, b_2 = tl.split(tl.permute(tl.reshape(b_g, [ROWS, 2, R]), [0, 2, 1]))
+    b_y1 = tl.load(p_y + o_x, mask=m_row, other=0.0).to(tl.float32)
+    b_y2 = tl.load(p_y + o_x + R, mask=m_row, other=0.0).to(tl.float32)
+    b_mean = ((tl.sum(b_1 * b_y1, 1) + tl.sum(b_2 * b_y2, 1)) / DH)[:, None]
+    b_r = tl.load(p_rms + o_row, mask=o_row < T, other=0.0)[:, None]
+    b_1 = (b_1 - b_y1 * b_mean) * b_r
+    b_2 = (b_2 - b_y2 * b_mean) * b_r
+    o_angle = o_row[:, None] * R + tl.arange(0, R)[None, :]
+    b_cos = tl.load(p_cos + o_angle, mask=m_row, other=0.0)
+    b_sin = tl.load(p_sin + o_angle, mask=m_row, other=0.0)
+    tl.store(p_x + o_x, (b_1 * b_cos - b_2 * b_sin).to(p_x.dtype.element_ty), mask=m_row)
+    tl.store(p_x + o_x + R, (b_1 * b_sin + b_2 * b_cos).to(p_x.dtype.element_ty), mask=m_row)
+
+
+@triton.jit
 def _key_range(p_first, row, T, BM: tl.constexpr, BN: tl.constexpr):
     """(diagonal tiles, interior tiles, far edge tiles) of keys for the queries row .. row + BM - 1.
 
@@ -375,7 +421,8 @@ def _forward_step(
     kv_head,
     T,
     scale_log2,
-    KV_HEADS: tl.constexpr,
+    K_APART: tl.constexpr,
+    V_APART: tl.constexpr,
     DH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -386,7 +433,7 @@ def _forward_step(
     """One tile of keys, whose logits b_s are known, into the running softmax (maximum, sum and weighted values).
 
     The next tile's logits come first: the tensor cores work on them while this tile's exponentials are taken."""
-    b_k = _load_tile(p_k, batch, next_key, kv_head, T, KV_HEADS, DH, BN, True, DESCRIPTOR)
+    b_k = _load_tile(p_k, batch, next_key, kv_head, T, K_APART, DH, BN, True, DESCRIPTOR)
     b_next = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if MASKED:
         o_i = row + tl.arange(0, BM)
@@ -401,7 +448,7 @@ def _forward_step(
     b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
     b_keep = tl.exp2(b_max - b_shift)
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-    b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, MASKED, DESCRIPTOR)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
     return b_acc, b_sum, b_new, b_next
 
@@ -420,6 +467,9 @@ def _attention_forward(
     chunks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    Q_APART: tl.constexpr,
+    K_APART: tl.constexpr,
+    V_APART: tl.constexpr,
     DH: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
@@ -436,12 +486,12 @@ def _attention_forward(
     p_first += batch * T
     b_first = tl.load(p_first + o_i, mask=o_i < T, other=0)
     diagonal, interior, edge = _key_range(p_first, row, T, BM, BN)
-    b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_q = _load_tile(p_q, batch, row, head, T, Q_APART, DH, BM, True, False)
     b_acc = tl.zeros([BM, DH], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     key = _tile_key(0, row, interior, edge, BN)
-    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, True, DESCRIPTOR)
+    b_k = _load_tile(p_k, batch, key, kv_head, T, K_APART, DH, BN, True, DESCRIPTOR)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     for t in range(0, interior):
         key = row - (t + 1) * BN
@@ -462,7 +512,8 @@ def _attention_forward(
             kv_head,
             T,
             scale_log2,
-            KV_HEADS,
+            K_APART,
+            V_APART,
             DH,
             BM,
             BN,
@@ -489,7 +540,8 @@ def _attention_forward(
             kv_head,
             T,
             scale_log2,
-            KV_HEADS,
+            K_APART,
+            V_APART,
             DH,
             BM,
             BN,
@@ -517,7 +569,8 @@ def _dq_step(
     kv_head,
     T,
     scale_log2,
-    KV_HEADS: tl.constexpr,
+    K_APART: tl.constexpr,
+    V_APART: tl.constexpr,
     DH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -526,8 +579,8 @@ def _dq_step(
     PRECISION: tl.constexpr,
 ):
     """One tile of keys into dq (still without the logit scale)."""
-    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
-    b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, MASKED, DESCRIPTOR)
+    b_k = _load_tile(p_k, batch, key, kv_head, T, K_APART, DH, BN, MASKED, DESCRIPTOR)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, MASKED, DESCRIPTOR)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
@@ -552,20 +605,29 @@ def _attention_dq(
     p_delta,
     p_first,
     p_order,
+    p_rms,
+    p_cos,
+    p_sin,
     scale,
     scale_log2,
     T,
     chunks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    Q_APART: tl.constexpr,
+    K_APART: tl.constexpr,
+    V_APART: tl.constexpr,
     DH: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    LAYER: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq for one tile of queries of one head, and delta = rowsum(o * do), which the other kernel reads."""
+    """dq for one tile of queries of one head, and delta = rowsum(o * do), which the other kernel reads.
+
+    LAYER: dq is the gradient at the projection, before norm and rotary."""
     batch, head, row = _place(p_order, chunks, HEADS, BM, CHUNK)
     if row >= T:
         return
@@ -580,7 +642,7 @@ def _attention_dq(
     b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, True, False)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_delta + o_row, b_delta, mask=o_i < T)
-    b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_q = _load_tile(p_q, batch, row, head, T, Q_APART, DH, BM, True, False)
     b_dq = tl.zeros([BM, DH], tl.float32)
     for t in range(interior, interior + edge + diagonal):
         key = _tile_key(t, row, interior, edge, BN)
@@ -599,7 +661,8 @@ def _attention_dq(
             kv_head,
             T,
             scale_log2,
-            KV_HEADS,
+            K_APART,
+            V_APART,
             DH,
             BM,
             BN,
@@ -624,7 +687,8 @@ def _attention_dq(
             kv_head,
             T,
             scale_log2,
-            KV_HEADS,
+            K_APART,
+            V_APART,
             DH,
             BM,
             BN,
@@ -632,7 +696,11 @@ def _attention_dq(
             DESCRIPTOR,
             PRECISION,
         )
-    _store_tile(p_dq, b_dq * scale, batch, row, head, T, HEADS, DH, BM)
+    if LAYER:
+        p_rms += (batch.to(tl.int64) * HEADS + head) * T
+        _store_at_projection(p_dq, p_q, b_dq * scale, p_rms, p_cos, p_sin, batch, row, head, T, Q_APART, DH, BM)
+    else:
+        _store_tile(p_dq, b_dq * scale, batch, row, head, T, Q_APART, DH, BM)
 
 
 @triton.jit
@@ -653,6 +721,7 @@ def _dkdv_step(
     T,
     scale_log2,
     HEADS: tl.constexpr,
+    Q_APART: tl.constexpr,
     DH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -663,7 +732,7 @@ def _dkdv_step(
     """One tile of queries into dk (still without the logit scale) and dv; logits are held transposed."""
     o_i = row + tl.arange(0, BM)
     o_row = (batch.to(tl.int64) * HEADS + head) * T + o_i
-    b_q = _load_tile(p_q, batch, row, head, T, HEADS, DH, BM, MASKED, DESCRIPTOR)
+    b_q = _load_tile(p_q, batch, row, head, T, Q_APART, DH, BM, MASKED, DESCRIPTOR)
     b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, MASKED, DESCRIPTOR)
     if MASKED:
         b_lse = tl.load(p_lse + o_row, mask=o_i < T, other=0.0)
@@ -697,22 +766,41 @@ def _attention_dkdv(
     p_dv,
     p_end,
     p_order,
+    p_rms,
+    p_cos,
+    p_sin,
+    p_raw,
+    p_ve,
+    p_s,
+    p_dve,
+    p_ds,
     scale,
     scale_log2,
     T,
     chunks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    Q_APART: tl.constexpr,
+    K_APART: tl.constexpr,
+    V_APART: tl.constexpr,
     DH: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    LAYER: tl.constexpr,
+    HAS_VE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv for one tile of keys of one key head, summed over its query heads in a fixed order."""
+    """dk and dv for one tile of keys of one key head, summed over its query heads in a fixed order.
+
+    LAYER: dk and dv are the gradients at the projections, before norm, rotary and mix; also dve, and this program's
+    share of both scalars' gradients, (programs, 2)."""
     batch, kv_head, key = _place(p_order, chunks, KV_HEADS, BN, CHUNK)
     if key >= T:
+        if LAYER:
+            tl.store(p_ds + tl.program_id(0) * 2, 0.0)
+            tl.store(p_ds + tl.program_id(0) * 2 + 1, 0.0)
         return
     o_j = key + tl.arange(0, BN)
     p_end += batch * T
@@ -723,8 +811,8 @@ def _attention_dkdv(
     start = key + tl.cdiv(BN, BM) * BM
     interior = tl.maximum(end_of_first - start, 0) // BM
     edge = tl.cdiv(tl.maximum(end_of_last - start - interior * BM, 0), BM)
-    b_k = _load_tile(p_k, batch, key, kv_head, T, KV_HEADS, DH, BN, True, False)
-    b_v = _load_tile(p_v, batch, key, kv_head, T, KV_HEADS, DH, BN, True, False)
+    b_k = _load_tile(p_k, batch, key, kv_head, T, K_APART, DH, BN, True, False)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, True, False)
     b_dk = tl.zeros([BN, DH], tl.float32)
     b_dv = tl.zeros([BN, DH], tl.float32)
     for g in range(0, HEADS // KV_HEADS):
@@ -748,6 +836,7 @@ def _attention_dkdv(
                 T,
                 scale_log2,
                 HEADS,
+                Q_APART,
                 DH,
                 BM,
                 BN,
@@ -774,6 +863,7 @@ def _attention_dkdv(
                 T,
                 scale_log2,
                 HEADS,
+                Q_APART,
                 DH,
                 BM,
                 BN,
@@ -781,8 +871,26 @@ def _attention_dkdv(
                 DESCRIPTOR,
                 PRECISION,
             )
-    _store_tile(p_dk, b_dk * scale, batch, key, kv_head, T, KV_HEADS, DH, BN)
-    _store_tile(p_dv, b_dv, batch, key, kv_head, T, KV_HEADS, DH, BN)
+    if LAYER:
+        p_rms += (batch.to(tl.int64) * KV_HEADS + kv_head) * T
+        _store_at_projection(p_dk, p_k, b_dk * scale, p_rms, p_cos, p_sin, batch, key, kv_head, T, K_APART, DH, BN)
+        # v = s0 y + s1 ve with y = x r: keys past the end are read as zeros and add nothing to the scalars' gradients
+        b_y = _load_tile(p_raw, batch, key, kv_head, T, K_APART, DH, BN, True, False).to(tl.float32)
+        b_r = tl.rsqrt(tl.sum(b_y * b_y, 1) / DH + _EPS)[:, None]
+        b_y *= b_r
+        b_along = tl.sum(b_dv * b_y, 1)
+        tl.store(p_ds + tl.program_id(0) * 2, tl.sum(b_along, 0))
+        b_dy = (b_dv - b_y * (b_along / DH)[:, None]) * (b_r * tl.load(p_s))
+        _store_tile(p_dv, b_dy, batch, key, kv_head, T, K_APART, DH, BN)
+        if HAS_VE:
+            b_ve = _load_tile(p_ve, batch, key, kv_head, T, V_APART, DH, BN, True, False).to(tl.float32)
+            tl.store(p_ds + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(b_dv * b_ve, 1), 0))
+            _store_tile(p_dve, b_dv * tl.load(p_s + 1), batch, key, kv_head, T, V_APART, DH, BN)
+        else:
+            tl.store(p_ds + tl.program_id(0) * 2 + 1, 0.0)
+    else:
+        _store_tile(p_dk, b_dk * scale, batch, key, kv_head, T, K_APART, DH, BN)
+        _store_tile(p_dv, b_dv, batch, key, kv_head, T, K_APART, DH, BN)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------
@@ -809,11 +917,19 @@ def _grid(x: torch.Tensor, rows: int) -> tuple[int]:
     return (B * triton.cdiv(T, SCHEDULE_TOKENS) * (SCHEDULE_TOKENS // rows) * heads,)
 
 
-def _constants(q, k, tile: Tile) -> dict:
-    """The compile-time arguments that all three kernels share."""
+def _heads_apart(x: torch.Tensor) -> int:
+    """Heads in memory from a token of x (B, T, heads, Dh) to the next."""
+    return x.shape[2] if x.is_contiguous() else x.stride(1) // x.shape[3]
+
+
+def _constants(q, k, v, tile: Tile) -> dict:
+    """The compile-time arguments that all three kernels share. APART: heads in memory from a token to the next."""
     return {
         "HEADS": q.shape[2],
         "KV_HEADS": k.shape[2],
+        "Q_APART": _heads_apart(q),
+        "K_APART": _heads_apart(k),
+        "V_APART": _heads_apart(v),
         "DH": q.shape[3],
         "CHUNK": SCHEDULE_TOKENS,
         "BM": tile.rows,
@@ -827,12 +943,12 @@ def _constants(q, k, tile: Tile) -> dict:
 
 
 def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None):
-    """Run the forward kernel. q, k, v (B, T, heads, Dh), contiguous.
+    """Run the forward kernel. q, k, v (B, T, heads, Dh), contiguous or evenly apart, heads adjacent.
 
-    Returns: o like q, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
+    Returns: o, contiguous, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
     tile = tile or tile_of(TILES, "forward", q.dtype)
     B, T, H, _ = q.shape
-    o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
     _attention_forward[_grid(q, tile.rows)](
         q,
         _operand(k, tile.columns, tile),
@@ -844,15 +960,30 @@ def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None
         scale * LOG2_E,
         T,
         triton.cdiv(T, SCHEDULE_TOKENS),
-        **_constants(q, k, tile),
+        **_constants(q, k, v, tile),
     )
     return o, lse
 
 
 def launch_backward(
-    do, q, k, v, o, lse, plan: AttentionPlan, scale: float, tile_dq: Tile | None = None, tile_dkdv: Tile | None = None
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    plan: AttentionPlan,
+    scale: float,
+    tile_dq: Tile | None = None,
+    tile_dkdv: Tile | None = None,
+    inputs: LayerInputs | None = None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ):
-    """Run both backward kernels on contiguous tensors; returns dq, dk, dv.
+    """Run both backward kernels; returns dq, dk, dv.
+
+    do, o, lse contiguous. q, k and v (B, T, heads, Dh), contiguous or evenly apart, heads adjacent, as slices of a
+    merged projection are; out: where dq, dk and dv go, laid out as q, k and k.
+    inputs: the three are then the gradients at the layer's projections; returns also dve (or None) and ds (2,).
 
     No atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys, each in a fixed
     order, so that two runs give the same bits. The price is that the logits are computed twice."""
@@ -860,7 +991,9 @@ def launch_backward(
     tile = tile_dkdv or tile_of(TILES, "dkdv", q.dtype)
     T = q.shape[1]
     chunks = triton.cdiv(T, SCHEDULE_TOKENS)
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    dq, dk, dv = out or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    delta = torch.empty_like(lse)
+    rotary = (None, None) if inputs is None else (inputs.cos_TR, inputs.sin_TR)
     _attention_dq[_grid(q, tile_dq.rows)](
         q,
         _operand(k, tile_dq.columns, tile_dq),
@@ -872,13 +1005,22 @@ def launch_backward(
         delta,
         plan.first_key_BT,
         plan.query_order_N,
+        None if inputs is None else inputs.rms_q,
+        *rotary,
         scale,
         scale * LOG2_E,
         T,
         chunks,
-        **_constants(q, k, tile_dq),
+        LAYER=inputs is not None,
+        **_constants(q, k, v, tile_dq),
     )
-    _attention_dkdv[_grid(k, tile.columns)](
+    grid = _grid(k, tile.columns)
+    dve, ds, of_values = None, None, (None,) * 5
+    if inputs is not None:
+        dve = None if inputs.ve is None else torch.empty_like(inputs.ve)
+        ds = lse.new_empty(*grid, 2)
+        of_values = (inputs.v, inputs.ve, inputs.s, dve, ds)
+    _attention_dkdv[grid](
         _operand(q, tile.rows, tile),
         k,
         v,
@@ -889,13 +1031,18 @@ def launch_backward(
         dv,
         plan.end_query_BT,
         plan.key_order_N,
+        None if inputs is None else inputs.rms_k,
+        *rotary,
+        *of_values,
         scale,
         scale * LOG2_E,
         T,
         chunks,
-        **_constants(q, k, tile),
+        LAYER=inputs is not None,
+        HAS_VE=dve is not None,
+        **_constants(q, k, v, tile),
     )
-    return dq, dk, dv
+    return (dq, dk, dv) if inputs is None else (dq, dk, dv, dve, ds.sum(0))
 
 
 # ---- torch operators --------------------------------------------------------------------------------------

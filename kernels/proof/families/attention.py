@@ -62,6 +62,67 @@ def _numeric(name, tile, *shape, descriptors=False, quick=True, **window):
     )
 
 
+def _layer_inputs(B, T, H, K, width, starts, with_ve, **window):
+    """A merged projection, what the layer mixes in, and the gradient at o."""
+
+    def make(random):
+        from kernels.attention import attention_plan
+
+        tokens = torch.ones(B, T, dtype=torch.int32)
+        tokens[:, list(starts)] = 0
+        angle = torch.arange(T)[:, None] * torch.linspace(0, 1, width // 2)
+        shapes = {"qkv": (B, T, H + 2 * K, width), "do": (B, T, H, width), "ve": (B, T, K, width), "s": (2,)}
+        drawn = {n: torch.randn(*shape, generator=random) for n, shape in shapes.items()}
+        drawn |= {"cos": angle.cos(), "sin": angle.sin(), "plan": attention_plan(tokens, eos_id=0, **window)}
+        return drawn if with_ve else drawn | {"ve": None}
+
+    return make
+
+
+def _slices(given, qkv):
+    heads = given["do"].shape[2]
+    kv_heads = (qkv.shape[2] - heads) // 2
+    return qkv.split((heads, kv_heads, kv_heads), dim=2)
+
+
+def _prologue(given):
+    from kernels.attention_inputs import attention_inputs_reference
+
+    rest = (given[n] for n in ("ve", "s", "cos", "sin"))
+    return attention_inputs_reference(*_slices(given, given["qkv"]), *rest)
+
+
+def _layer_kernel(module, given):
+    """Backward through the layer's inputs: q and k lie normed and rotated in the merged tensor, v raw."""
+    q, k, v = _prologue(given)
+    merged, gradient = given["qkv"].clone(), torch.empty_like(given["qkv"])
+    parts = _slices(given, merged)
+    factors = [x.float().square().mean(-1).add(torch.finfo(torch.float32).eps).rsqrt().mT.contiguous() for x in parts]
+    for part, x in zip(parts, (q, k)):
+        part.copy_(x)
+    q, k, raw = parts
+    v, plan = v.contiguous(), given["plan"]
+    o, lse = module.launch_forward(q, k, v, plan, SCALE)
+    inputs = module.LayerInputs(*factors[:2], raw, *(given[n] for n in ("ve", "s", "cos", "sin")))
+    out = _slices(given, gradient)
+    *_, dve, ds = module.launch_backward(given["do"], q, k, v, o, lse, plan, SCALE, inputs=inputs, out=out)
+    return {"dqkv": gradient, "ds": ds} | ({} if dve is None else {"dve": dve})
+
+
+def _layer_reference(module, given):
+    leaves = {n: given[n].detach().requires_grad_() for n in ("qkv", "s", "ve") if given[n] is not None}
+    q, k, v = _prologue({**given, **leaves})
+    o = module.attention_reference(q, k, v, given["plan"], scale=SCALE)
+    grads = torch.autograd.grad(o, list(leaves.values()), given["do"])
+    return {f"d{n}": g for n, g in zip(leaves, grads)}
+
+
+def _layer(name, *shape, with_ve=True, **window):
+    given = _layer_inputs(*shape, with_ve, **window)
+    kept = ("s", "cos", "sin")
+    return Numeric(name, given, _layer_kernel, _layer_reference, keep_float32=kept, least_scale=1.0)
+
+
 def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
     """The launch of a training step of this shape, with the device's own tiles."""
 
@@ -113,6 +174,8 @@ FAMILY = Family(
             B=2,
             descriptors=True,
         ),
+        _layer("through the layer's inputs, two documents", 1, 45, 2, 1, 16, (0, 20), window_blocks=1),
+        _layer("through the layer's inputs, two sequences, no value embedding", 2, 19, 2, 2, 16, (4,), with_ve=False),
         _numeric("width 64, one-token documents", SQUARE, 70, 2, 2, 64, range(0, 70, 1), quick=False, window_blocks=1),
         _numeric(
             "width 128, window of three blocks, four heads on two",
@@ -239,5 +302,18 @@ FAMILY = Family(
         Fault("delta is left out", "b_ds = b_p * (b_dp - b_delta[None, :])", "b_ds = b_p * b_dp"),
         Fault("two programs take the same rows", "tile % (CHUNK // ROWS) * ROWS", "0"),
         Fault("the logarithm is stored in base e", "b_max + tl.log2(b_sum)", "b_max + tl.log(b_sum)"),
+        Fault("the norm's derivative forgets its own change", "(b_1 - b_y1 * b_mean) * b_r", "b_1 * b_r"),
+        Fault("rotations are undone the wrong way round", "(b_1 * b_cos - b_2 * b_sin)", "(b_1 * b_cos + b_2 * b_sin)"),
+        Fault("projections' gradients of rows past the end are written", "m_row = (o_row < T)", "m_row = (o_row <= T)"),
+        Fault("the norm's factor is that of the first sequence", "p_rms += (batch.to(tl.int64)", "p_rms += (0"),
+        Fault("the values' norm keeps no mean", "(b_dv - b_y * (b_along / DH)[:, None])", "b_dv"),
+        Fault("the values' gradient lacks their factor", "(b_r * tl.load(p_s))", "b_r"),
+        Fault("the value embedding's gradient lacks its factor", "b_dv * tl.load(p_s + 1)", "b_dv"),
+        Fault("scalars' gradients of two programs lie on each other", "p_ds + tl.program_id(0) * 2,", "p_ds,"),
+        Fault(
+            "the raw values are read as if dense",
+            "p_raw, batch, key, kv_head, T, K_APART",
+            "p_raw, batch, key, kv_head, T, V_APART",
+        ),
     ),
 )

@@ -1,0 +1,314 @@
+"""Attention from the stream to its heads' outputs, as one operator: projection, inputs, attention.
+
+    q, k, v = x w^T;   q, k <- rotary(norm(q)), rotary(norm(k));   v <- s[0] norm(v) + s[1] ve;   o = attention(q, k, v)
+
+Taken together for the sake of bytes. The projection lies in one tensor qkv (B, T, H + 2 K, Dh). Forward, one kernel
+norms and rotates q and k in place, notes the factors of their norms, and writes the mixed v; qkv is kept for the
+backward pass and the mixed v is not: the same kernel makes it again. Backward, attention's own kernels go on through
+rotary, norms and mix before they write (the derivative of y = x r needs only y and r), each into its slice of one
+gradient tensor, which both products read. So with E = B T H Dh elements and K = H, beside products and attention:
+7 E read and written forward, 3 E + 3 E backward, where separate operators take 7 E, 11 E and 6 E for putting the three
+gradients together; and kept are 3 E (qkv) in place of 6 E (q, k, v before and after).
+
+Shapes: x (B, T, D), w ((H + 2 K) Dh, D), ve (B, T, K, Dh), s float32 (2,), cos, sin float32 (T, R) with R = Dh / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import AttentionPlan, LayerInputs, attention, launch_backward, launch_forward
+from kernels.attention import implementation as attention_implementation
+from kernels.attention_inputs import attention_inputs, check_width
+from kernels.runtime import tl, triton
+
+# ---- Triton -----------------------------------------------------------------------------------------------
+# Prefixes: p_ pointer, o_ offset, b_ block of values, m_ mask. One program takes ROWS tokens through all heads, so
+# that a token's angles are read once. A head is handled as its two halves, which is what rotary pairs up. Everything is
+# float32 in registers and rounded once, on the way out.
+
+#: Tokens a program and its warps.
+_ROWS, _WARPS = 16, 4
+_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+
+
+@triton.jit
+def _load_head(p_x, m_token, R: tl.constexpr):
+    """Both halves of a head of each token, (ROWS, R) in float32; zeros where masked out. p_x (ROWS,): their starts."""
+    p = p_x[:, None] + tl.arange(0, R)[None, :]
+    b_1 = tl.load(p, mask=m_token[:, None], other=0.0)
+    b_2 = tl.load(p + R, mask=m_token[:, None], other=0.0)
+    return b_1.to(tl.float32), b_2.to(tl.float32)
+
+
+@triton.jit
+def _store_head(p_x, b_1, b_2, m_token, R: tl.constexpr):
+    """Write what `_load_head` reads."""
+    p = p_x[:, None] + tl.arange(0, R)[None, :]
+    tl.store(p, b_1.to(p_x.dtype.element_ty), mask=m_token[:, None])
+    tl.store(p + R, b_2.to(p_x.dtype.element_ty), mask=m_token[:, None])
+
+
+@triton.jit
+def _inverse_rms(b_1, b_2, R: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of each row of two halves."""
+    return tl.rsqrt((tl.sum(b_1 * b_1, 1) + tl.sum(b_2 * b_2, 1)) / (2 * R) + _EPS)
+
+
+@triton.jit
+def _prepare(
+    p_qkv,
+    p_ve,
+    p_s,
+    p_cos,
+    p_sin,
+    p_v,
+    p_rms_q,
+    p_rms_k,
+    tokens,
+    T,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_VE: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    """v (tokens, KV_HEADS, 2 R) from qkv's raw one; with ROTATE also q and k normed and rotated in place, and 1 / rms
+    of each of their heads."""
+    o_token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_token = o_token < tokens
+    o_wide = o_token.to(tl.int64)
+    p_head = p_qkv + o_wide * ((HEADS + 2 * KV_HEADS) * 2 * R)
+    if ROTATE:
+        o_angle = (o_token % T)[:, None] * R + tl.arange(0, R)[None, :]
+        b_cos = tl.load(p_cos + o_angle, mask=m_token[:, None], other=0.0)
+        b_sin = tl.load(p_sin + o_angle, mask=m_token[:, None], other=0.0)
+        for h in range(0, HEADS + KV_HEADS):
+            b_1, b_2 = _load_head(p_head + h * 2 * R, m_token, R)
+            b_r = _inverse_rms(b_1, b_2, R)
+            if h < HEADS:
+                p_rms = p_rms_q + (o_wide // T * HEADS + h) * T + o_token % T
+            else:
+                p_rms = p_rms_k + (o_wide // T * KV_HEADS + h - HEADS) * T + o_token % T
+            tl.store(p_rms, b_r, mask=m_token)
+            b_1, b_2 = b_1 * b_r[:, None], b_2 * b_r[:, None]
+            _store_head(p_head + h * 2 * R, b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin, m_token, R)
+    p_raw = p_head + (HEADS + KV_HEADS) * 2 * R
+    s_0 = tl.load(p_s)
+    for h in range(0, KV_HEADS):
+        b_1, b_2 = _load_head(p_raw + h * 2 * R, m_token, R)
+        b_r = (_inverse_rms(b_1, b_2, R) * s_0)[:, None]
+        b_1, b_2 = b_1 * b_r, b_2 * b_r
+        o_v = o_wide * (KV_HEADS * 2 * R) + h * 2 * R
+        if HAS_VE:
+            s_1 = tl.load(p_s + 1)
+            b_e1, b_e2 = _load_head(p_ve + o_v, m_token, R)
+            b_1, b_2 = b_1 + s_1 * b_e1, b_2 + s_1 * b_e2
+        _store_head(p_v + o_v, b_1, b_2, m_token, R)
+
+
+# ---- launchers --------------------------------------------------------------------------------------------
+
+
+def launch_prepare(qkv_BTEDh, ve, s, cos_TR, sin_TR, heads: int, rotate: bool):
+    """The mixed v (B, T, K, Dh) of qkv (B, T, H + 2 K, Dh), dense; with `rotate` q and k change in place.
+
+    Returns: (v, 1 / rms of q's heads (B, H, T) float32, of k's (B, K, T)); the last two are None without `rotate`."""
+    B, T, all_heads, width = qkv_BTEDh.shape
+    kv_heads = (all_heads - heads) // 2
+    v = qkv_BTEDh.new_empty(B, T, kv_heads, width)
+    rms = [s.new_empty(B, h, T) if rotate else None for h in (heads, kv_heads)]
+    _prepare[(triton.cdiv(B * T, _ROWS),)](
+        qkv_BTEDh,
+        ve,
+        s,
+        cos_TR,
+        sin_TR,
+        v,
+        *rms,
+        B * T,
+        T,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        R=width // 2,
+        ROWS=_ROWS,
+        HAS_VE=ve is not None,
+        ROTATE=rotate,
+        num_warps=_WARPS,
+    )
+    return v, *rms
+
+
+def _slices(qkv_BTEDh, heads: int):
+    """q, k and v of a merged tensor."""
+    kv_heads = (qkv_BTEDh.shape[2] - heads) // 2
+    return qkv_BTEDh.split((heads, kv_heads, kv_heads), dim=2)
+
+
+def launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan: AttentionPlan, heads: int, width: int, scale: float):
+    """(o (B, T, H, Dh), its rows' base-2 log-sum-exp, qkv with q and k normed and rotated, both factors of norms)."""
+    B, T, D = x_BTD.shape
+    qkv = (x_BTD.reshape(B * T, D) @ w_ED.t()).view(B, T, -1, width)
+    v, rms_q, rms_k = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, True)
+    q, k, _ = _slices(qkv, heads)
+    o, lse = launch_forward(q, k, v, plan, scale)
+    return o, lse, qkv, rms_q, rms_k
+
+
+def launch_layer_backward(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, heads: int, scale: float):
+    """(dx, dw, dve or None, ds) from the gradient at o and `saved`, what `launch_layer` returned."""
+    o, lse, qkv, rms_q, rms_k = saved
+    v, _, _ = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, False)
+    q, k, raw = _slices(qkv, heads)
+    dqkv = torch.empty_like(qkv)
+    inputs = LayerInputs(rms_q, rms_k, raw, ve, s, cos_TR, sin_TR)
+    *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, inputs=inputs, out=_slices(dqkv, heads))
+    x_ND, dqkv_NE = x_BTD.flatten(0, 1), dqkv.view(-1, w_ED.shape[0])
+    return (dqkv_NE @ w_ED).view(x_BTD.shape), dqkv_NE.t() @ x_ND, dve, ds
+
+
+# ---- torch operators --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("speedrun::attention_layer", mutates_args=())
+def _layer(
+    x_BTD: torch.Tensor,
+    w_ED: torch.Tensor,
+    ve: torch.Tensor | None,
+    s: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    first_key_BT: torch.Tensor,
+    end_query_BT: torch.Tensor,
+    query_order_N: torch.Tensor,
+    key_order_N: torch.Tensor,
+    heads: int,
+    width: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
+    return launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan, heads, width, scale)
+
+
+@torch.library.custom_op("speedrun::attention_layer_backward", mutates_args=())
+def _layer_backward(
+    do: torch.Tensor,
+    x_BTD: torch.Tensor,
+    w_ED: torch.Tensor,
+    ve: torch.Tensor | None,
+    s: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    saved: list[torch.Tensor],
+    plan: list[torch.Tensor],
+    scale: float,
+) -> list[torch.Tensor]:
+    grads = launch_layer_backward(
+        do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), do.shape[2], scale
+    )
+    return [g for g in grads if g is not None]
+
+
+@_layer.register_fake
+def _(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale):
+    B, T, _ = x_BTD.shape
+    all_heads = w_ED.shape[0] // width
+    kv_heads = (all_heads - heads) // 2
+    rows = [s.new_empty(B, h, T) for h in (heads, heads, kv_heads)]
+    return x_BTD.new_empty(B, T, heads, width), rows[0], x_BTD.new_empty(B, T, all_heads, width), *rows[1:]
+
+
+@_layer_backward.register_fake
+def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale):
+    return [x.new_empty(x.shape) for x in (x_BTD, w_ED, ve, s) if x is not None]
+
+
+def _layer_setup(ctx, inputs, output):
+    x_BTD, w_ED, ve, *rest, _heads, _width, ctx.scale = inputs
+    ctx.has_ve = ve is not None
+    ctx.save_for_backward(x_BTD, w_ED, *([ve] if ctx.has_ve else []), *rest, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _layer_grad(ctx, do, *_):
+    x_BTD, w_ED, *rest = ctx.saved_tensors
+    ve = rest.pop(0) if ctx.has_ve else None
+    tables, plan, saved = rest[:3], rest[3:7], rest[7:]
+    dx, dw, *dve, ds = _layer_backward(do.contiguous(), x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale)
+    return dx, dw, (dve[0] if dve else None), ds, *[None] * 9
+
+
+_layer.register_autograd(_layer_grad, setup_context=_layer_setup)
+
+
+# ---- public functions -------------------------------------------------------------------------------------
+
+
+def attention_layer(
+    x_BTD: torch.Tensor,
+    w_ED: torch.Tensor,
+    ve_BTKDh: torch.Tensor | None,
+    s: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    plan: AttentionPlan,
+    *,
+    heads: int,
+    width: int,
+    scale: float,
+    impl: str = "auto",
+    inputs_impl: str = "auto",
+) -> torch.Tensor:
+    """o (B, T, H, Dh) of the formula above, differentiable once in x, w, ve and s.
+
+    Args:
+        x_BTD: (B, T, D). w_ED: ((H + 2 K) Dh, D), the projections to queries, keys and values, in x's dtype.
+        ve_BTKDh: embeddings to mix into the values, or None. s: float32 (2,), the factors of that mix.
+        rotary: cos and sin, float32 (T, Dh / 2). plan: of `attention_plan`, for the same B and T.
+        heads, width: H and Dh; scale: factor on the logits.
+        impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU: one operator.
+
+    Raises: ValueError or TypeError naming the argument.
+    """
+    B, T, D = x_BTD.shape
+    if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
+        raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
+    fused = [attention_implementation(name, x_BTD) for name in (impl, inputs_impl)] == ["triton"] * 2
+    if not fused:
+        q, k, v = _slices(F.linear(x_BTD, w_ED).view(B, T, -1, width), heads)
+        q, k, v = attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=inputs_impl)
+        return attention(q, k, v, plan, scale=scale, impl=impl)
+    _check(x_BTD, w_ED, ve_BTKDh, s, rotary, plan, heads, width, scale)
+    ve = None if ve_BTKDh is None else ve_BTKDh.contiguous()
+    dense = [t.contiguous() for t in (s, *rotary, *plan[:4])]
+    return _layer(x_BTD.contiguous(), w_ED.contiguous(), ve, *dense, heads, width, float(scale))[0]
+
+
+def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: float) -> None:
+    """Raise an error that names the first argument that does not fit."""
+    (B, T, _), kv_heads = x_BTD.shape, (w_ED.shape[0] // width - heads) // 2
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"w has {kv_heads} key heads, which do not divide the {heads} heads of queries")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if x_BTD.numel() == 0:
+        raise ValueError(f"x is empty: {tuple(x_BTD.shape)}")
+    check_width(x_BTD.new_empty(0, width))
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan must come from attention_plan, got {type(plan).__name__}")
+    wanted = {
+        "w": (w_ED, x_BTD.dtype, w_ED.shape),
+        "ve": (ve, x_BTD.dtype, (B, T, kv_heads, width)),
+        "s": (s, torch.float32, (2,)),
+        "cos": (rotary[0], torch.float32, (T, width // 2)),
+        "sin": (rotary[1], torch.float32, (T, width // 2)),
+        "plan.first_key_BT": (plan.first_key_BT, torch.int32, (B, T)),
+        "plan.end_query_BT": (plan.end_query_BT, torch.int32, (B, T)),
+    }
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor is not None and (tensor.dtype, tensor.device, tuple(tensor.shape)) != (dtype, x_BTD.device, shape):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; with x {tuple(x_BTD.shape)} it "
+                f"must be {dtype} {tuple(shape)} on {x_BTD.device}"
+            )
