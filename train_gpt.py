@@ -313,18 +313,18 @@ class Block(nn.Module):
         self.mlp_in_w.uniform_(-bound, bound)
         self.mlp_out_w.zero_()
 
-    def forward(self, x_BTD, x00_BTD, x01_BTD, ve_BTD, lambdas_3, attention_lambdas_2, plan, rotary, impls):
+    def forward(self, x_BTD, x00_BTD, x01_BTD, ve_BTD, lambdas_3, attention_lambdas_2, plan, rotary, impls, cache=None):
         if x01_BTD is None:
             x_BTD = lambdas_3[0] * x_BTD + lambdas_3[1] * x00_BTD
         else:
             x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3, impl=impls["residual"])
         if self.has_attention:
-            x_BTD = x_BTD + self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls)
+            x_BTD = x_BTD + self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
         h_ND = norm(x_BTD).flatten(0, 1)
         y_ND = relu_squared_mlp(h_ND, self.mlp_in_w, self.mlp_out_w, impl=impls["mlp"])
         return x_BTD + y_ND.view_as(x_BTD)
 
-    def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls):
+    def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
         """Attention over normed queries, keys and values; the values are mixed with an embedding of the token."""
         (B, T, D), H = x_BTD.shape, self.config.num_heads
         qkv = F.linear(x_BTD, self.qkvo_w[:3].flatten(0, 1)).view(B, T, 3 * H, D // H)
@@ -333,7 +333,11 @@ class Block(nn.Module):
         q, k, v = attention_inputs(
             q_BTHDh, k_BTHDh, v_BTHDh, ve_BTHDh, lambdas_2, *rotary, impl=impls["attention_inputs"]
         )
-        y_BTHDh = attention(q, k, v, plan, scale=self.config.attention_scale, impl=impls["attention"])
+        scale = self.config.attention_scale
+        if cache is None:
+            y_BTHDh = attention(q, k, v, plan, scale=scale, impl=impls["attention"])
+        else:
+            y_BTHDh = cache.attend(self.layer, q, k, v, plan.first_key_BT, scale)
         return F.linear(y_BTHDh.reshape(B, T, D), self.qkvo_w[3])
 
 
@@ -378,16 +382,18 @@ class GPT(nn.Module):
         device = self.head_w.device
         if self.rotary is None or self.rotary[0].size(0) < length or self.rotary[0].device != device:
             c = self.config
+            length = next_multiple(length, 1024)  # not with every new token
             self.rotary = rotary_tables(length, c.model_dim // c.num_heads, c.half_truncated_rotary, device)
 
-    def hidden(self, tokens_BT: Tensor, window_blocks) -> Tensor:
-        """Final hidden states, normed: (B, T, D)."""
+    def hidden(self, tokens_BT: Tensor, window_blocks, cache=None) -> Tensor:
+        """Final hidden states, normed: (B, T, D). With a `trainer.sample.Cache` the tokens follow those it has seen."""
         c, L = self.config, self.config.num_layers
-        T = tokens_BT.size(1)
-        rotary = (self.rotary[0][:T], self.rotary[1][:T])
+        seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
+        begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
+        rotary = (self.rotary[0][begin:end], self.rotary[1][begin:end])
         mask = dict(eos_id=c.eos_id, block_tokens=c.block_tokens)
-        plan_long = attention_plan(tokens_BT, window_blocks=window_blocks, **mask)
-        plan_short = attention_plan(tokens_BT, window_blocks=window_blocks // 2, **mask)
+        plan_long = attention_plan(seen_BS, window_blocks=window_blocks, **mask)
+        plan_short = attention_plan(seen_BS, window_blocks=window_blocks // 2, **mask)
         skip_w_L, lambdas_L3, attention_lambdas_L2 = self.scalars.split([L, 3 * L, 2 * L])
         lambdas_L3, attention_lambdas_L2 = lambdas_L3.view(L, 3), attention_lambdas_L2.view(L, 2)
 
@@ -401,21 +407,22 @@ class GPT(nn.Module):
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
             scalars = lambdas_L3[layer], attention_lambdas_L2[layer]
-            x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls)
+            x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls, cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD
         return norm(x_BTD)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, window_blocks=None, reduction="mean"):
+    def forward(self, tokens_BT, targets_BT=None, *, window_blocks=None, reduction="mean", cache=None):
         """Cross-entropy in nats per token if targets are given, else float32 logits (B, T, V).
 
         `window_blocks`: the long window, an int or a 0-d int tensor; by default the full window.
-        `reduction`: mean, sum or none (then (B, T) losses)."""
+        `reduction`: mean, sum or none (then (B, T) losses).
+        `cache`: a `trainer.sample.Cache` with the tokens before these."""
         if window_blocks is None:
             window_blocks = window_blocks_at(self.config.num_iterations, self.config)
         if not torch.compiler.is_compiling():
-            self.prepare(tokens_BT.size(1))
-        x_ND = self.hidden(tokens_BT, window_blocks).flatten(0, 1)
+            self.prepare(tokens_BT.size(1) + (cache.length if cache else 0))
+        x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
         cap = None if self.config.soft_cap == "none" else self.config.soft_cap
         if targets_BT is None:
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]

@@ -10,7 +10,8 @@ import torch
 
 from lab import LabError, cli
 from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
-from trainer.sample import pick
+from lab.models.gpt import GPTRung
+from trainer.sample import cached, draw, recomputed
 
 LONGEST_CONTEXT = 1024  # tokens that a model without a fixed context is given
 
@@ -30,7 +31,6 @@ class Sample:
         return self.prompt + self.written
 
 
-@torch.no_grad()
 def generate(
     checkpoint: Checkpoint,
     prompt: str = "",
@@ -50,20 +50,15 @@ def generate(
         raise LabError("count, max_tokens: at least 1; temperature, top_k: at least 0; top_p: above 0, at most 1")
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     start = checkpoint.encode_prompt(prompt)
-    generator = torch.Generator().manual_seed(seed)
-    idx = torch.tensor([start] * count)
-    alive = torch.ones(count, dtype=torch.bool)
-    context = model.context or LONGEST_CONTEXT
-    for _ in range(max_tokens):
-        logits_BV = model.logits(idx[:, -context:])[:, -1]
-        logits_BV[:, list(tokenizer.never_written)] = -torch.inf
-        token_B = pick(logits_BV, temperature, top_k, top_p, generator)
-        idx = torch.cat([idx, token_B[:, None]], 1)
-        alive &= token_B != tokenizer.mark
-        if not alive.any():
-            break
+    if isinstance(model, GPTRung):
+        after = cached(model.gpt)
+    else:
+        after = recomputed(model.logits, model.context or LONGEST_CONTEXT)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(seed))
+    mark, never = tokenizer.mark, tokenizer.never_written
+    drawn = list(draw(after, torch.tensor([start] * count), max_tokens, end=mark, never=never, **how))
     samples = []
-    for row in idx[:, len(start) :].tolist():
+    for row in torch.stack(drawn, 1).tolist():
         ended = tokenizer.mark in row
         ids = row[: row.index(tokenizer.mark)] if ended else row
         samples.append(Sample(prompt, _written(checkpoint, start[1:], ids), ids, ended))

@@ -1,46 +1,131 @@
-"""Text from a trained model: the choice of a token, a text token by token, and the command that writes it.
+"""Text from a trained model: the choice of a token, tokens one after the other, and the command that writes them.
 
-Nothing here knows the trainer: a model is anything that maps tokens (1, T) to logits (1, T, V), and the command is
-given the function that opens a checkpoint.
+Nothing here knows the trainer: a model of train_gpt.py keeps its keys and values in a `Cache`, so that a token costs
+one token's work; any other model is asked for its logits again with every token (`recomputed`). The lab draws its
+tokens here, too. The command is given the function that opens a checkpoint.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.options import UsageError
+from trainer.checkpoints import CheckpointError, checkpoints_of
+from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
+
+# -------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+class Cache:
+    """What a model has seen so far: tokens, and for every layer with attention its keys and values.
+
+    train_gpt.GPT takes one as `cache=` and then is given the new tokens alone: `extend` adds them to those seen,
+    `attend` adds a layer's new keys and values to the old ones, and attends. Keys before every later query's first one
+    are dropped when their number has doubled, so memory stays within twice the window."""
+
+    def __init__(self):
+        self.tokens_BT: Tensor | None = None
+        self.layers: dict[int, tuple[Tensor, Tensor, int]] = {}  # keys, values, position of the first one
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return 0 if self.tokens_BT is None else self.tokens_BT.size(1)
+
+    def extend(self, tokens_BT: Tensor) -> Tensor:
+        """All tokens seen, the new ones last."""
+        seen = tokens_BT if self.tokens_BT is None else torch.cat([self.tokens_BT, tokens_BT], 1)
+        self.tokens_BT = seen
+        return seen
+
+    def attend(self, layer: int, q_BTHDh: Tensor, k_BTHDh: Tensor, v_BTHDh: Tensor, first_key_BS: Tensor, scale: float):
+        """Attention of the new queries over old and new keys, (B, T, H, Dh); query i sees keys first_key[i] .. i."""
+        T, end = q_BTHDh.size(1), self.length
+        if layer in self.layers:
+            old_k, old_v, begin = self.layers[layer]
+            k_BTHDh, v_BTHDh = torch.cat([old_k, k_BTHDh], 1), torch.cat([old_v, v_BTHDh], 1)
+        else:
+            begin = end - T
+        first_BT = first_key_BS[:, end - T :]
+        position = torch.arange(begin, end, device=q_BTHDh.device)
+        asked = position[-T:, None]
+        allowed_BTS = (position <= asked) & (position >= first_BT[:, :, None])
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHDh, k_BTHDh, v_BTHDh))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_BTS[:, None], scale=scale).transpose(1, 2)
+        needed = int(first_BT[:, -1].min()) - begin  # first keys never go back
+        if needed > (end - begin) // 2:
+            k_BTHDh, v_BTHDh, begin = k_BTHDh[:, needed:].clone(), v_BTHDh[:, needed:].clone(), begin + needed
+        self.layers[layer] = k_BTHDh, v_BTHDh, begin
+        return y
+
+
+def cached(model: Any) -> Callable[[Tensor], Tensor]:
+    """A function from new tokens (B, T) to the logits (B, V) after the last of them; it remembers what it was given.
+
+    model: train_gpt.GPT."""
+    cache = Cache()
+    return lambda tokens_BT: model(tokens_BT, cache=cache)[:, -1]
+
+
+def recomputed(logits: Callable[[Tensor], Tensor], context: int) -> Callable[[Tensor], Tensor]:
+    """The same for any model that maps tokens (B, T) to logits (B, T, V): the last `context` tokens are read again."""
+    seen: list[Tensor] = []
+
+    def after(tokens_BT: Tensor) -> Tensor:
+        seen[:] = [torch.cat([*seen, tokens_BT], 1)[:, -context:]]
+        return logits(seen[0])[:, -1]
+
+    return after
 
 
 @torch.no_grad()
-def generate(
-    model: Any,
-    tokens: list[int],
+def draw(
+    after: Callable[[Tensor], Tensor],
+    start_BT: Tensor,
     max_new_tokens: int,
     *,
+    end: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Iterator[int]:
-    """Yield new token ids until the end-of-text token or `max_new_tokens`.
+    never: Collection[int] = (),
+) -> Iterator[Tensor]:
+    """Yield the next token of every row (B,) until all rows have had `end`, or `max_new_tokens` times.
 
-    model: train_gpt.GPT. `temperature` 0 takes the likeliest token; `top_k` (0: off) and `top_p` (1: off) cut the tail
-    before sampling (nucleus sampling: Holtzman et al. 2020)."""
-    device, limit = model.head_w.device, max(model.config.window_max_tokens, 1024)
-    tokens = [model.config.eos_id, *tokens]
+    after: `cached(model)` or `recomputed(logits, context)`. A row goes on after its `end`: cut it there. `temperature`
+    0 takes the likeliest token; `top_k` (0: off) and `top_p` (1: off) cut the tail before sampling (nucleus sampling:
+    Holtzman et al. 2020); tokens in `never` are not drawn."""
+    alive = torch.ones(start_BT.size(0), dtype=torch.bool, device=start_BT.device)
+    new_BT = start_BT
     for _ in range(max_new_tokens):
-        logits_V = model(torch.tensor([tokens[-limit:]], device=device))[0, -1]
-        token = int(pick(logits_V, temperature, top_k, top_p, generator))
-        if token == model.config.eos_id:
+        logits_BV = after(new_BT)
+        logits_BV[:, list(never)] = -math.inf
+        token_B = pick(logits_BV, temperature, top_k, top_p, generator)
+        yield token_B
+        alive &= token_B != end
+        if not alive.any():
             return
-        tokens.append(token)
-        yield token
+        new_BT = token_B[:, None]
+
+
+def generate(model: Any, tokens: list[int], max_new_tokens: int, **how: Any) -> Iterator[int]:
+    """Yield the token ids that continue `tokens`, a document's beginning, until the end of text or `max_new_tokens`.
+
+    model: train_gpt.GPT. how: of `draw`."""
+    eos_id = model.config.eos_id
+    start_BT = torch.tensor([[eos_id, *tokens]], device=model.head_w.device)
+    for token_B in draw(cached(model), start_BT, max_new_tokens, end=eos_id, **how):
+        if int(token_B) == eos_id:
+            return
+        yield int(token_B)
 
 
 def pick(
@@ -60,50 +145,117 @@ def pick(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[..., 0]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_gpt.py sample", description="Write text from a checkpoint.")
-    parser.add_argument("checkpoint", help="a .safetensors file of train_gpt.py")
-    parser.add_argument("--prompt", default="", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=300, help="at most this many tokens a sample")
-    parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="sample from this many tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vocab", default="", help="folder with encoder.json and vocab.bpe (GPT-2 tokens offline)")
-    return parser
+# -------------------------------------------------------------------------------------------------------------
+# The command
 
 
-def sample_command(arguments: list[str], load: Callable[[str, str], tuple[Any, Any]]) -> int:
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `train_gpt.py sample` is told beside the checkpoint."""
+
+    prompt: str = setting("", "text", "to continue")
+    prompts: str = setting("", "file", "with a prompt a line; '-': standard input")
+    max_new_tokens: int = setting(300, "tokens", "at most, a sample", at_least=1)
+    num_samples: int = setting(1, "samples", "of each prompt", at_least=1)
+    temperature: float = setting(0.8, "factor", "0: always the likeliest token", at_least=0)
+    top_k: int = setting(0, "tokens", "sample from so many; 0: from all", at_least=0)
+    top_p: float = setting(0.95, "fraction", "sample from the tokens that hold this probability", above=0, at_most=1)
+    seed: int = setting(0, "number", "of the draws", at_least=0, below=2**63)
+    device: str = setting("auto", "name", "auto, cuda or cpu", choices=("auto", "cuda", "cpu"))
+    vocab: str = setting("", "folder", "with encoder.json (GPT-2 tokens offline)")
+
+
+USAGE = """usage: train_gpt.py sample CHECKPOINT [--prompt=TEXT] [--field=value ...]
+
+Write text from a checkpoint: a file, a folder of them (its newest), or the name of a run in local/runs.
+"""
+
+
+def find_checkpoint(name: str, runs: str | Path = "local/runs") -> Path:
+    """The file `name`; the newest checkpoint in the folder `name`, or of the run `name` in `runs`. CheckpointError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    for folder in (path, Path(f"{name}.checkpoints"), Path(runs) / f"{name}.checkpoints"):
+        if folder.is_dir():
+            found = checkpoints_of(folder) or [p for f in folder.glob("*.checkpoints") for p in checkpoints_of(f)]
+            if len({p.parent for p in found}) > 1:
+                names = ", ".join(sorted(p.parent.name.removesuffix(".checkpoints") for p in found))
+                raise CheckpointError(f"{folder}: holds several runs ({names}); name one")
+            if found:
+                return found[0]
+    raise CheckpointError(f"{name}: no checkpoint, no folder of checkpoints, and no run of that name in {runs}")
+
+
+def device_of(name: str) -> str:
+    """cuda or cpu from auto, cuda or cpu. Raises UsageError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device=cuda: torch sees no GPU here")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _prompts(options: SampleOptions) -> list[str]:
+    if not options.prompts:
+        return [options.prompt]
+    if options.prompt:
+        raise UsageError("--prompt and --prompts: give one of them")
+    try:
+        data = sys.stdin.buffer.read() if options.prompts == "-" else Path(options.prompts).read_bytes()
+        lines = data.decode("utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"--prompts={options.prompts}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts={options.prompts}: not UTF-8 text at byte {error.start}") from error
+    if not any(lines):
+        raise UsageError(f"--prompts={options.prompts}: no prompt in it")
+    return [line for line in lines if line]
+
+
+def sample_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, Any]]) -> int:
     """`train_gpt.py sample CHECKPOINT`: write text, token by token.
 
     load: (checkpoint, device) -> (model, configuration). Raises UsageError, and what `load` raises."""
-    options = _parser().parse_args(arguments)
-    model, config = load(options.checkpoint, options.device)
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE, *fields_text(SampleOptions), sep="\n")
+        return 0
+    words, given = read_words([SampleOptions], arguments, {})
+    if len(words) != 1:
+        raise UsageError(f"{USAGE.splitlines()[0]}: {len(words)} checkpoints were named")
+    options = fill(SampleOptions, given)
+    check_limits(options)
+    prompts, device = _prompts(options), device_of(options.device)
+    model, config = load(find_checkpoint(words[0]), device)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    turns = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    for number, prompt in enumerate(turns):
+        if number:
+            print("\n" + "-" * 40)
+        for text in _written(model, config, prompt, options, generator):
+            print(text, end="", flush=True)
+        print()
+    return 0
+
+
+def _written(model: Any, config: Any, prompt: str, options: SampleOptions, generator: torch.Generator) -> Iterator[str]:
+    """The prompt, and then the text of every new token."""
     from data.encoding import TokenizeError, encoding_for  # late: only this needs it
 
     try:
         encoding = encoding_for(config.vocab_size, options.vocab or None)
-        prompt = encoding.encode(options.prompt)
+        tokens = encoding.encode(prompt)
     except TokenizeError as error:
         raise UsageError(str(error)) from error
-    generator = torch.Generator(options.device).manual_seed(options.seed)
-    for number in range(options.num_samples):
-        if number:
-            print("\n" + "-" * 40)
-        decoder = encoding.stream_decoder()
-        print(options.prompt, end="", flush=True)
-        new = generate(
-            model,
-            prompt,
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=generator,
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--prompt: not UTF-8 text at character {error.start}") from error
+    most = config.train_seq_len - 1
+    if len(tokens) > most:
+        print(
+            f"the prompt has {len(tokens)} tokens, the model was trained on sequences of {config.train_seq_len}: "
+            f"it is given the last {most}",
+            file=sys.stderr,
         )
-        for token in new:
-            print(decoder(token), end="", flush=True)
-        print()
-    return 0
+    yield prompt
+    decoder = encoding.stream_decoder()
+    how = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, generator=generator)
+    for token in generate(model, tokens[-most:], options.max_new_tokens, **how):
+        yield decoder(token)
