@@ -50,6 +50,10 @@ class Encoding:
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self._encode(text)]
 
+    def raw(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character."""
+        return self._piece(token)
+
     def decode(self, tokens: list[int]) -> str:
         return b"".join(self.piece(token) for token in tokens).decode("utf-8", errors="replace")
 

@@ -3,6 +3,7 @@ JSON in the header, and one way to open these and those of train_gpt.py alike.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lab.tokens import ByteTokenizer, GPT2Tokenizer, Tokenizer, from_spec
 from trainer import checkpoints
 
 FORMAT = "lab-2"  # 1: with another digest
+DEFAULT_ROW = 256  # of checkpoints that do not say, which the first ones of the lab did not
 
 
 @dataclass
@@ -35,10 +37,30 @@ class Checkpoint:
         """A short name for pictures: series (or run) and model."""
         return str(self.told.get("series") or self.told.get("run_name") or self.name)
 
+    @property
+    def context(self) -> int:
+        """Tokens that the model may be given at once: what it looks at, or the row that it was trained on. What
+        lies beyond was never seen in training, so nothing reads or writes with more."""
+        return self.model.context or self.row_tokens
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a packed row in training."""
+        return int(self.told.get("row_tokens") or DEFAULT_ROW)
+
+    def reading(self) -> str:
+        """Which weights these are, in words."""
+        why = " (of the least validation loss)" if self.path.stem == "best" else ""
+        return f"{self.label}, {self.name}, step {self.step:,}{why}"
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """The mark and the prompt's ids: what the model reads before it writes. UnknownTextError for
         characters that the vocabulary lacks."""
         return [self.tokenizer.mark, *(int(i) for i in self.tokenizer.encode(prompt))]
+
+    def encode_documents(self, text: str | Sequence[str]) -> list[int]:
+        """Ids of one text or of several documents, the mark before each, as the model reads them in training."""
+        return [i for document in ([text] if isinstance(text, str) else text) for i in self.encode_prompt(document)]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -104,7 +126,8 @@ def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None)
         raise LabError(f"{path}: a vocabulary of {config.vocab_size} tokens is neither bytes nor GPT-2's")
     if tokenizer.mark != config.eos_id:
         raise LabError(f"{path}: documents open with token {config.eos_id}, expected {tokenizer.mark}")
-    told = {"run_name": texts.get("run_name", ""), "preset": config.preset}
+    told = {"run_name": texts.get("run_name", ""), "preset": config.preset, "row_tokens": config.train_seq_len}
+    told |= {"config": dataclasses.asdict(config)} | {k: texts.get(k, "") for k in ("data_hash", "val_data_hash")}
     return Checkpoint(path, "gpt", int(texts.get("step", 0)), GPTRung.of(gpt).eval(), tokenizer, told)
 
 
@@ -121,8 +144,8 @@ def find_checkpoints(place: str | Path) -> list[Path]:
 
 
 def best_checkpoint(place: str | Path) -> Path:
-    """The checkpoint that validation chose in a run's or series' folder (or the last one, or the file
-    itself)."""
+    """The checkpoint that a run kept in a run's or series' folder: the best by validation, or with --keep=last (and
+    of train_gpt.py's runs) the last one; or the file itself."""
     place = Path(place)
     if place.is_file():
         return place

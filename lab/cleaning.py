@@ -6,13 +6,16 @@ The stories of Eldan and Li (2023), "TinyStories", are the pattern.
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab import LabError
-from lab.words import split_words
+from lab.tables import read_table
+from lab.words import WORD, split_words
 
 STORY_END = "<|endoftext|>"
+UNKNOWN_WORD = "<unk>"
 _ALLOWED = re.compile(r"[A-Za-z0-9\n .,!?;:'\"()\-]*\Z")
 _ENDS = re.compile(r"[.!?][\"')]*\Z")
 # UTF-8 that somebody once read as Windows-1252: an accented capital followed by what no text has there.
@@ -82,24 +85,32 @@ def clean_story(story: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def clean_stories(text: str, *, min_words: int = 20, max_words: int = 500, common_words: int = 0) -> Cleaned:
-    """Clean a corpus of stories separated by `<|endoftext|>`.
+def clean_stories(
+    stories: Iterable[str],
+    *,
+    min_words: int = 20,
+    max_words: int = 500,
+    common_words: int = 0,
+    replaced_share: float = 0.0,
+) -> Cleaned:
+    """Clean stories.
 
     Dropped: broken characters that could not be repaired; characters beyond letters, digits and plain
     punctuation; stories that do not end as a sentence; too short or too long; copies; and, with
-    `common_words`, those that use a word outside of the corpus's so many commonest.
+    `common_words`, those in which more than `replaced_share` of the words are outside of the corpus's so many
+    commonest. Where it is less, those words are replaced by UNKNOWN_WORD.
     """
     kept: dict[str, None] = {}
     dropped = dict.fromkeys(("broken", "foreign characters", "incomplete", "length", "copy", "rare words"), 0)
     repaired = 0
-    for raw in text.split(STORY_END):
+    for raw in stories:
         if not raw.strip():
             continue
         story = clean_story(raw)
         words = len(story.split())
         if "\ufffd" in story or _MOJIBAKE.search(story):
             dropped["broken"] += 1
-        elif not _ALLOWED.match(story):
+        elif not _ALLOWED.match(story.replace(UNKNOWN_WORD, "")):
             dropped["foreign characters"] += 1
         elif not _ENDS.search(story) or story.count('"') % 2:
             dropped["incomplete"] += 1
@@ -110,23 +121,53 @@ def clean_stories(text: str, *, min_words: int = 20, max_words: int = 500, commo
         else:
             kept[story] = None
             repaired += "\ufffd" not in raw and repair_encoding(raw) != raw
-    stories = list(kept)
+    clean = list(kept)
     if common_words:
-        counts = Counter(w.lower() for s in stories for w in split_words(s))
-        common = {w for w, _ in counts.most_common(common_words)}
-        stories = [s for s in stories if all(w.lower() in common for w in split_words(s))]
-        dropped["rare words"] = len(kept) - len(stories)
-    return Cleaned(stories, repaired, dropped)
+        common, shares = rare_shares(clean, common_words)
+        plain_enough = [replace_rare(s, common) for s, share in zip(clean, shares) if share <= replaced_share]
+        clean = list(dict.fromkeys(plain_enough))
+        dropped["rare words"] = len(kept) - len(plain_enough)
+        dropped["copy"] += len(plain_enough) - len(clean)
+    return Cleaned(clean, repaired, dropped)
+
+
+def rare_shares(stories: Sequence[str], common_words: int) -> tuple[set[str], list[float]]:
+    """(the `common_words` commonest words, lower case; the share of each story's words that are not among them)."""
+    words = [[w.lower() for w in split_words(s)] for s in stories]
+    common = {w for w, _ in Counter(w for ws in words for w in ws).most_common(common_words)}
+    return common, [sum(w not in common for w in ws) / max(1, len(ws)) for ws in words]
+
+
+def replace_rare(story: str, common: set[str]) -> str:
+    """`story` with every word outside of `common` replaced by UNKNOWN_WORD, its spaces and line ends kept."""
+    return WORD.sub(lambda m: m.group() if m.group().lower() in common else UNKNOWN_WORD, story)
+
+
+def kept_by_share(stories: Sequence[str], common_words: int, shares: Sequence[float]) -> dict[float, int]:
+    """{share: how many stories hold at most that share of rarer words}: what each choice of a share keeps."""
+    found = rare_shares(stories, common_words)[1]
+    return {share: sum(one <= share for one in found) for share in shares}
 
 
 def read_stories(path: str | Path) -> Cleaned:
     """Clean the stories of a file, whatever its encoding. LabError if it cannot be read or nothing is
     left."""
+    cleaned = clean_stories(raw_stories(path)[0])
+    if not cleaned.stories:
+        raise LabError(
+            f"no story is left of {path} ({cleaned.report()}); stories are separated by lines {STORY_END}, or stand "
+            "under 'text' in CSV or JSON lines"
+        )
+    return cleaned
+
+
+def raw_stories(path: str | Path) -> tuple[list[str], int]:
+    """(the stories of a file as they are, lines that were not UTF-8): text whose stories are separated by STORY_END,
+    in whatever encoding, or CSV or JSON lines with the stories under 'text'."""
+    if str(path).lower().endswith((".csv", ".jsonl")):
+        return read_table(path, "text"), 0
     try:
-        raw = Path(path).read_bytes()
+        text, repaired = decode_bytes(Path(path).read_bytes())
     except OSError as error:
         raise LabError(f"cannot read the stories {path}: {error.strerror}") from error
-    cleaned = clean_stories(decode_bytes(raw)[0])
-    if not cleaned.stories:
-        raise LabError(f"no story is left of {path} ({cleaned.report()}); stories are separated by lines {STORY_END}")
-    return cleaned
+    return text.split(STORY_END), repaired

@@ -1,73 +1,66 @@
-"""Typed `--field=value` command lines over dataclasses, as train_gpt.py has them."""
+"""What the lab's commands share: options by trainer/options.py, errors as one line and an exit code."""
 
-import dataclasses
-import difflib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lab import LabError
+from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
 
-_FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-
-
-def field(default: Any, text: str) -> Any:
-    """A dataclass field with the sentence that `--help` prints."""
-    return dataclasses.field(default=default, metadata={"help": text})
+__all__ = ["checked", "command", "describe", "filled", "read", "run", "setting", "wants_help"]
 
 
-def typed(name: str, kind: type, text: str) -> Any:
-    """`text` as `kind` (bool, int, float or str); LabError names the flag."""
-    if kind is bool:
-        if text.lower() not in _FLAGS:
-            raise LabError(f"--{name}={text}: a flag is true or false")
-        return _FLAGS[text.lower()]
+def checked(options: Any) -> Any:
+    """`options`, a dataclass of settings, itself; LabError for the first value outside of its field's range."""
     try:
-        value = kind(text)
-    except ValueError:
-        raise LabError(f"--{name}={text}: expected {kind.__name__}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise LabError(f"--{name}={text}: a finite number is needed")
-    return value
+        check_limits(options)
+    except UsageError as error:
+        raise LabError(str(error)) from None
+    return options
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(positional words, {field: text}) of a command line; `--field value` and a bare `--flag` work too."""
-    words, given = [], {}
-    queue = list(arguments)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--"):
-            words.append(word)
-            continue
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        given[name.replace("-", "_")] = text
-    return words, given
+def read(arguments: Sequence[str], *kinds: type) -> tuple[list[str], dict[str, str]]:
+    """(words, {field: text}) of a command line over the fields of `kinds`; LabError for an unknown field."""
+    try:
+        return read_words(kinds, arguments, {})
+    except UsageError as error:
+        raise LabError(str(error)) from None
 
 
-def fill(cls: type, given: dict[str, str], also: Sequence[str] = ()) -> Any:
-    """An instance of dataclass `cls` from texts; an unknown field is an error that names the nearest one.
-    Fields in `also` belong to somebody else and are passed over."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in given:
-        if name not in fields and name not in also:
-            near = difflib.get_close_matches(name, [*fields, *also], n=1)
-            hint = f"; did you mean --{near[0]}?" if near else f"; there are {', '.join(fields)}"
-            raise LabError(f"unknown argument --{name}{hint}")
-    return cls(**{n: typed(n, fields[n].type, text) for n, text in given.items() if n in fields})
+def filled(kind: type, given: dict[str, str]) -> Any:
+    """An instance of the dataclass `kind` from texts, its ranges checked; LabError names the field at fault."""
+    try:
+        return checked(fill(kind, given))
+    except UsageError as error:
+        raise LabError(str(error)) from None
 
 
-def describe(*classes: type) -> str:
-    """The fields of dataclasses as `--help` shows them."""
-    lines = []
-    for cls in classes:
-        lines.append(f"\n{(cls.__doc__ or cls.__name__).splitlines()[0]}")
-        for f in dataclasses.fields(cls):
-            lines.append(f"  --{f.name}={f.default}  ({f.type.__name__}) {f.metadata.get('help', '')}".rstrip())
-    return "\n".join(lines)
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether the user asked what there is."""
+    return bool({"-h", "--help"} & set(arguments))
+
+
+def describe(*kinds: type) -> str:
+    """The fields of dataclasses as `--help` shows them, each under its docstring's first line."""
+    parts = ([f"\n{(kind.__doc__ or kind.__name__).splitlines()[0]}", *fields_text(kind)] for kind in kinds)
+    return "\n".join(line for lines in parts for line in lines)
+
+
+def command(doc: str, arguments: Sequence[str], kind: type, words: tuple[int, int | None]) -> tuple[list[str], Any]:
+    """(words, options) of a whole command line over one dataclass. With --help, or without any argument where words
+    are needed, `doc` and the fields are printed and SystemExit raised.
+
+    words: how few and how many are allowed (None: any number)."""
+    least, most = words
+    if wants_help(arguments) or (least and not arguments):
+        print(doc, describe(kind))
+        raise SystemExit(0 if arguments else 2)
+    found, given = read(arguments, kind)
+    if not least <= len(found) <= (len(found) if most is None else most):
+        wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+        told = f"not {len(found)}: {' '.join(found)}" if found else "but none was given"
+        raise LabError(f"{wanted} words are needed beside --field=value, {told}; see --help")
+    return found, filled(kind, given)
 
 
 def run(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:

@@ -2,10 +2,13 @@
 
 A corpus is a list of documents: a name, a story, an article, a passage of running text. Documents are split
 into train, validation and test first, and contexts are cut afterwards, so no context straddles two splits. A
-document of L tokens gives L + 1 predictions: inputs mark, t1 .. tL; targets t1 .. tL, mark.
+document that occurs twice may still lie in two splits: `overlap` tells how many do, `unique` splits keep copies
+together. A document of L tokens gives L + 1 predictions: inputs mark, t1 .. tL; targets t1 .. tL, mark.
 """
 
+import functools
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,35 +19,25 @@ from torch import Tensor
 
 from lab import LabError
 from lab.cleaning import STORY_END, read_stories
-from lab.embedded import embedded_documents
+from lab.embedded import embedded_documents, floor_on
 from lab.models.base import IGNORE
+from lab.tables import read_table, read_utf8
 from lab.tokens import ByteTokenizer, CharTokenizer, Tokenizer, word_tokenizer
 
 KINDS = ("names", "text", "stories", "sums")
 SPLITS = ("train", "val", "test")
+SPLIT_KINDS = ("documents", "unique")
 PASSAGE_CHARS = 2000  # running text is split in passages of at least this length, ended at a blank line
 
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file with newlines as \\n; LabError if it is missing, empty or not UTF-8."""
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise LabError(f"cannot read the corpus {path}: {error.strerror}; give a text file with --path") from error
-    except UnicodeDecodeError as error:
-        raise LabError(
-            f"{path} is not UTF-8 at byte {error.start}; convert it, or clean it with python -m lab.stories clean"
-        ) from error
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise LabError(f"the corpus {path} is empty; a model needs text")
-    return text
+    return read_utf8(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def names_documents(text: str) -> list[str]:
     """One document a line, blank lines dropped."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def text_documents(text: str, passage_chars: int = PASSAGE_CHARS) -> list[str]:
@@ -76,6 +69,8 @@ def load_documents(kind: str, path: str | Path | None = None, limit_chars: int =
         return embedded_documents(kind, limit_chars)
     if kind == "stories":
         documents = read_stories(path).stories
+    elif str(path).lower().endswith((".csv", ".jsonl")):
+        documents = [d for d in read_table(path, "text") if d.strip()]
     else:
         text = read_text(path)
         documents = names_documents(text) if kind == "names" else text_documents(text)
@@ -95,9 +90,14 @@ def documents_digest(documents: Sequence[str]) -> str:
 
 
 def split_documents(
-    documents: Sequence[str], seed: int = 0, val: float = 0.1, test: float = 0.1
+    documents: Sequence[str], seed: int = 0, val: float = 0.1, test: float = 0.1, *, kind: str = "documents"
 ) -> dict[str, list[str]]:
-    """Documents shuffled by `seed` and cut into train, val and test; at least one document in each."""
+    """Documents shuffled by `seed` and cut into train, val and test; at least one document in each. With `kind`
+    "unique" the different documents are cut, and every copy follows its first."""
+    if kind == "unique":
+        copies = Counter(documents)
+        split = split_documents(list(copies), seed, val, test)
+        return {name: [d for document in part for d in [document] * copies[document]] for name, part in split.items()}
     if len(documents) < 3:
         raise LabError(
             f"the corpus has {len(documents)} document(s); train, validation and test need one each. Give more text "
@@ -108,6 +108,12 @@ def split_documents(
     n_train = max(1, len(documents) - n_val - n_test)
     bounds = {"train": (0, n_train), "val": (n_train, n_train + n_val), "test": (n_train + n_val, len(documents))}
     return {name: [documents[i] for i in order[a:b]] for name, (a, b) in bounds.items()}
+
+
+def overlap(split: dict[str, list[str]]) -> dict[str, float]:
+    """Share of the documents of val and of test that stand, whole and letter by letter, in train too."""
+    train = set(split["train"])
+    return {name: sum(d in train for d in split[name]) / len(split[name]) for name in ("val", "test")}
 
 
 @dataclass(frozen=True)
@@ -236,6 +242,15 @@ class Corpus:
     tokens: dict[str, Tokens]
     tokenizer: Tokenizer
     digest: str
+    embedded: bool = False  # the project's own corpus, whose grammar is known
+
+    @functools.cached_property
+    def floor(self) -> float | None:
+        """Mean loss, in nats a prediction, of the grammar itself on the validation documents: no model goes below
+        it but by luck. None where it is not known: text of one's own, and words or GPT-2's pieces as tokens."""
+        if not self.embedded or self.tokenizer.kind not in ("char", "byte"):
+            return None
+        return floor_on(self.documents["val"], self.kind)
 
 
 def make_tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
@@ -256,6 +271,7 @@ def load_corpus(
     *,
     tokens: str = "char",
     split_seed: int = 0,
+    split_kind: str = "documents",
     limit_chars: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Corpus:
@@ -263,8 +279,8 @@ def load_corpus(
     A word vocabulary is made from the training documents alone, so that validation meets unknown words
     honestly."""
     documents = load_documents(kind, path, limit_chars)
-    split = split_documents(documents, split_seed)
+    split = split_documents(documents, split_seed, kind=split_kind)
     if tokenizer is None:
         tokenizer = make_tokenizer(tokens, split["train"] if tokens == "word" else documents)
     encoded = {name: tokenize_documents(docs, tokenizer) for name, docs in split.items()}
-    return Corpus(kind, split, encoded, tokenizer, documents_digest(documents))
+    return Corpus(kind, split, encoded, tokenizer, documents_digest(documents), embedded=not path)

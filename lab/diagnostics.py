@@ -3,12 +3,14 @@ units saturated, do gradients and updates have a healthy size? As numbers (JSON)
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lab import plots
 from lab.models import LanguageModel
 from lab.runlog import write_json
 
@@ -17,24 +19,54 @@ SATURATED = 0.97  # a tanh beyond this passes less than 6 % of its gradient on
 
 
 def _histogram(x: Tensor) -> dict[str, Any]:
-    """Density over BINS bins within three and a half standard deviations, with mean, std and extent."""
+    """Density over BINS bins within three and a half standard deviations, but not beyond the least and the greatest
+    value (a tanh ends at 1), with mean, std and extent."""
     x = x.detach().float().flatten()
     mean, std = float(x.mean()), float(x.std())
     reach = max(3.5 * std, 1e-12)
-    low, high = mean - reach, mean + reach
+    low, high = max(mean - reach, float(x.min())), min(mean + reach, float(x.max()))
+    if high - low < 1e-12:
+        low, high = mean - 1e-12, mean + 1e-12
     counts = torch.histc(x, BINS, low, high)
     density = counts / (x.numel() * (high - low) / BINS)
     return {"mean": mean, "std": std, "low": low, "high": high, "density": [round(v, 6) for v in density.tolist()]}
 
 
-class Diagnostics:
-    """Collects pictures of a model while it trains: `look` before an update, `updated` after it, `write`
-    at the end."""
+def _weight(p: nn.Parameter) -> dict[str, Any]:
+    std, slope = float(p.detach().float().std()), float(p.grad.float().std())
+    ratio = math.log10(slope / std) if slope > 0 and std > 0 else None
+    return {"std": std, "gradient_std": slope, "log10_gradient_to_weight": ratio}
 
-    def __init__(self, model: LanguageModel, vocab_size: int):
-        self.model, self.vocab_size = model, vocab_size
+
+def _norm(module: nn.Module) -> dict[str, float]:
+    """Mean and spread of a norm's gain and bias over its features."""
+    gain, bias = module.gain.detach().float(), module.bias.detach().float()
+    return {
+        "gain_mean": float(gain.mean()),
+        "gain_std": float(gain.std()),
+        "bias_mean": float(bias.mean()),
+        "bias_std": float(bias.std()),
+    }
+
+
+class Diagnostics:
+    """Collects pictures of a model while it trains: `before` an update, `updated` after it, `write` at the end.
+
+    `moments` are whole looks (activations, gradients, weights, norms); `ratios` follow every `ratio_every`-th update:
+    its size over the weight's, matrix by matrix."""
+
+    def __init__(self, model: LanguageModel, vocab_size: int, ratio_every: int = 1):
+        self.model, self.vocab_size, self.ratio_every = model, vocab_size, ratio_every
         self.moments: list[dict[str, Any]] = []
+        self.ratios: list[dict[str, Any]] = []
         self._before: dict[str, Tensor] = {}
+
+    def before(self, step: int, idx: Tensor, targets: Tensor, *, whole: bool) -> None:
+        """Before the update of `step`: a `whole` look, or if the update is one to be measured, the weights alone."""
+        if whole:
+            self.look(step, idx, targets)
+        if whole or step % self.ratio_every == 0:
+            self._before = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.ndim >= 2}
 
     def look(self, step: int, idx: Tensor, targets: Tensor) -> dict[str, Any]:
         """Forward and backward on a batch, without touching the gradients of training: loss, activations,
@@ -67,70 +99,58 @@ class Diagnostics:
                 "saturated": float((output.detach().abs() > SATURATED).float().mean()),
                 "squashed": "tanh" in name or "state" in name,
             }
-        weights = {
-            n: {"std": float(p.detach().float().std()), "gradient_std": float(p.grad.float().std())}
-            for n, p in model.named_parameters()
-            if p.grad is not None and p.numel() > 1
-        }
+        weights = {n: _weight(p) for n, p in model.named_parameters() if p.grad is not None and p.numel() > 1}
+        norms = {n: _norm(m) for n, m in model.named_modules() if hasattr(m, "gain") and hasattr(m, "bias")}
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for n, b in model.named_buffers():
                 b.copy_(buffers[n])
         torch.set_rng_state(generator)
-        self._before = {n: p.detach().clone() for n, p in model.named_parameters()}
         moment = {
             "step": step,
             "loss": float(loss.detach()),
             "expected_initial_loss": math.log(self.vocab_size),
             "layers": layers,
             "weights": weights,
+            "norms": norms,
         }
         self.moments.append(moment)
         return moment
 
     def updated(self, step: int) -> None:
-        """After the update that follows `look`: log10 of the update's size over the weight's, for every
-        matrix."""
-        for name, p in self.model.named_parameters():
-            if p.ndim < 2 or name not in self.moments[-1]["weights"]:
-                continue
-            before = self._before[name].float()
-            update, size = float((p.detach().float() - before).std()), float(before.std())
-            ratio = math.log10(update / size) if update > 0 and size > 0 else None
-            self.moments[-1]["weights"][name]["log10_update_to_weight"] = ratio
+        """After the update that follows `before`: log10 of the update's size over the weight's, for every matrix."""
+        found = {}
+        for name, before in self._before.items():
+            now, was = dict(self.model.named_parameters())[name].detach().float(), before.float()
+            update, size = float((now - was).std()), float(was.std())
+            found[name] = math.log10(update / size) if update > 0 and size > 0 else None
+        if found:
+            self.ratios.append({"step": step, "log10_update_to_weight": found})
         self._before = {}
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
         """<folder>/<name>.json and .png; returns their paths."""
         json_path, png_path = folder / f"{name}.json", folder / f"{name}.png"
-        write_json(json_path, {"moments": self.moments})
+        write_json(json_path, {"moments": self.moments, "ratios": self.ratios})
         if self.moments:
-            draw(self.moments, png_path)
+            draw(self.moments, self.ratios, png_path)
         return json_path, png_path
 
 
-def draw(moments: list[dict[str, Any]], path: Path) -> None:
-    """Six panels: activations and gradients at the start and at the end, saturation and update ratios
-    over time."""
-    from lab import plots
-
-    fig, axes = plots.figure(2, 3, size=(13, 7))
-    for column, (moment, when) in enumerate(((moments[0], "first step"), (moments[-1], "last look"))):
+def draw(moments: list[dict[str, Any]], ratios: list[dict[str, Any]], path: Path) -> None:
+    """Eight panels: activations and gradients at the start and at the end; over time saturation, norms, and the
+    sizes of gradients and updates over those of the weights."""
+    fig, axes = plots.figure(2, 4, size=(17, 7))
+    for column, (moment, when) in enumerate(((moments[0], "first step"), (moments[-1], "last step"))):
         for row, what in enumerate(("activation", "gradient")):
             ax = axes[row][column]
-            for i, (name, layer) in enumerate(moment["layers"].items()):
-                h = layer[what]
-                width = (h["high"] - h["low"]) / BINS
-                x = [h["low"] + (k + 0.5) * width for k in range(BINS)]
-                ax.plot(x, h["density"], color=plots.color(i), label=name)
-            ax.set_title(f"{what}s, {when} (step {moment['step']})")
-            ax.set_yticks([])
-            if moment["layers"]:
-                ax.legend()
-            else:
-                plots.note(ax, "no hidden layer")
-    _draw_saturation(axes[0][2], moments, plots)
-    _draw_ratios(axes[1][2], moments, plots)
+            draw_histograms(ax, moment, what)
+            ax.set_title(f"{what}s, {when} ({moment['step']})")
+    draw_lines(axes[0][2], saturation_lines(moments), f"saturated units (|output| above {SATURATED}), %")
+    draw_lines(axes[1][2], norm_lines(moments), "gain and bias of the norms, mean")
+    draw_lines(axes[0][3], gradient_lines(moments), "log10 of gradient to weight")
+    draw_lines(axes[1][3], ratio_lines(ratios), "log10 of update to weight (-3 is a usual aim)")
+    axes[1][3].axhline(-3, color="0.6", linestyle="--", linewidth=1)
     first = moments[0]
     fig.suptitle(
         f"initial loss {first['loss']:.3f}, uniform guessing would have {first['expected_initial_loss']:.3f} nats"
@@ -138,31 +158,74 @@ def draw(moments: list[dict[str, Any]], path: Path) -> None:
     plots.save(fig, path)
 
 
-def _draw_saturation(ax, moments, plots) -> None:
-    names = [n for n, layer in moments[0]["layers"].items() if layer["squashed"]]
-    for i, name in enumerate(names):
-        share = [100 * m["layers"][name]["saturated"] for m in moments]
-        ax.plot([max(m["step"], 0.5) for m in moments], share, "o-", color=plots.color(i), label=name)
-    ax.set_title(f"saturated units (|output| above {SATURATED}), %")
-    ax.set_xscale("log")
-    ax.set_xlabel("step")
-    if names:
+Lines = dict[str, list[tuple[int, float]]]  # name -> (step, value) points
+
+
+def draw_histograms(ax: Any, moment: dict[str, Any], what: str) -> None:
+    """Density of every layer's `what`: activation or gradient."""
+    for i, (name, layer) in enumerate(moment["layers"].items()):
+        h = layer[what]
+        width = (h["high"] - h["low"]) / BINS
+        x = [h["low"] + (k + 0.5) * width for k in range(BINS)]
+        ax.plot(x, h["density"], color=plots.color(i), label=name)
+    ax.set_yticks([])
+    if moment["layers"]:
         ax.legend()
     else:
-        plots.note(ax, "no squashing units")
+        plots.note(ax, "no hidden layer")
 
 
-def _draw_ratios(ax, moments, plots) -> None:
-    names = [n for n, w in moments[0]["weights"].items() if "log10_update_to_weight" in w][:10]
-    for i, name in enumerate(names):
-        points = [(m["step"], m["weights"].get(name, {}).get("log10_update_to_weight")) for m in moments]
-        points = [(max(s, 0.5), r) for s, r in points if r is not None]
-        ax.plot([s for s, _ in points], [r for _, r in points], "o-", color=plots.color(i), label=name)
-    ax.axhline(-3, color="0.6", linestyle="--", linewidth=1)
-    ax.set_title("log10 of update to weight (-3 is a usual aim)")
+def draw_lines(ax: Any, lines: Lines, title: str) -> None:
+    """Values over steps, one line a name; the start is drawn at half a step."""
+    ax.set_title(title)
     ax.set_xscale("log")
     ax.set_xlabel("step")
-    if names:
-        ax.legend(fontsize=7)
+    few = max(map(len, lines.values()), default=0) < 30
+    for i, (name, points) in enumerate(list(lines.items())[:10]):
+        x, y = [max(s, 0.5) for s, _ in points], [v for _, v in points]
+        ax.plot(x, y, "o-" if few else "-", color=plots.color(i), label=_short(name))
+    if lines:
+        ax.legend(fontsize=6)
     else:
-        plots.note(ax, "no trained matrices")
+        plots.note(ax, "nothing of that kind in this model")
+
+
+def _short(name: str) -> str:
+    """A parameter's name without what all have in common."""
+    return re.sub(r"^gpt\.|blocks\.|\.weight$|_w$", "", name)
+
+
+def saturation_lines(moments: list[dict[str, Any]]) -> Lines:
+    """Percent of saturated units of every layer that squashes."""
+    names = [n for n, layer in moments[0]["layers"].items() if layer["squashed"]]
+    return {n: [(m["step"], 100 * m["layers"][n]["saturated"]) for m in moments] for n in names}
+
+
+def gradient_lines(moments: list[dict[str, Any]]) -> Lines:
+    """log10 of the gradient's size over the weight's, of every matrix that has a gradient."""
+    found: Lines = {}
+    for m in moments:
+        for name, w in m["weights"].items():
+            if w["log10_gradient_to_weight"] is not None:
+                found.setdefault(name, []).append((m["step"], w["log10_gradient_to_weight"]))
+    return found
+
+
+def norm_lines(moments: list[dict[str, Any]]) -> Lines:
+    """Mean gain and bias of every norm that has them."""
+    found: Lines = {}
+    for m in moments:
+        for name, norm in m["norms"].items():
+            for part in ("gain", "bias"):
+                found.setdefault(f"{name} {part}", []).append((m["step"], norm[f"{part}_mean"]))
+    return found
+
+
+def ratio_lines(ratios: list[dict[str, Any]]) -> Lines:
+    """log10 of the update's size over the weight's, of every matrix."""
+    found: Lines = {}
+    for moment in ratios:
+        for name, ratio in moment["log10_update_to_weight"].items():
+            if ratio is not None:
+                found.setdefault(name, []).append((moment["step"], ratio))
+    return found

@@ -1,5 +1,6 @@
 """One look for all pictures of the lab."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ matplotlib.use("Agg")  # pictures are files; no window system is needed
 
 import matplotlib.pyplot as plt
 
+from data.paths import atomic_file
+
 # Okabe and Ito's palette, which most colour-blind readers can tell apart, without its yellow.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
+MONO = "DejaVu Sans Mono"
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -33,6 +37,18 @@ def color(i: int) -> str:
     return _COLORS[i % len(_COLORS)]
 
 
+def shade(i: int, count: int) -> Any:
+    """The i-th of `count` colours from early (dark) to late (light): for lines that have an order."""
+    return plt.get_cmap("viridis")(0.9 * i / max(1, count - 1))
+
+
+def masked_blues() -> Any:
+    """White to blue, and grey where there is no number."""
+    blues = plt.get_cmap("Blues").copy()
+    blues.set_bad("0.88")
+    return blues
+
+
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) -> tuple[Any, Any]:
     """A figure and its axes (one axes object, a list, or a list of lists) in the lab's style; `size` in
     inches."""
@@ -41,6 +57,27 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) 
     if rows == columns == 1:
         return fig, axes[0][0]
     return fig, list(axes[0]) if rows == 1 else [list(r) for r in axes]
+
+
+def plain(text: str) -> str:
+    """`text` for a picture: matplotlib would read dollars as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def bars(ax: Any, names: Sequence[str], values: Sequence[float], color_number: int = 0) -> None:
+    """A bar a name, long names turned."""
+    ax.bar(range(len(values)), values, color=color(color_number))
+    long = max(map(len, names), default=0) > 2
+    ax.set_xticks(range(len(names)), [plain(n) for n in names], rotation=90 if long else 0, fontsize=7 if long else 9)
+    ax.set_xlim(-1, len(names))
+    ax.grid(axis="x", visible=False)
+
+
+def rectangle(x: float, y: float, width: float, height: float, colour: str) -> Any:
+    """A filled patch in data coordinates."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="none")
 
 
 def note(ax: Any, text: str) -> None:
@@ -52,9 +89,8 @@ def note(ax: Any, text: str) -> None:
 
 
 def save(fig: Any, path: Path) -> Path:
-    """Write the picture and free its memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(_STYLE):
-        fig.savefig(path)
+    """Write the picture, all or nothing, and free its memory."""
+    with plt.rc_context(_STYLE), atomic_file(path) as file:
+        fig.savefig(file, format="png")
     plt.close(fig)
     return path

@@ -7,10 +7,12 @@ Entries that are not named stay as they are.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab import LabError, cli
+from lab.cli import setting
 from lab.runlog import write_json, write_text
 
 
@@ -19,11 +21,15 @@ def gather(folder: Path, target: float | None) -> dict[str, Any]:
     runs = []
     for path in sorted((folder / "runs").glob("*.json")):
         told = json.loads(path.read_text(encoding="utf-8"))
-        kept = ("run_name", "status", "final_loss", "best", "test_loss", "num_parameters", "train_time_s", "split")
+        kept = ("run_name", "status", "final_loss", "best", "kept_by", "test_loss", "num_parameters", "train_time_s")
+        kept += ("split", "overlap")
         runs.append({k: told.get(k) for k in kept} | {"config": told["config"], "code_hash": told["code_hash"]})
     if not runs:
         raise LabError(f"no run's JSON in {folder / 'runs'}; give the folder of a series")
-    best = min(r["best"]["loss"] for r in runs if r["best"])
+    losses = [r["best"]["loss"] for r in runs if r["best"] and r["best"]["loss"] is not None]
+    if not losses:
+        raise LabError(f"no run in {folder / 'runs'} has a finite validation loss")
+    best = min(losses)
     return {"target": target, "best_validation": best, "reached": target is None or best <= target, "runs": runs}
 
 
@@ -38,7 +44,8 @@ def table(results: dict[str, Any]) -> str:
         "|-|-|-|-|-|-|-|-|-|",
     ]
     for name, told in results.items():
-        run = min((r for r in told["runs"] if r["best"]), key=lambda r: r["best"]["loss"])
+        scored = [r for r in told["runs"] if r["best"] and r["best"]["loss"] is not None]
+        run = min(scored, key=lambda r: r["best"]["loss"])
         test = "" if run["test_loss"] is None else f"{run['test_loss']:.4f}"
         aim, reached = ("", "") if told["target"] is None else (told["target"], "yes" if told["reached"] else "**no**")
         config, best = run["config"], run["best"]
@@ -59,26 +66,33 @@ def page(text: str, results: dict[str, Any]) -> str:
     return f"{before}{start}\n{table(results)}\n{end}{after}"
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """What is made of the results."""
+
+    out: str = setting(str(LADDER), "file", "the JSON that is added to")
+    page: bool = setting(False, "flag", "make the table in lab/README.md anew")
+
+
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
-    positional, given = cli.split_arguments(words)
-    wants_page = cli.typed("page", bool, given.pop("page")) if "page" in given else False
-    if not (positional or wants_page) or set(given) - {"out"}:
+    positional, asked = cli.command(__doc__, words, Gathering, (0, None))
+    if not (positional or asked.page):
         print(__doc__)
         return 2
-    out = Path(given.get("out", LADDER))
+    out = Path(asked.out)
     results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     for word in positional:
         name, equals, rest = word.partition("=")
-        folder, _, target = rest.partition(":")
-        if not equals:
-            raise LabError(f"write name=FOLDER:TARGET, not {word!r}")
-        results[name] = gather(Path(folder), cli.typed("target", float, target) if target else None)
-    for name, r in ((name, results[name]) for name in dict.fromkeys(w.partition("=")[0] for w in positional)):
+        folder, colon, target = rest.partition(":")
+        if not equals or not (target.replace(".", "", 1).isdigit() or not colon):
+            raise LabError(f"write name=FOLDER:TARGET (a loss) or name=FOLDER, not {word!r}")
+        results[name] = gather(Path(folder), float(target) if target else None)
+        r = results[name]
         wanted = "" if r["target"] is None else f", aim {r['target']}: {'reached' if r['reached'] else 'missed'}"
         print(f"{name}: {r['best_validation']:.4f}{wanted}")
     write_json(out, results)
-    if wants_page:
+    if asked.page:
         write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), results))
         print(f"wrote {PAGE.name}")
     return 0

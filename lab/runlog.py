@@ -6,6 +6,7 @@ A run is `<folder>/runs/seed-000.txt` (source, environment, one line a step or v
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def finite(told: Any) -> Any:
+    """`told` with numbers that JSON does not have (infinite, not a number) as None."""
+    if isinstance(told, dict):
+        return {k: finite(v) for k, v in told.items()}
+    return None if isinstance(told, float) and not math.isfinite(told) else told
+
+
 class RunLog(log.RunLog):
     """Log and JSON of one run of the lab, on the CPU.
 
@@ -65,6 +73,15 @@ class RunLog(log.RunLog):
             **facts,
         )
         super().__init__(folder, name, config, environment, source, config_hash, config["steps"], echo=echo)
+
+    last_loss = math.nan  # of the newest validation
+
+    def validated(self, step: int, clock_ms: float, loss: float) -> None:
+        """The line of a validation. An infinite loss (a pair of letters never counted) stays `inf` in the log, and is
+        null in the JSON, which has no infinity."""
+        super().validated(step, clock_ms, loss)
+        self.last_loss = loss
+        self.validation[-1] = finite(self.validation[-1])
 
     def open(self, *, resuming: bool = False, overwrite: bool = False) -> None:
         """Begin the log, or continue it. LabError if the run exists or another process is writing it."""

@@ -3,17 +3,31 @@
 python -m lab.sample CHECKPOINT --prompt="Once upon a time" --count=5 --temperature=0.8 --top_p=0.95 --seed=0
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lab import LabError, cli
+from lab import cli
 from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
+from lab.cli import setting
 from lab.models.gpt import GPTRung
 from trainer.sample import cached, draw, recomputed
 
-LONGEST_CONTEXT = 1024  # tokens that a model without a fixed context is given
+
+@dataclass(frozen=True)
+class Writing:
+    """How text is written."""
+
+    prompt: str = setting("", "text", "that the model continues")
+    count: int = setting(1, "texts", "written side by side", at_least=1, at_most=10_000)
+    max_tokens: int = setting(200, "tokens", "a text at most", at_least=1, at_most=1 << 20)
+    temperature: float = setting(1.0, "factor", "0: always the likeliest token", at_least=0, at_most=100)
+    top_k: int = setting(0, "tokens", "draw from the likeliest so many; 0: from all", at_least=0)
+    top_p: float = setting(1.0, "fraction", "draw from the tokens that hold this probability", above=0, at_most=1)
+    seed: int = setting(0, "number", "of the draws", at_least=0, below=1 << 63)
+    vocab: str = setting("", "folder", "GPT-2's encoder.json and vocab.bpe, where there is no network")
 
 
 @dataclass(frozen=True)
@@ -46,14 +60,13 @@ def generate(
 
     Raises UnknownTextError (a LabError) for a prompt with characters the vocabulary lacks.
     """
-    if count < 1 or max_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise LabError("count, max_tokens: at least 1; temperature, top_k: at least 0; top_p: above 0, at most 1")
+    cli.checked(Writing(prompt, count, max_tokens, temperature, top_k, top_p, seed))
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     start = checkpoint.encode_prompt(prompt)
     if isinstance(model, GPTRung):
-        after = cached(model.gpt)
+        after = cached(model.gpt, checkpoint.context)
     else:
-        after = recomputed(model.logits, model.context or LONGEST_CONTEXT)
+        after = recomputed(model.logits, checkpoint.context)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(seed))
     mark, never = tokenizer.mark, tokenizer.never_written
     drawn = list(draw(after, torch.tensor([start] * count), max_tokens, end=mark, never=never, **how))
@@ -75,17 +88,11 @@ def _written(checkpoint: Checkpoint, prompt_ids: list[int], ids: list[int]) -> s
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
-    positional, given = cli.split_arguments(words)
-    if len(positional) != 1 or "help" in given:
-        print(__doc__)
-        return 0 if "help" in given else 2
-    kinds = {"prompt": str, "count": int, "max_tokens": int, "temperature": float, "top_k": int}
-    kinds |= {"top_p": float, "seed": int}
-    vocab = given.pop("vocab", None)
-    if unknown := sorted(set(given) - set(kinds)):
-        raise LabError(f"unknown argument --{unknown[0]}; there are {', '.join(kinds)}, vocab")
-    checkpoint = load_checkpoint(best_checkpoint(Path(positional[0])), vocab)
-    for sample in generate(checkpoint, **{n: cli.typed(n, kinds[n], text) for n, text in given.items()}):
+    (place,), asked = cli.command(__doc__, words, Writing, (1, 1))
+    checkpoint = load_checkpoint(best_checkpoint(Path(place)), asked.vocab or None)
+    print(f"reading {checkpoint.reading()}", file=sys.stderr)
+    how = {name: value for name, value in vars(asked).items() if name != "vocab"}
+    for sample in generate(checkpoint, **how):
         print(sample.text + ("" if sample.ended else " ..."))
     return 0
 

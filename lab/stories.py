@@ -1,6 +1,7 @@
 """Stories, from a raw corpus to a judged model.
 
     python -m lab.stories clean RAW.txt --out=clean.txt                  # what was repaired and dropped, and why
+    python -m lab.stories clean RAW.csv --out=clean.txt --common_words=1500 --replaced_share=0.05
     python -m lab.stories train --model=gpt --path=clean.txt             # about a million parameters; or recurrent
     python -m lab.stories judge gpt=RUN recurrent=RUN --path=clean.txt   # perplexity, novelty, a sample of each
 
@@ -11,85 +12,19 @@ they end their stories by themselves. The stories of Eldan and Li (2023), "TinyS
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab import LabError, cli, train
 from lab.analyses.quality import MEASURES, assess
+from lab.analyses.scoring import score
 from lab.checkpoints import best_checkpoint, load_checkpoint
-from lab.cleaning import STORY_END, clean_stories, decode_bytes
-from lab.datasets import load_documents, split_documents
+from lab.cleaning import STORY_END, clean_stories, kept_by_share, raw_stories
+from lab.cli import setting
 from lab.runlog import write_json, write_text
 from lab.sample import generate
-
-
-def judge(runs: Mapping[str, Path], path: str, *, count: int = 12, temperature: float = 0.8) -> dict[str, Any]:
-    """What each run's best checkpoint is worth: losses, and measures of `count` stories it writes (see
-    lab/analyses/quality.py), beside the same measures of held-out stories."""
-    split = split_documents(load_documents("stories", path))
-    told: dict[str, Any] = {}
-    for name, run in runs.items():
-        checkpoint = load_checkpoint(best_checkpoint(run))
-        log = json.loads(next((run / "runs").glob("*.json")).read_text(encoding="utf-8"))
-        drawn = generate(
-            checkpoint, "Once upon a time", count=count, max_tokens=400, temperature=temperature, top_p=0.95, seed=1
-        )
-        texts = {"written": [s.text for s in drawn], "held out": split["val"][:count]}
-        rows = {kind: assess(stories, split["train"], checkpoint) for kind, stories in texts.items()}
-        means = {k: {m: sum(r[m] for r in rs) / len(rs) for m in MEASURES} for k, rs in rows.items()}
-        told[name] = {
-            "parameters": log["num_parameters"],
-            "steps": log["config"]["steps"],
-            "best": log["best"],
-            "perplexity": math.exp(log["best"]["loss"]),
-            "test_loss": log["test_loss"],
-            "train_time_s": log["train_time_s"],
-            "ended": sum(s.ended for s in drawn),
-            "stories": count,
-            "temperature": temperature,
-            "means": means,
-            "sample": next((s.text for s in drawn if s.ended), drawn[0].text),
-        }
-    return told
-
-
-def main(words: list[str]) -> int:
-    """The command line; returns the exit code."""
-    positional, given = cli.split_arguments(words)
-    if positional[:1] == ["judge"] and len(positional) > 1:
-        runs = {name: Path(run) for name, _, run in (word.partition("=") for word in positional[1:])}
-        out = Path(given.get("out", Path(__file__).with_name("results") / "stories.json"))
-        told = judge(runs, given.get("path", ""))
-        write_json(out, told)
-        for name, r in told.items():
-            m = r["means"]["written"]
-            print(
-                f"{name}: perplexity {r['perplexity']:.1f}; {r['ended']} of {r['stories']} stories end by themselves; "
-                f"nearest training story at {m['novelty_distance']:.2f}, longest shared run "
-                f"{m['longest_shared_run']:.0f} characters, grammaticality {m['grammaticality']:.2f}, repetition "
-                f"{m['repetition']:.2f}\n  {r['sample']}"
-            )
-        return 0
-    if positional[:1] == ["clean"] and len(positional) == 2:
-        text, lines = decode_bytes(Path(positional[1]).read_bytes())
-        common = cli.typed("common_words", int, given.pop("common_words", "0"))
-        out = given.pop("out", "")
-        if given:
-            raise LabError(f"unknown argument --{next(iter(given))}; there are --out and --common_words")
-        cleaned = clean_stories(text, common_words=common)
-        print(f"{cleaned.report()}; lines that were not UTF-8: {lines}")
-        if out:
-            write_text(Path(out), f"\n{STORY_END}\n".join([*cleaned.stories, ""]))
-        return 0
-    if positional == ["train"]:
-        model = given.pop("model", "gpt")
-        if model not in STORY_MODELS:
-            raise LabError(f"--model={model}: stories are for {' and '.join(STORY_MODELS)}")
-        settings = {"model": model, "data": "stories", "tokens": "word", **STORY_MODELS[model], **given}
-        return train.main([f"--{name}={value}" for name, value in settings.items()])
-    print(__doc__)
-    return 0 if {"-h", "--help"} & set(words) else 2
-
+from lab.texts import texts_of
 
 # About a million parameters each at 2000 words.
 STORY_MODELS = {
@@ -112,6 +47,126 @@ STORY_MODELS = {
         "dropout": 0.1,
     },
 }
+
+
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)  # of rarer words, for the table of what each choice keeps
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Clean a raw corpus."""
+
+    out: str = setting("", "file", "for the clean stories; '': only count")
+    common_words: int = setting(0, "words", "keep to the so many commonest; 0: all", at_least=0)
+    replaced_share: float = setting(
+        0.0, "fraction", "of a story's words that may be rarer, and are then replaced by <unk>", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Judge models by what they write."""
+
+    path: str = setting("", "file", "where the models' stories lie now; '': where they lay when they were trained")
+    out: str = setting("lab/out/stories.json", "file", "for the numbers")
+    count: int = setting(12, "stories", "that each model writes", at_least=1, at_most=1000)
+    temperature: float = setting(0.8, "factor", "of the draws", at_least=0, at_most=100)
+
+
+def judge(runs: Mapping[str, Path], asked: Judging) -> dict[str, Any]:
+    """What each run's kept checkpoint is worth: losses, and measures of the stories it writes (see
+    lab/analyses/quality.py), beside the same measures of held-out stories. Perplexity is of a word, and cheap where
+    many words are the unknown one: `unknown_share` and `bits_per_byte` (`Score`) make it comparable."""
+    told: dict[str, Any] = {}
+    for name, run in runs.items():
+        checkpoint = load_checkpoint(best_checkpoint(run))
+        split = texts_of(checkpoint, asked.path).documents
+        log = json.loads(next((run / "runs").glob("*.json")).read_text(encoding="utf-8"))
+        drawn = generate(
+            checkpoint,
+            "Once upon a time",
+            count=asked.count,
+            max_tokens=400,
+            temperature=asked.temperature,
+            top_p=0.95,
+            seed=1,
+        )
+        texts = {"written": [s.text for s in drawn], "held out": split["val"][: asked.count]}
+        rows = {kind: assess(stories, split["train"], checkpoint) for kind, stories in texts.items()}
+        means = {k: {m: sum(r[m] for r in rs) / len(rs) for m in MEASURES} for k, rs in rows.items()}
+        whole = score(checkpoint, split["val"])
+        told[name] = {
+            "parameters": log["num_parameters"],
+            "steps": log["config"]["steps"],
+            "best": log["best"],
+            "perplexity": math.exp(log["best"]["loss"]),
+            "unknown_share": whole.unknown_share,
+            "bits_per_byte": whole.bits_per_byte,
+            "test_loss": log["test_loss"],
+            "train_time_s": log["train_time_s"],
+            "ended": sum(s.ended for s in drawn),
+            "stories": asked.count,
+            "temperature": asked.temperature,
+            "means": means,
+            "sample": next((s.text for s in drawn if s.ended), drawn[0].text),
+        }
+    return told
+
+
+def judge_command(words: list[str]) -> int:
+    """`judge name=RUN ...`."""
+    places, asked = cli.command(__doc__, words, Judging, (1, None))
+    if unnamed := [word for word in places if "=" not in word]:
+        raise LabError(f"write name=RUN, not {unnamed[0]!r}")
+    told = judge({name: Path(run) for name, _, run in (word.partition("=") for word in places)}, asked)
+    write_json(Path(asked.out), told)
+    for name, r in told.items():
+        m = r["means"]["written"]
+        print(
+            f"{name}: perplexity {r['perplexity']:.1f} a word, {r['unknown_share']:.1%} of the words unknown, "
+            f"{r['bits_per_byte']:.3f} bits a byte; {r['ended']} of {r['stories']} stories end by themselves; "
+            f"nearest training story at {m['novelty_distance']:.2f}, longest shared run "
+            f"{m['longest_shared_run']:.0f} characters, grammaticality {m['grammaticality']:.2f}, repetition "
+            f"{m['repetition']:.2f}\n  {r['sample']}"
+        )
+    print(f"numbers in {asked.out}")
+    return 0
+
+
+def clean_command(words: list[str]) -> int:
+    """`clean RAW`."""
+    (raw,), asked = cli.command(__doc__, words, Cleaning, (1, 1))
+    stories, lines = raw_stories(raw)
+    limits = {"common_words": asked.common_words, "replaced_share": asked.replaced_share}
+    cleaned = clean_stories(stories, **limits)
+    print(f"{cleaned.report()}; lines that were not UTF-8: {lines}")
+    if asked.common_words:
+        kept = kept_by_share(clean_stories(stories).stories, asked.common_words, SHARES)
+        told = ", ".join(f"{share:g}: {count}" for share, count in kept.items())
+        print(f"stories kept of each --replaced_share at {asked.common_words} words: {told}")
+    if asked.out:
+        write_text(Path(asked.out), f"\n{STORY_END}\n".join([*cleaned.stories, ""]))
+    return 0
+
+
+def train_command(words: list[str]) -> int:
+    """`train --model=gpt`: lab.train with a story model's settings, which the command line may change."""
+    model = next((w.partition("=")[2] for w in words if w.startswith("--model=")), "gpt")
+    if model not in STORY_MODELS:
+        raise LabError(f"--model={model}: stories are for {' and '.join(STORY_MODELS)}")
+    start = {"model": model, "data": "stories", "tokens": "word", **STORY_MODELS[model]}
+    return train.main(words, {name: str(value) for name, value in start.items()})
+
+
+def main(words: list[str]) -> int:
+    """The command line; returns the exit code."""
+    verbs = {"clean": clean_command, "train": train_command, "judge": judge_command}
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__, cli.describe(Cleaning, Judging))
+        return 0 if words else 2
+    if words[0] not in verbs:
+        raise LabError(f"lab.stories has no {words[0]!r}; there are {', '.join(verbs)}")
+    return verbs[words[0]](words[1:])
 
 
 if __name__ == "__main__":

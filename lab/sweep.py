@@ -14,11 +14,21 @@ from typing import Any
 
 import torch
 
-from lab import LabError, cli
+from lab import LabError, cli, plots
+from lab.cli import setting
 from lab.datasets import Corpus, row_batches
 from lab.models import build_model
 from lab.runlog import write_json
 from lab.train import ScheduledAdamW, TrainConfig, corpus_of, evaluate, parse
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of a sweep; all fields of lab.train may stand beside them."""
+
+    low: float = setting(-4.0, "exponent", "of ten: the least rate", at_least=-12, at_most=6)
+    high: float = setting(0.0, "exponent", "of ten: the greatest rate", at_least=-12, at_most=6)
+    count: int = setting(9, "rates", "evenly spaced in the exponent", at_least=2, at_most=1000)
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,6 @@ def sweep(config: TrainConfig, fields: Any, corpus: Corpus, low: float, high: fl
 
 def draw(found: Sweep, path: Path, title: str) -> Path:
     """The curve of loss over rate, the suggestion marked, diverged rates as crosses on top."""
-    from lab import plots
-
     fig, ax = plots.figure(size=(7, 4))
     good = [(10**e, loss) for e, loss in zip(found.exponents, found.losses) if loss is not None]
     bad = [10**e for e, loss in zip(found.exponents, found.losses) if loss is None]
@@ -94,22 +102,18 @@ def draw(found: Sweep, path: Path, title: str) -> Path:
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
-    positional, given = cli.split_arguments(words)
-    if positional or "help" in given:
-        print(__doc__)
-        return 0 if "help" in given else 2
-    low = cli.typed("low", float, given.pop("low", "-4"))
-    high = cli.typed("high", float, given.pop("high", "0"))
-    count = cli.typed("count", int, given.pop("count", "9"))
-    folder = given.pop("output_dir", "")
-    config, fields = parse({"steps": "200", **given})
-    folder = Path(folder or f"lab/out/sweep-{config.data}-{config.model}")
-    found = sweep(config, fields, corpus_of(config), low, high, count)
+    if cli.wants_help(words):
+        print(__doc__, cli.describe(Rates))
+        return 0
+    config, fields, where, rates = parse(words, {"steps": "200"}, Rates)
+    folder = Path(where.output_dir or f"lab/out/sweep-{config.data}-{config.model}")
+    found = sweep(config, fields, corpus_of(config), rates.low, rates.high, rates.count)
     for e, loss in zip(found.exponents, found.losses):
         print(f"rate {10**e:.3g}: {'diverged' if loss is None else f'{loss:.4f}'}")
     write_json(folder / "sweep.json", dataclasses.asdict(found) | {"config": dataclasses.asdict(config)})
     draw(found, folder / "sweep.png", f"{config.model} on {config.data}, {config.steps} steps a rate")
-    print(f"suggestion: --learning_rate={found.suggestion:.3g}; curve in {folder / 'sweep.png'}")
+    rate = "muon_lr" if config.model == "gpt" else "learning_rate"
+    print(f"suggestion: --{rate}={found.suggestion:.3g}; curve in {folder / 'sweep.png'}")
     return 0
 
 

@@ -56,11 +56,23 @@ class Tokenizer:
         return {"kind": self.kind}
 
     def piece(self, token: int) -> str:
-        """One token as it should appear in a picture: the mark as '⏎⏎' would mislead, so it is '<mark>'."""
+        """One token as it should appear in a picture: spaces and line ends as signs, the mark as '<mark>', what is
+        only a part of a character as its bytes, '<CE>'. For looking, not for counting: two tokens may look alike."""
         if token == self.mark:
             return "<mark>"
-        text = self.decode([token])
-        return {" ": "␣", "\n": "↵", "\t": "⇥"}.get(text, text.replace(" ", "␣").replace("\n", "↵"))
+        raw = self.raw(token)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(f"<{byte:02X}>" for byte in raw)
+        if text in ("\u2423", "\u21b5", "\u21e5"):  # these signs themselves, not what they stand for below
+            return f"<U+{ord(text):04X}>"
+        shown = text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
+        return "".join(c if c.isprintable() else f"<{ord(c):02X}>" for c in shown)
+
+    def raw(self, token: int) -> bytes:
+        """The bytes that one token stands for."""
+        return self.decode([token]).encode("utf-8", "surrogatepass")
 
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the spec."""
@@ -115,6 +127,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i != self.mark).decode("utf-8", "replace")
 
+    def raw(self, token: int) -> bytes:
+        return bytes([token])
+
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte pairs, by the encoding that data.tokenize uses; `folder` holds encoder.json and
@@ -138,6 +153,9 @@ class GPT2Tokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(i) for i in ids if i != self.mark])
+
+    def raw(self, token: int) -> bytes:
+        return self._encoding.raw(token)
 
 
 class WordTokenizer(Tokenizer):

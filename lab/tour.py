@@ -12,17 +12,18 @@ import html
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
-from lab import LabError, analyses, cli, plots
+from lab import analyses, cli, plots
 from lab.analyses.finding import page, section
 from lab.checkpoints import load_checkpoint
+from lab.cli import setting
 from lab.datasets import Corpus, load_corpus
-from lab.embedded import floor_on
 from lab.models import fields_class
 from lab.runlog import write_json, write_text
 from lab.sweep import draw as draw_sweep
@@ -46,6 +47,15 @@ DOMAIN_GPT = (
     {"model": "gpt", "steps": 250, "batch_tokens": 2048, "row_tokens": 512, "checkpoints": 7},
     {"num_heads": 4, "second_input_embedding": False, "value_embeddings": 0, "window_max_tokens": 512},
 )
+
+
+@dataclass(frozen=True)
+class Journey:
+    """How far the tour goes."""
+
+    out: str = setting("lab/out/tour", "folder", "for page, pictures and series")
+    seeds: str = setting("0-2", "numbers", "0-4 or 0,3,7: a run of every rung each")
+    scale: float = setting(1.0, "factor", "on the number of steps of every training", above=0, at_most=100)
 
 
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -124,7 +134,7 @@ def read_domains(out: Path, scale: float) -> tuple[dict[str, Result], dict[str, 
         folder = out / "series" / f"{kind}-gpt-domain"
         made = fields_class("gpt")(**fields)
         results[kind] = train_model(config, made, folder=folder, corpus=corpora[kind], overwrite=True)
-        floor = floor_on(corpora[kind].documents["val"], kind)
+        floor = corpora[kind].floor
         print(f"  GPT on {kind}: {results[kind].best_loss:.4f} nats a character (floor {floor:.4f})", flush=True)
     return results, corpora
 
@@ -194,7 +204,7 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
     names = load_corpus("names")
     print("the ladder, on names:", flush=True)
     results = climb(out, seeds, scale, names)
-    chart = ladder_chart(results, floor_on(names.documents["val"], "names"), out)
+    chart = ladder_chart(results, names.floor, out)
     print("learning-rate sweep:", flush=True)
     config = complete(TrainConfig(model="mlp", steps=max(5, round(60 * scale))))
     found = sweep(config, fields_class("mlp")(), names, -4.0, 0.0, 7)
@@ -226,18 +236,8 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
-    positional, given = cli.split_arguments(words)
-    if positional or "help" in given:
-        print(__doc__)
-        return 0 if "help" in given else 2
-    out = Path(given.pop("out", "lab/out/tour"))
-    seeds = parse_seeds(given.pop("seeds", "0-2"))
-    scale = cli.typed("scale", float, given.pop("scale", "1"))
-    if given:
-        raise LabError(f"unknown argument --{next(iter(given))}; there are --out, --seeds and --scale")
-    if scale <= 0:
-        raise LabError(f"--scale={scale}: above 0")
-    print(f"page: {tour(out, seeds, scale)}")
+    _, asked = cli.command(__doc__, words, Journey, (0, 0))
+    print(f"page: {tour(Path(asked.out), parse_seeds(asked.seeds), asked.scale)}")
     return 0
 
 

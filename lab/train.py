@@ -6,13 +6,15 @@
 
 Fields of training and of the model are both given as --field=value; --help lists them. A run leaves
 <output_dir>/runs/seed-000.{txt,json} and checkpoints beside them. The checkpoint with the least validation
-loss is kept as best.safetensors; with --test=true it, and only it, is scored once on the whole test split.
+loss is kept as best.safetensors (with --keep=last the last one is read instead); with --test=true it, and only it, is
+scored once on the whole test split.
 """
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,16 @@ from torch import Tensor
 import lab.models.base  # noqa: F401  (its source is part of the log)
 from lab import LabError, cli
 from lab.checkpoints import load_tensors, save_checkpoint, save_tensors
-from lab.cli import field
-from lab.datasets import Corpus, Tokens, load_corpus, pack_rows, row_batches
+from lab.cli import setting
+from lab.datasets import KINDS, SPLIT_KINDS, Corpus, Tokens, load_corpus, overlap, pack_rows, row_batches
 from lab.diagnostics import Diagnostics
 from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
-from lab.runlog import RunLog, sources_of
+from lab.models.initial import different_units, initialise_, parse_initial
+from lab.runlog import RunLog, finite, sources_of
 from trainer.processes import StopRequest
 
+KEEP = ("best", "last")
+TOKEN_KINDS = ("char", "word", "byte")
 EVAL_TOKENS = 16384  # tokens a batch of evaluation; only memory depends on it
 
 
@@ -37,26 +42,56 @@ EVAL_TOKENS = 16384  # tokens a batch of evaluation; only memory depends on it
 class TrainConfig:
     """Settings of a training run."""
 
-    model: str = field("mlp", f"rung of the ladder: {', '.join(LADDER)}")
-    data: str = field("names", "how the corpus is read: names (one a line), text (passages), stories (cleaned), sums")
-    path: str = field("", "corpus file, UTF-8; '': the embedded corpus")
-    tokens: str = field("char", "char, word or byte")
-    steps: int = field(0, "optimizer steps; 0: the model's default")
-    batch_tokens: int = field(0, "tokens a step, cut in rows; 0: the model's default")
-    row_tokens: int = field(0, "tokens a row of packed documents; 0: the model's default")
-    learning_rate: float = field(0.0, "peak rate of AdamW; 0: the model's default. The GPT has muon_lr and others")
-    weight_decay: float = field(0.01, "of AdamW, matrices only; the GPT has muon_weight_decay")
-    warmup_frac: float = field(0.02, "share of the steps in which the rate rises from 0")
-    cooldown_frac: float = field(0.7, "share of the steps, at the end, in which the rate falls to 0")
-    val_every: int = field(0, "steps between validations; 0: twenty times a run")
-    val_tokens: int = field(100_000, "validation tokens scored during training (0: all); all of them at the end")
-    log_every: int = field(0, "steps between lines of training loss; 0: a hundred a run")
-    checkpoints: int = field(10, "checkpoints along training, closer at the start; the first is at step 0")
-    diagnostics: bool = field(False, "histograms and update-to-weight ratios at every checkpoint, JSON and PNG")
-    test: bool = field(False, "score the chosen checkpoint once on the whole test split")
-    seed: int = field(0, "of the initial weights and the order of the data")
-    split_seed: int = field(0, "of the split of documents; keep it fixed to compare models")
-    limit_chars: int = field(0, "use only the first so many characters of the corpus; 0: all")
+    model: str = setting("mlp", "name", "rung of the ladder", choices=LADDER)
+    data: str = setting("names", "name", "how the corpus is read: one a line, passages, cleaned stories", choices=KINDS)
+    path: str = setting("", "file", "corpus, UTF-8, or CSV or JSON lines with texts under 'text'; '': the embedded one")
+    tokens: str = setting("char", "name", "what a token is", choices=TOKEN_KINDS)
+    split: str = setting("documents", "name", "unique: copies of a document stay together", choices=SPLIT_KINDS)
+    steps: int = setting(0, "steps", "of the optimizer; 0: the model's default", at_least=0, below=1 << 31)
+    batch_tokens: int = setting(0, "tokens", "a step, cut in rows; 0: the model's default", at_least=0, at_most=1 << 24)
+    row_tokens: int = setting(
+        0, "tokens", "a row of packed documents; 0: the model's default", at_least=0, at_most=1 << 20
+    )
+    repeat_batches: int = setting(
+        0, "batches", "the first so many alone, over and over: can the model learn them by heart? 0: all", at_least=0
+    )
+    learning_rate: float = setting(0.0, "rate", "peak, of AdamW; 0: the model's default", at_least=0, at_most=1e4)
+    weight_decay: float = setting(0.01, "rate", "of AdamW, matrices only", at_least=0, at_most=1e4)
+    schedule: str = setting("linear", "name", "of the rate: linear ends, or one step down", choices=("linear", "step"))
+    warmup_frac: float = setting(0.02, "fraction", "of the steps in which the rate rises from 0", at_least=0, below=1)
+    cooldown_frac: float = setting(0.7, "fraction", "of the steps, at the end, of its fall to 0", above=0, at_most=1)
+    drop_at: float = setting(0.5, "fraction", "of the steps after which schedule=step goes down", above=0, below=1)
+    drop_to: float = setting(0.1, "factor", "on the rate from there on", at_least=0, at_most=1)
+    initial: str = setting("", "name", "uniform:LOW:HIGH, normal:STD or constant:VALUE; '': the model's own")
+    keep: str = setting(
+        "best", "name", "the checkpoint that is scored and read: by validation, or the last", choices=KEEP
+    )
+    val_every: int = setting(0, "steps", "between validations; 0: twenty times a run", at_least=0)
+    val_tokens: int = setting(
+        100_000, "tokens", "of validation scored at each of them (0: all); the kept checkpoint on all", at_least=0
+    )
+    log_every: int = setting(0, "steps", "between lines of training loss; 0: a hundred a run", at_least=0)
+    checkpoints: int = setting(
+        10, "files", "along training, closer at the start; the first is at step 0", at_least=1, at_most=10_000
+    )
+    diagnostics: bool = setting(False, "flag", "histograms and update-to-weight ratios along training, JSON and PNG")
+    test: bool = setting(False, "flag", "score the kept checkpoint once on the whole test split")
+    seed: int = setting(0, "number", "of the initial weights and the order of the data", at_least=0, below=1 << 63)
+    split_seed: int = setting(
+        0, "number", "of the split of documents; keep it fixed to compare models", at_least=0, below=1 << 63
+    )
+    limit_chars: int = setting(0, "characters", "of the corpus, its first so many; 0: all", at_least=0)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run goes, and how it is started."""
+
+    output_dir: str = setting("", "folder", "'': lab/out/DATA-MODEL")
+    seeds: str = setting("", "numbers", "0-4 or 0,3,7: a run each; '': --seed alone")
+    resume: bool = setting(False, "flag", "go on where an interrupted run stopped")
+    overwrite: bool = setting(False, "flag", "replace a run that is there")
+    threads: int = setting(0, "threads", "of the CPU; 0: torch's choice", at_least=0, at_most=1024)
 
 
 _MACHINE_FIELDS = ("path",)  # where the corpus lies does not change what a run computes: data_hash says what it is
@@ -73,9 +108,39 @@ _DEFAULTS = {
 }
 
 
+# Settings that a rung has no use for, and why. Given all the same they are refused: they would change nothing.
+_ADAMW = ("learning_rate", "weight_decay", "schedule", "warmup_frac", "cooldown_frac", "drop_at", "drop_to")
+_UNUSED = {
+    "gpt": (_ADAMW, "the GPT has train_gpt.py's optimizers and their schedule; see --muon_lr, --head_lr, --embed_lr"),
+    "counts": (
+        (*_ADAMW, "steps", "batch_tokens", "val_every", "log_every", "repeat_batches", "initial"),
+        "counting is one pass over the corpus",
+    ),
+}
+
+
+def _refuse_unused(config: TrainConfig) -> None:
+    """LabError for the first setting that is neither its default nor what `complete` makes of it, but unused."""
+    names, why = _UNUSED.get(config.model, ((), ""))
+    unused = dict.fromkeys(names, f"--model={config.model}: {why}")
+    if not unused:
+        linear = config.schedule == "linear"
+        other = ("drop_at", "drop_to") if linear else ("warmup_frac", "cooldown_frac")
+        unused = dict.fromkeys(other, f"--schedule={config.schedule}")
+    steps, batch, _, rate = _DEFAULTS[config.model]
+    made = {"steps": steps, "batch_tokens": max(batch, config.row_tokens), "learning_rate": rate}
+    made |= {"val_every": 1, "log_every": 1}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in unused and value not in (field.default, made.get(field.name)):
+            raise LabError(f"--{field.name}={value} has no part in a training with {unused[field.name]}")
+
+
 def complete(config: TrainConfig) -> TrainConfig:
     """`config` with zeros replaced by the model's defaults, checked. LabError names the field at fault."""
     fields_class(config.model)  # refuses an unknown rung
+    cli.checked(config)
+    _refuse_unused(config)
     steps, batch, row, rate = _DEFAULTS[config.model]
     row = config.row_tokens or row
     c = dataclasses.replace(
@@ -88,20 +153,22 @@ def complete(config: TrainConfig) -> TrainConfig:
     c = dataclasses.replace(
         c, val_every=c.val_every or max(1, c.steps // 20), log_every=c.log_every or max(1, c.steps // 100)
     )
-    if c.model == "counts":  # one pass over the corpus is all there is to it
-        c = dataclasses.replace(c, steps=1, val_every=1, log_every=1)
-    for name in ("steps", "batch_tokens", "row_tokens", "val_every", "log_every", "checkpoints"):
-        if getattr(c, name) < 1:
-            raise LabError(f"--{name}={getattr(c, name)}: at least 1")
+    if c.model == "counts":  # one pass over the corpus is all there is to it, so there is nothing to choose from
+        c = dataclasses.replace(c, steps=1, val_every=1, log_every=1, keep="last")
+    if c.row_tokens < 2:
+        raise LabError(f"--row_tokens={c.row_tokens}: at least 2, or a row holds no context")
     if c.batch_tokens < c.row_tokens:
         raise LabError(f"--batch_tokens={c.batch_tokens} is less than one row of --row_tokens={c.row_tokens}")
-    if not (0 <= c.warmup_frac < 1 and 0 < c.cooldown_frac <= 1):
-        raise LabError("--warmup_frac is from 0 to below 1, --cooldown_frac above 0 and at most 1")
+    if c.initial:
+        parse_initial(c.initial)
     return c
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at `step` (from 0): up linearly, constant, then linearly to 0."""
+    """Share of the peak learning rate at `step` (from 0). schedule=linear: up linearly, constant, then linearly to 0;
+    schedule=step: the whole of it, then `drop_to` of it from `drop_at` of the steps on."""
+    if config.schedule == "step":
+        return config.drop_to if step >= config.drop_at * config.steps else 1.0
     warmup = max(1, round(config.warmup_frac * config.steps))
     return min(1.0, (step + 1) / warmup, (1 - step / config.steps) / config.cooldown_frac)
 
@@ -171,8 +238,8 @@ class Stopped(SystemExit):
 
 @dataclass
 class Result:
-    """What a run left behind. Losses in nats a token on the whole split; `test_loss` only if it was asked
-    for."""
+    """What a run left behind. Losses in nats a token: `final_loss` that of the last validation, `best_loss` that of
+    the kept checkpoint (after `best_step` steps) on the whole split; `test_loss` only if it was asked for."""
 
     folder: Path
     run_name: str
@@ -197,6 +264,7 @@ class Run:
         self.name = f"seed-{config.seed:03d}"
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, corpus.tokenizer.vocab_size, fields)
+        initialise_(self.model, config.initial)
         self._check_context()
         self.optimizer = self._make_optimizer()
         described = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MACHINE_FIELDS}
@@ -207,8 +275,11 @@ class Run:
         self.checkpoints = folder / "runs" / f"{self.name}.checkpoints"
         self.seconds = 0.0
         self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
+        self.floor, self.overlap = corpus.floor, overlap(corpus.documents)
         looks = config.diagnostics and config.model != "counts"  # counting has no gradients to look at
-        self.diagnostics = Diagnostics(self.model, corpus.tokenizer.vocab_size) if looks else None
+        self.diagnostics = (
+            Diagnostics(self.model, corpus.tokenizer.vocab_size, max(1, config.steps // 100)) if looks else None
+        )
 
     def _check_context(self) -> None:
         smallest = min(t.num_predictions for t in self.corpus.tokens.values())
@@ -243,7 +314,10 @@ class Run:
             "row_tokens": self.config.row_tokens,
             "data": self.config.data,
             "tokens": self.config.tokens,
+            "split": self.config.split,
             "split_seed": self.config.split_seed,
+            "kept_by": self.config.keep,
+            "path": str(Path(self.config.path).resolve()) if self.config.path else "",
             "limit_chars": self.config.limit_chars,
             "data_hash": self.corpus.digest,
             "config_hash": self.log.config_hash,
@@ -277,16 +351,18 @@ class Run:
         return int(told["step"])
 
     def validate(self, step: int) -> None:
-        """Score the validation split; keep the model if it is the best so far."""
-        whole = step == self.config.steps
-        limit = 0 if whole else self.config.val_tokens
-        loss = evaluate(self.model, self.corpus.tokens["val"], self.config.row_tokens, limit)
+        """Score the validation split, every time the same part of it, or losses would not compare; keep the model if
+        it is the best so far."""
+        loss = evaluate(self.model, self.corpus.tokens["val"], self.config.row_tokens, self.config.val_tokens)
         if not math.isfinite(loss) and self.config.model != "counts":
             raise LabError(f"validation loss is {loss} after step {step}; lower the learning rate")
         self.log.validated(step, 1000 * self.seconds, loss)
-        if loss < self.best["loss"]:
+        if self.config.keep == "last":
+            self.best = {"step": step, "loss": loss}
+        elif loss < self.best["loss"]:
             self.best = {"step": step, "loss": loss}
             self.save(step, "best.safetensors")
+        self.log.summary("running", best=finite(self.best), floor=self.floor, overlap=self.overlap)
 
     def train_step(self, step: int, idx: Tensor, targets: Tensor) -> Tensor:
         """One update; returns the loss before it, detached."""
@@ -307,10 +383,11 @@ class Run:
         resuming = resume and (self.checkpoints / "resume.safetensors").exists()
         self.log.open(resuming=resuming, overwrite=overwrite)
         start = self.load_state() if resuming else 0
+        if not resuming:
+            (self.checkpoints / "best.safetensors").unlink(missing_ok=True)  # of a run that is overwritten
+            self.tell_split()
         marks = set(checkpoint_steps(c.steps, c.checkpoints))
-        batches = row_batches(
-            self.corpus.tokens["train"], c.row_tokens, max(1, c.batch_tokens // c.row_tokens), c.seed, skip=start
-        )
+        batches = self.batches(start)
         self.model.train()
         stop = StopRequest()
         try:
@@ -327,14 +404,16 @@ class Run:
                     if step > start or step == c.steps:
                         self.save_state(step)
                 if step == c.steps or step == stop_after:
+                    if self.diagnostics:
+                        self.diagnostics.before(step, *next(batches), whole=True)
                     break
                 idx, targets = next(batches)
-                if self.diagnostics and step in marks and step < c.steps:
-                    self.diagnostics.look(step, idx, targets)
+                if self.diagnostics:
+                    self.diagnostics.before(step, idx, targets, whole=step in marks)
                 began = time.perf_counter()
                 loss = self.train_step(step, idx, targets)
                 self.seconds += time.perf_counter() - began
-                if self.diagnostics and step in marks:
+                if self.diagnostics:
                     self.diagnostics.updated(step)
                 if (step + 1) % c.log_every == 0:
                     value = float(loss)
@@ -349,15 +428,31 @@ class Run:
             stop.restore()
             self.log.close()
 
+    def batches(self, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches from number `skip` on: of the whole corpus, or the first few again and again."""
+        c = self.config
+        tokens, rows = self.corpus.tokens["train"], max(1, c.batch_tokens // c.row_tokens)
+        if not c.repeat_batches:
+            return row_batches(tokens, c.row_tokens, rows, c.seed, skip=skip)
+        few = list(itertools.islice(row_batches(tokens, c.row_tokens, rows, c.seed), c.repeat_batches))
+        return itertools.islice(itertools.cycle(few), skip % c.repeat_batches, None)
+
+    def tell_split(self) -> None:
+        """One line in the log: the sizes of the split, and what of it stands in training too."""
+        sizes = ", ".join(f"{name} {t.num_predictions:,}" for name, t in self.corpus.tokens.items())
+        shares = ", ".join(f"{share:.1%} of {name}" for name, share in self.overlap.items())
+        self.log.line(f"predictions: {sizes}; documents that stand in train too: {shares}")
+
     def finish(self, step: int) -> Result:
-        """Load the checkpoint that validation chose, score what is asked, write the summary."""
+        """Load the checkpoint that is kept, score what is asked, write the summary."""
         c = self.config
         complete_run = step == c.steps
-        final = self.log.validation[-1]["loss"]
+        final = self.log.last_loss
         test_loss = None
         if complete_run:
-            weights, _ = load_tensors(self.checkpoints / "best.safetensors")
-            self.model.load_state_dict(weights)
+            if c.keep == "best":
+                weights, _ = load_tensors(self.checkpoints / "best.safetensors")
+                self.model.load_state_dict(weights)
             whole = evaluate(self.model, self.corpus.tokens["val"], c.row_tokens)
             self.best = {"step": self.best["step"], "loss": whole}
             if c.test:
@@ -368,8 +463,11 @@ class Run:
         tokens_per_s = c.batch_tokens * step / self.seconds if self.seconds else None
         told = self.log.summary(
             "finished" if complete_run else "interrupted",
-            best=self.best,
-            test_loss=test_loss,
+            best=finite(self.best),
+            kept_by=c.keep,
+            test_loss=test_loss if test_loss is None or math.isfinite(test_loss) else None,
+            floor=self.floor,
+            overlap=self.overlap,
             num_parameters=self.model.num_parameters(),
             tokens_per_s=tokens_per_s,
             split={name: t.num_predictions for name, t in self.corpus.tokens.items()},
@@ -403,6 +501,7 @@ def corpus_of(config: TrainConfig) -> Corpus:
         config.path or None,
         tokens=config.tokens,
         split_seed=config.split_seed,
+        split_kind=config.split,
         limit_chars=config.limit_chars,
     )
 
@@ -418,41 +517,47 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def parse(given: dict[str, str]) -> tuple[TrainConfig, Any]:
-    """Training and model settings from texts; LabError for an unknown field."""
-    model = given.get("model", TrainConfig.model)
-    cls = fields_class(model)
-    own = [f.name for f in dataclasses.fields(TrainConfig)]
-    theirs = [f.name for f in dataclasses.fields(cls)]
-    return complete(cli.fill(TrainConfig, given, also=theirs)), cli.fill(cls, given, also=own)
-
-
-def main(words: list[str], progress: Callable[[str], None] = print) -> int:
-    """The command line; returns the exit code."""
-    if {"-h", "--help"} & set(words):
-        print(__doc__, cli.describe(TrainConfig, *(fields_class(name) for name in LADDER)))
-        print("\nAlso: --output_dir=DIR --seeds=0-4 --resume=true --overwrite=true --threads=N")
-        return 0
-    positional, given = cli.split_arguments(words)
+def parse(words: Sequence[str], start: dict[str, str] | None = None, *more: type) -> tuple[Any, ...]:
+    """(TrainConfig, the model's settings, Where, an instance of each of `more`) from a command line; `start`: texts
+    that it may replace. LabError for an unknown field, told with the chosen model's own."""
+    rungs = {rung: fields_class(rung) for rung in LADDER}
+    positional, given = cli.read(words, TrainConfig, Where, *more, *rungs.values())
     if positional:
         raise LabError(f"{positional[0]!r} is not a --field=value; see --help")
-    folder = given.pop("output_dir", "")
-    resume = cli.typed("resume", bool, given.pop("resume", "false"))
-    overwrite = cli.typed("overwrite", bool, given.pop("overwrite", "false"))
-    if "threads" in given:
-        torch.set_num_threads(max(1, cli.typed("threads", int, given.pop("threads"))))
-    seeds = parse_seeds(given.pop("seeds")) if "seeds" in given else None
-    config, fields = parse(given)
+    given = (start or {}) | given
+    rung = given.get("model", TrainConfig.model)
+    own = {field.name for kind in (TrainConfig, Where, *more, fields_class(rung)) for field in dataclasses.fields(kind)}
+    for name in given:
+        if name not in own:
+            theirs = ", ".join(r for r, kind in rungs.items() if name in {f.name for f in dataclasses.fields(kind)})
+            has = ", ".join(f.name for f in dataclasses.fields(fields_class(rung))) or "no settings of its own"
+            raise LabError(f"--{name} belongs to {theirs}, not to {rung}, which has {has}")
+    others = [cli.filled(kind, given) for kind in (fields_class(rung), Where, *more)]
+    return complete(cli.filled(TrainConfig, given)), *others
+
+
+def main(words: list[str], start: dict[str, str] | None = None, progress: Callable[[str], None] = print) -> int:
+    """The command line; returns the exit code."""
+    if cli.wants_help(words):
+        print(__doc__, cli.describe(TrainConfig, Where, *(fields_class(name) for name in LADDER)))
+        return 0
+    config, fields, where = parse(words, start)
+    if where.threads:
+        torch.set_num_threads(where.threads)
     corpus = corpus_of(config)
-    folder = Path(folder or Path("lab/out") / f"{config.data}-{config.model}")
-    for seed in seeds if seeds is not None else [config.seed]:
+    folder = Path(where.output_dir or Path("lab/out") / f"{config.data}-{config.model}")
+    for seed in parse_seeds(where.seeds) if where.seeds else [config.seed]:
         run = Run(dataclasses.replace(config, seed=seed), fields, corpus, folder, echo=True)
         progress(f"{config.model}: {run.model.num_parameters():,} parameters, seed {seed}, into {folder}")
-        result = run.train(resume, overwrite)
+        if config.initial:
+            units = [f"{a} of {b} units of {name} differ" for name, (a, b) in different_units(run.model).items()]
+            progress(f"initial weights {config.initial}: {'; '.join(units) or 'no hidden units to count'}")
+        result = run.train(where.resume, where.overwrite)
         test = "" if result.test_loss is None else f", test {result.test_loss:.4f}"
+        kept = "of the least validation loss" if config.keep == "best" else "the last one"
         progress(
-            f"validation {result.final_loss:.4f} at the end, best {result.best_loss:.4f} at step {result.best_step}"
-            f"{test}"
+            f"validation {result.final_loss:.4f} at the end; kept: step {result.best_step}, {kept}, "
+            f"{result.best_loss:.4f} on the whole split{test}"
         )
     return 0
 

@@ -4,12 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-_WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*|[0-9]|\n|[^\sA-Za-z0-9]")
+WORD = re.compile(r"<unk>|[A-Za-z]+(?:'[A-Za-z]+)*|[0-9]|\n|[^\sA-Za-z0-9]")
 
 
 def split_words(text: str) -> list[str]:
-    """Words (with inner apostrophes), single digits, punctuation signs and line ends, in the text's case."""
-    return _WORD.findall(text)
+    """Words (with inner apostrophes), single digits, punctuation signs and line ends, in the text's case; `<unk>`, the
+    word that stands for a rarer one, is a word."""
+    return WORD.findall(text)
 
 
 def common_words(documents: Sequence[str], size: int = 2000, min_count: int = 2) -> tuple[list[str], list[str]]:
@@ -22,6 +23,9 @@ def common_words(documents: Sequence[str], size: int = 2000, min_count: int = 2)
         start = True
         for word in split_words(document):
             lower = word.lower()
+            if word == "<unk>":
+                start = False
+                continue
             counts[lower] += 1
             if word[0].isalpha():
                 if not start:

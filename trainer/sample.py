@@ -66,12 +66,21 @@ class Cache:
         return y
 
 
-def cached(model: Any) -> Callable[[Tensor], Tensor]:
+def cached(model: Any, context: int = 0) -> Callable[[Tensor], Tensor]:
     """A function from new tokens (B, T) to the logits (B, V) after the last of them; it remembers what it was given.
 
-    model: train_gpt.GPT."""
+    model: train_gpt.GPT. context: tokens that it may have before it at most (what it was trained on), 0: any number.
+    When they are full, the newest half of them is read anew."""
     cache = Cache()
-    return lambda tokens_BT: model(tokens_BT, cache=cache)[:, -1]
+
+    def after(tokens_BT: Tensor) -> Tensor:
+        nonlocal cache
+        if context and cache.length + tokens_BT.size(1) > context:
+            seen = tokens_BT if cache.tokens_BT is None else torch.cat([cache.tokens_BT, tokens_BT], 1)
+            cache, tokens_BT = Cache(), seen[:, -max(1, context // 2) :]
+        return model(tokens_BT, cache=cache)[:, -1]
+
+    return after
 
 
 def recomputed(logits: Callable[[Tensor], Tensor], context: int) -> Callable[[Tensor], Tensor]:
@@ -122,7 +131,7 @@ def generate(model: Any, tokens: list[int], max_new_tokens: int, **how: Any) -> 
     model: train_gpt.GPT. how: of `draw`."""
     eos_id = model.config.eos_id
     start_BT = torch.tensor([[eos_id, *tokens]], device=model.head_w.device)
-    for token_B in draw(cached(model), start_BT, max_new_tokens, end=eos_id, **how):
+    for token_B in draw(cached(model, model.config.train_seq_len), start_BT, max_new_tokens, end=eos_id, **how):
         if int(token_B) == eos_id:
             return
         yield int(token_B)

@@ -1,89 +1,149 @@
 """Look into checkpoints.
 
-    python -m lab.analyses CHECKPOINT_OR_RUN --data=names --out=lab/out/look         # everything that fits, one page
-    python -m lab.analyses RUN --only=next_token,attribution --prompt="Once upon"
-    python -m lab.analyses domains math=RUN1 wikipedia=RUN2 --path.math=math.txt --path.wikipedia=wiki.txt
+    python -m lab.analyses CHECKPOINT_OR_RUN --out=lab/out/look                # everything that fits, one page
+    python -m lab.analyses RUN --only=coloured,attention --prompt="Once upon a time"
+    python -m lab.analyses RUN OTHER_RUN --only=coloured                       # coloured by where RUN is better
+    python -m lab.analyses domains math=RUN1 wikipedia=RUN2:wiki.txt           # every model on every corpus
+    python -m lab.analyses forgetting names=RUN1 sums=RUN2 text=RUN3           # what the second corpus costs the first
 
---data and --path name the corpus as in lab.train. Also: --prompt, --target, --limit (characters scored),
---vocab=FOLDER (GPT-2's vocabulary without network), --hellaswag=FILE, --lambada=FILE, --fewshot_path=FILE.
+A run's own text is found where it lay when it was trained (or give --path, or name=RUN:FILE); another text is
+refused, unless it is asked for with --other. `python -m lab.analyses list` tells what there is.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab import LabError, analyses, cli
-from lab.checkpoints import best_checkpoint, find_checkpoints, load_checkpoint
-from lab.datasets import load_documents, split_documents
+from lab.analyses.menu import MENU, Look, fitting, look_at
+from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
+from lab.cli import setting
+from lab.datasets import KINDS, load_documents, split_documents
+from lab.texts import texts_of
 
 
-def _domains(words: list[str], given: dict[str, str], out: Path) -> analyses.Finding:
+@dataclass(frozen=True)
+class Looking:
+    """Where and how to look."""
+
+    out: str = setting("lab/out/analyses", "folder", "for pictures, numbers and page")
+    only: str = setting("", "names", "of analyses, with commas; '': all that fit")
+    path: str = setting("", "file", "where the run's own text lies now")
+    other: str = setting("", "file", "another text to look at, on purpose; findings say so")
+    data: str = setting("", "name", "how --other is read; '': like the run's own", choices=("", *KINDS))
+    prompt: str = setting("", "text", "to continue, to colour, to map; '': from the run's validation text")
+    text: str = setting("", "text", "to colour; '': the prompt")
+    target: str = setting("", "token", "to attribute; '': the likeliest")
+    limit: int = setting(50_000, "characters", "scored of each split; 0: all", at_least=0)
+    steps: int = setting(200, "steps", "of fine-tuning, for fewshot and forgetting", at_least=1)
+    vocab: str = setting("", "folder", "GPT-2's encoder.json and vocab.bpe, where there is no network")
+    fewshot_path: str = setting("", "file", "a text that the model is fine-tuned on")
+    hellaswag: str = setting("", "file", "JSON lines with ctx, endings and label")
+    lambada: str = setting("", "file", "JSON lines with text")
+    grammar: str = setting("", "file", "pairs: BLiMP's JSON lines, or CoLA's .tsv")
+    tasks: int = setting(200, "tasks", "of HellaSwag and LAMBADA; 0: all", at_least=0)
+
+
+def _named(words: list[str], asked: Looking) -> tuple[dict[str, Checkpoint], dict[str, dict[str, list[str]]]]:
+    """Models and the documents of each, of words name=RUN or name=RUN:FILE."""
     models, corpora = {}, {}
     for word in words:
         name, equals, place = word.partition("=")
-        if not equals:
-            raise LabError(f"write domains as name=RUN, not {word!r}")
-        models[name] = load_checkpoint(best_checkpoint(place), given.get("vocab"))
-        told = models[name].told
-        path = given.get(f"path.{name}", "")
-        limit = cli.typed("limit_chars", int, given.get(f"limit_chars.{name}", str(told.get("limit_chars", 0))))
-        documents = load_documents(given.get(f"data.{name}", told.get("data", "text")), path or None, limit)
-        corpora[name] = split_documents(documents, int(told.get("split_seed", 0)))["val"]
-    return analyses.domains(models, corpora, out, chars=int(given.get("limit", 100_000)))
+        run, _, path = place.rpartition(":") if not Path(place).exists() else (place, "", "")
+        if not equals or not name:
+            raise LabError(f"write name=RUN or name=RUN:FILE, not {word!r}")
+        models[name] = load_checkpoint(best_checkpoint(run or place), asked.vocab or None)
+        corpora[name] = texts_of(models[name], path if run else "").documents
+    return models, corpora
 
 
-def _steps(words: list[str], given: dict[str, str], out: Path) -> list[tuple[str, Callable[[], analyses.Finding]]]:
-    """Every analysis of a run as (name, call)."""
-    along = [load_checkpoint(p, given.get("vocab")) for p in find_checkpoints(words[0])]
-    final = load_checkpoint(best_checkpoint(words[0]), given.get("vocab"))
-    told = final.told
-    limit = int(told.get("limit_chars", 0))  # the same documents, or the split would mix train and validation
-    documents = load_documents(given.get("data", told.get("data", "text")), given.get("path") or None, limit)
-    split = split_documents(documents, int(told.get("split_seed", 0)))
-    prompt = given.get("prompt", split["val"][0][: 2 if told.get("data") == "names" else 20])
-    chars = cli.typed("limit", int, given.get("limit", "50000"))
-    steps: list[tuple[str, Callable[[], analyses.Finding]]] = [
-        ("frequency", lambda: analyses.frequency(documents, final.tokenizer, out)),
-        ("architecture", lambda: analyses.architecture(final, out)),
-        ("samples", lambda: analyses.samples_along(along, prompt, out)),
-        ("variability", lambda: analyses.variability(final, prompt, out)),
-        ("losses", lambda: analyses.losses(along, split, out, chars=chars)),
-        ("next_token", lambda: analyses.next_token(along, prompt, out)),
-        ("quality", lambda: analyses.quality(final, split["train"], split["val"], out, prompt=prompt)),
-    ]
-    if final.model.token_embeddings():
-        steps.append(("attribution", lambda: analyses.attribution(final, prompt, out, target=given.get("target"))))
-    if "fewshot_path" in given:
-        other = split_documents(load_documents("text", given["fewshot_path"]))
-        name = Path(given["fewshot_path"]).stem
+def _domains(words: list[str], asked: Looking) -> analyses.Finding:
+    models, corpora = _named(words, asked)
+    return analyses.domains(models, {n: c["val"] for n, c in corpora.items()}, Path(asked.out), chars=asked.limit)
 
-        def few(which):
-            return analyses.fewshot(which, other["train"], other["val"], out, corpus=name, prompt=prompt)
 
-        steps += [("fewshot", lambda: few([final])), ("fewshot_early", lambda: few(along[:: max(1, len(along) // 4)]))]
-    if "hellaswag" in given or "lambada" in given:
-        paths = {f"{n}_path": given.get(n, "") for n in ("hellaswag", "lambada")}
-        steps.append(("benchmarks", lambda: analyses.benchmarks(final, out, **paths)))
-    return steps
+def _forgetting(words: list[str], asked: Looking) -> analyses.Finding:
+    models, corpora = _named(words, asked)
+    how = {"steps": asked.steps, "every": max(1, asked.steps // 4), "progress": lambda line: print(line, flush=True)}
+    return analyses.forgetting(models, corpora, Path(asked.out), **how)
+
+
+def _look(words: list[str], asked: Looking) -> Look:
+    along = [load_checkpoint(p, asked.vocab or None) for p in find_checkpoints(words[0])]
+    final = load_checkpoint(best_checkpoint(words[0]), asked.vocab or None)
+    second = load_checkpoint(best_checkpoint(words[1]), asked.vocab or None) if len(words) > 1 else None
+    print(f"reading {final.reading()}")
+    return Look(
+        along,
+        final,
+        Path(asked.out),
+        asked.path,
+        asked.other,
+        asked.data,
+        asked.prompt,
+        asked.text,
+        asked.target,
+        asked.limit,
+        second,
+    )
+
+
+def _outside(look: Look, asked: Looking) -> dict[str, Any]:
+    """Analyses that read a file of their own, by name: those whose file was given."""
+    calls: dict[str, Any] = {}
+    out, say = look.out, lambda line: print(line, flush=True)
+    if asked.fewshot_path:
+        other = split_documents(load_documents(asked.data or "text", asked.fewshot_path))
+        how = {"corpus": Path(asked.fewshot_path).stem, "prompt": look.prompt, "steps": asked.steps, "progress": say}
+        how["every"] = max(1, asked.steps // 4)
+        early = look.along[:: max(1, len(look.along) // 4)]
+        calls["fewshot"] = lambda: analyses.fewshot([look.final], other["train"], other["val"], out, **how)
+        calls["fewshot_early"] = lambda: analyses.fewshot(early, other["train"], other["val"], out, **how)
+    if asked.hellaswag or asked.lambada:
+        paths = {"hellaswag_path": asked.hellaswag, "lambada_path": asked.lambada}
+        calls["benchmarks"] = lambda: analyses.benchmarks(look.final, out, limit=asked.tasks, progress=say, **paths)
+    if asked.grammar:
+        calls["grammar"] = lambda: analyses.grammar(look.along, asked.grammar, out)
+    return calls
+
+
+def _chosen(look: Look, asked: Looking) -> list[analyses.Finding]:
+    outside = _outside(look, asked)
+    there = {name: (lambda n=name: look_at(look, n)) for name in fitting(look)} | outside
+    wanted = [name.strip() for name in asked.only.split(",") if name.strip()] or list(there)
+    for name in wanted:
+        if name not in there:
+            why = "does not fit this model" if name in MENU else "is not one of the analyses"
+            raise LabError(f"--only={name}: {why}; there are {', '.join(there)}")
+    findings = []
+    for name in there:
+        if name not in wanted:
+            continue
+        try:
+            findings.append(there[name]())
+            print(f"{findings[-1].name}: {findings[-1].summary}", flush=True)
+        except LabError as error:
+            if asked.only:
+                raise
+            print(f"{name}: left out, {error}", flush=True)
+    return findings
 
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
-    positional, given = cli.split_arguments(words)
-    if not positional or "help" in given:
-        print(__doc__)
-        return 0 if "help" in given else 2
-    out = Path(given.get("out", "lab/out/analyses"))
-    if positional[0] == "domains":
-        findings = [_domains(positional[1:], given, out)]
+    places, asked = cli.command(__doc__, words, Looking, (1, None))
+    verbs = {"domains": _domains, "forgetting": _forgetting}
+    if places == ["list"]:
+        print("\n".join(f"{name:20} {item.shows}" for name, item in MENU.items()))
+        return 0
+    if places[0] in verbs:
+        findings = [verbs[places[0]](places[1:], asked)]
+        print(f"{findings[0].name}: {findings[0].summary}")
+    elif len(places) > 2:
+        raise LabError(f"one run is looked at, or two are compared, not {len(places)}")
     else:
-        steps = _steps(positional, given, out)
-        wanted = given["only"].split(",") if "only" in given else [name for name, _ in steps]
-        if missing := sorted(set(wanted) - {name for name, _ in steps}):
-            raise LabError(f"no analysis {missing[0]!r} for this model; there are {', '.join(n for n, _ in steps)}")
-        findings = [call() for name, call in steps if name in wanted]
-    for finding in findings:
-        print(f"{finding.name}: {finding.summary}")
-    print(f"page: {analyses.write_summary(out, findings)}")
+        findings = _chosen(_look(places, asked), asked)
+    print(f"page: {analyses.write_summary(Path(asked.out), findings)}")
     return 0
 
 

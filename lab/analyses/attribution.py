@@ -90,6 +90,7 @@ class Attribution:
 
     tokens: list[str]
     target: str
+    target_id: int
     gradient_activation: list[float]
     integrated: list[float]
     padding: float
@@ -154,7 +155,7 @@ def attribute(checkpoint: Checkpoint, prompt: str, target: str | None = None, po
     end = float(logit.detach()[0])
     error = sum(integrated) + padding - (end - start)
     pieces = [checkpoint.tokenizer.piece(i) for i in ids]
-    return Attribution(pieces, checkpoint.tokenizer.piece(token), local, integrated, padding, end, start, error)
+    return Attribution(pieces, checkpoint.tokenizer.piece(token), token, local, integrated, padding, end, start, error)
 
 
 def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str | None = None) -> Finding:
@@ -164,9 +165,8 @@ def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str |
     check = ""
     try:
         ids = checkpoint.encode_prompt(prompt)
-        token = next(t for t in range(checkpoint.tokenizer.vocab_size) if checkpoint.tokenizer.piece(t) == found.target)
         opened = EmbeddedModel(checkpoint, ids)
-        theirs, _ = opened.by_token(captum_integrated_gradients(opened, token))
+        theirs, _ = opened.by_token(captum_integrated_gradients(opened, found.target_id))
         data["largest_difference_to_captum"] = max(abs(a - b) for a, b in zip(theirs, found.integrated))
         check = f"; captum differs by at most {data['largest_difference_to_captum']:.1e}"
     except LabError:
@@ -188,3 +188,51 @@ def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str |
         f"of the logit within {abs(found.completeness_error):.1e}{check}."
     )
     return write_finding(out, "attribution", summary, data, fig)
+
+
+def by_layer(checkpoint: Checkpoint, ids: Sequence[int], target: int) -> dict[str, list[float]]:
+    """{layer: one number a token}: gradient times activation of what each layer puts out there, for the target's
+    logit after the last token. Layers whose output is not one vector a place are left out."""
+    caught: dict[str, Tensor] = {}
+
+    def catch(name):
+        def hook(module, inputs, output):
+            output.retain_grad()
+            caught[name] = output
+
+        return hook
+
+    model, idx = checkpoint.model, torch.tensor([list(ids)])
+    hooks = [module.register_forward_hook(catch(name)) for name, module in model.activations()]
+    try:
+        model.logits(idx)[0, -1, target].backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    kept = {name: x for name, x in caught.items() if x.shape[:2] == idx.shape and x.ndim == 3 and x.grad is not None}
+    return {name: (x * x.grad).sum(-1)[0].tolist() for name, x in kept.items()}
+
+
+def attribution_layers(checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
+    """Where in depth and place the likeliest next token comes from: gradient times activation, layer by layer."""
+    ids = checkpoint.encode_prompt(prompt)[-60:]
+    with torch.no_grad():
+        target = int(checkpoint.model.logits(torch.tensor([ids]))[0, -1].argmax())
+    found = by_layer(checkpoint, ids, target)
+    if not found:
+        raise LabError(f"{checkpoint.name} has no layers to attribute to")
+    piece = checkpoint.tokenizer.piece
+    pieces = [piece(i) for i in ids]
+    fig, ax = plots.figure(size=(max(7, 0.32 * len(pieces) + 2), 0.5 * len(found) + 1.4))
+    reach = max(abs(v) for row in found.values() for v in row) or 1.0
+    ax.imshow(list(found.values()), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    ax.set_xticks(range(len(pieces)), [plots.plain(p) for p in pieces], fontsize=8)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.grid(False)
+    ax.set_title(f"blue pushed towards {plots.plain(piece(target))!r}, red away from it")
+    ends = {name: abs(row[-1]) / (sum(map(abs, row)) or 1.0) for name, row in found.items()}
+    told = ", ".join(f"{name} {share:.0%}" for name, share in ends.items())
+    summary = f"Share of the attribution that has reached the last place: {told}."
+    data = {"prompt": prompt, "tokens": pieces, "target": piece(target), "target_id": target, "layers": found}
+    return write_finding(out, "attribution_layers", summary, data, fig)

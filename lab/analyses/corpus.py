@@ -12,27 +12,29 @@ from lab.tokens import Tokenizer
 TOP = 80
 
 
+def token_counts(documents: Sequence[str], tokenizer: Tokenizer) -> Counter[int]:
+    """How often each token id occurs; -1 counts what the vocabulary lacks."""
+    return Counter(int(t) for d in documents for t in tokenizer.encode(d, "keep"))
+
+
 def frequency(documents: Sequence[str], tokenizer: Tokenizer, out: Path) -> Finding:
-    """The 80 most frequent characters and tokens, with the entropy of each distribution in bits."""
+    """The 80 most frequent characters and tokens, with the entropy of each distribution in bits. Tokens are counted
+    by id, since two may look alike (bytes that are only parts of characters)."""
     characters = Counter(c for d in documents for c in d)
-    tokens = Counter(int(t) for d in documents for t in tokenizer.encode(d, "keep"))
-    named = Counter({"<unknown>" if t < 0 else tokenizer.piece(t): n for t, n in tokens.items()})
-    shown = Counter({{" ": "␣", "\n": "↵"}.get(c, c): n for c, n in characters.items()})
+    tokens = token_counts(documents, tokenizer)
+    pieces = {t: "<unknown>" if t < 0 else tokenizer.piece(t) for t in tokens}
+    shown = {c: {" ": "␣", "\n": "↵", "\t": "⇥"}.get(c, c) for c in characters}
     fig, axes = plots.figure(2, 1, size=(13, 7))
     data = {}
-    for (ax,), (what, counts) in zip(axes, (("characters", shown), ("tokens", named))):
+    for (ax,), (what, counts, names) in zip(axes, (("characters", characters, shown), ("tokens", tokens, pieces))):
         total = sum(counts.values())
         top = counts.most_common(TOP)
         entropy = -sum(n / total * math.log2(n / total) for n in counts.values())
-        data[what] = {"total": total, "distinct": len(counts), "entropy_bits": entropy, "top": dict(top)}
-        ax.bar(range(len(top)), [100 * n / total for _, n in top], color=plots.color(0))
-        small = max(len(name) for name, _ in top) > 2
-        names = [name.replace("$", r"\$") for name, _ in top]
-        ax.set_xticks(range(len(top)), names, rotation=90 if small else 0, fontsize=7 if small else 9)
-        ax.set_xlim(-1, len(top))
+        rows = [{"id": key, "piece": names[key], "count": n} for key, n in top]
+        data[what] = {"total": total, "distinct": len(counts), "entropy_bits": entropy, "top": rows}
+        plots.bars(ax, [row["piece"] for row in rows], [100 * n / total for _, n in top])
         ax.set_ylabel("% of all")
         ax.set_title(f"{what}: {total:,}, {len(counts):,} different, entropy {entropy:.2f} bits")
-        ax.grid(axis="x", visible=False)
     c, t = data["characters"], data["tokens"]
     summary = (
         f"{c['total']:,} characters ({c['distinct']} different), {t['total']:,} tokens ({t['distinct']} different)."

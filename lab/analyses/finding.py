@@ -1,7 +1,7 @@
 """What an analysis leaves: JSON, a picture, and one line for the summary page."""
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,12 @@ class Finding:
     data: dict[str, Any]
     json_path: Path
     png_path: Path
+
+    def noted(self, said: str) -> "Finding":
+        """The same, with a remark in summary and JSON: of a text that is not the model's own, for example."""
+        summary = f"{self.summary} ({said[0].upper()}{said[1:]}.)"
+        write_json(self.json_path, {"analysis": self.name, "summary": summary, "text": said, **self.data})
+        return replace(self, summary=summary)
 
 
 def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figure: Any) -> Finding:

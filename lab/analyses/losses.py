@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,11 @@ def fine_tune(
     batch_tokens: int = 2048,
     prompt: str = "",
     seed: int = 0,
+    watched: Mapping[str, Sequence[str]] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train a copy of the model on other documents with AdamW; loss and a sample at 0, `every`, ..., `steps`.
+    """Train a copy of the model on other documents with AdamW; loss and a sample at 0, `every`, ..., `steps`, and
+    the loss on each of the `watched` texts. `progress` is told each of these lines, for it may take minutes.
     The vocabulary stays, so its unknown characters are neither learned nor scored."""
     model = copy.deepcopy(checkpoint.model)
     if not list(model.parameters()):
@@ -101,6 +105,7 @@ def fine_tune(
     tuned = dataclasses.replace(checkpoint, model=model)
     row = min(row_tokens_of(checkpoint), batch_tokens)
     tokens = {n: tokenize_documents(d, checkpoint.tokenizer, _keep(checkpoint)) for n, d in (("t", train), ("v", val))}
+    seen = {n: tokenize_documents(d, checkpoint.tokenizer, _keep(checkpoint)) for n, d in (watched or {}).items()}
     batches = row_batches(tokens["t"], row, max(1, batch_tokens // row), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     table = []
@@ -109,7 +114,11 @@ def fine_tune(
             model.eval()
             sample = generate(tuned, prompt, max_tokens=100, temperature=0.8, seed=seed)[0]
             loss = evaluate(model, tokens["v"], row)
-            table.append({"step": step, "loss": loss, "sample": sample.text})
+            others = {name: evaluate(model, t, row) for name, t in seen.items()}
+            table.append({"step": step, "loss": loss, "sample": sample.text, **others})
+            if progress:
+                told = "".join(f", {name} {value:.3f}" for name, value in others.items())
+                progress(f"fine-tuning: step {step} of {steps}, loss {loss:.3f}{told}")
         if step < steps:
             model.train()
             loss = model(*next(batches))[1]
@@ -134,13 +143,12 @@ def fewshot(
     every: int = 50,
     chars: int = 50_000,
     prompt: str = "",
+    progress: Callable[[str], None] | None = None,
 ) -> Finding:
     """Fine-tune each checkpoint (the final one alone, or earlier ones too) on another corpus and watch it adapt."""
     val = limit_documents(val, chars)
-    runs = [
-        {"from_step": c.step, "table": fine_tune(c, train, val, steps=steps, every=every, prompt=prompt)}
-        for c in checkpoints
-    ]
+    how: dict[str, Any] = {"steps": steps, "every": every, "prompt": prompt, "progress": progress}
+    runs = [{"from_step": c.step, "table": fine_tune(c, train, val, **how)} for c in checkpoints]
     fig, axes = plots.figure(1, 2, size=(12, 4.2))
     for i, run in enumerate(runs):
         points = run["table"]
@@ -178,7 +186,7 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
         distributions.append(p)
         likeliest = p.topk(min(top, len(p)))
         entropy = float(-(p * p.clamp_min(1e-30).log()).sum())
-        pairs = [[tokenizer.piece(int(t)), float(v)] for v, t in zip(likeliest.values, likeliest.indices)]
+        pairs = [[tokenizer.piece(int(t)), float(v), int(t)] for v, t in zip(likeliest.values, likeliest.indices)]
         table.append({"step": checkpoint.step, "entropy_nats": entropy, "top": pairs})
     fig, axes = plots.figure(1, 2, size=(12, 4.2))
     steps = [max(1, r["step"]) for r in table]
@@ -198,6 +206,52 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
         ax.set_xscale("log")
         ax.set_xlabel("step (the start is drawn at 1)")
     last = table[-1]
-    words = ", ".join(f"{piece} {p:.0%}" for piece, p in last["top"][:3])
+    words = ", ".join(f"{piece} {p:.0%}" for piece, p, _ in last["top"][:3])
     summary = f"After {prompt!r} the last checkpoint expects {words}; entropy {last['entropy_nats']:.2f} nats."
     return write_finding(out, "next_token", summary, {"prompt": prompt, "table": table}, fig)
+
+
+def forgetting(
+    models: Mapping[str, Checkpoint],
+    corpora: Mapping[str, Mapping[str, Sequence[str]]],
+    out: Path,
+    *,
+    steps: int = 200,
+    every: int = 50,
+    chars: int = 20_000,
+    progress: Callable[[str], None] | None = None,
+) -> Finding:
+    """What a model of one corpus loses of it while it learns another: the losses on both, for every ordered pair.
+    `corpora` gives the train and val documents of every model's own corpus, under the model's name."""
+    if len(models) < 2:
+        raise LabError("forgetting needs at least two models, name=RUN each")
+    held_out = {name: limit_documents(corpora[name]["val"], chars) for name in models}
+    table = []
+    for first, second in permutations(models, 2):
+        told = (lambda line, a=first, b=second: progress(f"{a} > {b}: {line}")) if progress else None
+        points = fine_tune(
+            models[first],
+            corpora[second]["train"],
+            held_out[second],
+            steps=steps,
+            every=every,
+            watched={"first": held_out[first]},
+            progress=told,
+        )
+        kept = [{"step": p["step"], "first": p["first"], "second": p["loss"]} for p in points]
+        table.append({"first": first, "second": second, "points": kept})
+    columns = len(models) - 1
+    fig, axes = plots.figure(len(models), columns, size=(4.2 * columns + 0.6, 2.9 * len(models)))
+    for ax, pair in zip((ax for row in axes for ax in row), table):
+        for i, (key, name) in enumerate((("first", pair["first"]), ("second", pair["second"]))):
+            points = pair["points"]
+            ax.plot([p["step"] for p in points], [p[key] for p in points], "o-", color=plots.color(i), label=name)
+        ax.set_title(f"{pair['first']}, then {pair['second']}")
+        ax.set_xlabel("steps on the second")
+        ax.legend()
+    worst = max(table, key=lambda pair: pair["points"][-1]["first"] - pair["points"][0]["first"])
+    summary = (
+        f"{steps} steps on another corpus: most is forgotten of {worst['first']} under {worst['second']}, from "
+        f"{worst['points'][0]['first']:.3f} to {worst['points'][-1]['first']:.3f} nats a token."
+    )
+    return write_finding(out, "forgetting", summary, {"pairs": table}, fig)

@@ -1,6 +1,5 @@
-"""Analysis 11: how good are the texts? Perplexity, novelty, grammaticality, repetition; HellaSwag and LAMBADA."""
+"""Analysis 11: how good are the texts? Perplexity, novelty, grammaticality, repetition."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
 from lab.analyses.samples import profile
-from lab.analyses.scoring import token_losses
+from lab.analyses.scoring import score, token_losses
 from lab.checkpoints import Checkpoint
 from lab.sample import generate
 from lab.words import split_words
@@ -86,11 +85,10 @@ class GrammarProxy:
         return 0.5 * known + 0.5 * (0.8 * sum(formed) / len(formed) + 0.2 * balanced)
 
 
-def assess(
-    texts: Sequence[str], train: Sequence[str], checkpoint: Checkpoint, most: int = 2000
-) -> list[dict[str, Any]]:
-    """The numbers of each text against the first `most` training documents."""
-    known = list(train[:most])
+def assess(texts: Sequence[str], train: Sequence[str], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The numbers of each text against all training documents. `perplexity` is of a token; where words are tokens,
+    `unknown_share` and `bits_per_byte` beside it say what that one hides (see `Score`)."""
+    known = list(train)
     corpus, nearest, proxy = "\0".join(known), Nearest(known), GrammarProxy(known)
     rows = []
     for text in texts:
@@ -98,11 +96,14 @@ def assess(
         if not len(ids):
             continue
         distance, index = nearest(text)
+        scored = score(checkpoint, [text], strict=False)
         shared = longest_shared_run(text, corpus)
         rows.append(
             {
                 "text": text,
                 "perplexity": math.exp(float(token_losses(checkpoint, ids.tolist()).mean())),
+                "bits_per_byte": scored.bits_per_byte,
+                "unknown_share": scored.unknown_share,
                 "novelty_distance": distance,
                 "nearest": known[index][:300],
                 "longest_shared_run": shared,
@@ -135,7 +136,8 @@ def quality(
     rows = {name: assess(texts, train, checkpoint) for name, texts in sets.items()}
     if not rows["generated"]:
         raise LabError("the model wrote nothing but end marks; give a prompt")
-    means = {n: {m: sum(r[m] for r in rs) / len(rs) for m in MEASURES} for n, rs in rows.items() if rs}
+    told = (*MEASURES, "bits_per_byte", "unknown_share")
+    means = {n: {m: sum(r[m] for r in rs) / len(rs) for m in told} for n, rs in rows.items() if rs}
     copies = sum(t in known for t in sets["generated"])
     fig, axes = plots.figure(1, len(MEASURES), size=(14, 3.4))
     for ax, measure in zip(axes, MEASURES):
@@ -146,90 +148,13 @@ def quality(
         ax.set_title(measure.replace("_", " "))
         ax.grid(axis="x", visible=False)
     g = means["generated"]
+    words = checkpoint.tokenizer.kind == "word"
+    unknown = f" ({g['unknown_share']:.1%} unknown words; {g['bits_per_byte']:.2f} bits a byte)" if words else ""
     summary = (
-        f"{count} texts: perplexity {g['perplexity']:.1f}, cosine distance to the nearest training text "
-        f"{g['novelty_distance']:.2f}, longest shared run {g['longest_shared_run']:.0f} characters, grammaticality "
-        f"{g['grammaticality']:.2f}, repetition {g['repetition']:.2f}; {copies} are training texts word for word."
+        f"{count} texts: perplexity {g['perplexity']:.1f} a token{unknown}, cosine distance to the nearest of "
+        f"{len(train):,} training texts {g['novelty_distance']:.2f}, longest shared run {g['longest_shared_run']:.0f} "
+        f"characters, grammaticality {g['grammaticality']:.2f}, repetition {g['repetition']:.2f}; {copies} are "
+        "training texts word for word."
     )
-    return write_finding(out, "quality", summary, {"means": means, "texts": rows, "copies": copies}, fig)
-
-
-def _lines(path: str | Path, limit: int) -> list[dict[str, Any]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise LabError(f"cannot read the tasks {path}: {error.strerror}") from error
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if not rows:
-        raise LabError(f"{path} has no tasks")
-    return rows[:limit] if limit else rows
-
-
-def hellaswag(checkpoint: Checkpoint, path: str | Path, limit: int = 0) -> dict[str, Any]:
-    """Share of tasks whose right ending has the least loss: summed, and per byte of the ending (the usual 'norm')."""
-    right = right_norm = 0
-    tasks = _lines(path, limit)
-    for task in tasks:
-        context = checkpoint.tokenizer.encode(task["ctx"]).tolist()
-        sums, norms = [], []
-        for ending in task["endings"]:
-            ids = checkpoint.tokenizer.encode(" " + ending.lstrip()).tolist()
-            nats = float(token_losses(checkpoint, context + ids)[len(context) :].sum())
-            sums.append(nats)
-            norms.append(nats / max(1, len(ending.encode())))
-        right += sums.index(min(sums)) == int(task["label"])
-        right_norm += norms.index(min(norms)) == int(task["label"])
-    return {
-        "tasks": len(tasks),
-        "accuracy": right / len(tasks),
-        "accuracy_norm": right_norm / len(tasks),
-        "chance": 0.25,
-    }
-
-
-def lambada(checkpoint: Checkpoint, path: str | Path, limit: int = 0) -> dict[str, Any]:
-    """Share of texts whose last word the model would have written (every token of it the likeliest), and its
-    perplexity per word."""
-    import torch
-
-    right, nats = 0, 0.0
-    tasks = _lines(path, limit)
-    for task in tasks:
-        before, _, word = task["text"].rstrip().rpartition(" ")
-        context, ids = (checkpoint.tokenizer.encode(t).tolist() for t in (before, " " + word))
-        row = torch.tensor([[checkpoint.tokenizer.mark, *context, *ids]])
-        with torch.no_grad():
-            logits = checkpoint.model.logits(row[:, :-1])[0, -len(ids) :].float()
-        targets = row[0, -len(ids) :]
-        nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        right += bool((logits.argmax(-1) == targets).all())
-    return {
-        "tasks": len(tasks),
-        "accuracy": right / len(tasks),
-        "word_perplexity": math.exp(min(700, nats / len(tasks))),
-    }
-
-
-def benchmarks(
-    checkpoint: Checkpoint, out: Path, *, hellaswag_path: str = "", lambada_path: str = "", limit: int = 200
-) -> Finding:
-    """HellaSwag and LAMBADA of a model over GPT-2's tokens (or any that can write the texts)."""
-    data: dict[str, Any] = {}
-    if hellaswag_path:
-        data["hellaswag"] = hellaswag(checkpoint, hellaswag_path, limit)
-    if lambada_path:
-        data["lambada"] = lambada(checkpoint, lambada_path, limit)
-    if not data:
-        raise LabError("give --hellaswag=FILE or --lambada=FILE (JSON lines)")
-    fig, ax = plots.figure(size=(5, 3.5))
-    names = list(data)
-    ax.bar(
-        names, [100 * data[n].get("accuracy_norm", data[n]["accuracy"]) for n in names], color=plots.color(0), width=0.5
-    )
-    if "hellaswag" in data:
-        ax.axhline(25, color="0.5", linestyle="--", label="guessing at HellaSwag")
-        ax.legend()
-    ax.set_ylabel("% right")
-    ax.set_title(f"{checkpoint.label}, step {checkpoint.step:,}")
-    parts = [f"{n} {data[n].get('accuracy_norm', data[n]['accuracy']):.1%} of {data[n]['tasks']}" for n in names]
-    return write_finding(out, "benchmarks", "; ".join(parts) + ".", data, fig)
+    data = {"means": means, "texts": rows, "copies": copies, "held_against": len(train)}
+    return write_finding(out, "quality", summary, data, fig)

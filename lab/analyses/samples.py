@@ -8,8 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
+from lab.analyses.scoring import token_logits
 from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.sample import generate
 
@@ -99,3 +102,67 @@ def variability(checkpoint: Checkpoint, prompt: str, out: Path, *, count: int = 
         f"self-similarity {last['self_similarity']:.2f}."
     )
     return write_finding(out, "variability", summary, {"prompt": prompt, "table": table}, fig)
+
+
+def symbols(checkpoint: Checkpoint, documents: Sequence[str], out: Path, *, count: int = 40) -> Finding:
+    """How often the model writes each character, beside how often the corpus has it: `count` samples without a prompt
+    at temperature 1, where the two should agree."""
+    drawn = generate(checkpoint, "", count=count, max_tokens=min(200, checkpoint.context * 4), seed=4)
+    written = Counter(c for s in drawn for c in s.written)
+    corpus = Counter(c for d in documents for c in d)
+    if not written:
+        raise LabError("the model wrote nothing but end marks; there is nothing to count")
+    shown = [c for c, _ in (corpus + written).most_common(40)]
+    names = [{" ": "␣", "\n": "↵"}.get(c, c) for c in shown]
+    fig, ax = plots.figure(size=(12, 3.8))
+    for i, (label, counts) in enumerate((("corpus", corpus), ("written", written))):
+        values = [100 * counts[c] / sum(counts.values()) for c in shown]
+        ax.bar([x + 0.4 * i for x in range(len(shown))], values, width=0.4, color=plots.color(i), label=label)
+    ax.set_xticks([x + 0.2 for x in range(len(shown))], [plots.plain(n) for n in names])
+    ax.set_ylabel("% of all characters")
+    ax.legend()
+    every = corpus.keys() | written.keys()
+    distance = 0.5 * sum(abs(corpus[c] / sum(corpus.values()) - written[c] / sum(written.values())) for c in every)
+    ax.set_title(f"{checkpoint.label}: symbols written against symbols read")
+    table = [{"symbol": c, "corpus": corpus[c], "written": written[c]} for c in shown]
+    summary = (
+        f"{sum(written.values()):,} characters written: {distance:.1%} of them would have to be others for their "
+        "frequencies to be the corpus's (total variation)."
+    )
+    return write_finding(out, "symbols", summary, {"table": table, "total_variation": distance}, fig)
+
+
+@torch.no_grad()
+def positions(checkpoint: Checkpoint, prompt: str, out: Path, *, count: int = 12, top: int = 6) -> Finding:
+    """What the model expects at several generated positions in a row: the likeliest tokens at each, the one that was
+    drawn (temperature 0.8), and the entropy."""
+    drawn = generate(checkpoint, prompt, max_tokens=count, temperature=0.8, seed=5)[0]
+    mark = checkpoint.tokenizer.mark
+    written = [*drawn.ids, mark] if drawn.ended else drawn.ids
+    start = checkpoint.encode_prompt(prompt)[1:]
+    logits = token_logits(checkpoint, [*start, *written])[len(start) :]
+    piece = checkpoint.tokenizer.piece
+    table = []
+    for token, row in zip(written, logits):
+        p = row.softmax(-1)
+        best = p.topk(min(top, len(p)))
+        likeliest = [[piece(int(t)), float(v)] for t, v in zip(best.indices, best.values)]
+        entropy = float(-(p * p.clamp_min(1e-30).log()).sum())
+        table.append({"drawn": piece(token), "p": float(p[token]), "entropy_nats": entropy, "top": likeliest})
+    fig, ax = plots.figure(size=(max(6, 0.9 * len(table) + 1), 3.6))
+    values = [[r["top"][k][1] if k < len(r["top"]) else 0.0 for r in table] for k in range(top)]
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for j, r in enumerate(table):
+        for k, (name, p) in enumerate(r["top"]):
+            weight = "bold" if name == r["drawn"] else "normal"
+            text = f"{plots.plain(name)[:8]}\n{p:.0%}"
+            colour = "white" if p > 0.6 else "black"
+            ax.text(j, k, text, ha="center", va="center", fontsize=7, color=colour, weight=weight)
+    ax.set_xticks(range(len(table)), [f"{plots.plain(r['drawn'])}\n{r['entropy_nats']:.2f}" for r in table], fontsize=8)
+    ax.set_yticks([])
+    ax.set_xlabel("token drawn, and the entropy before it")
+    ax.grid(False)
+    ax.set_title(f"after {plots.plain(prompt[-40:])!r}, place by place")
+    surest = min(table, key=lambda r: r["entropy_nats"])
+    summary = f"{len(table)} places after {prompt!r}: surest before {surest['drawn']!r}."
+    return write_finding(out, "positions", summary, {"prompt": prompt, "table": table}, fig)

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from lab import LabError
+from lab.cli import checked
 from lab.models.base import IGNORE, MARK, LanguageModel
 
 # rung -> (module, model class, fields class). Modules are imported when asked for: the GPT pulls in
@@ -50,7 +51,7 @@ def build_model(name: str, vocab_size: int, fields: Any = None) -> LanguageModel
         fields = cls(**fields)
     if vocab_size < 2:
         raise LabError(f"a vocabulary of {vocab_size} tokens cannot be modelled; is the corpus empty?")
-    return model(vocab_size, fields if fields is not None else cls())
+    return model(vocab_size, checked(fields if fields is not None else cls()))
 
 
 __all__ = ["IGNORE", "LADDER", "MARK", "LanguageModel", "build_model", "fields_class"]

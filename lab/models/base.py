@@ -36,14 +36,15 @@ class LanguageModel(nn.Module):
     vocab_size: int
     context: int | None
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
-        """Next-token logits (B, T, V), float32."""
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
+        """Next-token logits (B, T, V), float32. `counted_BT`: the places that count where a batch's statistics are
+        taken (None: all); padding must not move them. Only batch norm looks at it."""
         raise NotImplementedError
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) and the mean loss in nats over targets that are not IGNORE (None without
         targets)."""
-        logits = self.logits(idx)
+        logits = self.logits(idx, None if targets is None else targets != IGNORE)
         return logits, None if targets is None else mean_loss(logits, targets)
 
     def token_embeddings(self) -> list[nn.Module]:
@@ -54,6 +55,11 @@ class LanguageModel(nn.Module):
     def activations(self) -> list[tuple[str, nn.Module]]:
         """Named modules whose outputs the diagnostics draw (squashing layers, blocks), in order of depth."""
         return []
+
+    def readout(self, x_BTE: Tensor) -> Tensor | None:
+        """Logits of what a module of `activations` puts out, as if the model ended there; None where its width is
+        not the one that the output layer reads."""
+        return None
 
     def num_parameters(self) -> int:
         """Trainable numbers in the model."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lab import LabError
 from lab.models.base import LanguageModel, windows
+from trainer.options import setting
 
 INITS = ("normal", "uniform", "kaiming")
 
@@ -18,7 +19,8 @@ class BatchNorm1d(nn.Module):
 
     In training the batch's own mean and (biased) variance are used and their running averages kept, the
     variance unbiased as in torch; in evaluation the running averages are used, so that one example suffices.
-    Input (..., H), features last.
+    Input (..., H), features last. `counted`: bool over the first axes of the input; places where it is false (padding)
+    are normalised like the others, but are no part of mean and variance.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -29,9 +31,9 @@ class BatchNorm1d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         if self.training:
-            rows = x.reshape(-1, x.shape[-1])
+            rows = (x if counted is None else x[counted]).reshape(-1, x.shape[-1])
             if len(rows) < 2:
                 raise LabError("batch norm in training needs at least two rows: one has no variance")
             var, mean = torch.var_mean(rows, dim=0, correction=0)
@@ -59,16 +61,23 @@ def init_linear_(weight_OI: Tensor, init: str, gain: float = 5 / 3) -> None:
         raise LabError(f"no initialisation named {init!r}; choose one of {', '.join(INITS)}")
 
 
+def through(layers: nn.Sequential, x: Tensor, counted_BT: Tensor | None) -> Tensor:
+    """`layers(x)`, its norms told which places count."""
+    for layer in layers:
+        x = layer(x, counted_BT) if isinstance(layer, BatchNorm1d) else layer(x)
+    return x
+
+
 @dataclass(frozen=True)
 class BatchNormFields:
     """Settings of the MLP with batch norm."""
 
-    context: int = 4  # tokens of context
-    embedding_dim: int = 16  # width of a token's vector
-    hidden_dim: int = 256  # tanh units a layer
-    num_layers: int = 1  # hidden layers
-    init: str = "kaiming"  # normal, uniform or kaiming
-    batch_norm: bool = True  # False: the same network without it, to compare
+    context: int = setting(4, "tokens", "read at every place", at_least=1, at_most=1024)
+    embedding_dim: int = setting(16, "width", "of a token's vector", at_least=1, at_most=8192)
+    hidden_dim: int = setting(256, "units", "tanh units a layer", at_least=1, at_most=65536)
+    num_layers: int = setting(1, "layers", "hidden ones", at_least=1, at_most=100)
+    init: str = setting("kaiming", "name", "how the weights are drawn", choices=INITS)
+    batch_norm: bool = setting(True, "flag", "off: the same network without it, to compare")
 
 
 class BatchNormMLP(LanguageModel):
@@ -77,8 +86,6 @@ class BatchNormMLP(LanguageModel):
 
     def __init__(self, vocab_size: int, fields: BatchNormFields):
         super().__init__()
-        if fields.num_layers < 1:
-            raise LabError(f"num_layers is {fields.num_layers}; the MLP needs at least one hidden layer")
         self.vocab_size, self.context = vocab_size, fields.context
         self.embedding = nn.Embedding(vocab_size, fields.embedding_dim)
         layers: list[nn.Module] = []
@@ -97,9 +104,9 @@ class BatchNormMLP(LanguageModel):
             with torch.no_grad():
                 self.output.weight *= 0.1  # less confident at first, so that the loss starts near ln V
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         e_BTNE = self.embedding(windows(idx_BT, self.context))
-        return self.output(self.layers(e_BTNE.flatten(2)))
+        return self.output(through(self.layers, e_BTNE.flatten(2), counted_BT))
 
     def token_embeddings(self) -> list[nn.Module]:
         return [self.embedding]
@@ -107,3 +114,6 @@ class BatchNormMLP(LanguageModel):
     def activations(self) -> list[tuple[str, nn.Module]]:
         tanhs = [m for m in self.layers if isinstance(m, nn.Tanh)]
         return [(f"tanh {i + 1}", m) for i, m in enumerate(tanhs)]
+
+    def readout(self, x_BTE: Tensor) -> Tensor | None:
+        return self.output(x_BTE)

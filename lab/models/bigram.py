@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lab.models.base import IGNORE, LanguageModel
+from trainer.options import setting
 
 
 @dataclass(frozen=True)
 class CountsFields:
     """Settings of the counted bigram."""
 
-    smoothing: float = 1.0  # added to every count; 0 gives infinite loss on an unseen pair
+    smoothing: float = setting(
+        1.0, "count", "added to every pair; 0 gives infinite loss on a pair never seen", at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class CountedBigram(LanguageModel):
         uniform = torch.full_like(smoothed, 1.0 / self.vocab_size)
         return torch.where(total > 0, smoothed / total.clamp_min(1e-300), uniform)
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         return self.probabilities().log().float()[idx_BT]
 
     def sample_document(self, generator: torch.Generator, max_tokens: int = 1000, mark: int = 0) -> list[int]:
@@ -70,7 +73,7 @@ class Bigram(LanguageModel):
         self.table = nn.Embedding(vocab_size, vocab_size)
         nn.init.zeros_(self.table.weight)
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         return self.table(idx_BT)
 
     def token_embeddings(self) -> list[nn.Module]:

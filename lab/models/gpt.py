@@ -10,28 +10,33 @@ from torch import Tensor, nn
 import train_gpt
 from lab import LabError
 from lab.models.base import MARK, LanguageModel
+from trainer.options import setting
 
 
 @dataclass(frozen=True)
 class GPTFields:
     """Settings of the GPT: train_gpt.py's fields of the same names, with defaults for a page of text."""
 
-    num_layers: int = 2  # blocks of attention and MLP
-    model_dim: int = 64  # width of the residual stream
-    num_heads: int = 2  # attention heads
-    mlp_ratio: int = 4  # hidden width of the MLP over model_dim
-    second_input_embedding: bool = True  # a second embedding table mixed into every layer
-    value_embeddings: int = 1  # tables added to the values of the first and last so many layers
-    unet_skips: str = ""  # "1>3": the output of layer 1 is added on entering layer 3
-    window_max_tokens: int = 1024  # tokens that a layer with the long window sees
-    growing_window: bool = False  # let the window grow during training
-    soft_cap: str = "rsqrt"  # rsqrt, sigmoid or none
-    dropout: float = 0.0  # share of an embedding and of what a block adds to the stream, silenced in training
-    muon_lr: float = 0.025  # of the blocks' matrices
-    muon_weight_decay: float = 0.01  # times the learning rate
-    head_lr: float = 0.01  # of the output head
-    embed_lr: float = 0.1  # of the embeddings
-    scalar_lr: float = 0.015  # of the learned scalars
+    num_layers: int = setting(2, "layers", "blocks of attention and MLP", at_least=1, at_most=100)
+    model_dim: int = setting(64, "width", "of the residual stream", at_least=4, at_most=8192)
+    num_heads: int = setting(2, "heads", "of attention", at_least=1, at_most=256)
+    mlp_ratio: int = setting(4, "ratio", "hidden width of the MLP over model_dim", at_least=1, at_most=64)
+    second_input_embedding: bool = setting(True, "flag", "a second embedding table mixed into every layer")
+    value_embeddings: int = setting(
+        1, "tables", "added to the values of the first and last so many layers", at_least=0, at_most=50
+    )
+    unet_skips: str = setting("", "layers", "1>3: the output of layer 1 is added on entering layer 3")
+    window_max_tokens: int = setting(1024, "tokens", "that a layer with the long window sees", at_least=1)
+    growing_window: bool = setting(False, "flag", "let the window grow during training")
+    soft_cap: str = setting("rsqrt", "name", "on the head's logits", choices=("rsqrt", "sigmoid", "none"))
+    dropout: float = setting(
+        0.0, "fraction", "of an embedding and of a block's update silenced in training", at_least=0, below=1
+    )
+    muon_lr: float = setting(0.025, "rate", "of the blocks' matrices", at_least=0)
+    muon_weight_decay: float = setting(0.01, "rate", "times the learning rate", at_least=0)
+    head_lr: float = setting(0.01, "rate", "of the output head", at_least=0)
+    embed_lr: float = setting(0.1, "rate", "of the embeddings", at_least=0)
+    scalar_lr: float = setting(0.015, "rate", "of the learned scalars", at_least=0)
 
 
 def gpt_config(vocab_size: int, fields: GPTFields, num_iterations: int = 1) -> train_gpt.Config:
@@ -83,8 +88,6 @@ class GPTRung(LanguageModel):
 
     def __init__(self, vocab_size: int, fields: GPTFields):
         super().__init__()
-        if not 0 <= fields.dropout < 1:
-            raise LabError(f"dropout is {fields.dropout}; it is a share from 0 to below 1")
         self._adopt(train_gpt.GPT(gpt_config(vocab_size, fields)), fields)
         if fields.dropout:
             self._drop(fields.dropout)
@@ -115,7 +118,7 @@ class GPTRung(LanguageModel):
         rung._adopt(gpt, None)
         return rung
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         return self.gpt(idx_BT)
 
     def make_optimizer(self, num_iterations: int) -> GPTOptimizer:
@@ -129,3 +132,20 @@ class GPTRung(LanguageModel):
 
     def activations(self) -> list[tuple[str, nn.Module]]:
         return [(f"block {i}", block) for i, block in enumerate(self.gpt.blocks)]
+
+    def readout(self, x_BTE: Tensor) -> Tensor | None:
+        cap = None if self.gpt.config.soft_cap == "none" else self.gpt.config.soft_cap
+        logits = train_gpt.softcapped_logits(train_gpt.norm(x_BTE).flatten(0, 1), self.gpt.head_w, softcap=cap)
+        return logits[:, : self.vocab_size].view(*x_BTE.shape[:2], -1)
+
+    def scalars(self) -> dict[str, list[float]]:
+        """The learned scalars by kind, one number a layer: how much of the stream, of the first and of the second
+        embedding enters the layer, of the value and of its embedding, and the weight of a skip that ends there."""
+        L, config = self.gpt.config.num_layers, self.gpt.config
+        skip_L, mix_L3, value_L2 = self.gpt.scalars.detach().float().split([L, 3 * L, 2 * L])
+        kinds = dict(zip(("stream", "first embedding", "second embedding"), mix_L3.view(L, 3).T.tolist()))
+        if not config.second_input_embedding:
+            kinds.pop("second embedding")
+        if config.value_embeddings:
+            kinds |= dict(zip(("value", "value embedding"), value_L2.view(L, 2).T.tolist()))
+        return kinds | ({"skip": skip_L.tolist()} if self.gpt.skips else {})

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lab.models.base import LanguageModel, windows
+from trainer.options import setting
 
 
 @dataclass(frozen=True)
 class MLPFields:
     """Settings of the MLP."""
 
-    context: int = 3  # tokens of context
-    embedding_dim: int = 16  # width of a token's vector
-    hidden_dim: int = 256  # tanh units
-    output_scale: float = 0.1  # the last layer's initial weights times this, so that training starts near ln V
+    context: int = setting(3, "tokens", "read at every place", at_least=1, at_most=1024)
+    embedding_dim: int = setting(16, "width", "of a token's vector", at_least=1, at_most=8192)
+    hidden_dim: int = setting(256, "units", "of the tanh layer", at_least=1, at_most=65536)
+    output_scale: float = setting(
+        0.1, "factor", "on the last layer's initial weights, so that training starts near ln V", at_least=0
+    )
 
 
 class MLP(LanguageModel):
@@ -36,7 +39,7 @@ class MLP(LanguageModel):
         nn.init.normal_(self.output.weight, std=fields.output_scale * fields.hidden_dim**-0.5)
         nn.init.zeros_(self.output.bias)
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         e_BTNE = self.embedding(windows(idx_BT, self.context))
         return self.output(self.tanh(self.hidden(e_BTNE.flatten(2))))
 
@@ -45,3 +48,6 @@ class MLP(LanguageModel):
 
     def activations(self) -> list[tuple[str, nn.Module]]:
         return [("tanh", self.tanh)]
+
+    def readout(self, x_BTE: Tensor) -> Tensor | None:
+        return self.output(x_BTE)

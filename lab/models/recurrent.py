@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lab import LabError
 from lab.models.base import MARK, LanguageModel
+from trainer.options import setting
 
 CELLS = {"gru": 3, "lstm": 4}  # gates a cell, each of H rows
 
@@ -77,11 +78,11 @@ class RecurrentLayer(nn.Module):
 class RecurrentFields:
     """Settings of the recurrent model."""
 
-    cell: str = "gru"  # gru or lstm
-    embedding_dim: int = 32  # width of a token's vector
-    hidden_dim: int = 128  # width of the state
-    num_layers: int = 1  # layers on top of each other
-    dropout: float = 0.0  # share of states silenced in training, after every layer
+    cell: str = setting("gru", "name", "of the recurrent cell", choices=tuple(CELLS))
+    embedding_dim: int = setting(32, "width", "of a token's vector", at_least=1, at_most=8192)
+    hidden_dim: int = setting(128, "width", "of the state", at_least=1, at_most=65536)
+    num_layers: int = setting(1, "layers", "on top of each other", at_least=1, at_most=100)
+    dropout: float = setting(0.0, "fraction", "of states silenced in training, after every layer", at_least=0, below=1)
 
 
 class Recurrent(LanguageModel):
@@ -89,8 +90,6 @@ class Recurrent(LanguageModel):
 
     def __init__(self, vocab_size: int, fields: RecurrentFields):
         super().__init__()
-        if fields.num_layers < 1:
-            raise LabError(f"num_layers is {fields.num_layers}; the recurrent model needs at least one layer")
         self.vocab_size, self.context = vocab_size, None
         self.embedding = nn.Embedding(vocab_size, fields.embedding_dim)
         widths = [fields.embedding_dim] + [fields.hidden_dim] * fields.num_layers
@@ -101,7 +100,7 @@ class Recurrent(LanguageModel):
             self.output.weight *= 0.1
             self.output.bias.zero_()
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         x, opens = self.embedding(idx_BT), idx_BT == MARK
         for layer in self.layers:
             x = self.dropout(layer(x, opens))
@@ -112,3 +111,6 @@ class Recurrent(LanguageModel):
 
     def activations(self) -> list[tuple[str, nn.Module]]:
         return [(f"state {i + 1}", m) for i, m in enumerate(self.layers)]
+
+    def readout(self, x_BTE: Tensor) -> Tensor | None:
+        return self.output(x_BTE)

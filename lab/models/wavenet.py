@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from lab import LabError
 from lab.models.base import LanguageModel, windows
-from lab.models.batchnorm import BatchNorm1d, init_linear_
+from lab.models.batchnorm import BatchNorm1d, init_linear_, through
+from trainer.options import setting
 
 
 @dataclass(frozen=True)
 class WaveNetFields:
     """Settings of the hierarchical network."""
 
-    context: int = 8  # tokens of context, a power of two
-    embedding_dim: int = 24  # width of a token's vector
-    hidden_dim: int = 128  # units a layer
-    dropout: float = 0.0  # share of units silenced in training
+    context: int = setting(8, "tokens", "read at every place, a power of two", at_least=2, at_most=1024)
+    embedding_dim: int = setting(24, "width", "of a token's vector", at_least=1, at_most=8192)
+    hidden_dim: int = setting(128, "units", "a layer", at_least=1, at_most=65536)
+    dropout: float = setting(0.0, "fraction", "of units silenced in training", at_least=0, below=1)
 
 
 class FuseNeighbours(nn.Module):
@@ -36,7 +37,7 @@ class WaveNet(LanguageModel):
     def __init__(self, vocab_size: int, fields: WaveNetFields):
         super().__init__()
         depth = fields.context.bit_length() - 1
-        if fields.context < 2 or 2**depth != fields.context:
+        if 2**depth != fields.context:
             raise LabError(f"context is {fields.context}; the hierarchical network needs a power of two from 2 on")
         self.vocab_size, self.context = vocab_size, fields.context
         self.embedding = nn.Embedding(vocab_size, fields.embedding_dim)
@@ -54,9 +55,9 @@ class WaveNet(LanguageModel):
             self.output.weight *= 0.1
             self.output.bias.zero_()
 
-    def logits(self, idx_BT: Tensor) -> Tensor:
+    def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         e_BTNE = self.embedding(windows(idx_BT, self.context))
-        return self.output(self.layers(e_BTNE).squeeze(-2))
+        return self.output(through(self.layers, e_BTNE, counted_BT).squeeze(-2))
 
     def token_embeddings(self) -> list[nn.Module]:
         return [self.embedding]

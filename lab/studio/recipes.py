@@ -200,6 +200,8 @@ def _lab(r: Request, model: Model, text: Path | None) -> list[str]:
         tokens = r.tokens
         words = ["-m", "lab.train", f"--model={model.rung}", f"--data={data}", f"--tokens={tokens}"]
     fields = {"steps": r.steps, "seed": r.seed, "batch_tokens": r.batch_tokens}
+    if r.model == "counts":  # one pass over the corpus has no other length
+        fields = {"seed": r.seed}
     if model.learning_rate:
         fields["learning_rate"] = r.learning_rate
     for mine, theirs in ((r.width, model.width), (r.layers, model.layers)):

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
 
-MOST_CONTEXT = 2048  # tokens that a model without a limit of its own reads again for every new one
-
 
 @dataclass(frozen=True)
 class Written:
@@ -78,7 +76,7 @@ def next_logits(checkpoint: Checkpoint, ids: list[int]):
     """Logits (V,) for the token after `ids`."""
     import torch
 
-    seen = ids[-(checkpoint.model.context or MOST_CONTEXT) :]
+    seen = ids[-checkpoint.context :]
     with torch.no_grad():
         return checkpoint.model(torch.tensor([seen]))[0][0, -1].float()
 
@@ -107,7 +105,7 @@ def drivers(checkpoint: Checkpoint, ids: tuple[int, ...], place: int) -> list[tu
     if not checkpoint.model.token_embeddings():
         return []
     tokenizer = checkpoint.tokenizer
-    before = [tokenizer.mark, *ids[:place]][-MOST_CONTEXT:]
+    before = [tokenizer.mark, *ids[:place]][-checkpoint.row_tokens :]
     chosen = ids[place] if place < len(ids) else tokenizer.mark
     opened = EmbeddedModel(checkpoint, before)
     values = [value.requires_grad_() for value in opened.values()[0]]

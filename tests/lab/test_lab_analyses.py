@@ -9,9 +9,10 @@ import torch
 from lab import LabError, analyses
 from lab.analyses.attribution import EmbeddedModel, attribute, captum_integrated_gradients, integrated_gradients
 from lab.analyses.losses import diagonal_is_least, fine_tune
-from lab.analyses.quality import GrammarProxy, Nearest, hellaswag, lambada, longest_shared_run, repetition
+from lab.analyses.quality import GrammarProxy, Nearest, longest_shared_run, repetition
 from lab.analyses.samples import cosine, distinct, profile
 from lab.analyses.scoring import score
+from lab.analyses.tasks import hellaswag, lambada
 from lab.checkpoints import find_checkpoints, load_checkpoint
 from lab.datasets import load_corpus
 from lab.models import fields_class

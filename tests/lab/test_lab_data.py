@@ -99,9 +99,7 @@ def test_bad_files_are_named(tmp_path, content, words):
 
 def test_cleaning_counts_what_it_drops():
     good = "Once upon a time there was a cat. " * 4
-    raw = "<|endoftext|>".join(
-        [good, good, good.replace("cat", "ca\ufffdt"), good + "And then", good.replace("cat", "кот"), "Too short."]
-    )
+    raw = [good, good, good.replace("cat", "ca\ufffdt"), good + "And then", good.replace("cat", "кот"), "Too short."]
     cleaned = clean_stories(raw)
     assert len(cleaned.stories) == 1
     reasons = ("copy", "broken", "incomplete", "foreign characters", "length")

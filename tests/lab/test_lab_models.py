@@ -139,5 +139,5 @@ def test_dropout_of_the_gpt_acts_in_training_alone_and_keeps_the_mean():
     assert abs(float(kept) - 0.7) < 0.01
     assert torch.allclose(draws.mean(0), plain.gpt.embed1(idx), atol=0.08), "what is kept is scaled up"
     assert not torch.equal(dropped.logits(idx), dropped.logits(idx))
-    with pytest.raises(LabError, match="dropout is 1"):
+    with pytest.raises(LabError, match=r"--dropout=1\.0: at least 0 and below 1"):
         build_model("gpt", 20, {"dropout": 1.0})

@@ -1,0 +1,96 @@
+"""The documents that a checkpoint was trained on, and no others: every analysis asks here.
+
+A checkpoint of the lab knows the hash of its documents, their split and where they lay; one of train_gpt.py knows its
+shards and their hash. Another text can be asked for, and then whatever is found says so.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lab import LabError
+from lab.checkpoints import Checkpoint
+from lab.datasets import documents_digest, load_documents, split_documents
+from lab.tokens import Tokenizer
+
+SHARD_TOKENS = 500_000  # read of each of train_gpt.py's shards: enough to score, and told in `Texts.said`
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents by split, and what there is to say of them: '' if they are all of the checkpoint's own."""
+
+    documents: dict[str, list[str]]
+    said: str = ""
+
+
+def texts_of(checkpoint: Checkpoint, path: str = "", other: str = "", kind: str = "") -> Texts:
+    """The train, val and test documents of a checkpoint.
+
+    path: where its text lies now; '': where it lay when it was trained, or the embedded corpus.
+    other: a file with another text instead, read as `kind` ('': as the checkpoint's own); `Texts.said` says so.
+
+    LabError if what lies there is not the text that the checkpoint was trained on."""
+    if other:
+        documents = load_documents(kind or checkpoint.told.get("data", "text"), other)
+        return Texts(split_documents(documents), f"on another text than the model's own: {Path(other).name}")
+    if "config" in checkpoint.told:
+        return _of_shards(checkpoint)
+    return Texts(_own(checkpoint, path))
+
+
+def _own(checkpoint: Checkpoint, path: str) -> dict[str, list[str]]:
+    told = checkpoint.told
+    lay = told.get("path", "")
+    place = path or (lay if lay and Path(lay).is_file() else "")
+    documents = load_documents(told["data"], place or None, int(told.get("limit_chars", 0)))
+    if documents_digest(documents) != told["data_hash"]:
+        there = place or "the embedded corpus"
+        was = f"; it was trained on {lay}" if lay and lay != place else ""
+        raise LabError(
+            f"{there} is not the text of {checkpoint.path}: its hash differs{was}. Give the text that it was trained "
+            "on with --path=FILE, or look at another text on purpose with --other=FILE"
+        )
+    return split_documents(documents, int(told.get("split_seed", 0)), kind=told.get("split", "documents"))
+
+
+def _of_shards(checkpoint: Checkpoint) -> Texts:
+    """Documents of the shards that a checkpoint of train_gpt.py names: the first of each kind."""
+    import train_gpt
+    from data.shards import ShardError
+
+    known = {field.name for field in dataclasses.fields(train_gpt.Config)}
+    config = train_gpt.Config(**{k: v for k, v in checkpoint.told["config"].items() if k in known})
+    try:
+        streams = train_gpt.open_streams(config)
+        for key, stream in zip(("data_hash", "val_data_hash"), streams):
+            if stream.data_hash() != checkpoint.told[key]:
+                raise LabError(f"{checkpoint.path}: its shards have changed since (their hash differs)")
+        train, val = (_documents(stream.shards[0].path, checkpoint.tokenizer) for stream in streams)
+    except (ShardError, OSError) as error:
+        raise LabError(
+            f"the text of {checkpoint.path} is not here ({error}); look at another text with --other=FILE"
+        ) from error
+    half = len(val) // 2
+    return Texts(
+        {"train": train, "val": val[: half or 1], "test": val[half:]},
+        f"train and validation documents from the first {SHARD_TOKENS:,} tokens of their shards",
+    )
+
+
+def _documents(path: str, tokenizer: Tokenizer) -> list[str]:
+    from data.shards import open_shard
+
+    ids = np.asarray(open_shard(path)[:SHARD_TOKENS], dtype=np.int64)
+    opens = np.flatnonzero(ids == tokenizer.mark)
+    pieces = np.split(ids, opens)
+    whole = pieces[:-1] if len(pieces) > 2 else pieces  # the last one may be cut
+    return [text for piece in whole if (text := tokenizer.decode(piece.tolist())).strip()]
+
+
+def starting_prompt(checkpoint: Checkpoint, documents: dict[str, Sequence[str]]) -> str:
+    """A few characters from the start of the first validation document: what an analysis begins with unasked."""
+    return documents["val"][0][: 2 if checkpoint.told.get("data") == "names" else 20]
