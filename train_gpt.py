@@ -33,6 +33,7 @@ import math
 import re
 import signal
 import uuid
+from functools import partial
 
 from trainer.threads import bound_spinning
 
@@ -59,6 +60,7 @@ from trainer.options import UsageError, help_text, parse_options, setting
 from trainer.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling
 from trainer.sample import sample_command
+from trainer.start import expand, initial_state
 from trainer.streams import describe_data, loss_floor, open_streams
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -73,7 +75,9 @@ class Config:
     """Everything that decides what a run computes; the defaults are the `medium` preset."""
 
     preset: str = setting("medium", "name", "table row of PRESETS that the other fields start from")
+    config: str = setting("", "file", "of fields, over the preset's: TOML, or the JSON beside a run's log")
     # Data
+    data: str = setting("", "path", "folder of shards, or a text to be tokenised: files, vocabulary, validation tokens")
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, or 'embedded'")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, or 'embedded'")
     vocab_size: int = setting(50257, "tokens", "token ids are below this; the head pads it up to 128s")
@@ -88,6 +92,7 @@ class Config:
     val_loss_every: int = setting(125, "steps", "between validations; 0: only at the end")
     cooldown_frac: float = setting(0.7, "fraction", "of the run, at its end, with the learning rate falling to 0")
     warmup_steps: int = setting(10, "steps", "compile and warm up before the clock, then reset all state")
+    stop_after: int = setting(0, "steps", "end there on a schedule that is longer; 0: at its end", at_least=0)
     target_loss: float = setting(2.92, "nats", "the loss that a series of runs is judged against")
     # Model
     num_layers: int = setting(16, "layers", "blocks of attention and MLP")
@@ -134,6 +139,9 @@ class Config:
     keep_checkpoints: int = setting(2, "files", "newest so many stay; 0: all")
     save_final: bool = setting(True, "flag", "checkpoint at the end of the run")
     resume: str = setting("", "name", "'auto': from this run's newest good checkpoint; or a checkpoint's path")
+    init_from: str = setting("", "file", "checkpoint whose weights the run starts with")
+    init_optimizer: bool = setting(False, "flag", "start with the optimizers' state of --init_from, too")
+    init_hash: str = setting("", "hash", "of the weights that the run starts with; --init_from fills it in")
     overwrite: bool = setting(False, "flag", "replace an existing run of the same name")
     plan_hash: str = setting("", "hash", "of the statistical plan that the run belongs to")
     data_dir: str = setting("", "folder", "for the embedded corpus; '': a cache folder beside this file")
@@ -142,8 +150,9 @@ class Config:
 # What a run computes does not depend on these, so a checkpoint may be resumed with others. Where the data lie does
 # not matter either: what they are is in the hashes of the tokens (trainer/evidence.py).
 _RUN_FIELDS = frozenset(
-    "train_files val_files data_dir output_dir run_name checkpoint_every keep_checkpoints save_final resume overwrite "
-    "plan_hash device compile kernels communication log_train_loss deterministic warmup_steps".split()
+    "config data init_from stop_after train_files val_files data_dir output_dir run_name checkpoint_every "
+    "save_final keep_checkpoints resume overwrite plan_hash device compile kernels communication log_train_loss "
+    "deterministic warmup_steps".split()
 )
 
 # fmt: off
@@ -172,7 +181,8 @@ PRESETS: dict[str, dict] = {
 
 def parse_config(arguments: list[str]) -> Config:
     """Config from `--field=value` (or `--field value`; a bare `--flag` is true). Raises UsageError."""
-    return check_config(parse_options(Config, PRESETS, arguments, bare={"resume": "auto"}))
+    bare = {"resume": "auto"}
+    return check_config(parse_options(Config, PRESETS, expand(arguments, Config, PRESETS, bare), bare))
 
 
 def _layers(text: str) -> frozenset[int]:
@@ -820,15 +830,16 @@ def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequ
     record = TokenRecord(stream)
     start = resume(trainer, log, clock, folder, record, val_stream)
     mine = my_sequences(c, rank(), trainer.world_size)
-    order = ((step, sequence) for step in range(start, c.num_iterations) for sequence in mine)
+    end = min(c.stop_after or c.num_iterations, c.num_iterations)
+    order = ((step, sequence) for step in range(start, end) for sequence in mine)
     batches = stream.prefetch(order, feed=record.feed)
     flops = flops_per_token(trainer.model)
     progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
     saved = start if start else -1
     clock.start()
     try:
-        for step in range(start, c.num_iterations + 1):
-            last = step == c.num_iterations
+        for step in range(start, max(start, end) + 1):
+            last = step >= end
             due = last or (c.val_loss_every and step % c.val_loss_every == 0)
             if due and not any(point["step"] == step for point in log.validation):
                 elapsed = clock.stop()
@@ -894,6 +905,7 @@ def run(config: Config) -> int:
     """Everything from set-up to the report. Returns the exit code; errors are raised after they are logged."""
     stop = StopRequest()
     device = set_up(config)
+    config = on_rank_0(lambda: config)  # files that it was read from may be on one host only
     asked, config = config, fit_to_world(config, world_size())
     streams = open_streams(config)
     data, remarks = describe_data(config, *streams)
@@ -920,6 +932,10 @@ def run(config: Config) -> int:
             log.line(remark)
         log.summary("running")
         ceiling = matmul_ceiling(device, getattr(torch, config.dtype), trainer.world_size)
+        if config.init_from:
+            read = partial(load_tensors, format=CHECKPOINT_FORMAT)
+            log.line(on_rank_0(lambda: initial_state(config.init_from, trainer, read, config.init_optimizer)))
+            trainer.share_state()
         warm_up(trainer)
         signal_number = train(trainer, log, streams, ceiling, stop)
     except BaseException as error:
@@ -941,7 +957,10 @@ def run(config: Config) -> int:
     if floor is not None:
         above = log.validation[-1]["loss"] - floor
         log.line(f"best possible on these tokens: {floor:.6f} nats; the final loss is {above:.6f} above it")
-    log.summary("interrupted" if signal_number else "finished", loss_floor=floor, **memory)
+    early = 0 < config.stop_after < config.num_iterations
+    log.summary("interrupted" if signal_number else "stopped" if early else "finished", loss_floor=floor, **memory)
+    if early and not signal_number:
+        log.line(f"stopped after {config.stop_after} of {config.num_iterations} steps; --resume goes on")
     if signal_number:
         log.line(f"stopped by {signal.Signals(signal_number).name} after a checkpoint; --resume=auto continues")
     return 128 + signal_number if signal_number else 0

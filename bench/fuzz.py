@@ -420,13 +420,14 @@ WORD = st.one_of(
 
 
 def trainer_arguments_check(folder: Path):
-    """The trainer's command line: a configuration that makes sense, or a usage error."""
+    """The trainer's command line: a configuration that makes sense, or an error: of usage, or of the checkpoint or data
+    that it names."""
     import train_gpt
 
     def check(words) -> str:
         try:
             config = train_gpt.parse_config(words)
-        except train_gpt.UsageError:
+        except (train_gpt.UsageError, train_gpt.CheckpointError, train_gpt.ShardError):
             return "error"
         if config.tokens_per_step % config.train_seq_len or config.num_iterations < 1:
             raise Wrong(f"accepted: {config}")

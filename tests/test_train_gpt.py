@@ -322,7 +322,7 @@ def test_fields_are_typed_and_named():
     config = parse_config(["--preset=nano", "--num_iterations", "7", "--second_input_embedding=off", "--seed=3"])
     assert (config.num_iterations, config.second_input_embedding, config.seed) == (7, False, 3)
     assert parse_config([]) == Config()
-    assert parse_config(["--resume"]).resume == "auto"
+    assert parse_config(["--resume", "--run_name=x"]).resume == "auto"
 
 
 @pytest.mark.parametrize(

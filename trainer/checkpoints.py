@@ -82,6 +82,19 @@ def read_tensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def read_texts(path: str | Path) -> dict[str, str]:
+    """The texts of any safetensors file, without reading its tensors. Raises CheckpointError."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # safetensors has an error type for each kind of damage
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+
+
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, named step-<number>.safetensors, the newest step first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)

@@ -1,0 +1,126 @@
+"""Where a configuration comes from: a file, a checkpoint, the data; and how a run goes on from another."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_runs import SMALL, folder_of, run, tokens
+
+import train_gpt
+from data.shards import write_shard
+from trainer.checkpoints import load_tensors
+from trainer.options import UsageError
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run of four steps with checkpoints of step 2 and 4: its folder."""
+    folder = tmp_path_factory.mktemp("done")
+    assert run(folder_of(folder / "data", tokens(2000)), folder, "--checkpoint_every=2") == 0
+    return folder
+
+
+def checkpoint(folder, step=4, name="run"):
+    return folder / f"{name}.checkpoints" / f"step-{step:06d}.safetensors"
+
+
+def told(folder, name="run"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_file_of_fields(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        'preset = "nano"\nseed = 3\n[optimizer]\nmuon_lr = 0.02\nlog_train_loss = false\n'
+    )
+    config = train_gpt.parse_config([f"--config={tmp_path / 'run.toml'}", "--seed=4"])
+    assert (config.preset, config.seed, config.muon_lr, config.log_train_loss) == ("nano", 4, 0.02, False)
+    assert config.model_dim == 64
+    for text, message in (
+        ("muon_lrr = 1", "unknown field 'muon_lrr'; did you mean muon_lr"),
+        ("seed = [1]", "seed is list"),
+        ("seed =", "Invalid value"),
+        ('muon_lr = "fast"', "expected float"),
+    ):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            train_gpt.parse_config([f"--config={tmp_path / 'bad.toml'}"])
+    with pytest.raises(UsageError, match="No such file"):
+        train_gpt.parse_config(["--config=none.toml"])
+
+
+def test_every_runs_json_is_such_a_file(done):
+    config = train_gpt.parse_config([f"--config={done / 'run.json'}"])
+    assert train_gpt.config_hash(config) == told(done)["config_hash"]
+    assert config.run_name == "" and config.seed == told(done)["seed"]
+
+
+def test_resuming_takes_the_configuration_from_the_checkpoint(done, tmp_path, capsys):
+    finished = told(done)
+    checkpoint(done).unlink()
+    assert train_gpt.main([f"--resume={checkpoint(done, 2)}", "--warmup_steps=0"]) == 0
+    assert told(done)["validation"][-1]["loss"] == finished["validation"][-1]["loss"]
+    assert checkpoint(done).exists() and "resumed from the checkpoint of step 2" in (done / "run.txt").read_text()
+    assert train_gpt.main([f"--resume={checkpoint(done, 2)}", "--muon_lr=0.5", "--run_name=other"]) == 3
+    assert "these fields differ: muon_lr" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"--run_name names; the newest in .* is --run_name=run"):
+        train_gpt.parse_config(["--preset=nano", "--resume=auto", f"--output_dir={done}"])
+
+
+def test_another_run_starts_from_weights(done, tmp_path, capsys):
+    old = load_tensors(checkpoint(done), train_gpt.CHECKPOINT_FORMAT)[1]
+    more = [f"--output_dir={tmp_path}", "--run_name=new", "--num_iterations=2", "--muon_lr=0", "--embed_lr=0"]
+    more += ["--head_lr=0", "--scalar_lr=0", f"--init_from={checkpoint(done)}", "--warmup_steps=1"]
+    assert train_gpt.main(more) == 0
+    new = load_tensors(checkpoint(tmp_path, 2, "new"), train_gpt.CHECKPOINT_FORMAT)[1]
+    for name, tensor in old.items():
+        if name.startswith("model."):
+            assert torch.equal(new[name], tensor), name
+    assert told(tmp_path, "new")["validation"][0]["loss"] == pytest.approx(told(done)["final_loss"], abs=0.05)
+    assert f"weights from step 4 of run run ({checkpoint(done)})" in (tmp_path / "new.txt").read_text()
+    assert train_gpt.main([*more, "--init_optimizer", "--overwrite"]) == 0
+    assert float(load_tensors(checkpoint(tmp_path, 2, "new"), "train_gpt-1")[1]["adam.step.head_w"]) == 6
+    assert train_gpt.main([*more, "--overwrite", "--model_dim=32"]) == 3
+    assert "do not fit the model" in capsys.readouterr().err
+    plain = train_gpt.parse_config([*SMALL])
+    assert train_gpt.parse_config([*SMALL, f"--init_from={checkpoint(done)}"]).init_hash != plain.init_hash
+
+
+def test_a_run_may_stop_early_and_go_on(done, tmp_path):
+    data = folder_of(tmp_path / "data", tokens(2000))
+    assert run(data, tmp_path, "--stop_after=2") == 0
+    assert told(tmp_path)["status"] == "stopped" and told(tmp_path)["final_loss"] is None
+    assert [point["step"] for point in told(tmp_path)["validation"]] == [0, 2]
+    assert train_gpt.main([f"--resume={checkpoint(tmp_path, 2)}"]) == 0
+    assert told(tmp_path)["status"] == "finished"
+    assert told(tmp_path)["validation"][-1]["loss"] == told(done)["validation"][-1]["loss"]
+
+
+def test_a_text_is_all_the_data_that_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "story.txt").write_text("Once upon a time there was a small model. " * 40)
+    small = [word for word in SMALL if not word.startswith("--val")]
+    assert train_gpt.main([*small, f"--data={tmp_path / 'story.txt'}", f"--output_dir={tmp_path}"]) == 0
+    config = told(tmp_path)["config"]
+    assert (config["vocab_size"], config["eos_id"], config["val_seq_len"], config["val_tokens"]) == (256, 0, 160, 160)
+    assert told(tmp_path)["status"] == "finished"
+
+
+def test_a_folder_says_all_of_its_data(tmp_path):
+    data = folder_of(tmp_path / "data", tokens(2000), val=tokens(30_000, 1))
+    (data / "tokenize.json").write_text('{"vocab_size": 256, "end_of_text": 0}')
+    config = train_gpt.parse_config([f"--data={data}", "--preset=nano"])
+    assert (config.val_seq_len, config.val_tokens) == (8192, 3 * 8192)
+    config = train_gpt.parse_config([f"--data={data}"])
+    assert (config.vocab_size, config.eos_id, config.val_seq_len) == (256, 0, 29_952)  # whole blocks of 128
+    for words, message in (
+        (["--vocab_size=50257"], "tokenize.json: says vocab_size 256, not --vocab_size=50257"),
+        (["--train_files=x"], "leave --train_files out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_gpt.parse_config([f"--data={data}", *words])
+    write_shard(data / "val_0.bin", np.zeros(1, dtype=np.uint16))
+    with pytest.raises(ValueError, match="hold 1 tokens, too few"):
+        train_gpt.parse_config([f"--data={data}"])
+    with pytest.raises(ValueError, match="no such folder or file"):
+        train_gpt.parse_config(["--preset=nano", "--data=nowhere.txt"])

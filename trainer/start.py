@@ -1,0 +1,213 @@
+"""Where the values of a configuration come from that its command line does not give.
+
+    --config=run.toml         a file of fields: TOML, or the JSON that lies beside any run's log
+    --resume=CHECKPOINT       the run that wrote it, which goes on
+    --init_from=CHECKPOINT    the model that it holds; the schedule too, unless --preset names another
+    --data=FOLDER or TEXT     files, vocabulary, end of text and validation tokens
+
+In this order, each over the ones before and all over the preset; what the command line gives itself stands over all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.encoding import TokenizeError, encoding_name
+from data.folder import open_folder, tokens_of
+from data.paths import PathError, is_remote
+from data.shards import ShardError
+from trainer.checkpoints import CheckpointError, read_texts
+from trainer.options import UsageError, read_words
+
+#: What belongs to one run and not to the next one that a file or a checkpoint describes.
+OF_ONE_RUN = "run_name resume overwrite plan_hash config data init_from init_optimizer init_hash stop_after".split()
+OF_A_MACHINE = "device compile kernels communication deterministic".split()
+OF_A_MODEL = """vocab_size eos_id num_layers model_dim num_heads mlp_ratio attention_scale soft_cap
+second_input_embedding value_embeddings unet_skips attention_free_layers half_truncated_rotary block_tokens
+window_max_tokens long_window_layers dtype""".split()
+
+
+def expand(arguments: Iterable[str], kind: type, presets: Mapping[str, Mapping[str, Any]], bare: Mapping[str, str]):
+    """`arguments` (words of a command line over the dataclass `kind`) and, behind them, the fields that the file, the
+    checkpoint or the data that they name decides. Raises UsageError, CheckpointError, ShardError."""
+    words = list(arguments)
+    _, given = read_words([kind], words, bare)
+    found: dict[str, Any] = {}
+    if path := given.get("config"):
+        found |= from_file(path, kind)
+    if given.get("resume", "auto") not in ("", "auto"):
+        found |= from_run(given["resume"], kind)
+    elif given.get("resume") == "auto" and not {**found, **given}.get("run_name"):
+        raise UsageError(f"--resume=auto goes on with the run that --run_name names{_newest_run(given, kind)}")
+    if path := given.get("init_from"):
+        found |= from_model(path, kind, schedule="preset" not in given and "config" not in given)
+    if path := given.get("data"):
+        known = _values(kind, presets, found, given)
+        found |= from_data(path, known, given)
+    return [*words, *(f"--{name}={value}" for name, value in found.items() if name not in given)]
+
+
+def _values(kind: type, presets: Mapping, found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """All fields as they are so far; what is given, as text."""
+    preset = given.get("preset", found.get("preset", "medium"))
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    return defaults | dict(presets.get(preset, {})) | dict(found) | dict(given)
+
+
+def _told(kind: type, values: Mapping[str, Any], without: Iterable[str]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)} - set(without)
+    return {name: value for name, value in values.items() if name in names}
+
+
+# -------------------------------------------------------------------------------------------------------------
+# A file
+
+
+def from_file(path: str, kind: type) -> dict[str, Any]:
+    """Fields from TOML (tables only group them) or JSON (a run's, with its fields under "config"). UsageError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        told = json.loads(text) if path.endswith(".json") else _toml(text)
+        if not isinstance(told, dict):
+            raise ValueError("no fields in it")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--config={path}: {getattr(error, 'strerror', None) or error}") from error
+    if isinstance(told.get("config"), dict):
+        return _told(kind, told["config"], OF_ONE_RUN)
+    flat: dict[str, Any] = {}
+    for name, value in told.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name, value in flat.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UsageError(
+                f"--config={path}: unknown field {name!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if not isinstance(value, (str, int, float)):
+            raise UsageError(f"--config={path}: {name} is {type(value).__name__}, a text or a number is needed")
+    return flat
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+# -------------------------------------------------------------------------------------------------------------
+# A checkpoint
+
+
+def _config_of(path: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(texts, configuration) in the header of a checkpoint of train_gpt.py. Raises CheckpointError."""
+    texts = read_texts(path)
+    try:
+        config = json.loads(texts["config"])
+        if not texts["format"].startswith("train_gpt") or not isinstance(config, dict):
+            raise ValueError(f"format {texts['format']}")
+        return texts, config
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of train_gpt.py ({error})") from error
+
+
+def from_run(path: str, kind: type) -> dict[str, Any]:
+    """The fields of the run that wrote a checkpoint, its log's place among them: it goes on where it is.
+
+    On another host than the first one's, where the file may be absent, nothing: rank 0's configuration counts."""
+    if int(os.environ.get("RANK", 0)) and not Path(path).exists():
+        return {}
+    _, config = _config_of(path)
+    found = _told(kind, config, {*OF_ONE_RUN, *OF_A_MACHINE} - {"init_hash", "plan_hash"})
+    folder = Path(path).resolve().parent
+    if folder.name.endswith(".checkpoints"):
+        found |= {"output_dir": str(folder.parent), "run_name": folder.name.removesuffix(".checkpoints")}
+    return found
+
+
+def from_model(path: str, kind: type, schedule: bool) -> dict[str, Any]:
+    """The fields of the model in a checkpoint, and with `schedule` all others of its run too; `init_hash` says which
+    weights they are."""
+    texts, config = _config_of(path)
+    if "digest" not in texts:
+        raise CheckpointError(f"{path}: without a digest; it was not written by train_gpt.py")
+    found = _told(kind, config, {*OF_ONE_RUN, *OF_A_MACHINE, "output_dir"})
+    if not schedule:
+        found = {name: value for name, value in found.items() if name in OF_A_MODEL}
+    return found | {"init_hash": texts["digest"]}
+
+
+def _newest_run(given: Mapping[str, str], kind: type) -> str:
+    default = next(field.default for field in dataclasses.fields(kind) if field.name == "output_dir")
+    folder = Path(given.get("output_dir", default))
+    runs = sorted(folder.glob("*.checkpoints"), key=lambda path: path.stat().st_mtime)
+    return f"; the newest in {folder} is --run_name={runs[-1].name.removesuffix('.checkpoints')}" if runs else ""
+
+
+# -------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """What a folder of shards decides, or a text, which is tokenised to a folder in the cache first.
+
+    known: all fields so far. Raises UsageError where the command line contradicts, ShardError."""
+    if clash := [name for name in ("train_files", "val_files") if name in given]:
+        raise UsageError(f"--data={path} names the files itself; leave --{clash[0]} out")
+    folder = Path(path)
+    if not folder.exists() and not is_remote(path):
+        raise ShardError(f"--data={path}: no such folder or file")
+    if not folder.is_dir():
+        say = print if not int(os.environ.get("RANK", 0)) else lambda text: None
+        try:
+            folder = tokens_of(path, encoding_name(int(known["vocab_size"])), say)
+        except (TokenizeError, PathError, OSError) as error:
+            raise ShardError(f"--data={path}: {error}") from error
+    parts = open_folder(folder)
+    found: dict[str, Any] = {"train_files": parts.train_files, "val_files": parts.val_files}
+    if parts.facts is not None:
+        found |= dict(vocab_size=parts.facts.vocabulary.size, eos_id=parts.facts.vocabulary.end_of_text)
+        for name in ("vocab_size", "eos_id"):
+            if name in given and given[name] != str(found[name]):
+                raise ShardError(f"{parts.facts.source}: says {name} {found[name]}, not --{name}={given[name]}")
+    return found | _validation(parts.val_tokens, known, given)
+
+
+def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, int]:
+    """As many whole validation sequences as there are tokens for, at most what the preset asks for; where there is not
+    even one, a shorter one."""
+    length, block = int(known["val_seq_len"]), int(known["block_tokens"])
+    if "val_seq_len" not in given and held - 1 < length:
+        length = (held - 1) // block * block or held - 1
+    whole = (held - 1) // max(length, 1) * length
+    if whole < 1:
+        raise ShardError(f"the validation shards hold {held} tokens, too few for a sequence of {length} and a target")
+    return {"val_seq_len": length, "val_tokens": min(whole, int(known["val_tokens"]) // length * length or length)}
+
+
+# -------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def initial_state(path: str, trainer: Any, load: Any, with_optimizer: bool) -> str:
+    """Put the weights of a checkpoint, with the optimizers' state if asked, in the place of the initial ones.
+
+    trainer: train_gpt.Trainer. load: path -> (texts, tensors). Returns what the log says of it. CheckpointError."""
+    texts, tensors = load(path)
+    live = trainer.state()
+    weights = ("model.", "muon.mantissa.")  # a bfloat16 weight and the bits below it
+    wanted = {name: t for name, t in live.items() if with_optimizer or name.startswith(weights)}
+    for name, tensor in wanted.items():
+        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (tensor.shape, tensor.dtype):
+            raise CheckpointError(f"{path}: its tensors do not fit the model of this run ({name})")
+    trainer.load({**live, **{name: tensors[name] for name in wanted}})
+    what = "weights and optimizer state" if with_optimizer else "weights"
+    return f"{what} from step {texts.get('step')} of run {texts.get('run_name')} ({path})"
