@@ -13,11 +13,11 @@ into dx and adds it to dw. So the logits cross the memory bus five times (writte
 the kernel, read by two products) and only a chunk of them exists. Products: 6 N D V FLOPs.
 
 Memory beside x and w, for N = 65,536, D = 1024, V = 50,304 in bfloat16 and chunks of 8192 tokens: 824 MB of logits,
-103 MB for w in bfloat16, 206 MB dw and as much for what is added to it, 134 MB dx: 1.47 GB (counted from the launch
-code in tests/kernels/test_cross_entropy.py, not measured), where all logits in float32 and their gradient take 26 GB.
-A chunk costs 0.6 GB of traffic for adding to dw, whatever its size; `chosen_chunk_tokens` makes chunks as large as the
-device affords. `chunk_tokens` = N keeps all logits (6.6 GB) and adds to dw once: whether that is faster on a device
-`python -m bench.cross_entropy` tells, and has not told yet. For "mean" and "sum" the gradients are computed in
+103 MB for w in bfloat16, 206 MB dw, 134 MB dx: 1.27 GB (counted from the launch code in
+tests/kernels/test_cross_entropy.py, not measured), where all logits in float32 and their gradient take 26 GB.
+A chunk reads and writes dw inside its product, 0.4 GB whatever its size; `chosen_chunk_tokens` makes chunks as large
+as the device affords. `chunk_tokens` = N keeps all logits (6.6 GB) and writes dw once: whether that is faster on a
+device `python -m bench.cross_entropy` tells, and has not told yet. For "mean" and "sum" the gradients are computed in
 the forward pass, for an upstream gradient of one, and scaled in the backward pass; for "none" the backward pass
 computes the logits again.
 """
@@ -336,16 +336,25 @@ def chosen_chunk_tokens(classes: int, element_bytes: int, device_bytes: int) -> 
     return min(max(rows, LEAST_CHUNK_TOKENS), MOST_CHUNK_TOKENS)
 
 
-def launch_rows(z_NV, targets_N, softcap: str | None, ignore_index: int, gradient: bool, block: int | None = None):
+def launch_rows(
+    z_NV,
+    targets_N,
+    softcap: str | None,
+    ignore_index: int,
+    gradient: bool,
+    block: int | None = None,
+    losses: torch.Tensor | None = None,
+):
     """float32 losses (N,); if `gradient`, z is overwritten by d(sum of losses)/dz. z is dense.
 
-    block: classes a program holds at once, a power of two; None: all of them, if registers suffice."""
+    block: classes a program holds at once, a power of two; None: all of them, if registers suffice.
+    losses: where they go, dense; None: a new tensor."""
     N, V = z_NV.shape
     block = min(triton.next_power_of_2(V), block or _MOST_IN_REGISTERS)
     one = block >= V
     tail = 0 if one or V % block == 0 else triton.next_power_of_2(V % block)
     lanes = 64 if device_kind().startswith("gfx") else 32
-    losses = torch.empty(N, dtype=torch.float32, device=z_NV.device)
+    losses = torch.empty(N, dtype=torch.float32, device=z_NV.device) if losses is None else losses
     _row_loss[(N,)](
         z_NV,
         targets_N,
@@ -376,15 +385,30 @@ def _in_8_bits(x, dtype: torch.dtype = torch.float8_e4m3fn):
     return (x / scale).to(dtype).contiguous(), scale
 
 
-def _gradient_products(g, x, w, dw, fp8: bool):
-    """dx of one chunk, and dw += g^T x in place; g (C, V) is the gradient at the logits, w (V, D)."""
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total <- a b if `first`, else total + a b, in float32: inside the product where the device can, so that only it
+    touches `total`."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def _gradient_products(g, x, w, dx, dw, first: bool, fp8: bool) -> None:
+    """dx <- g w and dw += g^T x in place (dw <- g^T x for the `first` chunk); g (C, V) is the gradient at the logits,
+    w (V, D)."""
     if not fp8:
-        dw += _matmul_f32(g.t(), x)
-        return g @ w
+        torch.mm(g, w, out=dx)
+        _add_product_(dw, g.t(), x, first)
+        return
     g_8, g_scale = _in_8_bits(g, torch.float8_e5m2)
     (w_8, w_scale), (x_8, x_scale) = _in_8_bits(w.t()), _in_8_bits(x.t())
-    dw += torch._scaled_mm(g_8.t().contiguous(), x_8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32)
-    return torch._scaled_mm(g_8, w_8.t(), scale_a=g_scale, scale_b=w_scale, out_dtype=x.dtype)
+    part = torch._scaled_mm(g_8.t().contiguous(), x_8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32)
+    dw.copy_(part) if first else dw.add_(part)
+    dx.copy_(torch._scaled_mm(g_8, w_8.t(), scale_a=g_scale, scale_b=w_scale, out_dtype=x.dtype))
 
 
 def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient, upstream_N=None):
@@ -398,15 +422,18 @@ def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens,
     w_VD = weight_VD.to(x_ND.dtype)
     losses = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
     dx_ND = torch.empty_like(x_ND) if gradient else x_ND.new_empty(0)
-    dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradient else weight_VD.new_empty(0)
+    # the first chunk writes dw and the others add to it; without any chunk it is 0
+    dw_VD = torch.empty_like(weight_VD, dtype=torch.float32) if gradient else weight_VD.new_empty(0)
+    if x_ND.shape[0] == 0:
+        dw_VD.zero_()
     for start in range(0, x_ND.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         z = _product(x_ND[rows], w_VD, fp8)
-        losses[rows] = launch_rows(z, targets_N[rows], softcap or None, ignore_index, gradient)
+        launch_rows(z, targets_N[rows], softcap or None, ignore_index, gradient, losses=losses[rows])
         if gradient:
             if upstream_N is not None:
                 z *= upstream_N[rows, None]
-            dx_ND[rows] = _gradient_products(z, x_ND[rows], w_VD, dw_VD, fp8)
+            _gradient_products(z, x_ND[rows], w_VD, dx_ND[rows], dw_VD, start == 0, fp8)
         del z  # before the next chunk's logits, or two chunks of them would exist
     return losses, dx_ND, dw_VD
 
