@@ -8,6 +8,7 @@ preset (about 0.2M parameters, bytes) on a laptop. What has been measured, where
     python train_gpt.py --preset=nano --seed=1                    # one process, no GPU needed
     python train_gpt.py --help                                    # every field with its unit
     python train_gpt.py sample CHECKPOINT --prompt "Once upon"    # text from what was trained
+    python train_gpt.py evaluate CHECKPOINT --val_files=GLOB      # its loss a token and a byte
 
 Exit codes: 0 trained; 2 usage; 3 bad data or checkpoint; 4 non-finite loss; 5 input or output failed (disk
 full, read-only folder); 130 or 143 stopped by SIGINT or SIGTERM, after a checkpoint.
@@ -53,6 +54,7 @@ from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
 from trainer.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
+from trainer.evaluate import evaluate_command
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange
 from trainer.log import Clock, Progress, RunLog, now, say
@@ -978,6 +980,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["sample"]:
             return sample_command(arguments[1:], load_model)
+        if arguments[:1] == ["evaluate"]:
+            return evaluate_command(arguments[1:], load_model)
         return run(parse_config(arguments))
     except tuple(EXIT_CODES) as error:
         if rank() == 0 or not getattr(error, "shared", False):
