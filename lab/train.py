@@ -31,6 +31,7 @@ from lab.diagnostics import Diagnostics
 from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
 from lab.models.initial import different_units, initialise_, parse_initial
 from lab.runlog import RunLog, finite, sources_of
+from records.series import run_name
 from trainer.processes import StopRequest
 
 KEEP = ("best", "last")
@@ -261,7 +262,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, fields: Any, corpus: Corpus, folder: Path, echo: bool):
         self.config, self.fields, self.corpus, self.folder, self.echo = config, fields, corpus, folder, echo
-        self.name = f"seed-{config.seed:03d}"
+        self.name = run_name(config.seed)
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, corpus.tokenizer.vocab_size, fields)
         initialise_(self.model, config.initial)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 MOST_NUMBERS = 50_000_000  # parameters of all opened models together, 200 MB
+_UNITS = {"char": "character", "word": "word", "byte": "byte"}
 NOT_MODELS = ("resume.safetensors",)  # a training's state, for lab.train alone
 
 
@@ -34,6 +35,13 @@ class Found:
     size_bytes: int
     loss: float | None  # validation, nats a token, at that step
     saved: float  # seconds since 1970
+    corpus: str = ""  # what it was trained on, where its header says so
+    unit: str = "token"  # that the loss is counted in: character, byte, word
+
+    @property
+    def untrained(self) -> bool:
+        """It was stopped before its first step was kept."""
+        return self.step == 0
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
@@ -62,18 +70,29 @@ def describe(path: Path) -> Found:
     run = path.parent.name.removesuffix(".checkpoints")
     try:
         if kind.startswith("train_gpt"):
-            model = json.loads(texts["config"])["preset"]
+            config = json.loads(texts["config"])
+            model, corpus = config["preset"], _corpus_of_shards(str(config.get("train_files", "")))
+            unit = "byte" if config.get("vocab_size") == 256 else "token"
             step, tensors = int(texts["step"]), {n: s for n, s in shapes.items() if n.startswith("model.")}
         else:
             told = json.loads(texts["lab"])
             model, step, tensors = told["model"], int(told["step"]), shapes
+            corpus = Path(told["path"]).stem if told.get("path") else f"{told.get('data', '')}"
+            unit = _UNITS.get(told.get("tokenizer", {}).get("kind"), "token")
     except (KeyError, ValueError, TypeError):
         raise Refused(f"{path.name} is not a checkpoint of this project") from None
     beside = path.parent.with_name(f"{run}.json")
-    parameters = read_run_json(beside).get("num_parameters") or sum(map(_product, tensors.values()))
+    summary = read_run_json(beside)
+    parameters = summary.get("num_parameters") or sum(map(_product, tensors.values()))
     losses = [loss for at, loss in read_progress(beside.with_suffix(".txt")).val if at <= step]
     stat = path.stat()
-    return Found(path, str(model), run, step, parameters, stat.st_size, losses[-1] if losses else None, stat.st_mtime)
+    loss = losses[-1] if losses else None
+    return Found(path, str(model), run, step, parameters, stat.st_size, loss, stat.st_mtime, corpus, unit)
+
+
+def _corpus_of_shards(pattern: str) -> str:
+    """A short name for train_gpt.py's training data."""
+    return "embedded" if pattern == "embedded" else Path(pattern).parent.name
 
 
 def _product(shape: list[int]) -> int:
@@ -98,12 +117,12 @@ class Catalogue:
         self._seen: dict[tuple[Path, int], Found] = {}
 
     def checkpoints(self) -> list[Found]:
-        """One entry a run, the newest first. Files that are no checkpoints of the project are passed over."""
+        """One entry a run, the newest first and untrained ones last. Files that are no checkpoints of the project are
+        passed over."""
         folders: dict[Path, list[Path]] = {}
         for root in self.places.roots:
             for path in root.rglob("*.safetensors") if root.is_dir() else ():
-                hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-                if path.name not in NOT_MODELS and not hidden and not path.is_relative_to(self.places.uploads):
+                if path.name not in NOT_MODELS and self._listed(path, root):
                     folders.setdefault(path.parent.resolve(), []).append(path.resolve())
         found = []
         for paths in folders.values():
@@ -116,14 +135,20 @@ class Catalogue:
                 found.append(self._seen[key])
             except (Refused, OSError):  # not ours, or gone since
                 continue
-        return sorted(found, key=lambda one: -one.saved)
+        return sorted(found, key=lambda one: (one.untrained, -one.saved))
+
+    def _listed(self, path: Path, root: Path) -> bool:
+        """Not hidden, not just uploaded, not thrown away."""
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        return not hidden and not any(path.is_relative_to(p) for p in (self.places.uploads, self.places.trash))
 
     def series(self) -> list[Path]:
         """Folders with logs of runs: the records first, then trainings, each by name."""
         found: dict[Path, None] = {}
         for root in self.places.roots:
             for log in sorted(root.rglob("runs/*.txt")) if root.is_dir() else ():
-                found[log.parent.parent.resolve()] = None
+                if self._listed(log, root):
+                    found[log.parent.parent.resolve()] = None
         return list(found)
 
     def folder(self, one: Found) -> Path:
@@ -138,9 +163,10 @@ class Catalogue:
     def row(self, one: Found) -> list:
         """A line of the table on the Models page."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.saved))
-        loss = "" if one.loss is None else f"{one.loss:.4f}"
+        loss = "" if one.loss is None else f"{one.loss:.4f} a {one.unit}"  # units do not compare, so each says its own
         where = f"{self.places.shown(self.folder(one))} · {one.run}"
-        return [one.model, where, one.step, f"{one.parameters:,}", f"{one.size_bytes / 1e6:.1f} MB", loss, when]
+        size = f"{one.size_bytes / 1e6:.1f} MB"
+        return [one.model, one.corpus, one.step, loss, f"{one.parameters:,}", size, when, where]
 
 
 class Models:

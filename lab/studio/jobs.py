@@ -30,8 +30,8 @@ from data.paths import atomic_file
 from lab.studio.places import REPO
 from records.launch import Job, Slot, read_run_json
 from records.ledger import Ledger, RunState, now, process_lives
+from records.series import run_name
 
-RUN = "seed-000"  # a training is a series of one run, in the layout that stats and records read
 POLL_S = 0.2
 KILL_AFTER_S = 60.0  # a trainer that was asked to stop and does not is killed; its last checkpoint stays
 WISHES = ("run", "pause", "stop")
@@ -68,6 +68,11 @@ class Entry:
     run: RunState | None
 
     @property
+    def name(self) -> str:
+        """The run's, as the trainer calls it: a training is a series of one run, in the layout that stats reads."""
+        return run_name(self.training.seed)
+
+    @property
     def launches(self) -> int:
         return len(self.run.attempts) if self.run else 0
 
@@ -99,29 +104,29 @@ class Entry:
     @property
     def output(self) -> str:
         """The last lines that a failed training printed."""
-        path = self.folder / "attempts" / f"{RUN}.{self.launches}.output"
+        path = self.folder / "attempts" / f"{self.name}.{self.launches}.output"
         with contextlib.suppress(OSError):
             return path.read_bytes()[-4000:].decode("utf-8", "replace")
         return ""
 
     @property
     def log(self) -> Path:
-        return self.folder / "runs" / f"{RUN}.txt"
+        return self.folder / "runs" / f"{self.name}.txt"
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "runs" / f"{RUN}.checkpoints"
+        return self.folder / "runs" / f"{self.name}.checkpoints"
 
     @property
     def summary(self) -> dict:
         """The trainer's JSON, {} before there is one."""
-        return read_run_json(self.folder / "runs" / f"{RUN}.json")
+        return read_run_json(self.folder / "runs" / f"{self.name}.json")
 
     def command(self) -> list[str]:
         """The next launch's command line."""
         place = [f"--output_dir={self.folder}"]
         if self.training.command[0] == "train_gpt.py":
-            place = [f"--output_dir={self.folder / 'runs'}", f"--run_name={RUN}"]
+            place = [f"--output_dir={self.folder / 'runs'}", f"--run_name={self.name}"]
         again = self.training.resume if self.launches else ()
         return [sys.executable, *self.training.command, *place, *again]
 
@@ -150,8 +155,9 @@ class Queue:
         told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         told["command"], told["resume"] = tuple(told["command"]), tuple(told["resume"])
         wish = read_run_json(folder / "wish.json") or _wish("stop", 0)
-        run = Ledger(folder).runs().get(RUN) if (folder / "ledger.jsonl").exists() else None
-        return Entry(folder.name, folder, Training(**told), wish, run)
+        training = Training(**told)
+        runs = Ledger(folder).runs() if (folder / "ledger.jsonl").exists() else {}
+        return Entry(folder.name, folder, training, wish, runs.get(run_name(training.seed)))
 
     def entries(self) -> list[Entry]:
         """All trainings, in the order in which they were queued (a resumed one from then on)."""
@@ -188,14 +194,23 @@ class Queue:
         _write(entry.folder / "wish.json", _wish(wish, entry.launches, since))
         return {"run": "queued again", "pause": "pausing", "stop": "stopping"}[wish]
 
-    def remove(self, id: str) -> None:
-        """Delete a training that is not running, with everything it wrote."""
-        import shutil
-
+    def remove(self, id: str) -> Path:
+        """Move a training that is not running, with everything it wrote, to the trash beside the queue; returns where
+        it lies now."""
         entry = self.entry(id)
         if entry.state in _BUSY:
             raise QueueError(f"{entry.training.title} is {entry.state}; stop it first")
-        shutil.rmtree(entry.folder)
+        trash = self.folder.with_name("trash")
+        trash.mkdir(exist_ok=True)
+        return entry.folder.rename(trash / entry.id)
+
+    def put_back(self, id: str) -> None:
+        """Take a training back from the trash; one that waited stays stopped until it is resumed."""
+        removed = self.folder.with_name("trash") / str(id)
+        if not _ID.match(str(id)) or not removed.is_dir():
+            raise QueueError(f"{str(id)[:80]!r} is not in the trash")
+        _write(removed / "wish.json", read_run_json(removed / "wish.json") | {"wish": "stop"})
+        removed.rename(self.folder / removed.name)
 
     def work(self) -> None:
         """Start a runner if there is something to run and nobody works on it."""
@@ -274,7 +289,7 @@ class Runner:
         (entry.folder / "runs").mkdir(exist_ok=True)
         job = Job(
             entry.folder,
-            RUN,
+            entry.name,
             entry.training.seed,
             entry.command(),
             attempt=entry.launches + 1,

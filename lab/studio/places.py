@@ -12,6 +12,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 MAX_UPLOAD_BYTES = 20 << 20  # a corpus for a model of a few million parameters; training reads it into memory
+MOST_TEXT_BYTES = 50 * MAX_UPLOAD_BYTES  # of all kept texts together
 
 
 class Refused(ValueError):
@@ -52,23 +53,31 @@ class Places:
         return self.home / "pictures"
 
     @property
+    def trash(self) -> Path:
+        """Trainings that were removed; delete them there for good."""
+        return self.home / "trash"
+
+    @property
     def uploads(self) -> Path:
         """Where Gradio puts what arrives, before anybody looked at it."""
         return self.home / "uploads"
 
-    def inside(self, path: str | Path) -> Path:
-        """`path` (relative to the project if it is not absolute) with links followed; Refused outside."""
-        text = str(path).strip()
+    def inside(self, path: str | Path | None) -> Path:
+        """`path` (relative to the project if it is not absolute) with links followed; Refused outside, and where
+        nothing was chosen."""
+        text = str(path or "").strip()
         if not text or "\0" in text:
-            raise Refused("no path was given; choose one from the list")
+            raise Refused("nothing is chosen; choose from the list first")
         resolved = (REPO / text).resolve()
         if not any(resolved.is_relative_to(root.resolve()) for root in self.roots):
             allowed = ", ".join(self.shown(root) for root in self.roots)
             raise Refused(f"{text} is outside of the folders that the studio opens ({allowed})")
         return resolved
 
-    def checkpoint(self, path: str | Path) -> Path:
+    def checkpoint(self, path: str | Path | None) -> Path:
         """`path` as an existing .safetensors file inside; Refused otherwise. Other formats may carry code."""
+        if not path:
+            raise Refused("choose a model first")
         resolved = self.inside(path)
         if resolved.suffix != ".safetensors":
             raise Refused(f"{resolved.name} is not a .safetensors file; other kinds of checkpoints can run code")
@@ -82,12 +91,20 @@ class Places:
         return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
 
     def keep_text(self, upload: str | Path) -> Path:
-        """Check an uploaded file and keep it below `texts`, named after itself and its content.
+        """Check an uploaded file and keep it below `texts`, named after itself and its content. What is refused is
+        deleted.
 
-        Refused: not from the upload folder, larger than MAX_UPLOAD_BYTES, empty, or not UTF-8 text."""
+        Refused: not from the upload folder, larger than MAX_UPLOAD_BYTES, empty, not UTF-8 text, or one more than
+        MOST_TEXT_BYTES allow."""
         upload = Path(upload).resolve()
         if not upload.is_relative_to(self.uploads.resolve()) or not upload.is_file():
             raise Refused("the text must be uploaded through the page")
+        try:
+            return self._keep(upload)
+        finally:
+            upload.unlink(missing_ok=True)
+
+    def _keep(self, upload: Path) -> Path:
         size = upload.stat().st_size
         if size > MAX_UPLOAD_BYTES:
             raise Refused(
@@ -107,5 +124,7 @@ class Places:
         kept = self.texts / f"{stem}-{hashlib.sha256(raw).hexdigest()[:8]}.txt"
         self.texts.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
+            if sum(f.stat().st_size for f in self.texts.glob("*.txt")) + size > MOST_TEXT_BYTES:
+                raise Refused(f"{self.shown(self.texts)} is full; delete texts there that you no longer need")
             upload.replace(kept)
         return kept

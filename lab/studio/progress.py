@@ -1,4 +1,4 @@
-"""A training as it goes on: losses so far, time gone and left, and the picture of both, from its log.
+"""A training as it goes on: losses so far, time gone and left, and what a chart shows of them, from its log.
 
 A log that is being written is only looked at here; verdicts on finished runs come from stats.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,24 +78,21 @@ def clock_text(seconds: float | None) -> str:
     return f"{total // 3600}:{total % 3600 // 60:02d}:{total % 60:02d} h"
 
 
-def curves(progress: Progress, floor: float | None):
-    """A matplotlib figure: training and validation loss over steps, and the entropy floor where known."""
-    from matplotlib.figure import Figure
+def curve_rows(progress: Progress, floor: float | None) -> list[tuple[int, float, str]]:
+    """(step, loss, which line) of everything that the chart shows; the floor, where known, over the whole width."""
+    rows = [(step, loss, "training") for step, loss in progress.train]
+    rows += [(step, loss, "validation") for step, loss in progress.val]
+    if floor is not None and rows:
+        rows += [(step, floor, "floor") for step in (0, max(progress.steps, 1))]
+    return rows
 
-    from lab.plots import color
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained", dpi=110)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92")
-    if progress.train:
-        axes.plot(*zip(*progress.train), color=color(4), linewidth=1.2, label="training")
-    if progress.val:
-        axes.plot(*zip(*progress.val), color=color(0), marker="o", markersize=3.5, label="validation")
-    if floor is not None:
-        axes.axhline(floor, color=color(1), linestyle="--", linewidth=1, label=f"entropy of the corpus {floor:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, max(progress.steps, 1)))
-    axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
-    return figure
+def loss_span(rows: Sequence[tuple[int, float, str]], steps: int) -> tuple[float, float]:
+    """The losses between which a chart shows what matters: all of them, without the fall of the first tenth of the
+    steps once there is enough after it, and a little air."""
+    late = [loss for step, loss, line in rows if step >= steps / 10 or line == "floor"]
+    measured_late = sum(step >= steps / 10 and line != "floor" for step, _, line in rows)
+    losses = late if measured_late >= 3 else [loss for _, loss, _ in rows]
+    low, high = min(losses), max(losses)
+    air = 0.05 * (high - low) or 0.05
+    return low - air, high + air

@@ -125,6 +125,14 @@ class Request:
     seed: int = 0
 
 
+def unit_of(settings: dict) -> str:
+    """What the loss of a training with these settings is counted in, from Request's fields."""
+    model = MODELS.get(settings.get("model", ""))
+    if model is None or model.stories:
+        return "word" if model else "token"
+    return {"char": "character", "word": "word", "byte": "byte"}[settings["tokens"] if model.rung else "byte"]
+
+
 def corpora_for(model: str) -> list[tuple[str, str]]:
     """(label, corpus) that suit a model of MODELS."""
     if model == "nano":
@@ -208,7 +216,7 @@ def _lab(r: Request, model: Model, text: Path | None) -> list[str]:
         if theirs:
             fields[theirs] = mine
     words += [f"--{name}={value}" for name, value in fields.items() if value or name in ("seed", "steps")]
-    return words + ([f"--path={text}"] if text else [])
+    return [*words, "--test=true"] + ([f"--path={text}"] if text else [])
 
 
 def _lab_floor(r: Request, model: Model, text: Path | None) -> float | None:

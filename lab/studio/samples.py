@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lab.studio.catalogue import Models
 
 SAMPLE_TOKENS = 120
+NAMES, NAME_TOKENS = 10, 30  # of a model of names, whose texts are short
 
 
 class Samples:
@@ -39,7 +40,10 @@ class Samples:
         from lab.sample import generate
 
         try:
-            (made,) = generate(self.models.load(path), max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=1)
-            self._made[path] = made.text.strip() + ("" if made.ended else " ...")
+            model = self.models.load(path)
+            names = model.told.get("data") == "names"
+            count, length = (NAMES, NAME_TOKENS) if names else (1, SAMPLE_TOKENS)
+            made = generate(model, count=count, max_tokens=length, temperature=0.8, seed=1)
+            self._made[path] = ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made)
         except (LabError, Refused, OSError) as error:
             self._made[path] = f"({error})"

@@ -13,32 +13,17 @@ import argparse
 import contextlib
 import getpass
 import inspect
-import ipaddress
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from lab.studio.guard import Guard, clean_uploads, is_loopback
 from lab.studio.places import MAX_UPLOAD_BYTES, Places, Refused
 
 USER, PASSWORD_VARIABLE, SHORTEST_PASSWORD = "studio", "STUDIO_PASSWORD", 8
 FIRST_PORT = 7860
-# Everything comes from this server; Gradio's front end writes scripts and styles into the page itself.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; "
-    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is reachable from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def password_for(host: str) -> str | None:
@@ -48,6 +33,11 @@ def password_for(host: str) -> str | None:
         return None
     if not password and sys.stdin is not None and sys.stdin.isatty():
         password = getpass.getpass(f"Password for the studio on {host}: ")
+    if len(password) < SHORTEST_PASSWORD and is_loopback(host):
+        raise Refused(
+            f"{PASSWORD_VARIABLE} has {len(password)} characters; a password needs {SHORTEST_PASSWORD}, or unset it: "
+            f"on {host} none is needed"
+        )
     if len(password) < SHORTEST_PASSWORD:
         raise Refused(
             f"--host={host} is reachable from other machines, so the studio needs a password of at least "
@@ -56,36 +46,19 @@ def password_for(host: str) -> str | None:
     return password
 
 
-class Guard:
-    """ASGI middleware. On the loopback address only local names are answered, so that no web page elsewhere can
-    reach the studio through a name of its own (DNS rebinding); and the browser is told to load nothing from
-    outside."""
+def port_number(text: str) -> int:
+    """A TCP port; argparse shows the message of the error."""
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
+    return int(text)
 
-    def __init__(self, app, local_only: bool):
-        self.app, self.local_only = app, local_only
 
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.local_only and not is_loopback(name):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"the studio answers to local names only\n"})
-            return
-
-        async def send_with_policy(message):
-            if message["type"] == "http.response.start":
-                extra = (
-                    (b"content-security-policy", POLICY.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"same-origin"),
-                )
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
+def addresses(host: str, port: int) -> str:
+    """Where the page is, for people: 0.0.0.0 is where a server listens, not where a browser goes."""
+    if host in ("0.0.0.0", "::"):
+        here, there = f"http://127.0.0.1:{port}/", f"http://{socket.gethostname()}:{port}/"
+        return f"{here} on this machine and at {there} from others"
+    return f"http://[{host}]:{port}/" if ":" in host.strip("[]") and "[" not in host else f"http://{host}:{port}/"
 
 
 @contextlib.contextmanager
@@ -108,11 +81,12 @@ def quick_import() -> Iterator[None]:
 
 
 def serve(places: Places, host: str, port: int | None, password: str | None):
-    """Start the server in the background; returns (Gradio's Blocks, address). OSError if the port is taken."""
+    """Start the server in the background; returns (Gradio's Blocks, port). OSError if the port is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(places.uploads)
     for folder in (places.uploads, places.trainings, places.reports, places.pictures):
         folder.mkdir(parents=True, exist_ok=True)
+    clean_uploads(places.uploads)
     with quick_import():
         import gradio  # noqa: F401
     from starlette.middleware import Middleware
@@ -136,11 +110,11 @@ def serve(places: Places, host: str, port: int | None, password: str | None):
         run_history=False,
         pwa=False,
         mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Guard, local_only=is_loopback(host))]},
+        app_kwargs={"middleware": [Middleware(Guard, local_only=is_loopback(host), uploads=places.uploads)]},
         **app.look(),
     )
-    _, address, _ = page.launch(**options)
-    return page, address
+    page.launch(**options)
+    return page, page.server_port
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,13 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, help=f"default: the first free one from {FIRST_PORT} on")
+    parser.add_argument("--port", type=port_number, help=f"default: the first free one from {FIRST_PORT} on")
     parser.add_argument("--folder", help="for trainings, texts and reports (default: lab/out/studio)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     try:
         options = parser.parse_args(arguments)
         password = password_for(options.host)
-        page, address = serve(Places.of(options.folder), options.host, options.port, password)
+        page, port = serve(Places.of(options.folder), options.host, options.port, password)
     except SystemExit as stop:
         return int(stop.code or 0)
     except Refused as error:
@@ -172,11 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error = f"port {options.port or FIRST_PORT} on {options.host} is taken; choose another with --port"
         print(f"error: {error}", file=sys.stderr)
         return 5
-    print(f"The studio is at {address}  (Ctrl-C ends it; trainings go on)", flush=True)
+    print(f"The studio is at {addresses(options.host, port)}  (Ctrl-C ends it; trainings go on)", flush=True)
     if options.open:
         import webbrowser
 
-        webbrowser.open(address)
+        webbrowser.open(addresses(options.host, port).split()[0])
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
     page.close(verbose=False)

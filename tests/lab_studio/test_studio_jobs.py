@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.studio.jobs import RUN, Queue, QueueError, Training, main
+from lab.studio.jobs import Queue, QueueError, Training, main
 from lab.studio.places import REPO
 from records.ledger import Ledger, host_hash, process_start
 
@@ -142,6 +142,33 @@ def test_what_is_only_queued_can_be_paused_stopped_and_removed(queue):
     assert queue.entries() == []
 
 
+def test_what_is_removed_lies_in_the_trash_and_can_be_put_back(queue, runner):
+    id = queue.add(training(2))
+    runner().wait(30)
+    place = queue.remove(id)
+    assert queue.entries() == [] and place == queue.folder.with_name("trash") / id
+    assert (place / "runs" / "seed-000.txt").read_text() == "0\n1\n"
+    queue.put_back(id)
+    assert states(queue) == ["finished"] and not place.exists()
+    waiting = queue.add(training())
+    queue.remove(waiting)
+    queue.put_back(waiting)
+    assert queue.entry(waiting).state == "stopped" and queue.next() is None  # nothing starts by itself
+    with pytest.raises(QueueError, match="not in the trash"):
+        queue.put_back("../trainings")
+
+
+def test_a_training_with_any_seed_finishes_under_the_name_its_trainer_gives_the_run(queue, runner):
+    """The lab's own trainer, so that the two cannot differ."""
+    words = "-m lab.train --model=counts --data=names --limit_chars=3000 --seed=7".split()
+    id = queue.add(Training("counted", tuple(words), ("--resume=true",), 1, seed=7))
+    runner().wait(60)
+    entry = queue.entry(id)
+    assert entry.state == "finished", entry.output
+    assert entry.log.name == "seed-007.txt" and entry.log.is_file() and entry.summary["status"] == "finished"
+    assert list(entry.checkpoints.glob("*.safetensors"))
+
+
 def test_requests_that_make_no_sense_are_refused(queue):
     id = queue.add(training())
     for wish in ("run", "explode"):
@@ -187,7 +214,7 @@ def test_the_layout_is_a_series_that_stats_reads(queue, runner):
     id = queue.add(training(2))
     runner().wait(30)
     ledger = [json.loads(line) for line in (queue.folder / id / "ledger.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in ledger] == ["launch", "start", "end"] and ledger[-1]["run"] == RUN
+    assert [event["event"] for event in ledger] == ["launch", "start", "end"] and ledger[-1]["run"] == "seed-000"
 
 
 def test_work_starts_a_runner_by_itself(queue):
@@ -209,7 +236,7 @@ def test_a_trainer_that_has_just_ended_is_no_stop(queue):
     ledger = Ledger(queue.folder / id)
     host, alive, dead = host_hash(), os.getpid(), subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    where = {"run": RUN, "attempt": 1, "host": host}
+    where = {"run": "seed-000", "attempt": 1, "host": host}
     ledger.append("launch", **where, seed=0, pid=alive, pid_start=process_start(alive))
     ledger.append("start", **where, pid=dead.pid, pid_start=0)
     assert queue.entry(id).state == "running"

@@ -9,11 +9,12 @@ import torch
 from lab import LabError
 from lab.checkpoints import save_checkpoint
 from lab.models import LADDER, build_model
+from lab.studio import markup
 from lab.studio.analyses import ANALYSES, MOST_CHECKPOINTS, Microscope, along
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
-from lab.studio.writing import drivers, guess, write
+from lab.studio.writing import LONGEST_PROMPT, drivers, guess, unknown_words, write
 from lab.tokens import ByteTokenizer, CharTokenizer, UnknownTextError, WordTokenizer
 
 CHARACTERS = CharTokenizer("abcd .")
@@ -58,7 +59,26 @@ def test_runs_are_found_with_size_loss_and_date(places, tmp_path):
     assert found["bigram"].path.name == "step-000005.safetensors" and found["bigram"].loss is None
     assert [p.stem for p in steps_of(best)] == ["best", "step-000000", "step-000005", "step-000009"]
     row = catalogue.row(mlp)
-    assert row[0] == "mlp" and row[5] == "2.0000" and "one" in row[1]
+    assert row[0] == "mlp" and row[3] == "2.0000 a character" and "one" in row[-1]
+
+
+def test_losses_say_what_they_are_counted_in_and_untrained_models_come_last(places, tmp_path):
+    """The newest was stopped before its first step; a word's loss and a character's do not compare."""
+    save(tmp_path / "characters", step=5)
+    save(tmp_path / "words", "bigram", WordTokenizer(["a", "b"]), step=5)
+    save(tmp_path / "new", step=0)
+    found = Catalogue(places).checkpoints()
+    assert [one.untrained for one in found] == [False, False, True]
+    assert {one.model: one.unit for one in found} == {"mlp": "character", "bigram": "word"}
+
+
+def test_what_lies_in_the_trash_is_not_offered(places, tmp_path):
+    save(tmp_path / "kept")
+    save(places.trash / "gone")
+    log = places.trash / "gone" / "runs" / "seed-000.txt"
+    log.write_text("x")
+    assert [one.path.parts[-4] for one in Catalogue(places).checkpoints()] == ["kept"]
+    assert Catalogue(places).series() == []
 
 
 def test_checkpoints_of_the_trainer_are_described_too(places, tmp_path):
@@ -188,6 +208,38 @@ def test_a_prompt_with_unknown_characters_is_refused(places, tmp_path):
         next(write(checkpoint, "abz"))
 
 
+def test_words_that_a_model_does_not_know_are_told(places, tmp_path):
+    checkpoint = Models(places).load(save(tmp_path, "bigram", WordTokenizer(["the", "cat", "."])))
+    assert unknown_words(checkpoint, "The cat.") == ""
+    assert unknown_words(checkpoint, "The dog and the dog.").endswith("reads these as <unk>: dog, and.")
+    assert unknown_words(Models(places).load(save(tmp_path / "c")), "dog") == ""  # characters are refused instead
+
+
+def test_a_prompt_without_end_is_refused_by_the_server_too(places, tmp_path):
+    checkpoint = Models(places).load(save(tmp_path))
+    next(write(checkpoint, "a" * LONGEST_PROMPT))
+    with pytest.raises(Refused, match="at most"):
+        next(write(checkpoint, "a" * (LONGEST_PROMPT + 1)))
+    with pytest.raises(Refused, match="at most"):
+        Microscope(places, Models(places)).look("Variability", checkpoint.path, "a" * (LONGEST_PROMPT + 1))
+
+
+def test_nothing_chosen_is_said_and_never_becomes_a_word(places):
+    for nothing in (None, ""):
+        with pytest.raises(Refused, match="choose a model first"):
+            Models(places).load(nothing)
+        with pytest.raises(Refused, match="nothing is chosen"):
+            places.inside(nothing)
+
+
+def test_names_are_sampled_ten_at_a_time(places, tmp_path):
+    path = save(tmp_path, "bigram")
+    samples = Samples(Models(places))
+    samples.models.load(path).told["data"] = "names"
+    samples._make(path)
+    assert samples._made[path].count(",") == 9
+
+
 def test_bytes_that_are_half_a_character_are_not_shown(places, tmp_path):
     checkpoint = Models(places).load(save(tmp_path, "bigram", ByteTokenizer()))
     with torch.no_grad():
@@ -237,7 +289,6 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_every_analysis_leaves_a_picture_and_a_line(trained, name):
-    from lab.datasets import load_documents
     from lab.studio import analyses
 
     places = Places(trained.parents[1], (trained.parents[1],))
@@ -245,7 +296,6 @@ def test_every_analysis_leaves_a_picture_and_a_line(trained, name):
     path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
     monkey = pytest.MonkeyPatch()
     monkey.setattr(analyses, "SCORED_CHARS", 500)
-    monkey.setattr("lab.datasets.load_documents", lambda kind, text: load_documents(kind, text, 3000))
     try:
         found = scope.look(name, path, "an")
     finally:
@@ -262,20 +312,65 @@ def test_analyses_that_make_no_sense_are_refused(trained):
         scope.look("__class__", path, "")
     with pytest.raises(Refused, match="needs a prompt"):
         scope.look("Attribution", path, "")
-    with pytest.raises(Refused, match="is not here"):  # it was trained on a part of the corpus
-        scope.look("Quality", path, "an")
+    other = places.texts / "other.txt"
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("ann\nbob\ncid\n")
+    with pytest.raises(Refused, match="not the text that this model was trained on"):
+        scope.look("Quality", path, "an", str(other))
     with pytest.raises(UnknownTextError):
         scope.look("Variability", path, "1234")
     with pytest.raises(Refused, match="outside"):
         scope.look("Variability", "/etc/passwd", "")
 
 
+def test_a_model_can_be_handed_its_own_text(tmp_path):
+    """Trained elsewhere, on a file that is now among the texts of the studio."""
+    from lab.models import fields_class
+    from lab.train import TrainConfig, train_model
+
+    places = Places(tmp_path, (tmp_path,))
+    text = places.texts / "mine.txt"
+    text.parent.mkdir()
+    text.write_text("\n".join(["anna", "bob", "cid", "dora", "emil", "fred", "gus", "hal", "ida", "jo"]))
+    config = TrainConfig("counts", "names", path=str(text), checkpoints=1)
+    trained = train_model(config, fields_class("counts")(), folder=tmp_path / "elsewhere")
+    path = trained.checkpoints / "best.safetensors"
+    moved = text.rename(text.with_name("moved.txt"))
+    scope = Microscope(places, Models(places))
+    with pytest.raises((Refused, LabError)):
+        scope.look("Corpus", path, "")
+    found = scope.look("Corpus", path, "", str(moved))
+    assert found.data["characters"]["total"] == sum(map(len, moved.read_text().split()))
+
+
 def test_what_a_model_writes_is_escaped():
     """A model may have learned to write markup; the page must not run it."""
     story_html = pytest.importorskip("lab.studio.pages.write").story_html
     samples_html = pytest.importorskip("lab.studio.pages.train").samples_html
-    for shown in (story_html("<b>hello", "<b>", True), samples_html([(1, "<b>hello")])):
+    pieces = [markup.token_buttons(["<b>"], 0), markup.driven(["<b>"], [1.0], "<b>"), markup.bars([("<b>", 1.0)], "")]
+    for shown in (story_html("<b>hello", "<b>", True), samples_html([(1, "<b>hello")]), *pieces):
         assert "<b>" not in shown and "&lt;b&gt;" in shown
+
+
+def test_colours_mean_the_same_as_in_the_pictures():
+    """lab.analyses.attribution draws RdBu: blue pushed towards the target, red away from it."""
+    shown = markup.driven(["a", "b"], [2.0, -1.0], "c")
+    towards, away = shown.index(f"rgb({markup.TOWARDS} / 0.55)"), shown.index(f"rgb({markup.AWAY} / 0.28)")
+    assert towards < shown.index(">a<") < away < shown.index(">b<")
+    red, _, blue = map(int, markup.TOWARDS.split())
+    assert blue > red and "Blue pushed towards" in shown
+
+
+def test_texts_of_any_alphabet_are_shown_as_text(trained):
+    """Pictures have no letters for many alphabets and grow with the prompt; text wraps."""
+    from dataclasses import replace
+
+    places = Places(trained.parents[1], (trained.parents[1],))
+    path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
+    found = Microscope(places, Models(places)).look("Samples along training", path, "an")
+    row = {"step": 3, "text": "你好, नमस्ते", "ended": True}
+    shown = markup.finding(replace(found, data={"prompt": "", "samples": [row]}))
+    assert "你好, नमस्ते" in shown and "<img" not in shown
 
 
 def test_long_trainings_are_looked_at_from_first_to_last(tmp_path):

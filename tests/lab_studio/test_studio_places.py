@@ -81,6 +81,18 @@ def test_a_text_is_kept_under_a_harmless_name(places):
     assert again == kept
 
 
+def test_what_is_refused_is_deleted_and_kept_texts_are_limited_together(places, monkeypatch):
+    bad = upload(places, "bad.txt", b"\xff")
+    with pytest.raises(Refused, match="not UTF-8"):
+        places.keep_text(bad)
+    assert not bad.exists()
+    monkeypatch.setattr(studio_places, "MOST_TEXT_BYTES", 1000)
+    first = upload(places, "first.txt", b"a" * 600)
+    assert places.keep_text(first).exists() and not first.exists()
+    with pytest.raises(Refused, match="is full"):
+        places.keep_text(upload(places, "second.txt", b"b" * 600))
+
+
 def test_a_text_that_is_too_large_is_refused(places, monkeypatch):
     monkeypatch.setattr(studio_places, "MAX_UPLOAD_BYTES", 1000)
     assert places.keep_text(upload(places, "fits.txt", b"a" * 1000)).exists()

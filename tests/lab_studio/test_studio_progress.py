@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.studio.progress import MOST_POINTS, Progress, clock_text, curves, read_progress
+from lab.studio.progress import MOST_POINTS, Progress, clock_text, curve_rows, loss_span, read_progress
 
 RULER = "=" * 100
 SOURCE = (
@@ -51,9 +51,17 @@ def test_clock_texts():
     assert [clock_text(s) for s in (None, 4.2, 187, 3720)] == ["unknown", "4 s", "3:07 min", "1:02:00 h"]
 
 
-def test_the_picture_shows_curves_and_the_floor():
-    (axes,) = curves(Progress(5, 10, ((1, 3.0), (5, 2.0)), ((0, 4.0), (5, 2.5)), 1.0, 1.0), 0.5).axes
-    assert [line.get_label() for line in axes.lines] == ["training", "validation", "entropy of the corpus 0.500"]
-    assert list(axes.lines[1].get_ydata()) == [4.0, 2.5] and axes.get_xlim() == (0, 10)
-    (empty,) = curves(Progress(), None).axes
-    assert not empty.lines and empty.get_legend() is None
+def test_the_chart_shows_curves_and_the_floor_over_its_width():
+    rows = curve_rows(Progress(5, 10, ((1, 3.0), (5, 2.0)), ((0, 4.0), (5, 2.5)), 1.0, 1.0), 0.5)
+    assert [row for row in rows if row[2] == "floor"] == [(0, 0.5, "floor"), (10, 0.5, "floor")]
+    assert [loss for _, loss, line in rows if line == "validation"] == [4.0, 2.5] and len(rows) == 6
+    assert curve_rows(Progress(), 0.5) == []
+
+
+def test_the_chart_is_zoomed_to_the_data():
+    """The fall at the start (here from 9) is left out once enough comes after it; a floor stays in sight."""
+    rows = [(0, 9.0, "validation"), (50, 2.2, "validation"), (70, 2.1, "training"), (100, 2.0, "validation")]
+    assert loss_span(rows, 100) == (pytest.approx(1.99), pytest.approx(2.21))
+    assert loss_span([*rows, (0, 1.2, "floor")], 100) == (pytest.approx(1.15), pytest.approx(2.25))
+    low, high = loss_span(rows[:1], 100)
+    assert low < 9.0 < high

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from lab_studio.studio_tools import Server
 
 from lab.studio.places import MAX_UPLOAD_BYTES, REPO, Refused
-from lab.studio.server import PASSWORD_VARIABLE, is_loopback, main, password_for, quick_import
+from lab.studio.server import PASSWORD_VARIABLE, addresses, main, password_for, quick_import
 
 pytest.importorskip("gradio", reason="gradio is not installed (requirements-lab.txt)")
 
@@ -58,13 +59,23 @@ def test_uploads_larger_than_the_limit_are_refused_by_the_server(server):
     assert server.upload(b"a" * (MAX_UPLOAD_BYTES + 1)) == 413
 
 
+def test_a_page_of_another_site_can_neither_upload_nor_ask(server, tmp_path):
+    ours = f"http://127.0.0.1:{server.port}"
+    assert server.upload(b"text", Origin=ours) == 200
+    for elsewhere in ("https://evil.example", "http://127.0.0.1:1", "null"):
+        assert server.upload(b"text", Origin=elsewhere) == 403
+        joined = server.status("gradio_api/queue/join", b"{}", Content_Type="application/json", Origin=elsewhere)
+        assert joined == 403
+    assert server.status("config", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors") == 403
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", str(REPO / "train_gpt.py"), str(REPO / "lab" / "studio" / "app.py")])
 def test_files_are_not_served(server, path):
     assert server.status(f"gradio_api/file={path}") in (403, 404)
 
 
 def test_a_handler_refuses_a_path_outside(server):
-    """As a browser would call it, without the page: the Write page's handler with another file."""
+    """As a browser would call it, without the page: the Write page's handler with a file that it did not offer."""
     config = json.loads(server.get("config").read())
     (index,) = (d["id"] for d in config["dependencies"] if d["api_name"] == "compose")
     session = {"fn_index": index, "session_hash": "test"}
@@ -78,7 +89,7 @@ def test_a_handler_refuses_a_path_outside(server):
             if b"process_completed" in line:
                 break
     told = json.loads(line.removeprefix(b"data: "))
-    assert told["success"] is False and "outside of the folders" in told["output"]["error"]
+    assert told["success"] is False and "not in the list of choices" in told["output"]["error"]
 
 
 def test_memory_stays_small_while_nothing_is_open(server):
@@ -93,7 +104,9 @@ def test_elsewhere_a_password_is_asked_for(tmp_path):
         assert server.upload(b"text") == 401
         assert server.status("gradio_api/queue/join", b"{}", Content_Type="application/json") == 401
         form = dict(Content_Type="application/x-www-form-urlencoded")
-        assert server.status("login", b"username=studio&password=wrong+horse", **form) == 400
+        wrong = b"username=studio&password=wrong+horse"
+        assert [server.status("login", wrong, **form) for _ in range(2)] == [400, 429]
+        time.sleep(1.0)
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         answer = opener.open(server.address + "login", b"username=studio&password=correct+horse", timeout=30)
         assert answer.status == 200 and opener.open(server.address + "config", timeout=30).status == 200
@@ -119,9 +132,24 @@ def test_here_no_password_is_needed_but_one_is_kept(monkeypatch):
     assert password_for("localhost") == "correct horse"
 
 
-def test_which_hosts_are_this_machine_only():
-    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "", "10.0.0.1", "localhost.example", "127.0.0.1.example")))
+def test_a_short_password_on_this_machine_is_told_as_such(monkeypatch):
+    monkeypatch.setenv(PASSWORD_VARIABLE, "short")
+    with pytest.raises(Refused, match="has 5 characters; a password needs 8, or unset it") as refused:
+        password_for("127.0.0.1")
+    assert "other machines" not in str(refused.value)
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "70000", "x", "80.5"])
+def test_a_port_out_of_range_is_one_clear_line(capsys, port):
+    assert main([f"--port={port}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("is no port; give a number from 1 to 65535")
+
+
+def test_the_printed_address_can_be_opened():
+    assert addresses("127.0.0.1", 7) == "http://127.0.0.1:7/" and addresses("::1", 7) == "http://[::1]:7/"
+    for everywhere in ("0.0.0.0", "::"):
+        assert addresses(everywhere, 7).startswith("http://127.0.0.1:7/ on this machine and at http://")
+        assert "0.0.0.0" not in addresses(everywhere, 7)
 
 
 def test_a_taken_port_is_said(tmp_path, capsys):

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import html
 from urllib.parse import quote
 
 import gradio as gr
 
+from lab.studio import markup
 from lab.studio.analyses import ANALYSES, step_label
 from lab.studio.catalogue import steps_of
-from lab.studio.telling import told
+from lab.studio.telling import EXPECTED, told
+from lab.studio.writing import LONGEST_PROMPT
 
-HEADERS = ["model", "series · run", "step", "parameters", "size", "validation", "saved"]
-WIDTHS = ["110px", "420px", "80px", "120px", "100px", "120px", "170px"]
+HEADERS = ["model", "corpus", "step", "validation loss", "parameters", "size", "saved", "series · run"]
+WIDTHS = ["130px", "130px", "80px", "170px", "120px", "100px", "170px", "420px"]
+NO_MODEL = markup.hint(
+    "There is no model yet. <a href='train'>Train one</a>: a minute is enough for the first, and it appears here."
+)
 
 
 def build(studio, page: gr.Blocks) -> None:
     """Lay the page out and say what its parts do."""
+    gr.HTML(
+        markup.heading(
+            "Studio",
+            "Train small language models in the browser, look inside them, and let them write. Here: every model "
+            "of the project; choose one to see what it is made of.",
+        )
+    )
+    empty = gr.HTML("", elem_id="empty")
     table = gr.Dataframe(
         headers=HEADERS,
-        label="Checkpoints (click one to open it)",
+        label="Checkpoints (choose one to open it)",
         interactive=False,
         wrap=True,
         max_height=320,
@@ -27,73 +39,83 @@ def build(studio, page: gr.Blocks) -> None:
         elem_id="checkpoints",
     )
     with gr.Row(equal_height=True):
-        path = gr.Dropdown([], label="Checkpoint", allow_custom_value=True, elem_id="path", scale=4, min_width=260)
+        path = gr.Dropdown([], label="Checkpoint", elem_id="path", scale=4, min_width=260)
         again = gr.Button("Refresh the list", size="sm", elem_id="refresh", scale=1, min_width=120)
     with gr.Row(visible=False) as details:
         with gr.Column(scale=1, min_width=320):
             facts = gr.HTML(elem_id="facts")
-            drawing = _picture("diagram")
+            drawing = gr.HTML(elem_id="diagram")
         with gr.Column(scale=1, min_width=320):
-            kinds = [name for name in ANALYSES if name != "Architecture"]
-            kind = gr.Radio(kinds, value=kinds[0], label="Analysis", elem_id="analysis")
-            prompt = gr.Textbox(
-                label="Prompt",
-                placeholder="(empty: the beginning of a text)",
-                max_length=2000,
-                elem_id="analysis_prompt",
-            )
-            run = gr.Button("Analyse", elem_id="analyse")
-            words = gr.Markdown(elem_id="analysis_words")
-            picture = _picture("analysis_picture", visible=False)
+            inputs, run, answer = _microscope(studio)
 
     def refresh():
         found = studio.catalogue.checkpoints()
         rows = [studio.catalogue.row(one) for one in found]
-        return rows, gr.update(choices=[(studio.catalogue.label(one), studio.places.shown(one.path)) for one in found])
+        choices = [(studio.catalogue.label(one), studio.places.shown(one.path)) for one in found]
+        shown = gr.update(value=rows, visible=bool(rows))
+        return shown, gr.update(choices=choices, value=None, visible=bool(rows)), "" if rows else NO_MODEL
 
     def opened(chosen):
+        if not chosen:  # the field was left without a choice
+            return [gr.skip()] * 5
         checkpoint = studio.models.load(chosen)
         shown = studio.places.shown
         steps = [(step_label(one), shown(one)) for one in steps_of(checkpoint.path)]
         listed = gr.update(choices=steps, value=shown(checkpoint.path))
-        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn(chosen)
-
-    def drawn(chosen):
-        return str(studio.microscope.look("Architecture", chosen, "").png_path)
+        drawn = markup.finding(studio.microscope.look("Architecture", chosen, ""))
+        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn, ""
 
     @told
     def open_row(event: gr.SelectData):
         found = studio.catalogue.checkpoints()
         number = event.index[0]
-        return opened(studio.places.shown(found[number].path)) if number < len(found) else [gr.skip()] * 4
+        return opened(studio.places.shown(found[number].path) if number < len(found) else "")
 
-    @told
-    def analyse(chosen, name, beginning):
-        found = studio.microscope.look(name, chosen, beginning or "")
-        return gr.update(value=str(found.png_path), visible=True), html.escape(found.summary)
-
-    page.load(told(refresh), None, [table, path])
-    again.click(told(refresh), None, [table, path])
-    shown = [path, details, facts, drawing]
+    page.load(told(refresh), None, [table, path, empty])
+    again.click(told(refresh), None, [table, path, empty])
+    shown = [path, details, facts, drawing, answer]
     table.select(open_row, None, shown)
     path.input(told(opened), path, shown)
-    gr.on([run.click, prompt.submit, kind.input], analyse, [path, kind, prompt], [picture, words])
+    run([path, *inputs])
 
 
-def _picture(id: str, visible: bool = True) -> gr.Image:
-    return gr.Image(
-        type="filepath",
-        interactive=False,
-        show_label=False,
-        elem_id=id,
-        visible=visible,
-        buttons=["download", "fullscreen"],
+def _microscope(studio):
+    """The right half: (fields of an analysis after the checkpoint, what connects them, where the answer stands)."""
+    kinds = [name for name in ANALYSES if name != "Architecture"]
+    kind = gr.Dropdown(kinds, value=kinds[0], label="Analysis", elem_id="analysis")
+    prompt = gr.Textbox(
+        label="Prompt",
+        placeholder="(empty: the beginning of a text)",
+        max_length=LONGEST_PROMPT,
+        elem_id="analysis_prompt",
     )
+    with gr.Accordion("The model's own text, if it was trained on a file", open=False, elem_id="own_text"):
+        upload = gr.File(label="Text file (UTF-8)", file_types=[".txt", ".md"], height=140, elem_id="analysis_text")
+    text = gr.State("")
+    button = gr.Button("Analyse", variant="primary", elem_id="analyse")
+    answer = gr.HTML(elem_id="analysis_answer")
+
+    def analyse(chosen, name, beginning, own):
+        yield markup.hint("Looking ...")  # nothing of the analysis before stays, whatever comes of this one
+        try:
+            found = studio.microscope.look(name, chosen, beginning or "", own or "")
+        except EXPECTED as error:
+            yield markup.told_error(error)
+            return
+        yield markup.finding(found)
+
+    upload.upload(told(lambda file: str(studio.places.keep_text(file)) if file else ""), upload, text)
+    upload.clear(lambda: "", None, text)
+
+    def connect(inputs):
+        gr.on([button.click, prompt.submit], analyse, inputs, answer, show_progress="hidden")
+
+    return [kind, prompt, text], connect, answer
 
 
 def facts_html(studio, checkpoint) -> str:
     """What a checkpoint says of itself, and the way to talk to it."""
-    told = {k: v for k, v in checkpoint.told.items() if k not in ("tokenizer", "fields") and v not in ("", None)}
+    told = {k: v for k, v in checkpoint.told.items() if not isinstance(v, dict) and v not in ("", None)}
     told |= checkpoint.told.get("fields", {})
     tokenizer = checkpoint.tokenizer
     lines = {
@@ -103,7 +125,5 @@ def facts_html(studio, checkpoint) -> str:
         "vocabulary": f"{tokenizer.vocab_size:,} tokens ({tokenizer.kind})",
     }
     lines |= {k: v for k, v in told.items() if k not in lines and not str(k).endswith(("hash", "digest"))}
-    shown = [(html.escape(str(k)), html.escape(str(v))) for k, v in lines.items()]
-    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
     link = quote(studio.places.shown(checkpoint.path))
-    return f"<p><a href='write?checkpoint={link}'>Write with this model</a></p><dl>{items}</dl>"
+    return f"<p><a href='write?checkpoint={link}'>Write with this model</a></p>{markup.facts(lines.items())}"

@@ -6,12 +6,17 @@ import math
 
 import gradio as gr
 
+from lab.studio import markup
 from lab.studio.places import Refused
-from lab.studio.telling import told
+from lab.studio.telling import EXPECTED, told
 from lab.studio.verdicts import HEADERS, fingerprint, view, write_report
 
 REFRESH_S = 3.0
 WIDTHS = ["150px", "90px", "220px", "140px", "170px", "190px"]
+NO_SERIES = "There is no series of runs yet: <a href='train'>train a model</a>, or start one with ./run.sh."
+TITLE = "t-test, as python -m stats.ttest prints it"
+# The link that holds the report is there as soon as its handler has answered.
+FETCH = "() => setTimeout(() => document.querySelector('#report_file a, #report_file button').click(), 300)"
 
 
 def judging(threshold: str, alpha: float | None) -> tuple[float | None, float]:
@@ -29,25 +34,21 @@ def judging(threshold: str, alpha: float | None) -> tuple[float | None, float]:
 
 def build(studio, page: gr.Blocks) -> None:
     """Lay the page out and say what its parts do."""
+    gr.HTML(
+        markup.heading("Series", "Is the mean loss below the threshold? Runs of one recipe, judged as they come in.")
+    )
     with gr.Row(equal_height=True):
-        folder = gr.Dropdown([], label="Series", elem_id="series", allow_custom_value=True, scale=3, min_width=280)
+        folder = gr.Dropdown([], label="Series", elem_id="series", scale=3, min_width=280)
         threshold = gr.Textbox(
             label="Threshold", placeholder="the series' own", max_length=20, elem_id="threshold", scale=1, min_width=140
         )
         alpha = gr.Number(0.05, label="Alpha", minimum=0.001, maximum=0.5, elem_id="alpha", scale=1, min_width=120)
-        report = gr.DownloadButton("Download the report", elem_id="report", size="sm", scale=1, min_width=160)
+        report = gr.Button("Download the report", elem_id="report", size="sm", scale=1, min_width=160)
+        file = gr.DownloadButton("The report", visible="hidden", elem_id="report_file")
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            verdict = gr.Textbox(
-                label="t-test, as python -m stats.ttest prints it",
-                lines=12,
-                max_lines=30,
-                elem_id="verdict",
-                buttons=["copy"],
-            )
-            sequential = gr.Textbox(
-                label="Sequential test, as runs come in", lines=4, max_lines=30, elem_id="sequential", visible=False
-            )
+            verdict = gr.HTML(elem_id="verdict")
+            sequential = gr.HTML(elem_id="sequential")
         with gr.Column(scale=1, min_width=320):
             pictures = gr.HTML(elem_classes="pictures", elem_id="pictures")
     table = gr.Dataframe(
@@ -57,31 +58,35 @@ def build(studio, page: gr.Blocks) -> None:
     outputs = [verdict, sequential, pictures, table, seen]
 
     def look(path, limit, level, before):
-        """The series' values of `outputs`; nothing new if its files are as they were."""
+        """The series' values of `outputs`; nothing new if its files are as they were. What cannot be judged is told
+        where the verdict would stand: a message that pops up would come again at every look."""
         if not path:
-            return ["Choose a series.", gr.update(visible=False), "", [], ()]
-        where = studio.places.inside(path)
-        now = (str(where), limit, level, fingerprint(where))
-        if before and tuple(before) == now:
-            return [gr.skip()] * len(outputs)
-        seen_now = view(where, *judging(limit, level))
+            return [markup.hint(NO_SERIES), "", "", [], ()]
+        try:
+            where = studio.places.inside(path)
+            now = (str(where), limit, level, fingerprint(where))
+            if before and tuple(before) == now:
+                return [gr.skip()] * len(outputs)
+            seen_now = view(where, *judging(limit, level))
+        except EXPECTED as error:
+            return [markup.printed(TITLE, f"No verdict: {error}"), "", "", [], ()]
         drawn = "".join(f"<div>{svg}</div>" for svg in (seen_now.curves, seen_now.losses, seen_now.path) if svg)
-        plan = gr.update(value=seen_now.sequential, visible=bool(seen_now.sequential))
-        return [seen_now.verdict, plan, drawn, seen_now.rows, now]
+        plan = markup.printed("Sequential test, as runs come in", seen_now.sequential) if seen_now.sequential else ""
+        return [markup.printed(TITLE, seen_now.verdict), plan, drawn, seen_now.rows, now]
 
     def open_page():
         found = [(studio.places.shown(path), studio.places.shown(path)) for path in studio.catalogue.series()]
         first = found[0][1] if found else None
-        return gr.update(choices=found, value=first), *look(first, None, 0.05, ())
+        return gr.update(choices=found, value=first), *look(first, "", 0.05, ())
 
     inputs = [folder, threshold, alpha]
     page.load(told(open_page), None, [folder, *outputs])
     for changed in (folder.input, threshold.submit, threshold.blur, alpha.submit, alpha.blur):
-        changed(told(lambda *given: look(*given, ())), inputs, outputs)
-    gr.Timer(REFRESH_S).tick(told(look), [*inputs, seen], outputs, show_progress="hidden")
+        changed(look, [*inputs, seen], outputs)
+    gr.Timer(REFRESH_S).tick(look, [*inputs, seen], outputs, show_progress="hidden")
 
     @told
     def make(path, limit, level):
-        return str(write_report(studio.places.inside(path or ""), studio.places, *judging(limit, level)))
+        return str(write_report(studio.places.inside(path), studio.places, *judging(limit, level)))
 
-    report.click(make, inputs, report)
+    report.click(make, inputs, file).success(None, js=FETCH)

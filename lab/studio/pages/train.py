@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import html
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import gradio as gr
 
+from lab.studio import markup
 from lab.studio.jobs import Entry
-from lab.studio.places import MAX_UPLOAD_BYTES
-from lab.studio.progress import Progress, clock_text, curves, read_progress
-from lab.studio.recipes import BOUNDS, MODELS, READINGS, TOKENS, Request, corpora_for, training_of
+from lab.studio.places import MAX_UPLOAD_BYTES, Refused
+from lab.studio.progress import Progress, clock_text, curve_rows, loss_span, read_progress
+from lab.studio.recipes import BOUNDS, MODELS, READINGS, TOKENS, Request, corpora_for, training_of, unit_of
 from lab.studio.telling import told
 
 REFRESH_S = 1.5
 FIRST = "gpt"
+MOST_SEEDS = 10
 STATE_SIGNS = {
     "running": "▶",
     "queued": "…",
@@ -25,94 +28,143 @@ STATE_SIGNS = {
     "finished": "✓",
     "failed": "✗",
 }
+COLORS = {"training": "#60a5fa", "validation": "#2563eb", "floor": "#d97706"}
+CAN = {  # button: states in which it does something
+    "pause": ("queued", "running"),
+    "resume": ("paused", "stopped", "failed"),
+    "stop": ("queued", "running", "paused", "pausing"),
+    "remove": ("queued", "paused", "stopped", "finished", "failed"),
+}
 
 
 def build(studio, page: gr.Blocks) -> None:
     """Lay the page out."""
+    gr.HTML(markup.heading("Train", "Choose a model and a text, start, and watch it learn; trainings wait in a queue."))
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            inputs, start = _form(studio)
+            form = _Form(studio)
         with gr.Column(scale=2, min_width=320):
             watch = _Watch(studio)
-    values = [inputs[f.name] for f in fields(Request)]
 
     @told
-    def begin(*given):
-        request = Request(**dict(zip(inputs, given)))
-        id = studio.queue.add(training_of(request, studio.places))
+    def begin(seeds, *given):
+        request = Request(**dict(zip(form.fields, given)))
+        if not isinstance(seeds, (int, float)) or not 1 <= seeds <= MOST_SEEDS:
+            raise Refused(f"runs: from 1 to {MOST_SEEDS}")
+        chosen = [replace(request, seed=(request.seed or 0) + k) for k in range(int(seeds))]
+        made = [training_of(one, studio.places) for one in chosen]  # all of them are checked before one is queued
+        first, *_ = [studio.queue.add(one) for one in made]
         studio.queue.work()
-        return watch.shown(id)
+        return watch.shown(first)
 
-    start.click(begin, values, watch.outputs, show_progress="hidden")
+    form.start.click(begin, [form.seeds, *form.values], watch.outputs, show_progress="hidden")
+    form.connect(page)
     watch.connect(page)
 
 
-def _form(studio) -> tuple[dict[str, gr.Component], gr.Button]:
-    """The fields by the name they have in Request, in its order, and the start button."""
-    model = gr.Dropdown([(m.label, key) for key, m in MODELS.items()], value=FIRST, label="Model", elem_id="model")
-    about = gr.Markdown(MODELS[FIRST].about)
-    corpus = gr.Dropdown(corpora_for(FIRST), value="stories", label="Corpus", elem_id="corpus")
-    with gr.Group(visible=False) as upload_group:
-        upload = gr.File(
-            label=f"Text file (UTF-8, at most {MAX_UPLOAD_BYTES >> 20} MB)",
-            file_types=[".txt", ".md"],
-            elem_id="upload",
-            height=140,
-        )
-        reading = gr.Radio([(label, key) for key, label in READINGS.items()], value="text", label="Read as")
-    text = gr.State("")
-    tokens = gr.Radio([(label, key) for key, label in TOKENS.items()], value="char", label="Tokens")
-    steps = gr.Number(
-        MODELS[FIRST].steps, label="Steps", precision=0, minimum=1, maximum=BOUNDS["steps"][1], elem_id="steps"
-    )
-    with gr.Accordion("More (0: the model's own value)", open=False, elem_id="more"):
-        batch = gr.Number(
-            0, label="Tokens a step", precision=0, minimum=0, maximum=BOUNDS["batch_tokens"][1], elem_id="batch_tokens"
-        )
-        rate = gr.Number(0, label="Learning rate", minimum=0, maximum=BOUNDS["learning_rate"][1], visible=False)
-        width = gr.Slider(0, BOUNDS["width"][1], 0, step=16, label="Width", elem_id="width")
-        layers = gr.Slider(0, BOUNDS["layers"][1], 0, step=1, label="Layers", elem_id="layers")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=BOUNDS["seed"][1])
-    start = gr.Button("Start training", variant="primary", elem_id="start")
+class _Form:
+    """The left half: what to train. It is kept in the browser, so that a reload changes nothing."""
 
-    def choose_model(key):
+    def __init__(self, studio):
+        self.studio = studio
+        models = [(m.label, key) for key, m in MODELS.items()]
+        self.model = gr.Dropdown(models, value=FIRST, label="Model", elem_id="model")
+        self.about = gr.Markdown(MODELS[FIRST].about)
+        self.corpus = gr.Dropdown(corpora_for(FIRST), value="stories", label="Corpus", elem_id="corpus")
+        with gr.Group(visible=False) as self.upload_group:
+            limit = f"at most {MAX_UPLOAD_BYTES >> 20} MB"
+            self.upload = gr.File(
+                label=f"Text file (UTF-8, {limit})", file_types=[".txt", ".md"], elem_id="upload", height=140
+            )
+            self.kept_text = gr.HTML("", elem_id="kept_text")
+            self.reading = gr.Radio([(label, key) for key, label in READINGS.items()], value="text", label="Read as")
+        self.text = gr.State("")
+        self.tokens = gr.Radio([(label, key) for key, label in TOKENS.items()], value="char", label="Tokens")
+        self.steps = _number("steps", MODELS[FIRST].steps, "Steps", minimum=1)
+        with gr.Accordion("More (0: the model's own value)", open=False, elem_id="more"):
+            self.batch = _number("batch_tokens", 0, "Tokens a step")
+            self.rate = gr.Number(
+                0, label="Learning rate", minimum=0, maximum=BOUNDS["learning_rate"][1], visible=False
+            )
+            self.width = gr.Slider(0, BOUNDS["width"][1], 0, step=16, label="Width", elem_id="width")
+            self.layers = gr.Slider(0, BOUNDS["layers"][1], 0, step=1, label="Layers", elem_id="layers")
+            self.seed = _number("seed", 0, "Seed")
+            self.seeds = gr.Number(
+                1, label="Runs, each with the next seed", precision=0, minimum=1, maximum=MOST_SEEDS, elem_id="seeds"
+            )
+        self.start = gr.Button("Start training", variant="primary", elem_id="start")
+        named = dict(
+            model=self.model,
+            corpus=self.corpus,
+            reading=self.reading,
+            text=self.text,
+            tokens=self.tokens,
+            steps=self.steps,
+            batch_tokens=self.batch,
+            learning_rate=self.rate,
+            width=self.width,
+            layers=self.layers,
+            seed=self.seed,
+        )
+        self.fields = [field.name for field in fields(Request)]
+        self.values = [named[name] for name in self.fields]
+
+    def connect(self, page: gr.Blocks) -> None:
+        kept = gr.BrowserState({}, storage_key="studio-training", secret="studio")  # nothing in it is secret
+        shape = [self.about, self.upload_group, self.kept_text]
+        self.model.input(self._choose_model, self.model, [*self.values, *shape], show_progress="hidden")
+        self.corpus.input(lambda key: gr.update(visible=key == "upload"), self.corpus, self.upload_group)
+
+        @told
+        def keep(path):
+            text = str(self.studio.places.keep_text(path)) if path else ""
+            return text, kept_text_html(text)
+
+        self.upload.upload(keep, self.upload, [self.text, self.kept_text])
+        self.upload.clear(lambda: ("", ""), None, [self.text, self.kept_text])
+        changes = [value.change for value in self.values]
+        gr.on(changes, lambda *given: dict(zip(self.fields, given)), self.values, kept, show_progress="hidden")
+        page.load(self._restore, kept, [*self.values, *shape], show_progress="hidden")
+
+    def _choose_model(self, key: str) -> list:
+        """The form as a newly chosen model has it."""
         chosen = MODELS[key]
-        corpora = corpora_for(key)
-        plain = bool(chosen.rung) and not chosen.stories
-        return (
-            chosen.about,
-            gr.update(choices=corpora, value=corpora[0][1]),
-            gr.update(visible=plain),
-            chosen.steps,
-            gr.update(visible=chosen.learning_rate),
-            gr.update(visible=bool(chosen.width)),
-            gr.update(visible=bool(chosen.layers)),
-            "stories" if chosen.stories else "text",
-        )
+        request = Request(key, corpora_for(key)[0][1], "stories" if chosen.stories else "text", steps=chosen.steps)
+        return self._shown(request)
 
-    model.change(choose_model, model, [about, corpus, tokens, steps, rate, width, layers, reading])
-    corpus.change(lambda key: gr.update(visible=key == "upload"), corpus, upload_group)
+    def _restore(self, kept: dict | None) -> list:
+        """The form as it was left; as it is if nothing was kept, or what was kept makes no sense any more."""
+        known = {name: value for name, value in (kept or {}).items() if name in self.fields and value is not None}
+        corpora = [corpus for _, corpus in corpora_for(known.get("model", ""))] if known.get("model") in MODELS else []
+        if known.get("corpus") not in corpora:
+            return [gr.skip()] * (len(self.values) + 3)
+        return self._shown(Request(**known))
 
-    @told
-    def keep(path):
-        return str(studio.places.keep_text(path)) if path else ""
+    def _shown(self, request: Request) -> list:
+        """Updates of every field, and of what depends on the model."""
+        model = MODELS[request.model]
+        more = {
+            "corpus": dict(choices=corpora_for(request.model)),
+            "tokens": dict(visible=bool(model.rung) and not model.stories),
+            "learning_rate": dict(visible=model.learning_rate),
+            "width": dict(visible=bool(model.width)),
+            "layers": dict(visible=bool(model.layers)),
+        }
+        text = request.text if request.text and Path(request.text).is_file() else ""
+        values = {name: getattr(request, name) for name in self.fields} | {"text": text}
+        updates = [
+            text if name == "text" else gr.update(value=values[name], **more.get(name, {})) for name in self.fields
+        ]
+        return [*updates, model.about, gr.update(visible=request.corpus == "upload"), kept_text_html(text)]
 
-    upload.upload(keep, upload, text)
-    upload.clear(lambda: "", None, text)
-    named = dict(
-        model=model,
-        corpus=corpus,
-        reading=reading,
-        text=text,
-        tokens=tokens,
-        steps=steps,
-        batch_tokens=batch,
-        learning_rate=rate,
-        width=width,
-        layers=layers,
-        seed=seed,
-    )
-    return named, start
+
+def _number(name: str, value: float, label: str, minimum: int = 0) -> gr.Number:
+    return gr.Number(value, label=label, precision=0, minimum=minimum, maximum=BOUNDS[name][1], elem_id=name)
+
+
+def kept_text_html(text: str) -> str:
+    """The name of the text that will be read, so that it is known after a reload too."""
+    return markup.hint(f"To be read: {html.escape(Path(text).stem)}") if text else ""
 
 
 class _Watch:
@@ -123,13 +175,27 @@ class _Watch:
         self.chosen = gr.Dropdown([], label="Training", elem_id="training", interactive=True)
         self.status = gr.HTML(elem_id="status")
         with gr.Row():
-            self.pause = gr.Button("Pause", size="sm", elem_id="pause")
-            self.resume = gr.Button("Resume", size="sm", elem_id="resume")
-            self.stop = gr.Button("Stop", size="sm", elem_id="stop", variant="stop")
-            self.remove = gr.Button("Remove", size="sm", elem_id="remove")
-        self.plot = gr.Plot(show_label=False, elem_id="curves")
+            self.pause = gr.Button("Pause", size="sm", elem_id="pause", min_width=90, visible=False)
+            self.resume = gr.Button("Resume", size="sm", elem_id="resume", min_width=90, visible=False)
+            self.stop = gr.Button("Stop", size="sm", elem_id="stop", variant="stop", min_width=90, visible=False)
+            self.remove = gr.Button("Remove", size="sm", elem_id="remove", min_width=90, visible=False)
+            self.back = gr.Button("Put back", size="sm", elem_id="put_back", min_width=90, visible=False)
+        self.plot = gr.LinePlot(
+            x="step",
+            y="loss",
+            color="line",
+            color_map=COLORS,
+            height=320,
+            tooltip="all",
+            elem_id="curves",
+            visible=False,
+            show_label=True,
+            label="Loss",
+            buttons=["fullscreen", "export"],
+        )
         self.samples = gr.HTML(elem_id="samples")
         self.seen = gr.State(())  # what the plot shows, so that it is drawn again only when there is more
+        self.removed = gr.State("")
         self.buttons = [self.pause, self.resume, self.stop, self.remove]
         self.outputs = [self.chosen, self.status, *self.buttons, self.plot, self.samples, self.seen]
 
@@ -153,67 +219,94 @@ class _Watch:
 
         @told
         def remove(id):
-            self.studio.queue.remove(id)
-            return self.shown(None)
+            place = self.studio.queue.remove(id)
+            gr.Info(f"moved to {html.escape(self.studio.places.shown(place))}", duration=6)
+            return [*self.shown(None), id, gr.update(visible=True)]
 
-        self.remove.click(remove, self.chosen, self.outputs, **quiet)
+        @told
+        def put_back(id):
+            self.studio.queue.put_back(id)
+            return [*self.shown(id), "", gr.update(visible=False)]
+
+        after = [*self.outputs, self.removed, self.back]
+        self.remove.click(remove, self.chosen, after, **quiet)
+        self.back.click(put_back, self.removed, after, **quiet)
 
     def shown(self, id: str | None, seen: tuple = ()) -> list:
         """Values of `outputs` for training `id` (None: the one that runs, else the latest)."""
         self.studio.queue.work()
         entries = self.studio.queue.entries()
         if not entries:
-            nothing = "<p class='quiet'>Nothing has been trained here yet.</p>"
-            off = gr.update(interactive=False)
-            return [gr.update(choices=[], value=None), nothing, off, off, off, off, gr.update(visible=False), "", ()]
+            nothing = markup.hint("Nothing has been trained here yet: choose a model and start it.")
+            off = gr.update(visible=False)
+            return [gr.update(choices=[], value=None, visible=False), nothing, off, off, off, off, off, "", ()]
         running = [e for e in entries if e.state in ("running", "pausing", "stopping")]
         known = {entry.id: entry for entry in entries}
         entry = known.get(id) or (running[0] if running else entries[-1])
         state = entry.state
         progress = read_progress(entry.log)
         choices = [(f"{STATE_SIGNS[e.state]} {e.training.title} · {e.state}", e.id) for e in reversed(entries)]
-        samples = self.studio.samples.along(entry.checkpoints)
         points = (entry.id, len(progress.train), progress.step, len(progress.val))
-        drawn = seen and tuple(seen) == points
-        figure = None if drawn else curves(progress, entry.training.floor)
-        plot = gr.skip() if drawn else gr.update(value=figure, visible=bool(progress.step))
-        can = [
-            ("queued", "running"),
-            ("paused", "stopped", "failed"),
-            ("queued", "running", "paused", "pausing"),
-            ("queued", "paused", "stopped", "finished", "failed"),
-        ]
-        buttons = [gr.update(interactive=state in states) for states in can]
-        buttons[1] = gr.update(interactive=state in can[1], value="Try again" if state == "failed" else "Resume")
+        buttons = [gr.update(visible=state in states) for states in CAN.values()]
+        buttons[1] = gr.update(visible=state in CAN["resume"], value="Try again" if state == "failed" else "Resume")
         ahead = len([e for e in entries[: entries.index(entry)] if e.state in ("queued", "running", "paused")])
         return [
-            gr.update(choices=choices, value=entry.id),
+            gr.update(choices=choices, value=entry.id, visible=True),
             status_html(entry, progress, ahead),
             *buttons,
-            plot,
-            samples_html(samples),
+            gr.skip() if seen and tuple(seen) == points else plot_update(entry, progress),
+            samples_html(self.studio.samples.along(entry.checkpoints)),
             points,
         ]
 
 
+def floor_of(entry: Entry) -> float | None:
+    """Nats below which no model can go on the text that is validated: the trainer's own word."""
+    return entry.summary.get("floor", entry.training.floor)
+
+
+def plot_update(entry: Entry, progress: Progress):
+    """The loss curves, zoomed to where they are; hidden while there is nothing to draw."""
+    import pandas
+
+    rows = curve_rows(progress, floor_of(entry))
+    if not rows:
+        return gr.update(visible=False)
+    frame = pandas.DataFrame(rows, columns=["step", "loss", "line"])
+    unit = unit_of(entry.training.settings)
+    return gr.update(
+        value=frame,
+        visible=True,
+        label=f"Loss, nats a {unit}, over steps (drag to zoom in, double click to come back)",
+        x_lim=[0, max(progress.steps, 1)],
+        y_lim=list(loss_span(rows, progress.steps)),
+    )
+
+
 def status_html(entry: Entry, progress: Progress, ahead: int) -> str:
-    """State, progress bar, times and latest losses; for a failed training its message and last output."""
-    state, training = entry.state, entry.training
+    """State, progress bar, times and losses; for a failed training its message and last output."""
+    state, training, summary = entry.state, entry.training, entry.summary
     steps = progress.steps or training.steps
-    parts = [f"<div class='state {state}'><b>{html.escape(state)}</b> {html.escape(training.title)}</div>"]
+    seed = f", seed {training.seed}" if training.seed else ""
+    title = html.escape(training.title + seed)
+    parts = [f"<div class='state {state}'><b>{html.escape(state)}</b> {title}</div>"]
     parts.append(f"<progress value='{progress.step}' max='{max(steps, 1)}' aria-label='progress'></progress>")
-    facts = [f"step {progress.step} of {steps}", f"elapsed {clock_text(progress.seconds)}"]
+    facts = [("step", f"{progress.step} of {steps}"), ("elapsed", clock_text(progress.seconds))]
     if state == "running" and progress.step < steps:
-        facts.append(f"remaining {clock_text(progress.seconds_left)}" if progress.step else "starting")
+        facts.append(("remaining", clock_text(progress.seconds_left) if progress.step else "starting"))
     if state == "queued" and ahead:
-        facts.append(f"{ahead} before it")
+        facts.append(("queue", f"{ahead} before it"))
     if progress.train:
-        facts.append(f"training loss {progress.train[-1][1]:.3f}")
+        facts.append(("training loss", f"{progress.train[-1][1]:.3f}"))
     if progress.val:
-        facts.append(f"validation loss {progress.val[-1][1]:.3f}")
-    if training.floor is not None:
-        facts.append(f"entropy floor {training.floor:.3f}")
-    parts.append("<p>" + " · ".join(facts) + "</p>")
+        facts.append(("validation loss", f"{progress.val[-1][1]:.3f}"))
+        step, loss = min(progress.val, key=lambda point: point[1])
+        facts.append(("best validation", f"{loss:.3f} at step {step}"))
+    if isinstance(summary.get("test_loss"), float):
+        facts.append(("test loss", f"{summary['test_loss']:.3f}"))
+    if (floor := floor_of(entry)) is not None:
+        facts.append(("entropy floor", f"{floor:.3f}"))
+    parts.append(markup.facts(facts))
     if entry.message:
         parts.append(f"<p class='failure'>{html.escape(entry.message)}</p>")
         if entry.output:
@@ -225,7 +318,4 @@ def samples_html(samples: list[tuple[int, str]]) -> str:
     """What the model wrote after so many steps, the latest first."""
     if not samples:
         return ""
-    items = "".join(
-        f"<div class='sample'><span>step {step}</span><div>{html.escape(text)}</div></div>" for step, text in samples
-    )
-    return f"<h4>Samples as it learns</h4>{items}"
+    return f"<h2>Samples as it learns</h2>{markup.texts((f'step {step}', text) for step, text in samples)}"
