@@ -6,6 +6,7 @@ whatever the browser sent. 0 stands for the trainer's own default.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ BOUNDS = {  # field: (least, most); 0 is allowed beside them where there is a de
     "layers": (1, 12),
     "seed": (0, 1_000_000),
 }
+VAL_TOKENS = 65_536  # of nano
 LEAST_VAL_BYTES = 1_000  # a tenth of the text; training needs a few sequences of 1024 bytes
 _DEFAULT_AT_ZERO = ("batch_tokens", "learning_rate", "width", "layers")
 
@@ -175,9 +177,9 @@ def training_of(request: Request, places: Places) -> Training:
     text = _text_of(r, places)
     corpus = f"{text.stem}" if text else CORPORA[r.corpus].lower()
     if r.model == "nano":
-        command, floor = _nano(r, text, places), _nano_floor(text)
+        command, floor = _nano(r, text, places), None if text else _embedded_floor()
     else:
-        command, floor = _lab(r, model, text), _lab_floor(r, model, text)
+        command, floor = _lab(r, model, text), None  # the trainer's JSON tells it
     resume = ("--resume=auto",) if r.model == "nano" else ("--resume=true", "--overwrite=true")
     steps = 1 if r.model == "counts" else r.steps
     title = f"{model.label} on {corpus}"
@@ -219,15 +221,6 @@ def _lab(r: Request, model: Model, text: Path | None) -> list[str]:
     return [*words, "--test=true"] + ([f"--path={text}"] if text else [])
 
 
-def _lab_floor(r: Request, model: Model, text: Path | None) -> float | None:
-    """Known for characters and bytes of the embedded corpus, which is plain ASCII."""
-    if text or model.stories or r.tokens == "word":
-        return None
-    from lab.embedded import entropy_floor
-
-    return entropy_floor(r.corpus)
-
-
 def _nano(r: Request, text: Path | None, places: Places) -> list[str]:
     every = max(1, r.steps // 10)
     words = [
@@ -245,16 +238,23 @@ def _nano(r: Request, text: Path | None, places: Places) -> list[str]:
     if text is None:
         if r.corpus != "all":
             raise Refused("nano reads the whole embedded corpus (stories, sums and names), or an uploaded text")
-        return [*words, "--val_tokens=65536"]
+        return [*words, f"--val_tokens={VAL_TOKENS}"]
     return words + _byte_shards(text, r.reading, places)
 
 
-def _nano_floor(text: Path | None) -> float | None:
-    if text:
-        return None
-    from data.corpus import entropy_nats_per_byte
+@functools.cache
+def _embedded_floor() -> float:
+    """What the grammar itself would lose on the very tokens that nano is validated on."""
+    import numpy as np
 
-    return entropy_nats_per_byte()
+    from data.corpus import best_loss, iter_documents
+
+    text = ""
+    for document in iter_documents(0, stream="val"):
+        text += f"\0{document}"
+        if len(text) > VAL_TOKENS:
+            break
+    return best_loss(np.frombuffer(text[: VAL_TOKENS + 1].encode("ascii"), dtype=np.uint8))
 
 
 def _byte_shards(text: Path, reading: str, places: Places) -> list[str]:
@@ -281,7 +281,7 @@ def _byte_shards(text: Path, reading: str, places: Places) -> list[str]:
     if sizes["val"] < LEAST_VAL_BYTES:
         raise Refused(f"{text.name} is too short for nano: at least {LEAST_VAL_BYTES * 10 // 1000} kB are needed")
     length = min(8192, sizes["val"] - 1)
-    count = min((sizes["val"] - 1) // length, 65_536 // length)
+    count = min((sizes["val"] - 1) // length, VAL_TOKENS // length)
     return [
         f"--train_files={folder}/train_*.bin",
         f"--val_files={folder}/val_*.bin",

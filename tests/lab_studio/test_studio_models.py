@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lab import LabError
+from lab.analyses.menu import MENU
 from lab.checkpoints import save_checkpoint
 from lab.models import LADDER, build_model
 from lab.studio import markup
-from lab.studio.analyses import ANALYSES, MOST_CHECKPOINTS, Microscope, along
+from lab.studio.analyses import MOST_CHECKPOINTS, Microscope, along
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
@@ -221,7 +222,7 @@ def test_a_prompt_without_end_is_refused_by_the_server_too(places, tmp_path):
     with pytest.raises(Refused, match="at most"):
         next(write(checkpoint, "a" * (LONGEST_PROMPT + 1)))
     with pytest.raises(Refused, match="at most"):
-        Microscope(places, Models(places)).look("Variability", checkpoint.path, "a" * (LONGEST_PROMPT + 1))
+        Microscope(places, Models(places)).look("variability", checkpoint.path, "a" * (LONGEST_PROMPT + 1))
 
 
 def test_nothing_chosen_is_said_and_never_becomes_a_word(places):
@@ -287,7 +288,18 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+OF_AN_MLP = [name for name in MENU if name not in ("attention", "scalars")]
+
+
+def test_the_analyses_that_fit_are_offered_in_words(trained):
+    places = Places(trained.parents[1], (trained.parents[1],))
+    path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
+    offered = Microscope(places, Models(places)).kinds(path)
+    assert [name for _, name in offered] == OF_AN_MLP
+    assert dict(map(reversed, offered))["coloured"] == "Coloured: text coloured by loss"
+
+
+@pytest.mark.parametrize("name", OF_AN_MLP)
 def test_every_analysis_leaves_a_picture_and_a_line(trained, name):
     from lab.studio import analyses
 
@@ -310,17 +322,17 @@ def test_analyses_that_make_no_sense_are_refused(trained):
     path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
     with pytest.raises(Refused, match="no analysis"):
         scope.look("__class__", path, "")
-    with pytest.raises(Refused, match="needs a prompt"):
-        scope.look("Attribution", path, "")
+    with pytest.raises(Refused, match="attention does not fit a mlp"):
+        scope.look("attention", path, "an")
     other = places.texts / "other.txt"
     other.parent.mkdir(exist_ok=True)
     other.write_text("ann\nbob\ncid\n")
-    with pytest.raises(Refused, match="not the text that this model was trained on"):
-        scope.look("Quality", path, "an", str(other))
+    with pytest.raises(LabError, match="is not the text of"):
+        scope.look("quality", path, "an", str(other))
     with pytest.raises(UnknownTextError):
-        scope.look("Variability", path, "1234")
+        scope.look("variability", path, "1234")
     with pytest.raises(Refused, match="outside"):
-        scope.look("Variability", "/etc/passwd", "")
+        scope.look("variability", "/etc/passwd", "")
 
 
 def test_a_model_can_be_handed_its_own_text(tmp_path):
@@ -332,14 +344,14 @@ def test_a_model_can_be_handed_its_own_text(tmp_path):
     text = places.texts / "mine.txt"
     text.parent.mkdir()
     text.write_text("\n".join(["anna", "bob", "cid", "dora", "emil", "fred", "gus", "hal", "ida", "jo"]))
-    config = TrainConfig("counts", "names", path=str(text), checkpoints=1)
-    trained = train_model(config, fields_class("counts")(), folder=tmp_path / "elsewhere")
+    config = TrainConfig("bigram", "names", path=str(text), checkpoints=1, steps=2)
+    trained = train_model(config, fields_class("bigram")(), folder=tmp_path / "elsewhere")
     path = trained.checkpoints / "best.safetensors"
     moved = text.rename(text.with_name("moved.txt"))
     scope = Microscope(places, Models(places))
     with pytest.raises((Refused, LabError)):
-        scope.look("Corpus", path, "")
-    found = scope.look("Corpus", path, "", str(moved))
+        scope.look("frequency", path, "")
+    found = scope.look("frequency", path, "", str(moved))
     assert found.data["characters"]["total"] == sum(map(len, moved.read_text().split()))
 
 
@@ -367,7 +379,7 @@ def test_texts_of_any_alphabet_are_shown_as_text(trained):
 
     places = Places(trained.parents[1], (trained.parents[1],))
     path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
-    found = Microscope(places, Models(places)).look("Samples along training", path, "an")
+    found = Microscope(places, Models(places)).look("samples", path, "an")
     row = {"step": 3, "text": "你好, नमस्ते", "ended": True}
     shown = markup.finding(replace(found, data={"prompt": "", "samples": [row]}))
     assert "你好, नमस्ते" in shown and "<img" not in shown

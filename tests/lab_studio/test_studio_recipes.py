@@ -1,14 +1,16 @@
 """Requests become command lines that the trainers accept; what is out of bounds is refused."""
 
 import dataclasses
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.studio.places import Places, Refused
-from lab.studio.recipes import BOUNDS, CORPORA, MODELS, READINGS, Request, checked, corpora_for, training_of
+from lab.studio.recipes import BOUNDS, CORPORA, MODELS, READINGS, Request, checked, corpora_for, training_of, unit_of
 
 
 @pytest.fixture
@@ -75,14 +77,24 @@ def test_an_uploaded_text_is_handed_on(places):
     assert bytes(int(i) for i in inputs[-12:]).decode() in "Some words. " * 2
 
 
-def test_the_entropy_floor_stands_where_it_is_known(places):
-    from data.corpus import entropy_nats_per_byte
-    from lab.embedded import entropy_floor
+def test_nanos_floor_is_that_of_the_very_text_it_is_validated_on(places):
+    """Not the grammar's average, below which a model on easier text would fall."""
+    from data.corpus import best_loss, ensure_corpus, entropy_nats_per_byte
+    from data.shards import TokenStream
 
-    assert training_of(Request("mlp", "names"), places).floor == entropy_floor("names") > 0
-    assert training_of(Request("mlp", "names", tokens="word"), places).floor is None
-    assert training_of(Request("nano", "all"), places).floor == entropy_nats_per_byte()
-    assert training_of(Request("stories-gpt", "stories"), places).floor is None
+    floor = training_of(Request("nano", "all"), places).floor
+    made = ensure_corpus(places.home / "corpus", train_bytes=1 << 12, val_bytes=1 << 17)
+    stream = TokenStream(made.val_files, sequence_tokens=65_536, vocab_size=256, cycle=False, sequences_per_step=1)
+    inputs, targets = stream.batch(0, 0)
+    read = np.append(np.asarray(inputs).reshape(-1), np.asarray(targets).reshape(-1)[-1])
+    assert floor == best_loss(read) and floor != entropy_nats_per_byte()
+    assert training_of(Request("mlp", "names"), places).floor is None  # lab.train tells it in its JSON
+
+
+def test_what_losses_are_counted_in():
+    asked = {"nano": "byte", "stories-gpt": "word", "mlp": "character"}
+    assert {name: unit_of(asdict(Request(name))) for name in asked} == asked
+    assert unit_of(asdict(Request("mlp", tokens="word"))) == "word" and unit_of({}) == "token"
 
 
 def test_texts_that_were_not_uploaded_are_refused(places, tmp_path):

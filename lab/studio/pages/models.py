@@ -7,13 +7,14 @@ from urllib.parse import quote
 import gradio as gr
 
 from lab.studio import markup
-from lab.studio.analyses import ANALYSES, step_label
+from lab.studio.analyses import step_label
 from lab.studio.catalogue import steps_of
 from lab.studio.telling import EXPECTED, told
 from lab.studio.writing import LONGEST_PROMPT
 
 HEADERS = ["model", "corpus", "step", "validation loss", "parameters", "size", "saved", "series · run"]
 WIDTHS = ["130px", "130px", "80px", "170px", "120px", "100px", "170px", "420px"]
+FIRST = "samples"  # it fits every model
 NO_MODEL = markup.hint(
     "There is no model yet. <a href='train'>Train one</a>: a minute is enough for the first, and it appears here."
 )
@@ -46,7 +47,7 @@ def build(studio, page: gr.Blocks) -> None:
             facts = gr.HTML(elem_id="facts")
             drawing = gr.HTML(elem_id="diagram")
         with gr.Column(scale=1, min_width=320):
-            inputs, run, answer = _microscope(studio)
+            kind, inputs, run, answer = _microscope(studio)
 
     def refresh():
         found = studio.catalogue.checkpoints()
@@ -57,13 +58,15 @@ def build(studio, page: gr.Blocks) -> None:
 
     def opened(chosen):
         if not chosen:  # the field was left without a choice
-            return [gr.skip()] * 5
+            return [gr.skip()] * 6
         checkpoint = studio.models.load(chosen)
         shown = studio.places.shown
         steps = [(step_label(one), shown(one)) for one in steps_of(checkpoint.path)]
         listed = gr.update(choices=steps, value=shown(checkpoint.path))
-        drawn = markup.finding(studio.microscope.look("Architecture", chosen, ""))
-        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn, ""
+        drawn = markup.finding(studio.microscope.look("architecture", chosen, ""))
+        kinds = [(words, name) for words, name in studio.microscope.kinds(chosen) if name != "architecture"]
+        offered = gr.update(choices=kinds, value=FIRST)
+        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn, "", offered
 
     @told
     def open_row(event: gr.SelectData):
@@ -73,16 +76,15 @@ def build(studio, page: gr.Blocks) -> None:
 
     page.load(told(refresh), None, [table, path, empty])
     again.click(told(refresh), None, [table, path, empty])
-    shown = [path, details, facts, drawing, answer]
+    shown = [path, details, facts, drawing, answer, kind]
     table.select(open_row, None, shown)
     path.input(told(opened), path, shown)
     run([path, *inputs])
 
 
 def _microscope(studio):
-    """The right half: (fields of an analysis after the checkpoint, what connects them, where the answer stands)."""
-    kinds = [name for name in ANALYSES if name != "Architecture"]
-    kind = gr.Dropdown(kinds, value=kinds[0], label="Analysis", elem_id="analysis")
+    """The right half: (which analysis, the fields that go with the checkpoint, what connects them, the answer)."""
+    kind = gr.Dropdown([], label="Analysis", elem_id="analysis")
     prompt = gr.Textbox(
         label="Prompt",
         placeholder="(empty: the beginning of a text)",
@@ -110,7 +112,7 @@ def _microscope(studio):
     def connect(inputs):
         gr.on([button.click, prompt.submit], analyse, inputs, answer, show_progress="hidden")
 
-    return [kind, prompt, text], connect, answer
+    return kind, [kind, prompt, text], connect, answer
 
 
 def facts_html(studio, checkpoint) -> str:
