@@ -20,20 +20,17 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), value emb
 medium track. Ideas are theirs; the lines are ours, and other credits stand where an idea enters.
 """
 
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).read_text()  # read before anything can change it: the log embeds what really runs
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import re
 import signal
-import uuid
 from functools import partial
 
 from trainer.threads import bound_spinning
@@ -46,32 +43,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.shards import ShardError, TokenStream
-from kernels.attention import attention, attention_inputs, attention_plan
-from kernels.attention import implementation as attention_implementation
+from kernels.attention import attention, attention_inputs, attention_plan, flex_mask
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from trainer.checkpoints import CheckpointError, checkpoints_of, load_tensors, newest_whole, save_tensors
+from trainer import checkpoints, implementations, processes
+from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evaluate import evaluate_command
 from trainer.evidence import TokenRecord, check_same_data, hash_of
-from trainer.exchange import GradientExchange, PlainExchange
-from trainer.log import Clock, Progress, RunLog, now, say
-from trainer.options import UsageError, help_text, parse_options, setting
-from trainer.processes import StopRequest, agree, join_group, on_rank_0, rank, world_size
-from trainer.program import describe_environment, matmul_ceiling
+from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
+from trainer.log import Clock, Progress, RunLog, unique_name
+from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
+from trainer.processes import StopRequest, on_rank_0, rank, world_size
+from trainer.program import choose_assembler, describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.sample import sample_command
-from trainer.start import expand, initial_state
+from trainer.start import expand, initial_state, starting_layout
 from trainer.streams import describe_data, loss_floor, open_streams
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
 
-# -------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration -------------------------------------------------------------------------------------------
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes; the defaults are the `medium` preset."""
@@ -82,63 +79,66 @@ class Config:
     data: str = setting("", "path", "folder of shards, or a text to be tokenised: files, vocabulary, validation tokens")
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, or 'embedded'")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, or 'embedded'")
-    vocab_size: int = setting(50257, "tokens", "token ids are below this; the head pads it up to 128s")
-    eos_id: int = setting(50256, "token", "opens every document")
-    drop_shard_tail: bool = setting(False, "flag", "skip each shard's last incomplete step, as the public code")
+    vocab_size: int = setting(50257, "tokens", "token ids are below this; the head pads it up to 128s", at_least=1)
+    eos_id: int = setting(50256, "token", "opens every document", at_least=0)
+    drop_shard_tail: bool = setting(True, "flag", "skip each shard's last incomplete step, as the reference run")
     # Length of the run
-    num_iterations: int = setting(5690, "steps", "optimizer steps")
-    tokens_per_step: int = setting(524288, "tokens", "over all processes; split into packed sequences")
-    train_seq_len: int = setting(65536, "tokens", "packed training sequence; smaller for smaller GPUs")
-    val_seq_len: int = setting(262144, "tokens", "packed validation sequence")
-    val_tokens: int = setting(10485760, "tokens", "validation tokens, from the start of the shard")
-    val_loss_every: int = setting(125, "steps", "between validations; 0: only at the end")
-    cooldown_frac: float = setting(0.7, "fraction", "of the run, at its end, with the learning rate falling to 0")
-    warmup_steps: int = setting(10, "steps", "compile and warm up before the clock, then reset all state")
+    num_iterations: int = setting(5690, "steps", "optimizer steps", at_least=1)
+    tokens_per_step: int = setting(524288, "tokens", "over all processes; split into packed sequences", at_least=1)
+    train_seq_len: int = setting(65536, "tokens", "packed training sequence; smaller for smaller GPUs", at_least=1)
+    val_seq_len: int = setting(262144, "tokens", "packed validation sequence", at_least=1)
+    val_tokens: int = setting(10485760, "tokens", "validation tokens, from the start of the shard", at_least=1)
+    val_loss_every: int = setting(125, "steps", "between validations; 0: only at the end", at_least=0)
+    cooldown_frac: float = setting(0.7, "fraction", "of the run, its end: the rate falls to 0", above=0, at_most=1)
+    warmup_steps: int = setting(10, "steps", "compile and warm up before the clock, then reset all state", at_least=0)
     stop_after: int = setting(0, "steps", "end there on a schedule that is longer; 0: at its end", at_least=0)
-    target_loss: float = setting(2.92, "nats", "the loss that a series of runs is judged against")
+    target_loss: float = setting(2.92, "nats", "the loss that a series of runs is judged against", above=0)
     # Model
-    num_layers: int = setting(16, "layers", "blocks of attention and MLP")
-    model_dim: int = setting(1024, "width", "D")
-    num_heads: int = setting(8, "heads", "H; the head width is D / H")
-    mlp_ratio: int = setting(4, "ratio", "hidden width of the MLP over D")
-    attention_scale: float = setting(0.12, "factor", "on the logits of attention")
-    soft_cap: str = setting("rsqrt", "name", "on the head's logits: rsqrt, sigmoid or none")
+    num_layers: int = setting(16, "layers", "blocks of attention and MLP", at_least=1)
+    model_dim: int = setting(1024, "width", "D", at_least=1)
+    num_heads: int = setting(8, "heads", "H; the head width is D / H", at_least=1)
+    mlp_ratio: int = setting(4, "ratio", "hidden width of the MLP over D", at_least=1)
+    attention_scale: float = setting(0.12, "factor", "on the logits of attention", above=0)
+    soft_cap: str = setting("rsqrt", "name", "on the head's logits", choices=("rsqrt", "sigmoid", "none"))
     second_input_embedding: bool = setting(True, "flag", "a second embedding table mixed into every layer")
-    value_embeddings: int = setting(5, "tables", "added to the values of the first and last so many layers; 0: off")
+    value_embeddings: int = setting(5, "tables", "added to values of the first and last so many layers", at_least=0)
     unet_skips: str = setting("6>9,4>10,2>11", "layers", "output of the first added on entering the second; '': off")
     attention_free_layers: str = setting("7", "layers", "with an MLP only; '': none")
     half_truncated_rotary: bool = setting(True, "flag", "half of the rotary frequencies are zero")
     # Attention windows
-    block_tokens: int = setting(128, "tokens", "windows are counted in blocks of this many")
-    window_max_tokens: int = setting(3456, "tokens", "the long window at the end of the run")
+    block_tokens: int = setting(128, "tokens", "windows are counted in blocks of this many", at_least=1)
+    window_max_tokens: int = setting(3456, "tokens", "the long window at the end of the run", at_least=1)
     long_window_layers: str = setting("0,4,11,15", "layers", "with the long window; the others have half of it")
     growing_window: bool = setting(True, "flag", "the window grows along a cubic; off: full size from the start")
-    window_growth_frac: float = setting(1.0, "fraction", "of the run, at its start, in which the window grows")
+    window_growth_frac: float = setting(1.0, "fraction", "of the run, its start: the window grows", above=0, at_most=1)
     # Optimizers
-    head_lr: float = setting(1 / 320, "rate", "AdamW, output head")
-    embed_lr: float = setting(0.3, "rate", "AdamW, all embedding tables")
-    scalar_lr: float = setting(0.015, "rate", "AdamW, skip weights and lambdas")
-    adam_beta1: float = setting(0.8, "factor", "AdamW")
-    adam_beta2: float = setting(0.95, "factor", "AdamW")
-    muon_lr: float = setting(0.025, "rate", "Muon, matrices of the blocks")
-    muon_weight_decay: float = setting(0.01, "rate", "times the learning rate; doubled for the MLP")
-    muon_momentum: float = setting(0.95, "factor", "after its warm-up from 0.85")
-    muon_momentum_warmup: int = setting(300, "steps", "over which the momentum grows")
-    muon_coefficients: str = setting("spec", "name", "of the orthogonalisation: spec or polar_express")
+    head_lr: float = setting(1 / 320, "rate", "AdamW, output head", at_least=0)
+    embed_lr: float = setting(0.3, "rate", "AdamW, all embedding tables", at_least=0)
+    scalar_lr: float = setting(0.015, "rate", "AdamW, skip weights and lambdas", at_least=0)
+    adam_beta1: float = setting(0.8, "factor", "AdamW", at_least=0, below=1)
+    adam_beta2: float = setting(0.95, "factor", "AdamW", at_least=0, below=1)
+    muon_lr: float = setting(0.025, "rate", "Muon, matrices of the blocks", at_least=0)
+    muon_weight_decay: float = setting(0.01, "rate", "times the learning rate; doubled for the MLP", at_least=0)
+    muon_momentum: float = setting(0.95, "factor", "after its warm-up from 0.85", at_least=0, below=1)
+    muon_momentum_warmup: int = setting(300, "steps", "over which the momentum grows", at_least=0)
+    muon_coefficients: str = setting("spec", "name", "of the orthogonalisation", choices=("spec", "polar_express"))
     # Machine
-    seed: int = setting(0, "number", "of the initial weights; the data order does not depend on it")
-    dtype: str = setting("bfloat16", "name", "of activations, embeddings and block weights: bfloat16 or float32")
-    device: str = setting("auto", "name", "auto, cuda or cpu")
-    compile: str = setting("auto", "name", "torch.compile: auto (on GPUs), on or off")
-    kernels: str = setting("auto", "name", "auto, triton or reference (FlexAttention and eager loss on GPUs)")
-    communication: str = setting("auto", "name", "of gradients: plain, overlap, or auto: overlap on several GPUs")
+    seed: int = setting(0, "number", "of the initial weights; the data order does not depend on it", at_least=0)
+    dtype: str = setting("bfloat16", "name", "of all but head and scalars", choices=("bfloat16", "float32"))
+    fp8_head: bool = setting(False, "flag", "the head's products in 8 bits, on GPUs that have them")
+    device: str = setting("auto", "name", "to train on", choices=("auto", "cuda", "cpu"))
+    compile: str = setting("auto", "name", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
+    tune: bool = setting(True, "flag", "coordinate-descent tuning of what torch.compile makes for GPUs")
+    kernels: str = setting("auto", "name", "reference: plain torch", choices=("auto", "triton", "reference"))
+    communication: str = setting("auto", "name", "auto: overlap on GPUs", choices=("auto", "plain", "overlap"))
+    patience: float = setting(600, "seconds", "that a process waits for another before the run ends", at_least=1)
     deterministic: bool = setting(False, "flag", "ask torch for bitwise repeatable algorithms (slower on GPUs)")
     # Output
     output_dir: str = setting("local/runs", "folder", "for the log, its JSON and the checkpoints")
     run_name: str = setting("", "name", "of the log; '': preset, time and a random suffix")
     log_train_loss: bool = setting(False, "flag", "training loss in every step's line (waits for the GPU)")
-    checkpoint_every: int = setting(0, "steps", "between checkpoints; 0: only at the end or when stopped")
-    keep_checkpoints: int = setting(2, "files", "newest so many stay; 0: all")
+    checkpoint_every: int = setting(0, "steps", "between checkpoints; 0: only at the end or when stopped", at_least=0)
+    keep_checkpoints: int = setting(2, "files", "newest so many stay; 0: all", at_least=0)
     save_final: bool = setting(True, "flag", "checkpoint at the end of the run")
     resume: str = setting("", "name", "'auto': from this run's newest good checkpoint; or a checkpoint's path")
     init_from: str = setting("", "file", "checkpoint whose weights the run starts with")
@@ -152,12 +152,11 @@ class Config:
 # What a run computes does not depend on these, so a checkpoint may be resumed with others. Where the data lie does
 # not matter either: what they are is in the hashes of the tokens (trainer/evidence.py).
 _RUN_FIELDS = frozenset(
-    "config data init_from stop_after train_files val_files data_dir output_dir run_name checkpoint_every "
-    "save_final keep_checkpoints resume overwrite plan_hash device compile kernels communication log_train_loss "
+    "config data init_from stop_after train_files val_files data_dir output_dir run_name checkpoint_every save_final "
+    "keep_checkpoints resume overwrite plan_hash device compile tune kernels communication patience log_train_loss "
     "deterministic warmup_steps".split()
 )
 
-# fmt: off
 PRESETS: dict[str, dict] = {
     # The reference run of the medium track, second input embedding.
     "medium": {},
@@ -168,7 +167,7 @@ PRESETS: dict[str, dict] = {
     ),
     # The same architecture at 0.2M parameters on bytes, for a laptop without a GPU.
     "nano": dict(
-        train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0,
+        train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0, drop_shard_tail=False,
         num_iterations=700, tokens_per_step=1024, train_seq_len=1024, val_seq_len=8192, val_tokens=65536,
         val_loss_every=100, target_loss=0.7,
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_free_layers="",
@@ -198,44 +197,18 @@ def _skips(text: str) -> dict[int, int]:
 
 
 def check_config(config: Config) -> Config:
-    """`config` itself, or UsageError that names the field at fault and what it must be."""
+    """`config` itself, or UsageError that names the field at fault and what it must be. What ties fields together
+    stands here, what limits one alone at the field."""
     c = config
-    positive = (
-        "vocab_size num_iterations tokens_per_step train_seq_len val_seq_len val_tokens num_layers model_dim "
-        "num_heads mlp_ratio block_tokens window_max_tokens"
-    )
-    for name in positive.split():
-        if not 1 <= getattr(c, name) < 2**31:
-            raise UsageError(f"--{name}={getattr(c, name)}: at least 1, below 2^31")
-    if c.attention_scale <= 0:
-        raise UsageError(f"--attention_scale={c.attention_scale}: above 0")
-    for name in ("val_loss_every", "warmup_steps", "checkpoint_every", "keep_checkpoints", "muon_momentum_warmup"):
-        if getattr(c, name) < 0:
-            raise UsageError(f"--{name}={getattr(c, name)}: at least 0")
-    choices = {
-        "dtype": ("bfloat16", "float32"),
-        "device": ("auto", "cuda", "cpu"),
-        "compile": ("auto", "on", "off"),
-        "kernels": ("auto", "triton", "reference"),
-        "soft_cap": ("rsqrt", "sigmoid", "none"),
-        "communication": ("auto", "plain", "overlap"),
-        "muon_coefficients": ("spec", "polar_express"),
-    }
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise UsageError(f"--{name}={getattr(c, name)}: one of {', '.join(allowed)}")
-    divisors = dict(train_seq_len="tokens_per_step", val_seq_len="val_tokens", num_heads="model_dim")
-    for small, large in divisors.items():
+    check_limits(c)
+    for small, large in dict(train_seq_len="tokens_per_step", val_seq_len="val_tokens", num_heads="model_dim").items():
         if getattr(c, large) % getattr(c, small):
             raise UsageError(f"--{large}={getattr(c, large)} is not a multiple of --{small}={getattr(c, small)}")
     if (c.model_dim // c.num_heads) % 4:
         raise UsageError(f"--model_dim / --num_heads = {c.model_dim // c.num_heads}: rotary needs a multiple of 4")
-    if not 0 <= c.eos_id < c.vocab_size:
+    if c.eos_id >= c.vocab_size:
         raise UsageError(f"--eos_id={c.eos_id} is not below --vocab_size={c.vocab_size}")
-    for name in ("cooldown_frac", "window_growth_frac"):
-        if not 0 < getattr(c, name) <= 1:
-            raise UsageError(f"--{name}={getattr(c, name)}: above 0 and at most 1")
-    if not 0 <= 2 * c.value_embeddings <= c.num_layers:
+    if 2 * c.value_embeddings > c.num_layers:
         raise UsageError(f"--value_embeddings={c.value_embeddings}: from 0 to half of --num_layers={c.num_layers}")
     try:
         skips = _skips(c.unet_skips)
@@ -251,14 +224,18 @@ def check_config(config: Config) -> Config:
     return config
 
 
+def _decisive(config: Config) -> dict[str, Any]:
+    """The fields that decide what a run computes."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUN_FIELDS}
+
+
 def config_hash(config: Config) -> str:
     """sha256 over the fields that decide what a run computes, the seed left out: one hash a series."""
-    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUN_FIELDS and k != "seed"}
+    told = {name: value for name, value in _decisive(config).items() if name != "seed"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Schedules. Each is a pure function of the step.
+# ---- Schedules. Each is a pure function of the step ----------------------------------------------------------
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
@@ -281,12 +258,7 @@ def muon_momentum_at(step: int, config: Config) -> float:
     return (1 - fraction) * 0.85 + fraction * config.muon_momentum
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Model
-
-
-def next_multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
+# ---- Model ---------------------------------------------------------------------------------------------------
 
 
 def rotary_tables(length: int, head_dim: int, truncate_half: bool, device) -> tuple[Tensor, Tensor]:
@@ -329,7 +301,7 @@ class Block(nn.Module):
         if x01_BTD is None:
             x_BTD = lambdas_3[0] * x_BTD + lambdas_3[1] * x00_BTD
         else:
-            x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3, impl=impls["residual"])
+            x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3)
         if self.has_attention:
             x_BTD = x_BTD + self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
         h_ND = norm(x_BTD).flatten(0, 1)
@@ -370,10 +342,11 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(tables)
         self.blocks = nn.ModuleList([Block(c, layer) for layer in range(c.num_layers)])
         # A multiple of 128 keeps the product's tiles whole. The padding classes take part in the softmax.
-        self.head_w = nn.Parameter(torch.empty(next_multiple(c.vocab_size, 128), c.model_dim, dtype=torch.float32))
+        classes = -(-c.vocab_size // 128) * 128
+        self.head_w = nn.Parameter(torch.empty(classes, c.model_dim, dtype=torch.float32))
         self.scalars = nn.Parameter(torch.empty(c.num_layers * 6, dtype=torch.float32))
-        self.impls = implementations(c)
-        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.impls = implementations.asked(c.kernels, c.device)
+        self.rotary_tables: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -389,25 +362,34 @@ class GPT(nn.Module):
         initial = torch.cat([torch.ones(L), torch.tensor([1.0, 0, 0] * L), torch.tensor([0.5, 0.5] * L)])
         self.scalars.copy_(initial.to(self.scalars.device))
 
-    def prepare(self, length: int) -> None:
-        """Make rotary tables for sequences up to `length` tokens (outside of any compiled graph)."""
-        device = self.head_w.device
-        if self.rotary is None or self.rotary[0].size(0) < length or self.rotary[0].device != device:
-            c = self.config
-            length = next_multiple(length, 1024)  # not with every new token
-            self.rotary = rotary_tables(length, c.model_dim // c.num_heads, c.half_truncated_rotary, device)
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions from 0 to length-1 or more. Made once and kept; a compiled graph that finds none
+        makes its own, in every step."""
+        c, kept = self.config, self.rotary_tables
+        if kept is None or kept[0].size(0) < length or kept[0].device != self.head_w.device:
+            length = -(-length // 1024) * 1024  # a text that grows does not make them anew with every token
+            kept = rotary_tables(length, c.model_dim // c.num_heads, c.half_truncated_rotary, self.head_w.device)
+            if not torch.compiler.is_compiling():
+                self.rotary_tables = kept
+        return kept
+
+    def plan(self, tokens_BT: Tensor, window_blocks):
+        """Which keys each query sees, for all layers with that window."""
+        c = self.config
+        plan = attention_plan(tokens_BT, window_blocks=window_blocks, eos_id=c.eos_id, block_tokens=c.block_tokens)
+        return plan._replace(block_mask=flex_mask(plan)) if self.impls["attention"] == "flex" else plan
 
     def hidden(self, tokens_BT: Tensor, window_blocks, cache=None) -> Tensor:
         """Final hidden states, normed: (B, T, D). With a `trainer.sample.Cache` the tokens follow those it has seen."""
-        c, L = self.config, self.config.num_layers
+        L = self.config.num_layers
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
         begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
-        rotary = (self.rotary[0][begin:end], self.rotary[1][begin:end])
-        mask = dict(eos_id=c.eos_id, block_tokens=c.block_tokens)
-        plan_long = attention_plan(seen_BS, window_blocks=window_blocks, **mask)
-        plan_short = attention_plan(seen_BS, window_blocks=window_blocks // 2, **mask)
-        skip_w_L, lambdas_L3, attention_lambdas_L2 = self.scalars.split([L, 3 * L, 2 * L])
-        lambdas_L3, attention_lambdas_L2 = lambdas_L3.view(L, 3), attention_lambdas_L2.view(L, 2)
+        rotary = tuple(table[begin:end] for table in self.rotary(end))
+        plan_long, plan_short = self.plan(seen_BS, window_blocks), self.plan(seen_BS, window_blocks // 2)
+        skip_w_L, lambdas, attention_lambdas = self.scalars.split([L, 3 * L, 2 * L])
+        # Four a row: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads.
+        lambdas_L4 = F.pad(lambdas.view(L, 3), (0, 1))
+        attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
         x00_BTD = norm(self.embed1(tokens_BT))
         x01_BTD = None if self.embed2 is None else norm(self.embed2(tokens_BT))
@@ -418,7 +400,7 @@ class GPT(nn.Module):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
-            scalars = lambdas_L3[layer], attention_lambdas_L2[layer]
+            scalars = lambdas_L4[layer, :3], attention_lambdas_L4[layer, :2]
             x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls, cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD
@@ -432,36 +414,22 @@ class GPT(nn.Module):
         `cache`: a `trainer.sample.Cache` with the tokens before these."""
         if window_blocks is None:
             window_blocks = window_blocks_at(self.config.num_iterations, self.config)
-        if not torch.compiler.is_compiling():
-            self.prepare(tokens_BT.size(1) + (cache.length if cache else 0))
         x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
         cap = None if self.config.soft_cap == "none" else self.config.soft_cap
         if targets_BT is None:
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]
             return logits.view(*tokens_BT.shape, -1)
-        loss = linear_cross_entropy(
-            x_ND, self.head_w, targets_BT.flatten(), softcap=cap, reduction=reduction, impl=self.impls["loss"]
-        )
+        how = dict(softcap=cap, reduction=reduction, fp8=self.config.fp8_head, impl=self.impls["loss"])
+        loss = linear_cross_entropy(x_ND, self.head_w, targets_BT.flatten(), **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
-
-
-def implementations(config: Config) -> dict[str, str]:
-    """Which implementation each kernel family is asked for: `--kernels` spelled out."""
-    if config.kernels == "reference":  # the plain way on a GPU: FlexAttention and eager torch
-        flex = "flex" if torch.cuda.is_available() and config.device != "cpu" else "banded"
-        plain = dict.fromkeys(("attention_inputs", "mlp", "residual", "loss", "muon"), "reference")
-        return plain | {"attention": flex}
-    return dict.fromkeys(("attention", "attention_inputs", "mlp", "residual", "loss", "muon"), config.kernels)
 
 
 def flops_per_token(model: GPT) -> float:
     """Training FLOPs a token in matrix products, forward and backward: 6 a weight; attention not counted."""
-    matrices = sum(p.numel() for b in model.blocks for p in b.parameters()) + model.head_w.numel()
-    return 6.0 * matrices
+    return 6.0 * (sum(p.numel() for p in model.blocks.parameters()) + model.head_w.numel())
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Optimizers
+# ---- Optimizers ----------------------------------------------------------------------------------------------
 
 
 class Muon:
@@ -470,16 +438,14 @@ class Muon:
     A bfloat16 weight keeps its lower 16 mantissa bits beside it, so that the pair is a float32 master
     (@YouJiacheng); momentum is float32. Matrices of one shape are orthogonalised as one batch."""
 
-    def __init__(self, named: dict[str, nn.Parameter], config: Config, impl: str, mine: list[str] | None = None):
-        """`mine`: names of those that this process updates; by default all."""
-        self.config, self.impl = config, impl
-        self.named = named
+    def __init__(self, named: dict[str, nn.Parameter], config: Config, impl: str):
+        self.config, self.impl, self.named = config, impl, named
         self.dtype = getattr(torch, config.dtype)
         self.momentum = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
-        low = {n: torch.zeros_like(p, dtype=torch.int16) for n, p in named.items() if p.dtype == torch.bfloat16}
-        self.mantissa = low
+        halves = {n: p for n, p in named.items() if p.dtype == torch.bfloat16}
+        self.mantissa = {n: torch.zeros_like(p, dtype=torch.int16) for n, p in halves.items()}
         shapes: dict[tuple, list[str]] = {}
-        for name in named if mine is None else mine:
+        for name in named:
             shapes.setdefault(tuple(sorted(named[name].shape[-2:])), []).append(name)
         self.groups = list(shapes.values())
 
@@ -489,12 +455,13 @@ class Muon:
         c = self.config
         lr, momentum = c.muon_lr * learning_rate_factor(step, c), muon_momentum_at(step, c)
         for names in self.groups:
-            updates = [momentum_(self.momentum[n], self.named[n].grad, momentum) for n in names]
+            updates = [momentum_(self.momentum[n], self.named[n].grad, momentum, impl=self.impl) for n in names]
             for name, update in zip(names, self.orthogonal(updates)):
                 p = self.named[name]
                 decay = c.muon_weight_decay * (2 if "mlp" in name else 1)
                 scale = max(1, p.size(-2) / p.size(-1)) ** 0.5
-                apply_update_(p, self.mantissa.get(name), update, lr=lr * scale, weight_decay=lr * decay)
+                how = dict(lr=lr * scale, weight_decay=lr * decay, impl=self.impl)
+                apply_update_(p, self.mantissa.get(name), update, **how)
 
     def orthogonal(self, updates: list[Tensor]) -> list[Tensor]:
         """Each update orthogonalised; tall matrices are turned so that one batch holds all of a group."""
@@ -514,35 +481,28 @@ class Muon:
 class AdamW:
     """torch's AdamW for the head, the embeddings and the scalars, with the run's learning-rate schedule."""
 
-    def __init__(self, named: dict[str, nn.Parameter], config: Config, head_rows: slice = slice(None)):
-        """`head_rows`: the rows of the head that this process updates."""
+    def __init__(self, named: dict[str, nn.Parameter], config: Config):
         self.config, self.named = config, named
         c = config
         rates = {n: c.head_lr if n == "head_w" else c.scalar_lr if n == "scalars" else c.embed_lr for n in named}
-        self.rows = {n: head_rows if n == "head_w" else slice(None) for n in named}
-        self.parts = {n: nn.Parameter(p.detach()[self.rows[n]]) for n, p in named.items()}  # views, not copies
-        groups = [dict(params=[p], lr=rates[n], initial_lr=rates[n]) for n, p in self.parts.items()]
+        groups = [dict(params=[p], lr=rates[n], initial_lr=rates[n]) for n, p in named.items()]
+        fused = not any(p.is_meta for p in named.values())
         betas = (c.adam_beta1, c.adam_beta2)
-        self.inner = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
-        # Made now rather than at the first step, and whole, so that a checkpoint does not depend on who updates what.
-        self.moments = {n: {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")} for n, p in named.items()}
-        self.steps = {n: torch.zeros((), dtype=torch.float32, device=p.device) for n, p in named.items()}
-        for n, part in self.parts.items():
-            moments = {key: moment[self.rows[n]] for key, moment in self.moments[n].items()}
-            self.inner.state[part] = {"step": self.steps[n]} | moments
+        self.inner = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=fused)
+        for p in named.values():  # made now rather than at the first step, so that a checkpoint has them at any
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            self.inner.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
     def step(self, step: int) -> None:
+        """One update from the `.grad` of every parameter; `step` sets the learning rate."""
         for group in self.inner.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(step, self.config)
-        for name, part in self.parts.items():
-            part.grad = self.named[name].grad[self.rows[name]]
         self.inner.step()
         self.inner.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; live, not copies."""
-        moments = {f"adam.{key}.{n}": t for n, pair in self.moments.items() for key, t in pair.items()}
-        return moments | {f"adam.step.{n}": t for n, t in self.steps.items()}
+        return {f"adam.{key}.{n}": t for n, p in self.named.items() for key, t in self.inner.state[p].items()}
 
 
 class Trainer:
@@ -553,46 +513,54 @@ class Trainer:
         torch.manual_seed(config.seed)
         with device:
             self.model = GPT(config)
+        self.model.rotary(max(config.train_seq_len, config.val_seq_len))  # kept, before anything is compiled
         self.world_size = world_size()
-        matrices = {n: p for n, p in self.model.named_parameters() if n.startswith("blocks.")}
-        others = {n: p for n, p in self.model.named_parameters() if not n.startswith("blocks.")}
+        matrices, tables, head, others = self.parameters()
         overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
         exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
-        tables = {n: p for n, p in others.items() if "embed" in n}
-        self.exchange = exchange(matrices, tables, self.model.head_w, [self.model.scalars])
-        self.muon = Muon(matrices, config, self.model.impls["muon"], mine=self.exchange.mine)
-        self.adam = AdamW(others, config, head_rows=self.exchange.head_rows)
+        self.exchange = exchange(matrices, tables, head, others)
+        self.muon = Muon(self.exchange.my_matrices, config, self.model.impls["muon"])
+        self.adam = AdamW(self.exchange.my_others, config)
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
-        compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-        self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
-        self.share_state()
-
-    def share_state(self) -> None:
-        """Give every process rank 0's state."""
+        compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+        how = dict(dynamic=False, fullgraph=True, options=dict(coordinate_descent_tuning=config.tune))
+        self.forward = torch.compile(self.model, **how) if compiles else self.model
         if self.world_size > 1:
-            for tensor in self.state().values():
-                dist.broadcast(tensor, 0)
+            for p in self.model.parameters():
+                dist.broadcast(as_bytes(p), 0)
+
+    def parameters(self) -> tuple[dict[str, nn.Parameter], ...]:
+        """The model's parameters by name: matrices of the blocks, embedding tables, head, scalars."""
+        kinds: dict[str, dict[str, nn.Parameter]] = dict(blocks={}, embed={}, head_w={}, scalars={})
+        for name, p in self.model.named_parameters():
+            kinds[next(kind for kind in kinds if kind in name)][name] = p
+        return tuple(kinds.values())
 
     def state(self) -> dict[str, Tensor]:
-        """All that training changes: parameters and optimizer state by name; live, not copies."""
+        """All that training changes and that this process holds: parameters, its share of the optimizers' state; by
+        name, live, not copies."""
         self.exchange.wait_weights()
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         return parameters | self.muon.state() | self.adam.state()
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy `tensors` (as `state()` names them) into place."""
-        for name, live in self.state().items():
-            live.copy_(tensors[name])
+    def layout(self) -> dict[str, Tensor]:
+        """Shapes and types of all processes' state together, as tensors without memory."""
+        matrices, *others = [{n: nn.Parameter(p.to("meta")) for n, p in kind.items()} for kind in self.parameters()]
+        named = {n: p for kind in others for n, p in kind.items()}
+        parameters = {f"model.{n}": p.detach().to("meta") for n, p in self.model.named_parameters()}
+        return parameters | Muon(matrices, self.config, "reference").state() | AdamW(named, self.config).state()
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """On rank 0 all processes' state together, elsewhere nothing. Collective."""
+        return gather_state(self.exchange, self.state(), self.layout())
+
+    def load(self, whole: dict[str, Tensor], layout: dict[str, Tensor]) -> None:
+        """Put rank 0's `whole` (as `whole_state` names it) in place on every process; layout: all of `layout()`, or the
+        part of it that is to be loaded. Collective."""
+        spread_state(self.exchange, self.state(), layout, whole)
 
     def set_window(self, step: int) -> None:
         self.window.fill_(window_blocks_at(step, self.config))
-
-    def whole_state(self) -> dict[str, Tensor]:
-        """`state()` with every process's share of the optimizers in it. Collective."""
-        low = self.muon.mantissa
-        shares = {n: [m, *([low[n]] if n in low else [])] for n, m in self.muon.momentum.items()}
-        self.exchange.gather_state(shares, list(self.adam.moments["head_w"].values()))
-        return self.state()
 
     def step(self, step: int, batches) -> Tensor:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
@@ -609,17 +577,17 @@ class Trainer:
                 self.exchange.arm()
             (loss / sequences).backward()
             losses.append(loss.detach())
-        self.exchange.wait_gradients()  # sums: each process has already divided by the sequences of the whole step
+        self.exchange.wait_matrices()  # sums: each process has already divided by the sequences of the whole step
         self.muon.step(step)
         self.exchange.publish_matrices()
+        self.exchange.wait_others()
         self.adam.step(step)
         self.exchange.publish_head()
         self.model.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Data and evaluation
+# ---- Data and evaluation -------------------------------------------------------------------------------------
 
 
 def my_sequences(config: Config, rank: int, world_size: int) -> range:
@@ -635,8 +603,9 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
     trainer.exchange.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
-    for sequence in range(rank(), count, trainer.world_size):
-        inputs_T, targets_T = _to_device(stream.batch(0, sequence), trainer.device)
+    mine = ((0, sequence) for sequence in range(rank(), count, trainer.world_size))
+    for batch in stream.prefetch(mine, pin_memory=trainer.device.type == "cuda"):
+        inputs_T, targets_T = _to_device(batch, trainer.device)
         total += trainer.forward(inputs_T[None], targets_T[None], window_blocks=trainer.window)
     if trainer.world_size > 1:
         dist.all_reduce(total)
@@ -644,41 +613,29 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
 
 
 def _to_device(batch, device):
-    """A batch from the host, as int32 inputs and int64 targets."""
+    """A batch from the host, as int32 inputs and int64 targets; from page-locked memory the host does not wait."""
     inputs, targets = (torch.as_tensor(part) for part in batch)
-    inputs = inputs.to(device, torch.int32, non_blocking=True)
-    return inputs, targets.to(device, torch.int64, non_blocking=True)
+    to = dict(device=device, non_blocking=True)
+    return inputs.to(dtype=torch.int32, **to), targets.to(dtype=torch.int64, **to)
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Checkpoints: parameters and optimizer state in one safetensors file, with the configuration in its header.
+# ---- The run -------------------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = "train_gpt-1"
+CHECKPOINT_FORMAT = "train_gpt-1"  # parameters and optimizer state, with the configuration in the header
 
 
 def checkpoint_config(path: str | Path, told: dict[str, str]) -> Config:
     """The configuration in a checkpoint's header. Raises CheckpointError."""
-    known = {field.name: field.type for field in dataclasses.fields(Config)}
     try:
-        stored = json.loads(told["config"])
-        values = {name: known[name](value) for name, value in stored.items() if name in known}
-        return check_config(Config(**values))
+        return check_config(from_json(Config, told["config"]))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration makes no sense ({error})") from error
 
 
-def check_tensors(path: str | Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless `found` has all tensors of `wanted` in their shapes and types."""
-    for name, tensor in wanted.items():
-        if name not in found or (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
-            raise CheckpointError(f"{path}: its tensors do not fit its configuration ({name})")
-
-
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     """The model of a checkpoint, in evaluation mode, and its configuration. Raises CheckpointError."""
-    told, tensors = load_tensors(path, CHECKPOINT_FORMAT)
-    config = checkpoint_config(path, told)
-    config = dataclasses.replace(config, device=torch.device(device).type)
+    told, tensors = checkpoints.load_tensors(path, CHECKPOINT_FORMAT)
+    config = dataclasses.replace(checkpoint_config(path, told), device=torch.device(device).type)
     if config.num_layers > len(tensors):
         raise CheckpointError(f"{path}: {config.num_layers} layers by its configuration, {len(tensors)} tensors")
     try:
@@ -687,220 +644,189 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
         raise CheckpointError(f"{path}: its configuration makes no sense ({error})") from error
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    check_tensors(path, weights, model.state_dict())
+    checkpoints.check_tensors(path, weights, model.state_dict())
     model.load_state_dict(weights, strict=False, assign=True)
     return model.to(device).eval(), config
 
 
-# -------------------------------------------------------------------------------------------------------------
-# The run
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss or a weight is NaN or infinite; training stops and the last good checkpoint stays."""
-
-
 def set_up(config: Config) -> torch.device:
     """Choose this process's device and join the group that torchrun describes, if it does. Raises UsageError."""
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UsageError("--device=cuda: torch sees no GPU here")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    join_group(device)
-    torch.use_deterministic_algorithms(config.deterministic)
+    c = config
+    device = processes.choose_device(c.device, c.deterministic)
+    width, dtype = c.model_dim // c.num_heads, getattr(torch, c.dtype)
+    implementations.check_device(c.kernels, width, device, dtype, c.fp8_head)
+    processes.join_group(device, c.patience)
     return device
 
 
-def fit_to_world(config: Config, world_size: int) -> Config:
-    """Give every process at least one sequence of each step: beyond that many processes, sequences are cut."""
-    sequences = config.tokens_per_step // config.train_seq_len
-    if sequences < world_size and config.tokens_per_step % world_size == 0:
-        config = dataclasses.replace(config, train_seq_len=config.tokens_per_step // world_size)
-        sequences = world_size
-    if sequences % world_size:
-        raise UsageError(
-            f"{sequences} sequences a step do not divide over {world_size} processes; use 1, 2, 4 or 8, or a larger "
-            f"number that divides --tokens_per_step={config.tokens_per_step}"
-        )
-    return config
+def start_from(trainer: Trainer, log: RunLog) -> None:
+    """Begin with what `--init_from` holds, if it is given. Raises CheckpointError."""
+    c, tensors = trainer.config, {}
+    if c.init_from:
+        layout = starting_layout(trainer.layout(), c.init_optimizer)
+        read = partial(checkpoints.load_tensors, format=CHECKPOINT_FORMAT)
+        log.line(on_rank_0(lambda: initial_state(c.init_from, layout, read, tensors)))
+        trainer.load(tensors, layout)
 
 
-def warm_up(trainer: Trainer) -> None:
+def warm_up(trainer: Trainer, stop: StopRequest) -> None:
     """Train on random tokens so that everything is compiled and allocated, then put all state back.
 
-    The windows of the start and the end of the run both occur, as does a validation."""
+    The windows of the start and the end of the run both occur, as does a validation. The state waits on the host: the
+    GPU's peak is the training's own. A signal ends the warm-up at once."""
     c, device = trainer.config, trainer.device
     if not c.warmup_steps:
         return
-    before = {name: t.clone() for name, t in trainer.state().items()}
+    before = {name: t.to("cpu", copy=True) for name, t in trainer.state().items()}
     random = torch.Generator().manual_seed(c.seed)
     draw = lambda length: torch.randint(c.vocab_size, (length,), generator=random)  # noqa: E731
     mine = len(my_sequences(c, rank(), trainer.world_size))
     for i in range(c.warmup_steps):
+        if stop.heard():
+            return
         step = 0 if i % 2 else c.num_iterations - 1
         batches = [(draw(c.train_seq_len), draw(c.train_seq_len)) for _ in range(mine)]
         trainer.step(step, batches)
     with torch.no_grad():
+        trainer.exchange.wait_weights()
         tokens, targets = _to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
         trainer.forward(tokens[None], targets[None], window_blocks=trainer.window)
-    trainer.load(before)
+    for name, live in trainer.state().items():
+        live.copy_(before[name])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
-def resume(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, record: TokenRecord, val_stream) -> int:
-    """Load the checkpoint that `--resume` asks for; returns the number of steps already done.
+def resume(trainer: Trainer, log: RunLog, folder: Path, record: TokenRecord, val_stream: TokenStream) -> Done:
+    """Load the checkpoint that `--resume` asks for; returns how far its run had come. Raises CheckpointError.
 
     Only rank 0 reads it: other hosts need not see its disk. Everyone reads its share of the tokens of those steps."""
-    if not trainer.config.resume:
-        return 0
-    found = on_rank_0(lambda: _load(trainer, folder))
-    step, clock.seconds, log.validation[:], log.train_losses[:], told = found
+    c, tensors = trainer.config, {}
+    if not c.resume:
+        return Done()
+    layout = trainer.layout()
+    done, told = on_rank_0(lambda: read_checkpoint(c, folder, layout, tensors))
     if told:
-        check_same_data(told, step, record, val_stream, log.environment["hashes"]["val_data_hash"])
-    on_rank_0(lambda: log.cut_back_to(step if told else -1))
-    trainer.share_state()
-    return step
+        check_same_data(told, done.step, record, val_stream, log.environment["hashes"]["val_data_hash"])
+    on_rank_0(lambda: log.cut_back_to(done.step if told else -1))
+    if told:
+        trainer.load(tensors, layout)
+    return done
 
 
-def _load(trainer: Trainer, folder: Path) -> tuple[int, float, list, list, dict[str, str]]:
-    """Put a checkpoint in place: steps done, training seconds, validations and losses so far, and its path and hashes
-    ({}: there is none yet). Raises CheckpointError."""
-    c = trainer.config
-    if c.resume == "auto":
-        found = newest_whole(folder, CHECKPOINT_FORMAT, say)
-        if found is None:
-            return 0, 0.0, [], [], {}
-    else:
-        found = Path(c.resume), *load_tensors(c.resume, CHECKPOINT_FORMAT)
-    path, told, tensors = found
-    here, there = dataclasses.asdict(c), dataclasses.asdict(checkpoint_config(path, told))
-    differing = [name for name in here if name not in _RUN_FIELDS and here[name] != there[name]]
-    if differing:
-        names = ", ".join(differing)
-        raise CheckpointError(f"{path}: made with another configuration; these fields differ: {names}")
-    check_tensors(path, tensors, trainer.state())
-    try:
-        step, seconds = int(told["step"]), float(told["train_time_s"])
-        validation, losses = json.loads(told["validation"]), json.loads(told["train_loss"])
-        sane = 0 <= step <= c.num_iterations and 0 <= seconds < math.inf
-        if not sane or any(not 0 <= p["step"] <= step or not math.isfinite(p["loss"]) for p in validation):
-            raise ValueError(f"step {step}, {seconds} s")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: what it says of its run makes no sense ({error})") from error
-    trainer.load(tensors)
+def read_checkpoint(
+    config: Config, folder: Path, layout: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> tuple[Done, dict[str, str]]:
+    """How far the run of the checkpoint had come, and its path and hashes ({}: there is none yet); its state goes into
+    `tensors`. Raises CheckpointError unless it is of this run."""
+    found = checkpoints.find_run(config.resume, folder, CHECKPOINT_FORMAT)
+    if found is None:
+        return Done(), {}
+    path, told, there = found
+    checkpoints.check_same_run(path, _decisive(config), _decisive(checkpoint_config(path, told)))
+    checkpoints.check_tensors(path, there, layout)
+    tensors.update(there)
     hashes = {key: told.get(key, "") for key in ("data_hash", "val_data_hash")}
-    return step, seconds, validation, losses, {"path": str(path), **hashes}
+    return Done.read(path, told, config.num_iterations), {"path": str(path), **hashes}
 
 
-def save_run(trainer: Trainer, log: RunLog, clock: Clock, folder: Path, step: int, record: TokenRecord) -> None:
-    """A checkpoint after `step` steps; older ones beyond `keep_checkpoints` go once it is safely there."""
-    record.advance(step)
-    state = trainer.whole_state()
-    on_rank_0(lambda: _save(state, trainer.config, log, clock, folder, step, record))
+class Stretch:
+    """The timed run, from `start` on: one object holds what its steps share.
+
+    `saved`: the last step that a checkpoint of this run has, or 0."""
+
+    def __init__(self, trainer: Trainer, log: RunLog, streams: tuple[TokenStream, TokenStream], ceiling: float):
+        self.trainer, self.config, self.log = trainer, trainer.config, log
+        self.stream, self.val_stream = streams
+        self.folder = log.folder / f"{log.name}.checkpoints"
+        self.clock, self.record = Clock(trainer.device), TokenRecord(self.stream)
+        done = resume(trainer, log, self.folder, self.record, self.val_stream)
+        self.start = self.saved = done.step
+        self.clock.seconds, log.validation[:], log.train_losses[:] = done.seconds, done.validation, done.losses
+        c, flops = self.config, flops_per_token(trainer.model)
+        self.progress = Progress(c.num_iterations, self.start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
+
+    def train(self, stop: StopRequest) -> int:
+        """Train to the end, or until a signal stops it. Returns that signal, or 0."""
+        c, trainer = self.config, self.trainer
+        mine = my_sequences(c, rank(), trainer.world_size)
+        end = max(self.start, min(c.stop_after or c.num_iterations, c.num_iterations))
+        order = ((step, sequence) for step in range(self.start, end) for sequence in mine)
+        pin_memory = trainer.device.type == "cuda"
+        batches = self.stream.prefetch(order, feed=self.record.feed, pin_memory=pin_memory)
+        self.clock.start()
+        try:
+            for step in range(self.start, end + 1):
+                last = step == end
+                if last or (c.val_loss_every and step % c.val_loss_every == 0):
+                    self.validate(step)
+                asked = stop.heard()
+                if asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0):
+                    self.save(step)
+                if asked or last:
+                    break
+                self.told(step + 1, trainer.step(step, [next(batches) for _ in mine]))
+        finally:
+            self.progress.close()
+            batches.close()
+        self.clock.stop()
+        return asked
+
+    def validate(self, step: int) -> None:
+        """Validate after `step` steps, unless a resumed run has it already; the clock stands still meanwhile."""
+        if any(point["step"] == step for point in self.log.validation):
+            return
+        elapsed = self.clock.stop()
+        loss = validate(self.trainer, self.val_stream, step)
+        self.record.advance(step)
+        loss = checkpoints.finite(loss, f"validation loss after step {step}")
+        self.log.validated(step, elapsed, loss, **self.record.told())
+        self.log.summary("running")
+        self.clock.start()
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step` steps, unless there is one."""
+        if step > self.saved:
+            self.clock.stop()
+            self.record.advance(step)
+            c, log, state = self.config, self.log, self.trainer.whole_state()
+            told = dict(format=CHECKPOINT_FORMAT, config=json.dumps(dataclasses.asdict(c)), run_name=log.name)
+            told |= Done(step, self.clock.seconds, log.validation, log.train_losses).texts() | log.environment["hashes"]
+            told |= {name: str(value) for name, value in self.record.told().items()}
+            path = on_rank_0(lambda: checkpoints.save_run(self.folder, step, state, told, c.keep_checkpoints))
+            log.line(f"checkpoint:{step} {self.folder.name}/{path.name}", echo=False)
+            self.saved = step
+            self.clock.start()
+
+    def told(self, step: int, loss: Tensor) -> None:
+        """Log step number `step`, from 1."""
+        shown = None
+        if self.config.log_train_loss:
+            shown = checkpoints.finite(processes.mean_over_ranks(loss), f"training loss at step {step}")
+        self.log.trained(step, self.clock.read(), shown)
+        self.progress.update(step, self.clock.read(), loss)
 
 
-def _save(state, config: Config, log: RunLog, clock: Clock, folder: Path, step: int, record: TokenRecord) -> None:
-    if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
-        raise NonFiniteLoss(f"a weight is not finite after step {step}: no checkpoint written")
-    hashes = log.environment["hashes"]
-    told = dict(
-        format=CHECKPOINT_FORMAT,
-        config=json.dumps(dataclasses.asdict(config)),
-        step=str(step),
-        run_name=log.name,
-        train_time_s=repr(clock.seconds),
-        validation=json.dumps(log.validation),
-        train_loss=json.dumps(log.train_losses),
-        **{k: hashes[k] for k in ("code_hash", "val_data_hash")},
-        **{k: str(v) for k, v in record.told().items()},
-    )
-    for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
-    save_tensors(folder / f"step-{step:06d}.safetensors", state, told)
-    keep = config.keep_checkpoints
-    for old in checkpoints_of(folder)[keep:] if keep else []:
-        old.unlink(missing_ok=True)
-    log.line(f"checkpoint:{step} {folder.name}/step-{step:06d}.safetensors", echo=False)
-
-
-def train(trainer: Trainer, log: RunLog, streams, ceiling: float, stop: StopRequest) -> int:
-    """The timed run. Returns the signal that stopped it, or 0 if it trained to its end."""
-    c, (stream, val_stream) = trainer.config, streams
-    folder = log.folder / f"{log.name}.checkpoints"
-    clock = Clock(trainer.device)
-    record = TokenRecord(stream)
-    start = resume(trainer, log, clock, folder, record, val_stream)
-    mine = my_sequences(c, rank(), trainer.world_size)
-    end = min(c.stop_after or c.num_iterations, c.num_iterations)
-    order = ((step, sequence) for step in range(start, end) for sequence in mine)
-    batches = stream.prefetch(order, feed=record.feed)
-    flops = flops_per_token(trainer.model)
-    progress = Progress(c.num_iterations, start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
-    saved = start if start else -1
-    clock.start()
-    try:
-        for step in range(start, max(start, end) + 1):
-            last = step >= end
-            due = last or (c.val_loss_every and step % c.val_loss_every == 0)
-            if due and not any(point["step"] == step for point in log.validation):
-                elapsed = clock.stop()
-                loss = validate(trainer, val_stream, step)
-                if not math.isfinite(loss):
-                    raise NonFiniteLoss(f"validation loss is {loss} after step {step}")
-                record.advance(step)
-                log.validated(step, elapsed, loss, **record.told())
-                log.summary("running")
-                clock.start()
-            (asked,) = agree([stop.signal])
-            wanted = asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0)
-            if wanted and step > 0 and step != saved:
-                clock.stop()
-                save_run(trainer, log, clock, folder, step, record)
-                saved = step
-                clock.start()
-            if asked or last:
-                clock.stop()
-                return int(asked)
-            loss = trainer.step(step, [next(batches) for _ in mine])
-            shown = None
-            if c.log_train_loss:
-                value = _mean_over_ranks(loss)
-                if not math.isfinite(value):
-                    raise NonFiniteLoss(f"training loss is {value} at step {step + 1}")
-                shown = value
-            log.trained(step + 1, clock.read(), shown)
-            progress.update(step + 1, clock.read(), loss)
-    finally:
-        progress.close()
-    raise AssertionError("unreachable: the loop returns at its last step")
-
-
-def _mean_over_ranks(loss: Tensor) -> float:
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-        loss /= world_size()
-    return loss.item()
-
-
-def unique_name(config: Config) -> str:
-    """The run's name: as given, or preset, time and a random suffix, the same on every rank."""
-    drawn = f"{config.preset}-{now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"
-    return on_rank_0(lambda: config.run_name or drawn)
-
-
-def describe(config: Config, trainer: Trainer, val_stream: TokenStream, data: dict) -> dict:
-    """The environment as the log tells it, with the names of the kernels that run."""
-    sample = torch.empty(0, device=trainer.device, dtype=getattr(torch, config.dtype))
-    ran = trainer.model.impls | {"attention": attention_implementation(trainer.model.impls["attention"], sample)}
-    return describe_environment(
-        trainer.device,
+def open_log(config: Config, trainer: Trainer, streams: tuple[TokenStream, TokenStream]) -> RunLog:
+    """The run's log, opened, with all that its header says: machine, program, data, the kernels that run."""
+    c, device, dtype = config, trainer.device, getattr(torch, config.dtype)
+    data, remarks = describe_data(c, *streams)
+    environment = describe_environment(
+        device,
         world_size=trainer.world_size,
         source=SOURCE,
-        implementations=ran,
-        val_data_hash=hash_of(val_stream),
-        plan_hash=config.plan_hash,
+        program=program_files(__file__),
+        implementations=implementations.running(trainer.model.impls, device, dtype, c.fp8_head),
+        assembler=choose_assembler() if device.type == "cuda" else "none",
+        val_data_hash=hash_of(streams[1]),
+        plan_hash=c.plan_hash,
     ) | {"data": data}
+    told, name = dataclasses.asdict(c), on_rank_0(lambda: c.run_name or unique_name(c.preset))
+    log = RunLog(c.output_dir, name, told, environment, SOURCE, config_hash(c), writes=rank() == 0)
+    on_rank_0(lambda: log.open(resuming=bool(c.resume), overwrite=c.overwrite))
+    for remark in [*unproven_versions(environment), *remarks]:
+        log.line(remark)
+    return log
 
 
 def run(config: Config) -> int:
@@ -908,94 +834,57 @@ def run(config: Config) -> int:
     stop = StopRequest()
     device = set_up(config)
     config = on_rank_0(lambda: config)  # files that it was read from may be on one host only
-    asked, config = config, fit_to_world(config, world_size())
+    asked, length = config, processes.sequence_length_for(world_size(), config.tokens_per_step, config.train_seq_len)
+    config = dataclasses.replace(config, train_seq_len=length)
     streams = open_streams(config)
-    data, remarks = describe_data(config, *streams)
     trainer = Trainer(config, device)
-    environment = describe(config, trainer, streams[1], data)
-    log = RunLog(
-        config.output_dir,
-        unique_name(config),
-        dataclasses.asdict(config),
-        environment,
-        SOURCE,
-        config_hash(config),
-        writes=rank() == 0,
-    )
-    on_rank_0(lambda: log.open(resuming=bool(config.resume), overwrite=config.overwrite))
-    try:
+    log = open_log(config, trainer, streams)
+    with log.failure_told():
         if config != asked:
-            log.line(
-                f"{trainer.world_size} processes: training sequences cut from {asked.train_seq_len} to "
-                f"{config.train_seq_len} tokens. Documents and windows end at their borders, so this is another run "
-                "than with 8 processes: its loss may be slightly higher, and its checkpoints need as many processes"
-            )
-        for remark in remarks:
-            log.line(remark)
+            log.line(processes.cut_sequences_note(trainer.world_size, asked.train_seq_len, config.train_seq_len))
         log.summary("running")
         ceiling = matmul_ceiling(device, getattr(torch, config.dtype), trainer.world_size)
-        if config.init_from:
-            read = partial(load_tensors, format=CHECKPOINT_FORMAT)
-            log.line(on_rank_0(lambda: initial_state(config.init_from, trainer, read, config.init_optimizer)))
-            trainer.share_state()
-        warm_up(trainer)
-        signal_number = train(trainer, log, streams, ceiling, stop)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            log.summary("failed", error=f"{type(error).__name__}: {error}")
-            log.line(f"failed: {error}", echo=False)
-        raise
-    memory = {}
-    if device.type == "cuda":
-        memory = dict(peak_memory_mib=torch.cuda.max_memory_allocated() >> 20)
-        reserved = torch.cuda.max_memory_reserved() >> 20
-        log.line(f"peak memory allocated: {memory['peak_memory_mib']} MiB reserved: {reserved} MiB")
-    else:
-        import resource
-
-        memory = dict(peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
-        log.line(f"peak memory resident: {memory['peak_memory_mib']} MiB")
-    floor = None if signal_number else on_rank_0(lambda: loss_floor(config))
-    if floor is not None:
-        above = log.validation[-1]["loss"] - floor
-        log.line(f"best possible on these tokens: {floor:.6f} nats; the final loss is {above:.6f} above it")
-    early = 0 < config.stop_after < config.num_iterations
-    log.summary("interrupted" if signal_number else "stopped" if early else "finished", loss_floor=floor, **memory)
-    if early and not signal_number:
-        log.line(f"stopped after {config.stop_after} of {config.num_iterations} steps; --resume goes on")
-    if signal_number:
-        log.line(f"stopped by {signal.Signals(signal_number).name} after a checkpoint; --resume=auto continues")
+        start_from(trainer, log)
+        warm_up(trainer, stop)
+        stretch = Stretch(trainer, log, streams, ceiling)
+        signal_number = stretch.train(stop)
+    report(log, config, device, signal_number, stretch.saved)
     return 128 + signal_number if signal_number else 0
 
 
-EXIT_CODES = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFiniteLoss: 4, OSError: 5}
+def report(log: RunLog, config: Config, device: torch.device, signal_number: int, saved: int) -> None:
+    """The log's last lines and the JSON's last state: memory, the floor of the loss, or what stopped the run."""
+    c, peak = config, log.peak_memory(device)
+    floor = None if signal_number else on_rank_0(lambda: loss_floor(c))
+    if floor is not None:
+        above = log.validation[-1]["loss"] - floor
+        log.line(f"best possible on these tokens: {floor:.6f} nats; the final loss is {above:.6f} above it")
+    early = 0 < c.stop_after < c.num_iterations
+    status = "interrupted" if signal_number else "stopped" if early else "finished"
+    log.summary(status, loss_floor=floor, peak_memory_mib=peak)
+    if status == "stopped":
+        log.line(f"stopped after {c.stop_after} of {c.num_iterations} steps; --resume goes on")
+    if signal_number:
+        kept = f"the checkpoint of step {saved} is there; --resume=auto continues" if saved else "no checkpoint yet"
+        log.line(f"stopped by {signal.Signals(signal_number).name}: {kept}")
+
+
+EXIT_CODES = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFinite: 4, OSError: 5}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code of the module's docstring."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments[:1] or "-h" in arguments[:1]:
-        print(__doc__, help_text(Config, PRESETS, beside="nano"), sep="\n")
-        return 0
-    try:
+    with processes.exit_code(EXIT_CODES) as ended:
         if arguments[:1] == ["sample"]:
-            return sample_command(arguments[1:], load_model)
-        if arguments[:1] == ["evaluate"]:
-            return evaluate_command(arguments[1:], load_model)
-        return run(parse_config(arguments))
-    except tuple(EXIT_CODES) as error:
-        if rank() == 0 or not getattr(error, "shared", False):
-            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    except RuntimeError as error:
-        if not dist.is_initialized() or not re.search("by peer|Broken pipe", str(error)):
-            raise
-        print(f"train_gpt.py: rank {rank()} lost another process of the run, which says why", file=sys.stderr)
-        return 1
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            with contextlib.suppress(Exception):
-                dist.destroy_process_group()
+            ended.code = sample_command(arguments[1:], load_model)
+        elif arguments[:1] == ["evaluate"]:
+            ended.code = evaluate_command(arguments[1:], load_model)
+        elif "--help" in arguments or "-h" in arguments:
+            print(__doc__, help_text(Config, PRESETS, beside="nano"), sep="\n")
+        else:
+            ended.code = run(parse_config(arguments))
+    return ended.code
 
 
 if __name__ == "__main__":

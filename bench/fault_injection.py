@@ -144,8 +144,8 @@ def _at(place: str, call: int, act: Callable[[], None]) -> None:
     if place == "before the first step":
         before(train_gpt, "train")
     elif place == "in a step, before the update":
-        before(train_gpt.PlainExchange, "wait_gradients")  # one of the two is called in a step
-        before(train_gpt.GradientExchange, "wait_gradients")
+        before(train_gpt.PlainExchange, "wait_matrices")  # one of the two is called in a step
+        before(train_gpt.GradientExchange, "wait_matrices")
     elif place == "in a step, between the two optimizers":
         before(train_gpt.AdamW, "step")
     elif place == "in a validation":
@@ -179,15 +179,15 @@ def _nan_in_a_gradient(fault: Fault) -> None:
             gradient.view(-1)[int(fault.amount * 1e6) % gradient.numel()] = float("nan")
 
     def plain(exchange) -> None:
-        poison(exchange.parameters)
+        poison([*exchange.my_matrices.values(), *exchange.my_others.values()])
         real_plain(exchange)
 
     def overlapped(exchange) -> None:
         real_overlapped(exchange)
-        poison([exchange.matrices[name] for name in exchange.mine])
+        poison(list(exchange.my_matrices.values()))
 
-    real_plain, real_overlapped = train_gpt.PlainExchange.wait_gradients, train_gpt.GradientExchange.wait_gradients
-    train_gpt.PlainExchange.wait_gradients, train_gpt.GradientExchange.wait_gradients = plain, overlapped
+    real_plain, real_overlapped = train_gpt.PlainExchange.wait_matrices, train_gpt.GradientExchange.wait_matrices
+    train_gpt.PlainExchange.wait_matrices, train_gpt.GradientExchange.wait_matrices = plain, overlapped
 
 
 def turn_the_clock_back() -> None:

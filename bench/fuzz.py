@@ -321,7 +321,8 @@ def _go_on(trainer, path: Path) -> None:
     import train_gpt
 
     trainer.config = dataclasses.replace(trainer.config, resume=str(path))
-    step, seconds, validation, losses, _ = train_gpt._load(trainer, path.parent)
+    done, _ = train_gpt.read_checkpoint(trainer.config, path.parent, trainer.layout(), {})
+    step, seconds, validation, losses = done
     if not (0 <= step <= trainer.config.num_iterations and seconds >= 0):
         raise Wrong(f"resumed at step {step} after {seconds} s")
     json.dumps([validation, losses], allow_nan=False)

@@ -232,7 +232,7 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
 
     x, x00, x01 = draw(1, T, D), draw(1, T, D), draw(1, T, D)
     lambdas = torch.tensor([1.0, 0.1, 0.1], device=device)
-    mixed = gradients(lambda *a: norm(residual_mix(*a, impl=impls["residual"])), x, x00, x01, lambdas)
+    mixed = gradients(lambda *a: norm(residual_mix(*a)), x, x00, x01, lambdas)
     yield Part("residual mix and norms", 0, L * size * T * D * (4 + 8 + 2 + 3), mixed, L)
 
     w_qkv, w_o = draw(3 * D, D), draw(D, D)
@@ -241,8 +241,7 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
     traffic = product_bytes(T, D, 3 * D, size) + product_bytes(T, D, D, size)
     yield Part("attention projections", n * 6.0 * T * 4 * D * D, n * traffic, project, n)
 
-    model.prepare(T)
-    rotary = (model.rotary[0][:T], model.rotary[1][:T])
+    rotary = [table[:T] for table in model.rotary(T)]
     q, k, v, ve = (draw(1, T, H, D // H) for _ in range(4))
     scales = torch.tensor([0.5, 0.5], device=device)
     prologue = lambda q, k, v, ve, s: torch.cat(  # noqa: E731

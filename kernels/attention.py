@@ -18,7 +18,7 @@ float32 logarithm a row and head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,6 +52,7 @@ class AttentionPlan(NamedTuple):
         falling work, for tiles of queries and of keys: the last programs to start are short.
     band_mask: float32, what the CPU's path adds to the logits (kernels/attention_banded.py); None on a GPU, in a
         compiled graph, or where it would be large.
+    block_mask: `flex_mask` of this plan, for FlexAttention; None: each call makes its own.
     """
 
     first_key_BT: torch.Tensor
@@ -59,6 +60,7 @@ class AttentionPlan(NamedTuple):
     query_order_N: torch.Tensor
     key_order_N: torch.Tensor
     band_mask: torch.Tensor | None = None
+    block_mask: Any = None
 
 
 class LayerInputs(NamedTuple):
@@ -252,7 +254,7 @@ def _flex(q, k, v, plan, scale):
 
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = flex_attention(q, k, v, block_mask=flex_mask(plan), scale=scale, enable_gqa=grouped)
+    o = flex_attention(q, k, v, block_mask=plan.block_mask or flex_mask(plan), scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
 
 

@@ -571,7 +571,9 @@ def linear_cross_entropy(
         return _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_tokens, fp8)
     if fp8:
         raise ValueError("fp8=True is a path of the Triton kernels; it needs a GPU that has 8-bit products")
-    chunk_tokens = chunk_tokens or max(CPU_CHUNK_LOGITS // weight_VD.shape[0], 64)
+    # On a GPU few large chunks: a compiled graph has the steps of every one of them.
+    chosen = MOST_CHUNK_TOKENS if x_ND.is_cuda else max(CPU_CHUNK_LOGITS // weight_VD.shape[0], 64)
+    chunk_tokens = chunk_tokens or chosen
     if reduction == "none":
         return _TokenLosses.apply(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens)
     return _ChunkedLoss.apply(x_ND, weight_VD, targets_N, softcap, reduction == "mean", ignore_index, chunk_tokens)

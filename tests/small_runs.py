@@ -28,4 +28,5 @@ def folder_of(folder, *parts, val=None):
 def run(folder, out, *more):
     """Exit code of a small run on the shards of a folder."""
     files = [f"--train_files={folder}/train_*.bin", f"--val_files={folder}/val_*.bin", f"--output_dir={out}"]
-    return train_gpt.main([*SMALL, *files, *more])
+    words = {word.partition("=")[0]: word for word in [*SMALL, *files, *more]}  # of a field given twice, the last
+    return train_gpt.main(list(words.values()))

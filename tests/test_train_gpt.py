@@ -9,6 +9,7 @@ from spec_model import block_mask, spec_loss
 
 import train_gpt
 from train_gpt import GPT, Config, Trainer, UsageError, parse_config
+from trainer.processes import sequence_length_for
 
 CPU = torch.device("cpu")
 
@@ -201,22 +202,50 @@ def test_every_technique_can_be_switched_off(change):
     assert losses[-1] < losses[0]
 
 
-def test_a_growing_window_compiles_one_graph():
+@pytest.fixture(scope="module")
+def compiled_trainer():
+    """A trainer as `--compile=on` makes it, with what traces and differentiates but generates no code."""
     import torch._dynamo.testing as testing
 
     counter = testing.CompileCounterWithBackend("aot_eager")
-    model = randomised(
-        GPT(tiny(num_layers=4, unet_skips="1>3", long_window_layers="0", attention_free_layers="2", value_embeddings=1))
-    )
-    model.prepare(512)
-    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend=counter)
+    small = dict(num_layers=4, unet_skips="1>3", long_window_layers="0", attention_free_layers="2", value_embeddings=1)
+    config = tiny(**small, compile="on", val_seq_len=1024, val_tokens=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_model = torch.compile
+        drop = lambda how: {k: v for k, v in how.items() if k != "options"}  # noqa: E731
+        patch.setattr(torch, "compile", lambda model, **how: compile_model(model, backend=counter, **drop(how)))
+        trainer = Trainer(config, CPU)
+    randomised(trainer.model)
+    return trainer, counter
+
+
+def test_a_growing_window_compiles_one_graph(compiled_trainer):
+    """One graph for training over all windows, one for validation; nothing is prepared here that a run prepares."""
+    trainer, counter = compiled_trainer
     tokens, targets = documents(512, 200, 7, seed=1), documents(512, 200, 7, seed=2)
     for window in (1, 2, 3, 4):
-        loss = compiled(tokens[None], targets[None], window_blocks=torch.tensor(window, dtype=torch.int32))
+        trainer.window.fill_(window)
+        loss = trainer.forward(tokens[None], targets[None], window_blocks=trainer.window)
         loss.backward()
-        plain = model(tokens[None], targets[None], window_blocks=window)
+        plain = trainer.model(tokens[None], targets[None], window_blocks=window)
         assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
     assert counter.frame_count == 1
+    longer = documents(1024, 200, 7, seed=3)[None]
+    with torch.no_grad():
+        for _ in range(2):
+            trainer.forward(longer, longer, window_blocks=trainer.window)
+    assert counter.frame_count == 2
+    trainer.forward(tokens[None], targets[None], window_blocks=trainer.window)
+    assert counter.frame_count == 2, "validation makes training compile again"
+
+
+def test_a_model_that_nothing_prepared_compiles_too():
+    model = randomised(
+        GPT(tiny(num_layers=1, unet_skips="", long_window_layers="0", attention_free_layers="", value_embeddings=0))
+    )
+    tokens = documents(64, 200, 7, seed=1)[None]
+    loss = torch.compile(model, dynamic=False, fullgraph=True, backend="eager")(tokens, tokens, window_blocks=1)
+    assert model.rotary_tables is None and loss.item() == pytest.approx(model(tokens, tokens, window_blocks=1).item())
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------
@@ -333,7 +362,8 @@ def test_fields_are_typed_and_named():
         (["--num_iterations=0"], "num_iterations=0: at least 1"),
         (["--block_tokens=1000000000000000000000000000000"], "below 2"),
         (["--attention_scale=0"], "attention_scale=0.0: above 0"),
-        (["--cooldown_frac=nan"], "finite"),
+        (["--cooldown_frac=nan"], "above 0"),
+        (["--target_loss=inf"], "finite"),
         (["--cooldown_frac=1.5"], "cooldown_frac"),
         (["--preset=huge"], "there are medium"),
         (["--train_seq_len=100"], "tokens_per_step=524288 is not a multiple of --train_seq_len=100"),
@@ -369,9 +399,9 @@ def test_the_series_hash_ignores_seed_and_machine_only():
 
 @pytest.mark.parametrize(("world", "length"), [(8, 65536), (16, 32768), (32, 16384)])
 def test_more_processes_than_sequences_cut_the_sequences(world, length):
-    assert train_gpt.fit_to_world(Config(), world).train_seq_len == length
+    assert sequence_length_for(world, 524288, 65536) == length
     with pytest.raises(UsageError, match="do not divide over 3"):
-        train_gpt.fit_to_world(Config(), 3)
+        sequence_length_for(3, 524288, 65536)
 
 
 def test_processes_share_the_sequences_of_a_step():

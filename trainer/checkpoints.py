@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.paths import atomic_file
+from trainer.log import say
+
+
+class NonFinite(ArithmeticError):
+    """A loss or a weight is NaN or infinite; training stops and the last good checkpoint stays."""
+
+
+def finite(value: float, what: str) -> float:
+    """`value` itself. Raises NonFinite."""
+    if not math.isfinite(value):
+        raise NonFinite(f"{what} is {value}")
+    return value
 
 
 class CheckpointError(ValueError):
@@ -95,18 +110,64 @@ def read_texts(path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def check_tensors(path: str | Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `found` has all tensors of `wanted` in their shapes and types."""
+    for name, tensor in wanted.items():
+        if name not in found or (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            raise CheckpointError(f"{path}: its tensors do not fit its configuration ({name})")
+
+
+def check_same_run(path: str | Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the fields that decide what is computed are the same, here and in a checkpoint."""
+    if differing := [name for name in here if here[name] != there[name]]:
+        names = ", ".join(differing)
+        raise CheckpointError(f"{path}: made with another configuration; these fields differ: {names}")
+
+
+class Done(NamedTuple):
+    """How far a run had come: steps, seconds of training, validations as in the run's JSON, losses of its steps."""
+
+    step: int = 0
+    seconds: float = 0.0
+    validation: list[dict[str, Any]] = []  # noqa: RUF012  (nobody writes to it)
+    losses: list[float] = []  # noqa: RUF012
+
+    def texts(self) -> dict[str, str]:
+        """For a checkpoint's header."""
+        return dict(
+            step=str(self.step),
+            train_time_s=repr(self.seconds),
+            validation=json.dumps(self.validation),
+            train_loss=json.dumps(self.losses),
+        )
+
+    @classmethod
+    def read(cls, path: str | Path, texts: Mapping[str, str], last_step: int) -> Done:
+        """Of the header of a run's checkpoint, which has `last_step` steps. Raises CheckpointError."""
+        try:
+            step, seconds = int(texts["step"]), float(texts["train_time_s"])
+            validation, losses = json.loads(texts["validation"]), json.loads(texts["train_loss"])
+            sane = 0 <= step <= last_step and 0 <= seconds < math.inf
+            if not sane or any(not 0 <= p["step"] <= step or not math.isfinite(p["loss"]) for p in validation):
+                raise ValueError(f"step {step}, {seconds} s")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: what it says of its run makes no sense ({error})") from error
+        return cls(step, seconds, validation, losses)
+
+
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, named step-<number>.safetensors, the newest step first."""
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    """The checkpoints in `folder`, named step-<number>.safetensors, the highest number first."""
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*.safetensors")}
+    return sorted((p for p, match in found.items() if match), key=lambda p: int(found[p][1]), reverse=True)  # type: ignore[index]
 
 
-def newest_whole(
-    folder: Path, format: str, say: Callable[[str], None]
-) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:
-    """The newest checkpoint in `folder` that is whole, as (path, texts, tensors); None if there is none at
-    all.
+def newest_whole(folder: Path, format: str) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:
+    """The newest checkpoint in `folder` that is whole, as (path, texts, tensors); None if there is none at all.
 
-    `say` is told of each damaged one that is passed over. Raises CheckpointError if all are damaged."""
+    Each damaged one that is passed over is told. Raises CheckpointError if all are damaged."""
     found = checkpoints_of(folder)
     for path in found:
         try:
@@ -116,3 +177,23 @@ def newest_whole(
     if found:
         raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole; move them away to start over")
     return None
+
+
+def find_run(resume: str, folder: Path, format: str) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:
+    """(path, texts, tensors) of the checkpoint at the path `resume`, or, if that is "auto", of the newest whole one in
+    `folder`, None if there is none yet. Raises CheckpointError."""
+    return newest_whole(folder, format) if resume == "auto" else (Path(resume), *load_tensors(resume, format))
+
+
+def save_run(folder: Path, step: int, state: Mapping[str, Tensor], texts: Mapping[str, str], keep: int) -> Path:
+    """Write the checkpoint after `step` steps and return its path; once it is safely there, all but the `keep` newest
+    go (0: none goes). Raises NonFinite, OSError."""
+    if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
+        raise NonFinite(f"a weight is not finite after step {step}: no checkpoint written")
+    for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
+    path = folder / f"step-{step:06d}.safetensors"
+    save_tensors(path, state, texts)
+    for old in checkpoints_of(folder)[keep:] if keep else []:
+        old.unlink(missing_ok=True)
+    return path

@@ -2,22 +2,29 @@
 
 `--communication=plain` sums every gradient over all processes, after the backward pass, and every process updates
 everything. Here instead (the sharding is ZeRO's: Rajbhandari et al. 2020, arXiv:1910.02054; whole matrices as shards
-are the speedrun's, so that orthogonalisation needs no communication of its own):
+are the speedrun's, so that orthogonalisation needs no communication of its own) a step sends one message a kind:
 
-- a block's matrix has one owner. When the backward pass of a step's last sequence has produced its gradient, that is
-  summed to the owner (`reduce`, asynchronously); over all matrices this is a reduce-scatter whose shards are matrices.
-  The owner alone orthogonalises and updates; then the new weights go to everyone (`broadcast`, asynchronously), while
-  the other parameters are updated and the next batch is fetched. They are awaited when the next step or validation
-  begins. Owners are balanced by the work of orthogonalisation.
+- a block's matrix has one owner, and owners are balanced by the work of orthogonalisation. When the backward pass of a
+  step's last sequence has produced all gradients of matrices, they are laid out owner by owner and summed by one
+  reduce-scatter. The owner alone orthogonalises, updates, and holds momentum and mantissas; then one all-gather brings
+  the new weights to everyone, while the other parameters are updated and the next batch is fetched. It is awaited when
+  the next step or validation begins.
+- the head is summed by one reduce-scatter over its rows; each process updates its rows, and one all-gather brings them
+  together.
 - an embedding table's gradient is zero but for the tokens of the batch. Only the rows that the batch touched on any
-  process are packed, summed and put back, so the result is exactly that of the whole table. Which rows these are is
-  worked out on the host, from the tokens, before the backward pass: the GPU never waits for it. Every process updates
-  the whole table: Adam moves the untouched rows too, and sending all of them would cost more than computing them.
-- the head is summed by reduce-scatter over its rows, each process updates its rows, and all-gather brings them
-  together; the few scalars are summed by everyone.
+  process are packed, all tables side by side, summed and put back, so the result is exactly that of the whole tables.
+  Which rows these are is worked out on the host, from the tokens, before the backward pass: the GPU never waits for
+  it. Untouched rows fill them up to a multiple, so that sizes repeat from step to step. Every process updates the whole
+  table: Adam moves the untouched rows too, and sending all of them would cost more than computing them.
+- the few scalars are summed by everyone.
 
-Sums are taken in the gradient's own dtype, as in the plain way. A compiled backward pass hands over all gradients at
-its end, so under torch.compile the exchange overlaps with the optimizer, not with the backward pass itself.
+Sums are taken in the gradient's own dtype, as in the plain way. Messages leave in this order, whatever the order of the
+gradients, because Muon can start as soon as its matrices are there: the rest travels behind it. A compiled backward
+pass hands over all gradients at its end, so that under torch.compile the exchange overlaps with the optimizers, and
+only the matrices' reduce-scatter (344 MB a process and step of `medium` on eight) and the head's all-gather (180 MB)
+are waited for. That is why the backward pass is not cut into pieces for the exchange's sake.
+
+Only float types and bytes are sent: the collectives of NCCL and gloo know no 16-bit integers.
 
 Bytes a step and process (`bytes_per_step`), for G bytes of gradients: plain, a ring all-reduce, sends 2 G (W-1)/W.
 Here matrices and head send G (W-1)/W each way, the same in all, half of it behind the optimizer; the tables send
@@ -26,12 +33,14 @@ touched/V of what they did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+ROWS_MULTIPLE = 1024  # packed rows of tables: about 30 sizes in all for 32,000 touched rows
 
 
 def owners(matrices: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
@@ -50,173 +59,334 @@ def owners(matrices: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
     return {name: owner[name] for name in matrices}
 
 
-def touched_rows(tokens: list[Tensor], vocab_size: int) -> Tensor:
-    """int64 (U,) on the host: the token ids that occur on any process, ascending. Collective, over host memory."""
+def touched_rows(tokens: Iterable[Tensor], vocab_size: int, multiple: int = 1) -> Tensor:
+    """int64 (U,) on the host: the token ids that occur on any process, and as many others as make U a multiple of
+    `multiple` (or all of them). Collective, over host memory; the same on every process."""
     seen = torch.zeros(vocab_size, dtype=torch.uint8)
     for part in tokens:
         seen[part.to("cpu", torch.int64)] = 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-    return seen.nonzero().flatten()
+    touched, others = seen.nonzero().flatten(), (seen == 0).nonzero().flatten()
+    return torch.cat([touched, others[: -len(touched) % multiple]])
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as uint8 (N,), which every backend can send."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def send_whole(tensor: Tensor | None, like: Tensor, source: int, target: int) -> Tensor | None:
+    """Move a tensor between two ranks through host memory: on `target`, what `tensor` is on `source`; None elsewhere.
+
+    like: a tensor (of the meta device, say) that tells shape and dtype. Only the two ranks take part."""
+    rank = dist.get_rank()
+    if rank == source and tensor is not None:
+        host = tensor.detach().to("cpu").contiguous()
+        if source == target:
+            return host
+        dist.send(as_bytes(host), target)
+    elif rank == target:
+        host = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        dist.recv(as_bytes(host), source)
+        return host
+    return None
+
+
+class _Shards:
+    """Where matrices lie in one flat tensor: owner by owner, `size` elements each, the longest owner's share."""
+
+    def __init__(self, matrices: Mapping[str, Tensor], owner: Mapping[str, int], world_size: int):
+        self.places: dict[str, tuple[int, torch.Size]] = {}
+        self.filled = [0] * world_size
+        self.owner = owner
+        for name, p in matrices.items():
+            self.places[name] = (self.filled[owner[name]], p.shape)
+            self.filled[owner[name]] += -(-p.numel() // 8) * 8  # starts on 16 bytes whatever the dtype
+        self.size = max(self.filled)
+
+    def views(self, flat: Tensor, names: Iterable[str], one_owner: bool = False) -> list[Tensor]:
+        """The matrices of those names in `flat`: all shards, or only the one of their owner."""
+        found = []
+        for name in names:
+            start, shape = self.places[name]
+            start += 0 if one_owner else self.owner[name] * self.size
+            found.append(flat[start : start + shape.numel()].view(shape))
+        return found
 
 
 class PlainExchange:
     """The plain way behind the methods of `GradientExchange`: all gradients are summed over all processes after the
     backward pass, and everyone updates everything. One process sends nothing."""
 
-    head_rows = slice(None)
-
     def __init__(
         self,
         matrices: Mapping[str, nn.Parameter],
         tables: Mapping[str, nn.Parameter],
-        head: nn.Parameter | None,
-        others: list[nn.Parameter],
+        head: Mapping[str, nn.Parameter],
+        others: Mapping[str, nn.Parameter],
     ):
-        self.mine = list(matrices)
-        self.parameters = [p for p in (*matrices.values(), *tables.values(), head, *others) if p is not None]
-
-    def wait_gradients(self) -> None:
-        """After the last backward pass: all gradients are sums."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            for work in [dist.all_reduce(p.grad, async_op=True) for p in self.parameters]:
-                work.wait()
+        self.my_matrices = dict(matrices)
+        self.my_others = {**tables, **head, **others}
+        self.pending: list[Any] = []
 
     def begin(self, tokens: list[Tensor]) -> None:
         """Nothing to do: no gradient leaves early, no weight is somewhere else."""
 
-    arm = publish_matrices = publish_head = wait_weights = lambda self: None
+    def arm(self) -> None:
+        """Nothing to do."""
 
-    def gather_state(self, state: Mapping[str, list[Tensor]], head_state: list[Tensor]) -> None:
-        """Nothing to do: everyone has all of the optimizer's state."""
+    def wait_matrices(self) -> None:
+        """After the last backward pass: gradients of matrices are sums, and the others are on their way."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            matrices = [dist.all_reduce(p.grad, async_op=True) for p in self.my_matrices.values()]
+            self.pending = [dist.all_reduce(p.grad, async_op=True) for p in self.my_others.values()]
+            for work in matrices:
+                work.wait()
+
+    def wait_others(self) -> None:
+        """All gradients are sums."""
+        for work in self.pending:
+            work.wait()
+        self.pending = []
+
+    publish_matrices = publish_head = wait_weights = arm
+
+    def owner_of(self, parameter: str) -> int | None:
+        """The rank that alone holds the optimizer's state of a parameter; None: everyone does."""
+        return None
+
+    def rows_of(self, parameter: str) -> int | None:
+        """Rows of a parameter's state that each rank holds, rank by rank; None: all of them."""
+        return None
 
 
 class GradientExchange:
     """The way of a model's gradients and weights between processes. All ranks call its methods in the same order.
 
     Args:
-        matrices: parameters that one rank each updates, by name.
-        tables: embedding weights, by name.
-        head: a parameter that is sharded by rows where the world size divides them, or None.
-        others: small parameters that everyone updates.
+        matrices: parameters that one rank each updates, all of one dtype, by name.
+        tables: embedding weights of one shape and dtype, by name.
+        head: at most one parameter, sharded by rows where the world size divides them, by name.
+        others: small parameters that everyone updates, by name.
 
-    One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one, `wait_gradients()`; then the
-    owners update what `owner` and `head_rows` give them, `publish_matrices()` and `publish_head()`, and before weights
-    are read, `wait_weights()`.
+    `my_matrices` and `my_others` are what this rank updates, by name, with gradients where those have been awaited.
+    One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one; `wait_matrices()`, their update,
+    `publish_matrices()`; `wait_others()`, their update, `publish_head()`; and before weights are read,
+    `wait_weights()`.
     """
 
     def __init__(
         self,
         matrices: Mapping[str, nn.Parameter],
         tables: Mapping[str, nn.Parameter],
-        head: nn.Parameter | None,
-        others: list[nn.Parameter],
+        head: Mapping[str, nn.Parameter],
+        others: Mapping[str, nn.Parameter],
     ):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.matrices, self.tables, self.others = dict(matrices), dict(tables), list(others)
+        divides = all(p.size(0) % self.world_size == 0 for p in head.values())
+        self.matrices, self.tables = dict(matrices), dict(tables)
+        self.head = dict(head) if divides else {}
+        self.others = dict(others) if divides else {**others, **head}
         self.owner = owners(matrices, self.world_size)
-        self.head = head if head is not None and head.size(0) % self.world_size == 0 else None
-        if head is not None and self.head is None:
-            self.others.append(head)
+        self.shards = _Shards(matrices, self.owner, self.world_size)
+        self.my_matrices = {n: p for n, p in matrices.items() if self.owner[n] == self.rank}
+        parts = {n: nn.Parameter(p.detach()[self._rows(p)]) for n, p in self.head.items()}  # views, not copies
+        self.my_others = {**self.tables, **parts, **self.others}
         self.rows: Tensor | None = None
-        self.packed: dict[str, Tensor] = {}
-        self.head_shard: Tensor | None = None
-        self.armed = False
-        self.pending: list = []
-        self.publishing: list = []
-        starts = {id(p): partial(self._reduce, name) for name, p in self.matrices.items()}
-        starts |= {id(p): partial(self._pack, name) for name, p in self.tables.items()}
-        starts |= {id(p): self._sum for p in self.others}
-        if self.head is not None:
-            starts[id(self.head)] = self._scatter
-        self._starts = starts
-        for p in (*self.matrices.values(), *self.tables.values(), *self.others, self.head):
-            if p is not None:
-                p.register_post_accumulate_grad_hook(self._ready)
+        # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
+        self.kinds = {
+            "matrices": (self._reduce_matrices, self.matrices),
+            "head": (self._scatter_head, self.head),
+            "tables": (self._sum_tables, self.tables),
+            "others": (self._sum_others, self.others),
+        }
+        self.missing: dict[str, int] = {}
+        self.pending: dict[str, list[tuple[Any, Tensor | None]]] = {}
+        self.publishing: list[tuple[Any, Tensor | None]] = []
+        for kind, (_, parameters) in self.kinds.items():
+            for p in parameters.values():
+                p.register_post_accumulate_grad_hook(lambda p, kind=kind: self._ready(kind))
 
-    def _ready(self, p: nn.Parameter) -> None:
-        """Called by autograd when the gradient of `p` is complete for this backward pass."""
-        if self.armed:
-            self._starts[id(p)](p)
-
-    @property
-    def mine(self) -> list[str]:
-        """Names of the matrices that this rank updates."""
-        return [name for name, owner in self.owner.items() if owner == self.rank]
-
-    @property
-    def head_rows(self) -> slice:
-        """The rows of the head that this rank updates: all of them if the head is not sharded."""
-        if self.head is None:
-            return slice(None)
-        share = self.head.size(0) // self.world_size
+    def _rows(self, p: Tensor) -> slice:
+        share = p.size(0) // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def begin(self, tokens: list[Tensor]) -> None:
         """At the start of a step, with all of this process's input tokens of it."""
         if self.tables:
             table = next(iter(self.tables.values()))
-            self.rows = touched_rows(tokens, table.size(0)).to(table.device, non_blocking=True)
+            rows = touched_rows(tokens, table.size(0), ROWS_MULTIPLE)
+            if table.is_cuda:
+                rows = rows.pin_memory()  # torch keeps it until the copy has been made
+            self.rows = rows.to(table.device, non_blocking=True)
 
     def arm(self) -> None:
-        """Before the last backward pass of the step: from here gradients leave as they come."""
-        self.armed = True
+        """Before the last backward pass of the step: from here gradients leave as soon as their kind is complete."""
+        self.missing = {kind: len(parameters) for kind, (_, parameters) in self.kinds.items()}
+        self.pending = {}
 
-    def _reduce(self, name: str, p: nn.Parameter) -> None:
-        self.pending.append(dist.reduce(p.grad, self.owner[name], async_op=True))
+    def _ready(self, kind: str) -> None:
+        """Called by autograd when a gradient is complete for this backward pass."""
+        if not self.missing:
+            return
+        self.missing[kind] -= 1
+        for name, left in self.missing.items():  # a kind that is complete waits for those before it
+            if left:
+                return
+            if name not in self.pending:
+                self.pending[name] = self.kinds[name][0]()
 
-    def _pack(self, name: str, p: nn.Parameter) -> None:
-        self.packed[name] = p.grad.index_select(0, self.rows)
-        self.pending.append(dist.all_reduce(self.packed[name], async_op=True))
+    def _reduce_matrices(self) -> list[tuple[Any, Tensor | None]]:
+        grads = [p.grad for p in self.matrices.values()]
+        flat = grads[0].new_empty(self.world_size * self.shards.size)  # what lies between the matrices is not read
+        _copy(self.shards.views(flat, self.matrices), grads)
+        mine = torch.empty_like(flat[: self.shards.size])
+        return [(_reduce_scatter(mine, flat), mine)]
 
-    def _sum(self, p: nn.Parameter) -> None:
-        self.pending.append(dist.all_reduce(p.grad, async_op=True))
+    def _scatter_head(self) -> list[tuple[Any, Tensor | None]]:
+        found = []
+        for p in self.head.values():
+            mine = torch.empty_like(p.grad[self._rows(p)])
+            found.append((_reduce_scatter(mine, p.grad), mine))
+        return found
 
-    def _scatter(self, p: nn.Parameter) -> None:
-        self.head_shard = torch.empty_like(p[self.head_rows])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed it
-        self.pending.append(scatter(self.head_shard, p.grad, async_op=True))
+    def _sum_tables(self) -> list[tuple[Any, Tensor | None]]:
+        if not self.tables:
+            return []
+        packed = torch.stack([p.grad.index_select(0, self.rows) for p in self.tables.values()])
+        return [(dist.all_reduce(packed, async_op=True), packed)]
 
-    def wait_gradients(self) -> None:
-        """After the last backward pass: gradients of owned matrices, tables, own head rows and others are sums."""
-        self.armed = False
-        for work in self.pending:
+    def _sum_others(self) -> list[tuple[Any, Tensor | None]]:
+        return [(dist.all_reduce(p.grad, async_op=True), None) for p in self.others.values()]
+
+    def _arrived(self, kind: str) -> list[Tensor | None]:
+        """The tensors of a kind's messages, once they are there. A kind without parameters has none."""
+        found = []
+        for work, tensor in self.pending.pop(kind, []):
             work.wait()
-        self.pending.clear()
-        for name, part in self.packed.items():
-            self.tables[name].grad.index_copy_(0, self.rows, part)
-        self.packed.clear()
-        if self.head is not None:
-            self.head.grad[self.head_rows] = self.head_shard
-            self.head_shard = None
+            found.append(tensor)
+        return found
+
+    def wait_matrices(self) -> None:
+        """After the last backward pass: gradients of this rank's matrices are sums."""
+        if any(self.missing.values()):
+            raise RuntimeError(f"the backward pass left parameters without gradient, by kind: {self.missing}")
+        self.missing = {}
+        for shard in self._arrived("matrices"):
+            grads = self.shards.views(shard, self.my_matrices, one_owner=True)
+            for p, grad in zip(self.my_matrices.values(), grads):
+                p.grad = grad
+
+    def wait_others(self) -> None:
+        """Gradients of tables, of this rank's rows of the head and of the others are sums."""
+        for (name, _), shard in zip(self.head.items(), self._arrived("head")):
+            self.my_others[name].grad = shard
+        for packed in self._arrived("tables"):
+            for p, rows in zip(self.tables.values(), packed):
+                p.grad.index_copy_(0, self.rows, rows)
+        self._arrived("others")
 
     def publish_matrices(self) -> None:
         """After the owners' updates: the new matrices set out for everyone."""
-        for name, p in self.matrices.items():
-            self.publishing.append(dist.broadcast(p.detach(), self.owner[name], async_op=True))
+        if self.matrices:
+            weights = [p.detach() for p in self.my_matrices.values()]
+            mine = next(iter(self.matrices.values())).detach().new_empty(self.shards.size)
+            _copy(self.shards.views(mine, self.my_matrices, one_owner=True), weights)
+            flat = mine.new_empty(self.world_size * self.shards.size)
+            self.publishing.append((dist.all_gather_into_tensor(flat, mine, async_op=True), flat))
 
     def publish_head(self) -> None:
         """After the update of the head's rows: they set out for everyone."""
-        if self.head is not None:
-            rows = self.head.detach()[self.head_rows].clone()
-            self.publishing.append(dist.all_gather_into_tensor(self.head.detach(), rows, async_op=True))
+        for p in self.head.values():
+            rows = p.detach()[self._rows(p)].clone()
+            self.publishing.append((dist.all_gather_into_tensor(p.detach(), rows, async_op=True), None))
 
     def wait_weights(self) -> None:
         """Before weights are read: all of them are the new ones."""
-        for work in self.publishing:
+        for work, flat in self.publishing:
             work.wait()
+            if flat is not None:
+                theirs = [n for n in self.matrices if n not in self.my_matrices]
+                _copy([self.matrices[n].detach() for n in theirs], self.shards.views(flat, theirs))
         self.publishing.clear()
 
-    def gather_state(self, state: Mapping[str, list[Tensor]], head_state: list[Tensor]) -> None:
-        """Before a checkpoint: every rank's copy of the optimizer's state becomes the owner's, in place.
+    def owner_of(self, parameter: str) -> int | None:
+        """The rank that alone holds the optimizer's state of a parameter; None: everyone does."""
+        return self.owner.get(parameter)
 
-        state: name of a matrix -> its tensors. head_state: tensors of the head's shape."""
-        for name, tensors in state.items():
-            for tensor in tensors:
-                dist.broadcast(tensor, self.owner[name])
-        for tensor in head_state if self.head is not None else []:
-            rows = tensor[self.head_rows].clone()
-            dist.all_gather_into_tensor(tensor, rows)
+    def rows_of(self, parameter: str) -> int | None:
+        """Rows of a parameter's state that each rank holds, rank by rank; None: all of them."""
+        return self.head[parameter].size(0) // self.world_size if parameter in self.head else None
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Many copies in few launches; a rank may own nothing."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def gather_state(
+    exchange: PlainExchange | GradientExchange, state: Mapping[str, Tensor], layout: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """On rank 0 the whole of a state of which every rank holds its share; elsewhere nothing. Collective.
+
+    state: this rank's tensors; layout: all of them, as tensors without memory. Keys are `model.<parameter>` or
+    `<optimizer>.<what>.<parameter>`. Shares travel through host memory, so that no GPU must hold them all."""
+    whole: dict[str, Tensor] = {}
+    for key, like in layout.items():
+        owner, rows = _holders(exchange, key, like)
+        if owner is not None:
+            found = send_whole(state.get(key), like, owner, 0)
+        elif rows is not None:
+            parts = [send_whole(state[key], like[:rows], source, 0) for source in range(like.size(0) // rows)]
+            found = torch.cat(parts) if parts[0] is not None else None
+        else:
+            found = state[key] if _rank() == 0 else None
+        if found is not None and _rank() == 0:
+            whole[key] = found
+    return whole
+
+
+def spread_state(
+    exchange: PlainExchange | GradientExchange,
+    state: Mapping[str, Tensor],
+    layout: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
+) -> None:
+    """Put rank 0's `whole` (of `gather_state`) in place in the `state` of every rank. Collective."""
+    for key, like in layout.items():
+        given = whole[key] if _rank() == 0 else None
+        owner, rows = _holders(exchange, key, like)
+        if owner is not None:
+            found = send_whole(given, like, 0, owner)
+        elif rows is not None:
+            targets = range(like.size(0) // rows)
+            cut = [None if given is None else given[rows * n : rows * (n + 1)] for n in targets]
+            found = [send_whole(part, like[:rows], 0, n) for n, part in zip(targets, cut)][_rank()]
+        else:
+            found = given
+        if found is not None:
+            state[key].copy_(found)
+        if owner is None and rows is None and dist.is_initialized():
+            dist.broadcast(as_bytes(state[key]), 0)
+
+
+def _holders(exchange: PlainExchange | GradientExchange, key: str, like: Tensor) -> tuple[int | None, int | None]:
+    """(the one rank that holds the state of that name, the rows that each rank holds of it); None, None: everyone."""
+    if key.startswith("model.") or like.dim() == 0:
+        return None, None
+    parameter = key.split(".", 2)[2]
+    return exchange.owner_of(parameter), exchange.rows_of(parameter)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _reduce_scatter(output: Tensor, whole: Tensor) -> Any:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed it
+    return scatter(output, whole, async_op=True)
 
 
 def bytes_per_step(

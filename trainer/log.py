@@ -14,9 +14,11 @@ import contextlib
 import datetime
 import glob
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -108,6 +110,17 @@ class RunLog:
                 file.write(self._header())
         self.file = open(self.text_path, "a")
 
+    @contextlib.contextmanager
+    def failure_told(self) -> Iterator[None]:
+        """Log and JSON say of an error in the block that the run failed, and why; it is raised all the same."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self.summary("failed", error=f"{type(error).__name__}: {error}")
+                self.line(f"failed: {error}", echo=False)
+            raise
+
     def close(self) -> None:
         """Let go of the log and its lock; the process's end does the same."""
         for file in (self.file, self.lock):
@@ -136,6 +149,7 @@ class RunLog:
             f"Running PyTorch {e['torch']} compiled for {e['compute']}",
             f"Running Triton version {e['triton']}",
             f"Running on device_name={e['hardware']} with world_size={e['world_size']}",
+            f"Assembled by ptxas {e['assembler']}",
             *(f"{key}:{value}" for key, value in e["hashes"].items() if value),
             "implementations:" + json.dumps(e["implementations"], sort_keys=True),
             *(["data:" + json.dumps(e["data"], sort_keys=True)] if "data" in e else []),
@@ -196,6 +210,19 @@ class RunLog:
         told = [f"train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms", *(f"{k}:{v}" for k, v in words.items())]
         self.line(f"step:{step}/{self.total_steps} val_loss:{loss:.6f} {' '.join(told)}")
 
+    def peak_memory(self, device: torch.device) -> int:
+        """Log the peak of memory so far, of the GPU or of the process; returns it in MiB."""
+        if device.type == "cuda":
+            peak, reserved = torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+            self.line(f"peak memory allocated: {peak} MiB reserved: {reserved} MiB")
+            return peak
+        import resource  # not on Windows
+
+        unit = 20 if sys.platform == "darwin" else 10  # bytes there, KiB elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
+        self.line(f"peak memory resident: {peak} MiB")
+        return peak
+
     def summary(self, status: str, error: str = "", **more: Any) -> dict[str, Any] | None:
         """(Re)write the JSON beside the log, and return it. `status`: running, finished, interrupted or failed."""
         if not self.writes:
@@ -231,7 +258,7 @@ class Progress:
 
     Args:
         tokens_per_step, flops_per_token: of the whole run, all processes together.
-        ceiling: FLOP/s that count as 100 %, of `matmul_ceiling`.
+        ceiling: FLOP/s that count as 100 %, of `matmul_ceiling`; 0: not known, no utilisation is shown.
         shows: False on the ranks that only follow.
     """
 
@@ -261,28 +288,50 @@ class Progress:
         self.shown = time.perf_counter()
         seconds = (clock_ms - self.begin_ms) / 1000 / max(step - self.first - 1, 1)
         tokens_s = self.tokens_per_step / max(seconds, 1e-9)
-        share = tokens_s * self.flops / self.ceiling
-        share = f"{share:.0%}" if share <= 1 else "unknown"  # other work disturbed the measurement of the ceiling
-        speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s, MFU {share}"
+        speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s"
+        if self.ceiling:
+            share = tokens_s * self.flops / self.ceiling
+            speed += f", MFU {share:.0%}" if share <= 1 else ", MFU unknown"  # other work slowed the ceiling down
         if Progress.bar is not None:
-            Progress.bar.n = step
-            Progress.bar.set_postfix_str(speed)
+            try:
+                Progress.bar.n = step
+                Progress.bar.set_postfix_str(speed)
+            except (OSError, ValueError):
+                Progress.bar = None
+                mute(sys.stderr)
         else:
             left = (self.total - step) * seconds
             say(f"progress: step {step} of {self.total}, {speed}, {left:,.0f} s left")
 
     def close(self) -> None:
         if Progress.bar is not None:
-            Progress.bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                Progress.bar.close()
             Progress.bar = None
 
 
 def say(text: str) -> None:
-    """Print, above the progress bar if there is one."""
-    if Progress.bar is not None:
-        Progress.bar.write(text)
-    else:
-        print(text, flush=True)
+    """Print, above the progress bar if there is one. If nobody can read it, the run goes on: the log has it all."""
+    try:
+        if Progress.bar is not None:
+            Progress.bar.write(text)
+        else:
+            print(text, flush=True)
+    except (OSError, ValueError):  # closed pipe, full disk behind it, lost terminal
+        mute(sys.stdout)
+
+
+def mute(stream: TextIO) -> None:
+    """Send what is still written to a broken stream nowhere, so that neither the run nor its exit fails for it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def unique_name(preset: str) -> str:
+    """A run's name: preset, time and a random suffix."""
+    return f"{preset}-{now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"
 
 
 def now() -> str:

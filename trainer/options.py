@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,29 +37,39 @@ def setting(
     return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "choices": tuple(choices), **told})
 
 
+MOST = 2**31 - 1  # of a whole number without a lower limit of its own: sizes and counts travel as int32
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
 def check_limits(options: Any) -> None:
-    """Raise UsageError for the first field of a dataclass whose value its `setting` does not let pass."""
+    """Raise UsageError for the first field of a dataclass whose value its `setting` does not let pass. Whole numbers
+    are at most `MOST`, others finite."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        limits, choices = field.metadata.get("limits", {}), field.metadata.get("choices", ())
-        if not all(_HOLDS[words](value, limit) for words, limit in limits.items()):
-            wanted = " and ".join(f"{words} {limit:,}".replace(",", "") for words, limit in limits.items())
-            raise UsageError(f"--{field.name}={value}: {wanted}")
+        limits, choices = dict(field.metadata.get("limits", {})), field.metadata.get("choices", ())
+        if field.type is int:
+            limits.setdefault("below", MOST + 1)
+        held = all(_HOLDS[words](value, limit) for words, limit in limits.items())
+        if not held or (isinstance(value, float) and not math.isfinite(value)):
+            wanted = [f"{words} {limit:,}".replace(",", "") for words, limit in limits.items()]
+            wanted += ["a finite number"] if isinstance(value, float) and not math.isfinite(value) else []
+            raise UsageError(f"--{field.name}={value}: {' and '.join(wanted)}")
         if choices and value not in choices:
             raise UsageError(f"--{field.name}={value}: one of {', '.join(choices)}")
 
 
 def parse_options(
-    kind: type[Options], presets: Mapping[str, Mapping[str, Any]], arguments: Iterable[str], bare: Mapping[str, str]
+    kind: type[Options],
+    presets: Mapping[str, Mapping[str, Any]],
+    arguments: Iterable[str],
+    bare: Mapping[str, str],
+    foreign: Mapping[str, str] | None = None,
 ) -> Options:
     """An instance of the dataclass `kind` from `--field=value` or `--field value`.
 
     `kind` has a field `preset`, a key of `presets` whose row replaces the defaults. A bare `--field` means the text
-    in `bare`, else "true". Raises UsageError."""
-    words, given = read_words([kind], arguments, bare)
+    in `bare`, else "true". `foreign`: as in `read_words`. Raises UsageError."""
+    words, given = read_words([kind], arguments, bare, foreign)
     if words:
         raise UsageError(f"unknown argument {words[0]!r}; {_hint(words[0], [kind])}")
     preset = given.get("preset", next(f.default for f in dataclasses.fields(kind) if f.name == "preset"))
@@ -68,12 +79,13 @@ def parse_options(
 
 
 def read_words(
-    kinds: Sequence[type], arguments: Iterable[str], bare: Mapping[str, str]
+    kinds: Sequence[type], arguments: Iterable[str], bare: Mapping[str, str], foreign: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """(words that belong to no field, {field: its text}) of a command line over the fields of several dataclasses.
 
     A bare `--field` means the text in `bare`, else "true"; a flag takes the next word for its own only if that
-    is a yes or a no. Raises UsageError for a field that none of `kinds` has."""
+    is a yes or a no. `foreign`: what to say of names that other programs have for things. Raises UsageError for a
+    field that none of `kinds` has, or that is given twice."""
     types = {field.name: field.type for kind in kinds for field in dataclasses.fields(kind)}
     words: list[str] = []
     given: dict[str, str] = {}
@@ -86,11 +98,13 @@ def read_words(
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if name not in types:
-            raise UsageError(f"unknown argument {word!r}; {_hint(name, kinds)}")
+            raise UsageError(f"unknown argument {word!r}; {(foreign or {}).get(name) or _hint(name, kinds)}")
         if not equals:
             next_word = queue[0] if queue else "--"
             takes = not next_word.startswith("--") and (types[name] is not bool or next_word.lower() in YES + NO)
             text = queue.pop(0) if takes else bare.get(name, "true")
+        if name in given:
+            raise UsageError(f"--{name} is given twice, as {given[name]!r} and as {text!r}: leave one out")
         given[name] = text
     return words, given
 
@@ -109,6 +123,14 @@ def fill(kind: type[Options], given: Mapping[str, str], start: Mapping[str, Any]
     return kind(**{**(start or {}), **typed})
 
 
+def from_json(kind: type[Options], text: str) -> Options:
+    """An instance of the dataclass `kind` from JSON of its fields; fields that it has no longer are left out.
+
+    Raises ValueError, TypeError, AttributeError, OverflowError or RecursionError for what is no such JSON."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    return kind(**{name: types[name](value) for name, value in json.loads(text).items() if name in types})
+
+
 def _typed(field: dataclasses.Field, text: str) -> Any:
     """`text` as the field's type; a number is switched off (0) by the words that switch off a flag."""
     word = text.lower()
@@ -119,13 +141,10 @@ def _typed(field: dataclasses.Field, text: str) -> Any:
     if field.type is int and word in ("false", "off", "no"):
         return 0
     try:
-        value = field.type(text)
+        return field.type(text)
     except ValueError:
         unit = field.metadata["unit"]
         raise UsageError(f"--{field.name}={text}: expected {field.type.__name__} ({unit})") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"--{field.name}={text}: a finite number is needed")
-    return value
 
 
 def help_text(kind: type, presets: Mapping[str, Mapping[str, Any]], beside: str) -> str:

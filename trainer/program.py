@@ -1,29 +1,156 @@
-"""Which program ran, and on what: versions, machine, hashes of the code, and how fast its matrix products are."""
+"""Which program ran, and on what: its files and their one fingerprint, versions, machine, assembler.
+
+The files of a program are worked out from its imports, so that none is forgotten and none is counted that has no part
+in it. Log, checkpoint and series name a program by the same hash. This file imports torch only where it needs it: a
+series asks for a fingerprint and never for a GPU.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
+import json
+import os
 import platform
+import re
 import socket
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from kernels.runtime import triton
-from trainer.log import Clock
+#: Versions that the tests and the table of machine code (kernels/proof) have seen: from, below. requirements.txt has
+#: the same numbers.
+PROVEN = {"torch": ("2.11", "2.14"), "triton": ("3.6", "3.10")}
 
-REPO = Path(__file__).resolve().parent.parent
+
+# -------------------------------------------------------------------------------------------------------------
+# The program's files
+
+
+def program_files(entry: str | Path) -> dict[str, str]:
+    """{path relative to the entry's folder: hash of its text} of a program and of all project files that it imports,
+    inside functions too. Only what lies in the entry's folder is of the project. Raises OSError, SyntaxError."""
+    entry = Path(entry).resolve()
+    root, found, queue = entry.parent, {}, [entry]
+    while queue:
+        path = queue.pop()
+        name = path.relative_to(root).as_posix()
+        if name not in found:
+            text = path.read_text(encoding="utf-8")
+            found[name] = text_hash(text)
+            queue += _imported(text, path, root)
+    return dict(sorted(found.items()))
+
+
+def _imported(text: str, path: Path, root: Path) -> Iterator[Path]:
+    """The project's files that a file's import statements name, with the packages that they lie in."""
+    package = path.parent.relative_to(root).parts
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            for depth in range(1, len(parts) + 1):
+                place = root.joinpath(*parts[:depth])
+                yield from (p for p in (place / "__init__.py", place.with_suffix(".py")) if p.is_file())
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a program's text, newlines at its end counted as one (as `stats.runs` counts them)."""
+    return hashlib.sha256((text.rstrip("\r\n") + "\n").encode()).hexdigest()
+
+
+def fingerprint(files: Mapping[str, str]) -> str:
+    """One hash of `program_files`: sha256 of its JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------
+# Versions
+
+
+def unproven_versions(found: Mapping[str, str]) -> list[str]:
+    """What to say of packages whose version is outside of `PROVEN`; `found`: {package: version}."""
+    said = []
+    for package, (least, below) in PROVEN.items():
+        version = found.get(package, "none")
+        if version != "none" and not _number(least) <= _number(version) < _number(below):
+            proven = f"{least} up to, not including, {below} (requirements.txt)"
+            said.append(f"warning: {package} {version} is not what this program was proven with: {proven}")
+    return said
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def choose_assembler(environment: MutableMapping[str, str] = os.environ) -> str:
+    """Make Triton and Inductor use one and the same ptxas: the user's (TRITON_PTXAS_PATH), else the newest of those
+    that triton and torch bring. Returns "<release> <path>"; "none" where there is none. To be called before anything
+    is compiled.
+
+    Left alone, Inductor points the whole process to torch's copy as soon as it compiles in the process itself, and
+    what a kernel is assembled with depends on who was first. The newest, because ptxas 12.8 has public reports of
+    wrong numbers with asynchronous wgmma on Hopper (github.com/triton-lang/triton/issues/11781)."""
+    given = environment.get("TRITON_PTXAS_PATH")
+    places = [Path(given)] if given else _assemblers()
+    known = [(release, path) for path in places if (release := _release(path))]
+    if not known:
+        return "none"
+    release, path = max(known, key=lambda pair: _number(pair[0]))
+    environment["TRITON_PTXAS_PATH"] = str(path)
+    return f"{release} {path}"
+
+
+def _assemblers() -> list[Path]:
+    """Where torch and triton keep a ptxas, without importing them."""
+    from importlib.util import find_spec
+
+    places = []
+    for package, inside in (("triton", "backends/nvidia/bin/ptxas"), ("torch", "bin/ptxas")):
+        spec = find_spec(package)
+        if spec is not None and spec.origin is not None:
+            places.append(Path(spec.origin).parent / inside)
+    return places
+
+
+def _release(ptxas: Path) -> str | None:
+    """The release of an assembler, as 12.9.86; None if it does not run."""
+    try:
+        said = subprocess.run([str(ptxas), "--version"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    match = re.search(r"\bV(\d+\.\d+\.\d+)", said)
+    return match[1] if match else None
+
+
+# -------------------------------------------------------------------------------------------------------------
+# The machine
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int = 1) -> float:
-    """FLOP/s of large square products on this machine, measured in a moment: the ceiling that MFU refers to.
+    """FLOP/s of large square products of all GPUs, measured in a moment: the ceiling that MFU refers to.
 
-    Processes on one CPU share its cores, so only GPUs multiply it."""
-    n = 8192 if device.type == "cuda" else 512
+    0 on a CPU: other work on its cores would be measured with it, and the same run would be told 1 % or 22 %."""
+    if device.type != "cuda":
+        return 0.0
+    import torch
+
+    from trainer.log import Clock
+
+    n = 8192
     a = torch.randn(n, n, device=device, dtype=dtype)
     clock, best = Clock(device), 0.0
     for _ in range(4):
@@ -33,36 +160,45 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int = 1)
             a @ a
         clock.stop()
         best = max(best, 3 * 2 * n**3 / (clock.seconds - before))
-    return best * (processes if device.type == "cuda" else 1)
+    return best * processes
 
 
 def describe_environment(
-    device: torch.device, *, world_size: int, source: str, implementations: Mapping[str, str], **hashes: str
+    device: torch.device,
+    *,
+    world_size: int,
+    source: str,
+    implementations: Mapping[str, str],
+    program: Mapping[str, str] | None = None,
+    assembler: str = "none",
+    **hashes: str,
 ) -> dict[str, Any]:
-    """What log and JSON say of machine, software, code and data; the host appears as a hash only."""
+    """What log and JSON say of machine, software, code and data; the host appears as a hash only.
+
+    source: the text that the log embeds. program: of `program_files`."""
+    import torch
+
+    from kernels.runtime import triton
+
     cuda = device.type == "cuda"
-    code = dict(code_hash=hashlib.sha256(source.encode()).hexdigest(), kernels_hash=folder_hash(REPO / "kernels"))
+    code = dict(code_hash=hashlib.sha256(source.encode()).hexdigest())
+    if program:
+        code["program_hash"] = fingerprint(program)
     return dict(
         python=sys.version.split()[0],
         torch=torch.__version__,
         triton=triton.__version__,
         compute=f"CUDA {torch.version.cuda}" if cuda else f"CPU, {torch.get_num_threads()} threads",
+        assembler=assembler.partition(" ")[0],
         hardware=torch.cuda.get_device_name() if cuda else cpu_name(),
         device=device.type,
         world_size=world_size,
         system=f"{platform.system()} {platform.machine()}",
         host_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
         implementations=dict(implementations),
+        program=dict(program or {}),
         hashes=code | hashes,
     )
-
-
-def folder_hash(folder: Path) -> str:
-    """sha256 over the Python files of a folder: what the program imports from there runs, too."""
-    seen = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        seen.update(path.name.encode() + path.read_bytes())
-    return seen.hexdigest()
 
 
 def cpu_name() -> str:

@@ -197,17 +197,21 @@ def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -
 # Weights
 
 
-def initial_state(path: str, trainer: Any, load: Any, with_optimizer: bool) -> str:
-    """Put the weights of a checkpoint, with the optimizers' state if asked, in the place of the initial ones.
-
-    trainer: train_gpt.Trainer. load: path -> (texts, tensors). Returns what the log says of it. CheckpointError."""
-    texts, tensors = load(path)
-    live = trainer.state()
+def starting_layout(layout: Mapping[str, Any], with_optimizer: bool) -> dict[str, Any]:
+    """The part of `Trainer.layout()` that a run starts with: weights, and the optimizers' state if asked."""
     weights = ("model.", "muon.mantissa.")  # a bfloat16 weight and the bits below it
-    wanted = {name: t for name, t in live.items() if with_optimizer or name.startswith(weights)}
-    for name, tensor in wanted.items():
-        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (tensor.shape, tensor.dtype):
+    return {name: t for name, t in layout.items() if with_optimizer or name.startswith(weights)}
+
+
+def initial_state(path: str, layout: Mapping[str, Any], load: Any, tensors: dict[str, Any]) -> str:
+    """Read what a checkpoint has of `starting_layout` into `tensors`; returns what the log says of it.
+
+    load: path -> (texts, tensors). Raises CheckpointError."""
+    texts, found = load(path)
+    for name, tensor in layout.items():
+        if name not in found or (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
             raise CheckpointError(f"{path}: its tensors do not fit the model of this run ({name})")
-    trainer.load({**live, **{name: tensors[name] for name in wanted}})
+        tensors[name] = found[name]
+    with_optimizer = any(name.startswith("adam.") for name in layout)
     what = "weights and optimizer state" if with_optimizer else "weights"
     return f"{what} from step {texts.get('step')} of run {texts.get('run_name')} ({path})"

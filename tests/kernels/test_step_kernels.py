@@ -39,7 +39,7 @@ def test_everything_compiles_into_one_graph():
 
 @pytest.mark.skipif(not INTERPRETED, reason="no interpreter")
 def test_nano_trains_alike_with_interpreted_kernels():
-    """Three steps with every Triton kernel and with the references: losses within 2e-4 nats."""
+    """Two steps with every Triton kernel and with the references: losses within 2e-4 nats."""
     base = train_gpt.parse_config(
         "--preset=nano --num_layers=2 --unet_skips= --long_window_layers=0 --model_dim=32 --num_heads=1 --device=cpu "
         "--train_seq_len=128 --tokens_per_step=128 --val_seq_len=128 --val_tokens=128 --warmup_steps=0".split()
@@ -48,9 +48,9 @@ def test_nano_trains_alike_with_interpreted_kernels():
     losses = {}
     for kernels in ("auto", "triton"):
         trainer = train_gpt.Trainer(dataclasses.replace(base, kernels=kernels), torch.device("cpu"))
-        losses[kernels] = [trainer.step(s, [(tokens[:-1].int(), tokens[1:])]).item() for s in range(3)]
+        losses[kernels] = [trainer.step(s, [(tokens[:-1].int(), tokens[1:])]).item() for s in range(2)]
     assert max(abs(a - b) for a, b in zip(*losses.values())) <= 2e-4
-    assert losses["triton"][2] < losses["triton"][0] - 0.1
+    assert losses["triton"][1] < losses["triton"][0] - 0.05
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="no interpreter")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,22 @@ from trainer.exchange import bytes_per_step, owners
 
 STEPS, VOCAB, WIDTH = 3, 48, 8
 
-# One process: trains the same little model twice, with the exchange and with plain sums, and prints the differences.
+# One process: trains the same little model twice, with the exchange and with plain sums, and tells the differences.
+# Forked before torch has started any thread: one import for all processes.
 PROGRAM = """
 import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
-from trainer.exchange import GradientExchange, PlainExchange, touched_rows
+from trainer.exchange import GradientExchange, PlainExchange, gather_state, spread_state, touched_rows
 
-rank, world, file, steps, vocab, width = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
+world, file, steps, vocab, width = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+children = []
+for rank in range(world):
+    children.append(os.fork())
+    if not children[-1]:
+        break
+else:
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
 
@@ -45,10 +54,13 @@ def batches(step):
 
 mine, plain = Little(), Little()
 matrices = dict(a=mine.a, b=mine.b, c=mine.c)
-x = GradientExchange(matrices, dict(e1=mine.e1, e2=mine.e2), mine.head, [mine.scale])
-sums = PlainExchange(dict(a=plain.a, b=plain.b, c=plain.c), dict(e1=plain.e1, e2=plain.e2), plain.head, [plain.scale])
-assert sums.mine == ["a", "b", "c"] and sums.head_rows == slice(None)
-worst, untouched, state = 0.0, True, torch.zeros(vocab, width)
+x = GradientExchange(matrices, dict(e1=mine.e1, e2=mine.e2), dict(head=mine.head), dict(scale=mine.scale))
+sums = PlainExchange(dict(a=plain.a, b=plain.b, c=plain.c), dict(e1=plain.e1, e2=plain.e2), dict(head=plain.head),
+                     dict(scale=plain.scale))
+assert list(sums.my_matrices) == ["a", "b", "c"] and sums.my_others["head"] is plain.head
+rows = x.rows_of("head") or vocab
+mine_rows = slice(rank * rows, (rank + 1) * rows) if x.rows_of("head") else slice(None)
+worst, untouched, state = 0.0, True, torch.zeros(rows, width)
 for step in range(steps):
     tokens = batches(step)
     x.wait_weights(); x.begin(tokens)
@@ -56,26 +68,30 @@ for step in range(steps):
         if number == len(tokens):
             x.arm()
         mine(part).backward()
-    x.wait_gradients()
+    x.wait_matrices()
+    x.wait_others()
     for part in tokens:
         plain(part).backward()
     own = plain.b.grad.clone()
-    sums.wait_gradients()
+    sums.wait_matrices()
+    sums.wait_others()
     everyones = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(everyones, own)
     assert torch.allclose(plain.b.grad, sum(everyones), atol=1e-6)
-    rows = touched_rows(tokens, vocab)
-    other = torch.ones(vocab, dtype=torch.bool); other[rows] = False
+    touched = touched_rows(tokens, vocab)
+    assert touched_rows(tokens, vocab, 40)[: len(touched)].equal(touched)
+    assert len(touched_rows(tokens, vocab, 40)) == min(vocab, -(-len(touched) // 40) * 40)
+    other = torch.ones(vocab, dtype=torch.bool); other[touched] = False
     untouched &= bool(other.any()) and bool((mine.e1.grad[other] == 0).all()) and bool((mine.e2.grad[other] == 0).all())
-    pairs = [(getattr(mine, n).grad, getattr(plain, n).grad) for n in ("e1", "e2", "scale", *x.mine)]
-    pairs.append((mine.head.grad[x.head_rows], plain.head.grad[x.head_rows]))
+    pairs = [(getattr(mine, n).grad, getattr(plain, n).grad) for n in ("e1", "e2", "scale", *x.my_matrices)]
+    pairs.append((x.my_others["head"].grad, plain.head.grad[mine_rows]))
     worst = max([worst] + [float((g - h).abs().max() / h.abs().max()) for g, h in pairs])
     with torch.no_grad():
-        for name in x.mine:
-            matrices[name] -= 0.05 * matrices[name].grad
+        for p in x.my_matrices.values():
+            p -= 0.05 * p.grad
         x.publish_matrices()
-        mine.head[x.head_rows] -= 0.05 * mine.head.grad[x.head_rows]
-        state[x.head_rows] += mine.head.grad[x.head_rows]
+        x.my_others["head"] -= 0.05 * x.my_others["head"].grad
+        state += x.my_others["head"].grad
         x.publish_head()
         for p in (mine.e1, mine.e2, mine.scale):
             p -= 0.05 * p.grad
@@ -83,40 +99,42 @@ for step in range(steps):
             p -= 0.05 * p.grad
     mine.zero_grad(); plain.zero_grad()
 x.wait_weights()
-x.gather_state({}, [state])
+# a state of every kind: of an owner alone (in 16-bit integers too), of each rank's rows, of everyone
+held = {f"o.low.{n}": torch.full_like(p, 7 + rank, dtype=torch.int16) for n, p in x.my_matrices.items()}
+held |= {"o.sum.head": state, "o.step.head": torch.tensor(3.0), "model.a": mine.a.detach()}
+layout = {f"o.low.{n}": torch.empty_like(p, dtype=torch.int16, device="meta") for n, p in matrices.items()}
+layout |= {"o.sum.head": torch.empty(vocab, width, device="meta"), "o.step.head": torch.empty((), device="meta"),
+           "model.a": mine.a.detach().to("meta")}
+gathered = gather_state(x, held, layout)
+assert set(gathered) == (set(layout) if rank == 0 else set())
+for n in matrices if rank == 0 else []:
+    assert (gathered[f"o.low.{n}"] == 7 + x.owner_of(n)).all() and gathered[f"o.low.{n}"].shape == matrices[n].shape
+whole = {key: t.clone() for key, t in gathered.items()}  # what is held alone may be the live tensor itself
+before = {key: t.clone() for key, t in held.items()}
+for t in held.values():
+    t.zero_()
+spread_state(x, held, layout, whole)
+assert all(t.equal(before[key]) for key, t in held.items())
 weights = max(float((p - q).abs().max()) for p, q in zip(mine.parameters(), plain.parameters()))
 everyone = [None] * world
 dist.all_gather_object(everyone, sum(float(p.double().sum()) for p in mine.parameters()))
-whole = bool((state.abs().sum(1) > 0).all())
-print(json.dumps(dict(gradients=worst, weights=weights, untouched=untouched, same=len(set(everyone)) == 1, whole=whole,
-                      sharded=x.head is not None, mine=x.mine)))
+whole = rank > 0 or bool((whole["o.sum.head"].abs().sum(1) > 0).all())
+told = dict(gradients=worst, weights=weights, untouched=untouched, same=len(set(everyone)) == 1, whole=whole,
+            sharded=bool(x.head), mine=list(x.my_matrices))
+open(f"{file}.{rank}", "w").write(json.dumps(told))
 dist.destroy_process_group()
 """
 
 
 def run_world(world: int, folder, repo, vocab: int = VOCAB) -> list[dict]:
-    """What each of `world` processes printed."""
-    arguments = [str(n) for n in (world, folder / f"meet-{world}-{vocab}", STEPS, vocab, WIDTH)]
+    """What each of `world` processes told."""
+    meet = folder / f"meet-{world}-{vocab}"
+    arguments = [str(n) for n in (world, meet, STEPS, vocab, WIDTH)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM, str(rank), *arguments],
-            cwd=repo,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        ends = [p.communicate(timeout=240) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (_, error) in zip(processes, ends):
-        assert p.returncode == 0, error[-2000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in ends]
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(Path(f"{meet}.{rank}").read_text()) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
