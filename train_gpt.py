@@ -9,6 +9,7 @@ preset (about 0.2M parameters, bytes) on a laptop. What has been measured, where
     python train_gpt.py --help                                    # every field with its unit
     python train_gpt.py sample CHECKPOINT --prompt "Once upon"    # text from what was trained
     python train_gpt.py evaluate CHECKPOINT --val_files=GLOB      # its loss a token and a byte
+    python train_gpt.py export CHECKPOINT DIR                     # for the transformers library
 
 Exit codes: 0 trained; 2 usage; 3 bad data or checkpoint; 4 non-finite loss; 5 input or output failed (disk
 full, read-only folder); 130 or 143 stopped by SIGINT or SIGTERM, after a checkpoint.
@@ -54,6 +55,7 @@ from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evaluate import evaluate_command
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
+from trainer.export import export_command
 from trainer.log import Clock, Progress, RunLog, unique_name
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
@@ -870,16 +872,15 @@ def report(log: RunLog, config: Config, device: torch.device, signal_number: int
 
 
 EXIT_CODES = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFinite: 4, OSError: 5}
+COMMANDS = {"sample": sample_command, "evaluate": evaluate_command, "export": export_command}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code of the module's docstring."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with processes.exit_code(EXIT_CODES) as ended:
-        if arguments[:1] == ["sample"]:
-            ended.code = sample_command(arguments[1:], load_model)
-        elif arguments[:1] == ["evaluate"]:
-            ended.code = evaluate_command(arguments[1:], load_model)
+        if arguments and arguments[0] in COMMANDS:
+            ended.code = COMMANDS[arguments[0]](arguments[1:], load_model)
         elif "--help" in arguments or "-h" in arguments:
             print(__doc__, help_text(Config, PRESETS, beside="nano"), sep="\n")
         else:
