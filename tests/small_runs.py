@@ -25,8 +25,12 @@ def folder_of(folder, *parts, val=None):
     return folder
 
 
+def small(*words):
+    """The words of a small run; of a field given twice, the last."""
+    return list({word.partition("=")[0]: word for word in [*SMALL, *words]}.values())
+
+
 def run(folder, out, *more):
     """Exit code of a small run on the shards of a folder."""
     files = [f"--train_files={folder}/train_*.bin", f"--val_files={folder}/val_*.bin", f"--output_dir={out}"]
-    words = {word.partition("=")[0]: word for word in [*SMALL, *files, *more]}  # of a field given twice, the last
-    return train_gpt.main(list(words.values()))
+    return train_gpt.main(small(*files, *more))

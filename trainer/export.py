@@ -19,7 +19,7 @@ from data.paths import atomic_file
 from trainer.checkpoints import CheckpointError, read_tensors, read_texts, save_tensors
 from trainer.options import UsageError, fields_text, fill, read_words, setting
 from trainer.sample import find_checkpoint
-from trainer.start import OF_A_MODEL
+from trainer.start import OF_A_MODEL, starting_layout
 
 CODE = Path(__file__).with_name("exported")
 
@@ -43,7 +43,7 @@ def export_weights(path: Path, target: Path) -> None:
     """A checkpoint without the optimizers' state."""
     texts, tensors = read_tensors(path)
     texts.pop("digest", None)
-    save_tensors(target, {n: t for n, t in tensors.items() if n.startswith("model.")}, texts)
+    save_tensors(target, starting_layout(tensors, with_optimizer=False), texts)
 
 
 def export_folder(path: Path, model: Any, config: Any, folder: Path, vocab: str) -> list[str]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from small_runs import SMALL, folder_of, run, tokens
+from small_runs import folder_of, run, small, tokens
 
 import train_gpt
 from trainer.checkpoints import save_tensors
@@ -68,7 +68,7 @@ def test_transformers_gives_the_same_logits(done, tmp_path):
 @torch.no_grad()
 def test_other_models_too(words, tmp_path):
 
-    config = train_gpt.parse_config([*SMALL, *words])
+    config = train_gpt.parse_config(small(*words))
     torch.manual_seed(0)
     ours = train_gpt.GPT(config).eval()
     for p in ours.parameters():
