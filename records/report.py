@@ -149,6 +149,7 @@ def facts_of(results: Sequence[dict]) -> dict:
         "config_hash": first.get("config_hash"),
         "data_hash": first.get("data_hash"),
         "kernels_hash": first.get("kernels_hash"),
+        "program_hash": first.get("program_hash"),
         "threshold": config.get("target_loss"),
         "loss_floor": loss_floor(results),
         "machines": [json.loads(text) | {"runs": runs} for text, runs in machines.items()],
@@ -377,7 +378,11 @@ def machine_words(record: dict) -> str:
     lines = [
         f"- Program: `source/{record['code_hash'][:16]}.py` (sha256 `{record['code_hash']}`)",
         f"- Configuration hash: `{record['config_hash']}`; data hash: `{record['data_hash']}`; "
-        f"kernels hash: `{record.get('kernels_hash')}`",
+        + (
+            f"program hash: `{record['program_hash']}`"
+            if record.get("program_hash")
+            else f"kernels hash: `{record.get('kernels_hash')}`"
+        ),
         f"- From {record['first_start']} to {record['last_end']}",
     ]
     for told in record["machines"]:

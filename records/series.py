@@ -56,6 +56,9 @@ from records.launch import (
 from records.ledger import Ledger, LedgerError, RunState, now
 from records.slurm import SlurmError
 from stats.errors import StatsError
+from trainer.program import fingerprint
+from trainer.program import program_files as code_files
+from trainer.program import text_hash as source_hash
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
@@ -78,20 +81,6 @@ class SeriesError(Exception):
 
 # -----------------------------------------------------------------------------------------------------------
 # What a series is
-
-
-def source_hash(text: str) -> str:
-    """sha256 of a program's text, newlines at its end counted as one (as `stats.runs` counts them)."""
-    return hashlib.sha256((text.rstrip("\r\n") + "\n").encode()).hexdigest()
-
-
-def code_files(trainer: Path) -> dict[str, str]:
-    """{path relative to the trainer's folder: hash} of the trainer and of the modules it trains with."""
-    root = trainer.parent
-    files = [trainer, *sorted(root.glob("kernels/*.py")), *sorted(root.glob("data/*.py"))]
-    files += [path for name in ("checkpoints", "options", "runlog") for path in root.glob(f"records/{name}.py")]
-    files = [path for path in files if path.name not in ("fineweb.py", "tokenize.py")]  # only make the shards
-    return {str(path.relative_to(root)): source_hash(path.read_text(encoding="utf-8")) for path in files}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, str]:
@@ -613,8 +602,7 @@ def series_from(options: argparse.Namespace, overrides: dict[str, str]) -> tuple
     code = code_files(trainer)
     name = options.name or default_name(preset, overrides)
     if name == "auto":  # another program is another series: changed code never meets old runs
-        digest = hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
-        name = f"{default_name(preset, overrides)}-{digest[:8]}"
+        name = f"{default_name(preset, overrides)}-{fingerprint(code)[:8]}"
     if not NAME_PATTERN.fullmatch(name):
         raise SeriesError(f"--name {name!r}: letters, digits, '.', '_' and '-', at most 100, no leading sign")
     folder = Path(options.root) / name

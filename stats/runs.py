@@ -61,6 +61,7 @@ _FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("host", re.compile(r"\bhost(?:name)?(?:_hash)?[ :=]+(\S+)")),
     ("config_hash", re.compile(r"\bconfig[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("kernels_hash", re.compile(r"\bkernels[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
+    ("program_hash", re.compile(r"\bprogram_hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("data_hash", re.compile(r"\bdata[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("val_data_hash", re.compile(r"\bval_data_hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("plan_hash", re.compile(r"\bplan[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
@@ -117,7 +118,8 @@ class Run:
     world_size: int | None = None
     peak_memory_mib: int | None = None
     config_hash: str | None = None
-    kernels_hash: str | None = None
+    kernels_hash: str | None = None  # of the folder kernels/, in older logs
+    program_hash: str | None = None  # of all files of the program
     data_hash: str | None = None  # of the training tokens until the last validation, or of the files in older logs
     val_data_hash: str | None = None
     plan_hash: str | None = None

@@ -126,6 +126,7 @@ _CONFIGURATION: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("planned steps", lambda run: run.planned_steps),
     ("programs (code hash)", lambda run: run.code_hash),
     ("kernels (kernels hash)", lambda run: run.kernels_hash),
+    ("program files (program hash)", lambda run: run.program_hash),
     ("configurations (config hash)", lambda run: run.config_hash),
     ("data (data hash)", lambda run: run.data_hash),
     ("validation data (val data hash)", lambda run: run.val_data_hash),

@@ -249,6 +249,7 @@ def _with_sidecar(run: Run, beside: dict) -> Run:
         "seed": beside.get("seed"),
         "config_hash": beside.get("config_hash"),
         "kernels_hash": beside.get("kernels_hash"),
+        "program_hash": beside.get("program_hash"),
         "data_hash": beside.get("data_hash"),
         "val_data_hash": beside.get("val_data_hash"),
         "plan_hash": beside.get("plan_hash") or None,

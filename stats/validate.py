@@ -192,6 +192,13 @@ def _program(series: Series, sample: Sample | None) -> Iterator[Finding]:
         where = f"source/{kept.name}"
         text = f"{where} is the program in the logs" if same else f"{where} is not what its name and the logs say"
         yield Finding("program", "A" if same else "D", text)
+    identity = (series.record or {}).get("identity")
+    files = identity.get("code") if isinstance(identity, dict) else None
+    told = {run.program_hash for run in sample.runs if run.program_hash} if sample else set()
+    if files and told:  # trainer/program.py makes one hash of them
+        same = told == {hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()}
+        text = "the files of the program are" if same else "the files of the program in some logs are not"
+        yield Finding("program", "A" if same else "D", f"{text} those that the series was started with")
 
 
 def _machines(series: Series, sample: Sample | None) -> Iterator[Finding]:
@@ -241,7 +248,7 @@ def _sidecar_disagreements(run: Run) -> Iterator[str]:
         yield f"a validation at step {step} that the log does not have"
     if beside.get("status") != "finished":
         yield f"status {beside.get('status')!r}, but the log is complete"
-    for key in ("seed", "code_hash", "config_hash", "data_hash", "val_data_hash", "plan_hash"):
+    for key in ("seed", "code_hash", "program_hash", "config_hash", "data_hash", "val_data_hash", "plan_hash"):
         here, there = getattr(run, key), beside.get(key)
         there = str(there).removeprefix("sha256:") if there not in (None, "") else ""
         if here is not None and there and not there.startswith(str(here)):

@@ -207,12 +207,14 @@ def test_two_starts_at_once(run, tmp_path):
 def test_the_same_name_with_another_configuration_or_code(run, tmp_path):
     own = tmp_path / "code" / "train.py"
     (own.parent / "kernels").mkdir(parents=True)
-    shutil.copy(FAKE, own)
+    own.write_text(FAKE.read_text() + "\n\ndef later():\n    import kernels.a\n")
     (own.parent / "kernels" / "a.py").write_text("1\n")
+    (own.parent / "kernels" / "apart.py").write_text("1\n")
     assert run("--noise=0.1", trainer=own, repeats=1)[0] == 0
     code, _, err = run("--noise=0.2", trainer=own, repeats=1)
     assert code == series.EXIT_USAGE and "--noise was 0.1, now 0.2" in err and "another --name" in err
     assert "--loss was not given, now 3" in run("--noise=0.1", "--loss=3", trainer=own)[2]
+    (own.parent / "kernels" / "apart.py").write_text("no part of the program\n")
     (own.parent / "kernels" / "a.py").write_text("2\n")
     code, _, err = run("--noise=0.1", trainer=own, repeats=2)
     assert code == series.EXIT_USAGE and "changed code: kernels/a.py" in err

@@ -145,6 +145,22 @@ def test_kept_source_that_was_changed(make_series):
     assert grade == "D" and "is not what its name and the logs say" in found["program", "D"]
 
 
+def test_logs_of_another_program_than_the_series_records(make_series):
+    from trainer.program import fingerprint
+
+    folder = make_series("s", GOOD, plan=PLAN)
+    files = {"train.py": "0" * 64, "kernels/a.py": "1" * 64}
+    record = json.loads((folder / "record.json").read_text()) if (folder / "record.json").exists() else {}
+    (folder / "record.json").write_text(json.dumps(record | {"identity": {"code": files}}))
+    for log in (folder / "runs").glob("*.txt"):
+        text = log.read_text()
+        log.write_text(text.replace("config_hash:", f"program_hash:{fingerprint(files)}\nconfig_hash:", 1))
+    assert "are those that the series was started with" in _grade(folder)[1]["program", "A"]
+    (folder / "record.json").write_text(json.dumps(record | {"identity": {"code": files | {"b.py": "2" * 64}}}))
+    grade, found = _grade(folder)
+    assert grade == "D" and "in some logs are not those" in found["program", "D"]
+
+
 def test_logs_of_other_ranks_have_to_agree(make_series):
     folder = make_series("s", GOOD, plan=PLAN)
     log = folder / "runs" / "seed-000.txt"
