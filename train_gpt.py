@@ -63,6 +63,7 @@ from trainer.program import choose_assembler, describe_environment, matmul_ceili
 from trainer.sample import sample_command
 from trainer.start import expand, initial_state, starting_layout
 from trainer.streams import describe_data, loss_floor, open_streams
+from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
 # F hidden width of the MLP, V vocabulary (padded where the head is concerned), L layers, N tokens (B * T).
@@ -139,6 +140,9 @@ class Config:
     output_dir: str = setting("local/runs", "folder", "for the log, its JSON and the checkpoints")
     run_name: str = setting("", "name", "of the log; '': preset, time and a random suffix")
     log_train_loss: bool = setting(False, "flag", "training loss in every step's line (waits for the GPU)")
+    log_words: str = setting("", "words", "of lr (Muon's), window and grad_norm, in every step's line")
+    watch: str = setting("", "names", "tensorboard, wandb: their files beside the log; wandb offline")
+    profile: int = setting(0, "steps", "to trace, for Perfetto; 0: none", at_least=0)
     checkpoint_every: int = setting(0, "steps", "between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = setting(2, "files", "newest so many stay; 0: all", at_least=0)
     save_final: bool = setting(True, "flag", "checkpoint at the end of the run")
@@ -155,7 +159,8 @@ class Config:
 # not matter either: what they are is in the hashes of the tokens (trainer/evidence.py).
 _RUN_FIELDS = frozenset(
     "config data init_from stop_after train_files val_files data_dir output_dir run_name checkpoint_every save_final "
-    "keep_checkpoints resume overwrite plan_hash device compile tune kernels communication patience log_train_loss "
+    "keep_checkpoints resume overwrite plan_hash device compile tune kernels communication patience "
+    "log_train_loss log_words watch profile "
     "deterministic warmup_steps".split()
 )
 
@@ -221,6 +226,7 @@ def check_config(config: Config) -> Config:
         raise UsageError(f"a layer list names layer {max(named)}, but there are only --num_layers={c.num_layers}")
     if any(source >= target for target, source in skips.items()):
         raise UsageError(f"--unet_skips={c.unet_skips}: a skip leads from an earlier to a later layer")
+    listed("log_words", c.log_words, WORDS), listed("watch", c.watch, WRITERS)
     if c.run_name != Path(c.run_name).name or c.run_name.startswith("."):
         raise UsageError(f"--run_name={c.run_name}: a plain file name, no folder")
     return config
@@ -523,6 +529,7 @@ class Trainer:
         self.exchange = exchange(matrices, tables, head, others)
         self.muon = Muon(self.exchange.my_matrices, config, self.model.impls["muon"])
         self.adam = AdamW(self.exchange.my_others, config)
+        self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         how = dict(dynamic=False, fullgraph=True, options=dict(coordinate_descent_tuning=config.tune))
@@ -580,9 +587,13 @@ class Trainer:
             (loss / sequences).backward()
             losses.append(loss.detach())
         self.exchange.wait_matrices()  # sums: each process has already divided by the sequences of the whole step
+        if self.norm:
+            self.norm.add(self.exchange.my_matrices)
         self.muon.step(step)
         self.exchange.publish_matrices()
         self.exchange.wait_others()
+        if self.norm:
+            self.norm.add(self.exchange.my_others)
         self.adam.step(step)
         self.exchange.publish_head()
         self.model.zero_grad(set_to_none=True)
@@ -746,6 +757,7 @@ class Stretch:
         self.start = self.saved = done.step
         self.clock.seconds, log.validation[:], log.train_losses[:] = done.seconds, done.validation, done.losses
         c, flops = self.config, flops_per_token(trainer.model)
+        self.watch = Watch(c, log, trainer, self.start)
         self.progress = Progress(c.num_iterations, self.start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
 
     def train(self, stop: StopRequest) -> int:
@@ -767,9 +779,11 @@ class Stretch:
                     self.save(step)
                 if asked or last:
                     break
+                self.watch.before(step)
                 self.told(step + 1, trainer.step(step, [next(batches) for _ in mine]))
         finally:
             self.progress.close()
+            self.watch.close()
             batches.close()
         self.clock.stop()
         return asked
@@ -805,7 +819,9 @@ class Stretch:
         shown = None
         if self.config.log_train_loss:
             shown = checkpoints.finite(processes.mean_over_ranks(loss), f"training loss at step {step}")
-        self.log.trained(step, self.clock.read(), shown)
+        c, before = self.config, step - 1
+        lr, window = c.muon_lr * learning_rate_factor(before, c), window_blocks_at(before, c) * c.block_tokens
+        self.log.trained(step, self.clock.read(), shown, **self.watch.words(lr, window))
         self.progress.update(step, self.clock.read(), loss)
 
 

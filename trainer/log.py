@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -91,6 +91,7 @@ class RunLog:
         self.text_path, self.json_path = self.folder / f"{name}.txt", self.folder / f"{name}.json"
         self.validation: list[dict] = []
         self.train_losses: list[float] = []
+        self.listeners: list[Callable[[int, dict[str, float]], None]] = []  # told of every line's step and numbers
         self.started = now()
         self.file: TextIO | None = None
         self.lock: TextIO | None = None
@@ -193,13 +194,20 @@ class RunLog:
         if self.echo:
             say(note)
 
-    def trained(self, step: int, clock_ms: float, loss: float | None) -> None:
-        """The line of a training step; `step` counts from 1."""
+    def trained(self, step: int, clock_ms: float, loss: float | None, **words: str) -> None:
+        """The line of a training step; `step` counts from 1. `words` follow the usual ones."""
         told = "" if loss is None else f" train_loss:{loss:.6f}"
         if loss is not None:
             self.train_losses.append(loss)
         times = f"train_time:{clock_ms:.0f}ms step_avg:{clock_ms / step:.2f}ms"
-        self.line(f"step:{step}/{self.total_steps}{told} {times}", echo=False)
+        more = "".join(f" {key}:{value}" for key, value in words.items())
+        self.line(f"step:{step}/{self.total_steps}{told} {times}{more}", echo=False)
+        known = {} if loss is None else {"train_loss": loss}
+        self._tell(step, known | {"step_avg_ms": clock_ms / step} | {k: float(v) for k, v in words.items()})
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        for hear in self.listeners:
+            hear(step, values)
 
     def validated(self, step: int, clock_ms: float, loss: float, **words: Any) -> None:
         """The line of a validation after `step` training steps. `words` follow the usual ones, and are in the JSON's
@@ -209,6 +217,7 @@ class RunLog:
         self.validation.append(dict(step=step, loss=loss, **times, **words))
         told = [f"train_time:{clock_ms:.0f}ms step_avg:{average:.2f}ms", *(f"{k}:{v}" for k, v in words.items())]
         self.line(f"step:{step}/{self.total_steps} val_loss:{loss:.6f} {' '.join(told)}")
+        self._tell(step, {"val_loss": loss, "train_time_s": clock_ms / 1000})
 
     def peak_memory(self, device: torch.device) -> int:
         """Log the peak of memory so far, of the GPU or of the process; returns it in MiB."""

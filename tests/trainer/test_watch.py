@@ -1,0 +1,77 @@
+"""What looks at a run beside its log, read back by the libraries it was written for, where they are installed."""
+
+import json
+import re
+
+import pytest
+import torch
+from small_runs import folder_of, run, small, tokens
+
+import train_gpt
+from stats.series import read_runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("watch") / "data", tokens(2000))
+
+
+def test_tensorboard_reads_what_was_logged(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(data, tmp_path, "--watch=tensorboard", "--log_words=lr,window") == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run.tensorboard")).Reload()
+    summary = json.loads((tmp_path / "run.json").read_text())
+    found = {event.step: event.value for event in events.Scalars("val_loss")}
+    assert found == pytest.approx({p["step"]: p["loss"] for p in summary["validation"]}, rel=1e-6)
+    losses = [event.value for event in events.Scalars("train_loss")]
+    assert losses == pytest.approx(summary["train_loss"], abs=1e-5)
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4]
+
+
+def test_wandb_writes_offline(data, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(data, tmp_path, "--watch=wandb") == 0
+    (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    assert b"val_loss" in content and b"train_loss" in content and b"muon_lr" in content
+
+
+def test_words_in_the_lines_and_a_trace(data, tmp_path):
+    assert run(data, tmp_path, "--log_words=lr,window,grad_norm", "--profile=1", "--num_iterations=6") == 0
+    lines = re.findall(r"^step:(\d)/6 train_loss.* lr:(\S+) window:(\d+) grad_norm:(\S+)$", log(tmp_path), re.MULTILINE)
+    assert [line[0] for line in lines] == list("123456")
+    config = train_gpt.parse_config(small("--num_iterations=6"))
+    for step, (_, lr, window, norm) in enumerate(lines):
+        assert float(lr) == pytest.approx(config.muon_lr * train_gpt.learning_rate_factor(step, config), rel=1e-5)
+        assert int(window) == train_gpt.window_blocks_at(step, config) * config.block_tokens and float(norm) > 0
+    (found,) = read_runs(tmp_path / "run.txt")
+    assert not found.problems and found.step_lines == 6
+    trace = json.loads((tmp_path / "run.trace.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+    assert "run.trace.json; https://ui.perfetto.dev opens it" in log(tmp_path)
+
+
+def log(folder):
+    return (folder / "run.txt").read_text().rpartition("=" * 100)[2]
+
+
+def test_the_gradient_norm_is_that_of_all_parameters(tmp_path):
+    config = train_gpt.parse_config(small("--muon_lr=0", "--embed_lr=0", "--head_lr=0", "--scalar_lr=0"))
+    trainer = train_gpt.Trainer(config, torch.device("cpu"))
+    with torch.no_grad():
+        trainer.model.head_w.normal_()
+    batch = torch.arange(64) % 256, (torch.arange(64) + 1) % 256
+    trainer.norm = train_gpt.GradientNorm(trainer.exchange)
+    trainer.step(0, [batch])
+    loss = trainer.model(batch[0][None].int(), batch[1][None], window_blocks=trainer.window) / 2  # of two sequences
+    grads = torch.autograd.grad(loss, list(trainer.model.parameters()), allow_unused=True)
+    wanted = torch.stack([g.norm() for g in grads if g is not None]).norm()
+    assert trainer.norm.take() == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_words_that_nobody_knows_are_refused(data, tmp_path, capsys):
+    for word, message in (("--log_words=lr,loss", "not 'loss'"), ("--watch=mlflow", "of tensorboard, wandb")):
+        assert run(data, tmp_path / "out", word) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
