@@ -3,8 +3,8 @@
     python -m lab.studio                  # prints the address of the page
     python -m lab.studio --help
 
-Four pages: Models, Train, Write, Series. Nothing is computed here: a training is a process of train_gpt.py or
-lab.train that a small queue on disk looks after (lab/studio/jobs.py), pictures of models come from
+Six pages: Models, Train, Write, Duel, Blind, Series. Nothing is computed here: a training is a process of
+train_gpt.py or lab.train that a small queue on disk looks after (lab/studio/jobs.py), pictures of models come from
 lab/analyses, verdicts from stats. So whatever the page shows can be had from a terminal as well.
 
 The page is built on Gradio, which the field already uses to show models: tables, uploads, streamed text,

@@ -1,4 +1,4 @@
-"""The page as a whole: its look, its four parts, and what they share."""
+"""The page as a whole: its look, its parts, and what they share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import gradio as gr
 from lab.studio.analyses import Microscope
 from lab.studio.catalogue import Catalogue, Models
 from lab.studio.jobs import Queue
-from lab.studio.pages import models, series, train, write
+from lab.studio.pages import blind, duel, models, series, train, write
 from lab.studio.places import Places
 from lab.studio.samples import Samples
 
+PAGES = (("Train", train), ("Write", write), ("Duel", duel), ("Blind", blind), ("Series", series))
 STYLE = Path(__file__).with_name("style.css")
 
 
@@ -44,12 +45,12 @@ def look() -> dict:
 
 
 def build(places: Places) -> gr.Blocks:
-    """The studio's four pages as one Gradio app, not yet served."""
+    """The studio's pages as one Gradio app, not yet served."""
     studio = Studio(places)
     with gr.Blocks(title="Studio") as page:
         gr.Navbar(main_page_name="Models")
         models.build(studio, page)
-    for name, part in (("Train", train), ("Write", write), ("Series", series)):
+    for name, part in PAGES:
         with page.route(name, f"/{name.lower()}"):
             gr.Navbar(main_page_name="Models")
             part.build(studio, page)

@@ -160,6 +160,10 @@ class Catalogue:
         """A short name for lists: model, series and the run within it."""
         return f"{one.model} · {self.folder(one).name} · {one.run}"
 
+    def label_of(self, path: str | Path) -> str:
+        """The same for a checkpoint's path."""
+        return self.label(describe(self.places.checkpoint(path)))
+
     def row(self, one: Found) -> list:
         """A line of the table on the Models page."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.saved))

@@ -162,7 +162,12 @@ def _next_token(data: dict) -> str:
 
 
 def _coloured(data: dict) -> str:
-    return data["html"]
+    from lab.analyses.colours import DARK_NATS, STYLE
+
+    legend = f"White: no loss; orange: {DARK_NATS:g} nats and more."
+    if "before" in data:
+        legend = "Blue: read better than before; orange: worse."
+    return f"<style>{STYLE}</style>{hint(legend + ' Point at a token, or reach it by Tab, for more.')}{data['html']}"
 
 
 _AS_TEXT = {

@@ -35,15 +35,21 @@ class Samples:
                 found.append((int(path.stem.partition("-")[2]), self._made[path]))
         return found
 
-    def _make(self, path: Path) -> None:
-        from lab import LabError
+    def text(self, path: str | Path) -> str:
+        """What the model of a checkpoint writes unasked; several texts of a model of names. LabError or Refused if it
+        cannot be opened."""
         from lab.sample import generate
 
+        model = self.models.load(path)
+        names = model.told.get("data") == "names"
+        count, length = (NAMES, NAME_TOKENS) if names else (1, SAMPLE_TOKENS)
+        made = generate(model, count=count, max_tokens=length, temperature=0.8, seed=1)
+        return ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made)
+
+    def _make(self, path: Path) -> None:
+        from lab import LabError
+
         try:
-            model = self.models.load(path)
-            names = model.told.get("data") == "names"
-            count, length = (NAMES, NAME_TOKENS) if names else (1, SAMPLE_TOKENS)
-            made = generate(model, count=count, max_tokens=length, temperature=0.8, seed=1)
-            self._made[path] = ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made)
+            self._made[path] = self.text(path)
         except (LabError, Refused, OSError) as error:
             self._made[path] = f"({error})"

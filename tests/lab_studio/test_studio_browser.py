@@ -1,6 +1,6 @@
 """The four pages in headless Chromium, driven as a user would: train, reload, stop, resume, write, judge.
 
-The default test opens every page once and judges a series; the whole drive takes a minute or two: -m slow.
+It takes some minutes: -m slow.
 STUDIO_SCREENSHOTS names a folder for pictures of every page, wide and narrow.
 """
 
@@ -22,11 +22,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
 MISSING += [name for name, found in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if not found]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+]
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions"
 )
+
+
+ACCESS = Path(__file__).with_name("access.js").read_text()
 
 
 class Browser:
@@ -100,6 +107,17 @@ class Browser:
         found = lambda: [entry for entry in self.all(listed) if label in entry.text]  # noqa: E731
         self.until(found, f"{label} in the list of {css}")[0].click()
 
+    def keys(self, *names: str) -> None:
+        """Press keys where the focus is."""
+        from selenium.webdriver.common.keys import Keys
+
+        for name in names:
+            self.driver.switch_to.active_element.send_keys(getattr(Keys, name))
+
+    def wrong(self) -> list[str]:
+        """What a reader with weak eyes, a keyboard or a screen reader would stumble on: see ACCESS."""
+        return self.driver.execute_script(ACCESS)
+
     def listen(self) -> None:
         """Collect what was requested and what went wrong since the last call."""
         for entry in self.driver.get_log("performance"):
@@ -160,13 +178,55 @@ def test_every_page_opens_and_a_series_is_judged_as_on_the_command_line(browser,
     browser.choose("#series", "runs-of-a-test")
     expected = printed_verdict(made)
     assert "REJECT" in expected
-    browser.until(lambda: browser.value("#verdict textarea") == expected, "the verdict of stats.ttest")
+    browser.until(lambda: browser.text("#verdict pre") == expected.strip(), "the verdict of stats.ttest")
     browser.until(lambda: "seed-004" in browser.text("#runs"), "the table of runs")
     assert len(browser.all("#pictures svg")) == 2
+    nothing_from_outside(browser)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("page", ["", "train", "write", "series", "duel", "blind"])
+def test_every_page_fits_and_can_be_read_and_reached(browser, page, theme):
     for width in (400, 1400):
         browser.driver.set_window_size(width, 1000)
-        assert browser.overflow() <= 0
-    nothing_from_outside(browser)
+        browser.open(f"{page}?__theme={theme}")
+        browser.until(lambda: browser.find("h1").is_displayed(), f"the heading of {page!r}")
+        time.sleep(2.0)  # what comes with the first answers of the server
+        assert browser.overflow() <= 0 and browser.wrong() == []
+
+
+def test_a_first_visit_says_what_to_do_and_nothing_becomes_a_word(browser):
+    for page in ("", "write"):
+        browser.open(page)
+        browser.until(lambda: "rain one" in browser.text("body"), f"what to do next on {page!r}")
+        for _ in range(12):
+            browser.keys("TAB")
+        assert "None" not in browser.text("body")
+    browser.click("#write")
+    browser.until(lambda: "choose a model first" in browser.text("body"), "that a model is needed")
+
+
+def test_the_form_is_kept_over_a_reload(browser):
+    browser.open("train")
+    browser.choose("#model", "MLP")
+    browser.until(lambda: browser.value("#steps input") == "2000", "the suggested steps of the model")
+    browser.type("#steps input", "77\t")
+    time.sleep(1.0)
+    browser.open("train")
+    browser.until(lambda: browser.value("#steps input") == "77" and browser.value("#model input") == "MLP", "as it was")
+
+
+def test_the_report_comes_at_the_first_click_and_is_of_the_series_shown(browser, folder):
+    browser.driver.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    for name in ("first-series", "second-series"):
+        series(folder / "home" / name, [2.9, 2.95, 2.91])
+        browser.open("series")
+        browser.choose("#series", name)
+        browser.until(lambda: name in browser.text("#verdict pre"), "its verdict")  # noqa: B023
+        browser.click("#report")
+        report = folder / f"{name}.html"
+        browser.until(report.exists, f"the report of {name}")
+        assert f"{name}" in report.read_text()
 
 
 def resident_mib(queue, server) -> float:
@@ -187,8 +247,6 @@ def status(browser: Browser) -> str:
     return browser.text("#status").lower()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_whole_drive(browser, folder):
     """Train a stories model with a stop, a reload and a resumption; a second one waits; then write and look."""
     from lab.studio.jobs import Queue
@@ -204,7 +262,7 @@ def test_the_whole_drive(browser, folder):
     browser.click("#start")
     browser.until(lambda: "running" in status(browser), "running")
     browser.until(lambda: "validation loss" in status(browser) and "step 0 " not in status(browser), "progress")
-    browser.until(lambda: browser.find("#curves img").is_displayed(), "the loss curves")
+    browser.until(lambda: browser.find("#curves svg, #curves canvas").is_displayed(), "the loss curves")
 
     browser.choose("#model", "Bigram, counted")  # a second training waits for the first
     browser.until(lambda: browser.value("#steps input") == "1", "its suggested steps")
@@ -234,7 +292,12 @@ def test_the_whole_drive(browser, folder):
     browser.until(lambda: "word" in browser.text("#facts"), "what the checkpoint says of itself")
     browser.until(lambda: browser.find("#diagram img").is_displayed(), "the architecture")
     browser.click("#analyse")
-    browser.until(lambda: browser.find("#analysis_picture img").is_displayed(), "the first analysis")
+    browser.until(lambda: browser.all("#analysis_answer .sample"), "the first analysis: samples, as text")
+    browser.choose("#analysis", "Attention")
+    browser.click("#analyse")
+    browser.until(
+        lambda: browser.find("#analysis_answer img").get_attribute("alt").startswith("attention"), "a picture"
+    )
     browser.picture("models")
     browser.click("#facts a")
 
@@ -243,19 +306,27 @@ def test_the_whole_drive(browser, folder):
     browser.click("#write")
     browser.until(lambda: "The end." in browser.text("#story"), "a finished story", 120)
     assert browser.text("#story").startswith("There once was") and len(browser.text("#story")) > 60
-    browser.until(lambda: len(browser.all("#tokens .token")) > 10, "the tokens")
-    browser.all("#tokens .token")[8].click()
+    browser.until(lambda: len(browser.all("#tokens button")) > 10, "the tokens")
+    browser.all("#tokens button")[8].click()
     browser.until(lambda: "entropy" in browser.text("#about"), "what the model expected there")
-    assert "%" in browser.text("#bars") and browser.find("#drove").is_displayed()
+    assert "%" in browser.text("#about .bars") and browser.find("#drove").is_displayed()
+    before = browser.text("#about")
+    browser.keys("ARROW_RIGHT", "ENTER")  # the next token, without a mouse
+    browser.until(
+        lambda: browser.text("#about") != before and "entropy" in browser.text("#about"), "the token after it"
+    )
+    assert browser.all("#tokens button")[9].get_attribute("aria-pressed") == "true"
     browser.picture("write")
 
     browser.open("series")
-    browser.until(lambda: browser.value("#verdict textarea"), "a verdict")
+    browser.until(lambda: browser.text("#verdict pre"), "a verdict")
     record = next(iter(sorted((REPO / "records").glob("*/runs/*.txt"))), None)
     if record:
         made = record.parent.parent
         browser.choose("#series", f"records/{made.name}")
-        browser.until(lambda: browser.value("#verdict textarea") == printed_verdict(made), "the verdict on the record")
+        browser.until(
+            lambda: browser.text("#verdict pre") == printed_verdict(made).strip(), "the verdict on the record"
+        )
     browser.picture("series")
     nothing_from_outside(browser)
     print(f"studio, runner and trainer together: {memory:.0f} MiB")

@@ -245,7 +245,7 @@ class _Watch:
         entry = known.get(id) or (running[0] if running else entries[-1])
         state = entry.state
         progress = read_progress(entry.log)
-        choices = [(f"{STATE_SIGNS[e.state]} {e.training.title} · {e.state}", e.id) for e in reversed(entries)]
+        choices = [(f"{STATE_SIGNS[e.state]} {title_of(e)} · {e.state}", e.id) for e in reversed(entries)]
         points = (entry.id, len(progress.train), progress.step, len(progress.val))
         buttons = [gr.update(visible=state in states) for states in CAN.values()]
         buttons[1] = gr.update(visible=state in CAN["resume"], value="Try again" if state == "failed" else "Resume")
@@ -258,6 +258,11 @@ class _Watch:
             samples_html(self.studio.samples.along(entry.checkpoints)),
             points,
         ]
+
+
+def title_of(entry: Entry) -> str:
+    """What is trained, and the seed if it is another than the usual."""
+    return entry.training.title + (f", seed {entry.training.seed}" if entry.training.seed else "")
 
 
 def floor_of(entry: Entry) -> float | None:
@@ -287,8 +292,7 @@ def status_html(entry: Entry, progress: Progress, ahead: int) -> str:
     """State, progress bar, times and losses; for a failed training its message and last output."""
     state, training, summary = entry.state, entry.training, entry.summary
     steps = progress.steps or training.steps
-    seed = f", seed {training.seed}" if training.seed else ""
-    title = html.escape(training.title + seed)
+    title = html.escape(title_of(entry))
     parts = [f"<div class='state {state}'><b>{html.escape(state)}</b> {title}</div>"]
     parts.append(f"<progress value='{progress.step}' max='{max(steps, 1)}' aria-label='progress'></progress>")
     facts = [("step", f"{progress.step} of {steps}"), ("elapsed", clock_text(progress.seconds))]

@@ -1,0 +1,103 @@
+"""Two recipes side by side: their curves, what their best models write, and what stats says of their losses.
+
+A side is every finished run of one configuration, whatever folder it lies in: runs of the queue are series of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.studio.places import Refused
+from lab.studio.progress import read_progress
+from records.launch import read_run_json
+
+if TYPE_CHECKING:
+    from stats.compare import Comparisons
+    from stats.samples import Sample
+
+
+@dataclass(frozen=True)
+class Side:
+    """The runs of one configuration: their JSON files, and what must be equal for losses to compare."""
+
+    key: str
+    label: str
+    runs: tuple[Path, ...]
+    read: tuple[str | None, str | None]  # hashes of the text and of the vocabulary
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint of the run with the least loss."""
+        found = [(read_run_json(run).get("final_loss") or 0.0, run) for run in self.runs]
+        for _, run in sorted(found):
+            folder = run.with_suffix(".checkpoints")
+            for path in (folder / "best.safetensors", *sorted(folder.glob("step-*.safetensors"), reverse=True)):
+                if path.is_file():
+                    return path
+        return None
+
+
+def sides(folders: list[Path]) -> list[Side]:
+    """The configurations of which series in `folders` have finished runs; those with most runs first."""
+    found: dict[str, list[tuple[Path, dict]]] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("runs/*.json")):
+            told = read_run_json(path)
+            if told.get("status") == "finished" and told.get("config_hash"):
+                found.setdefault(f"{told['config_hash']}-{told.get('data_hash')}", []).append((path, told))
+    made = []
+    for key, runs in found.items():
+        told, folder = runs[0][1], runs[0][0].parent.parent.name
+        config = told.get("config") or {}
+        model = config.get("model") or config.get("preset") or folder
+        corpus = config.get("data") or folder
+        steps = config.get("steps") or config.get("num_iterations") or 0
+        parameters = config.get("num_parameters") or told.get("num_parameters") or 0
+        count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+        label = f"{model} on {corpus} · {parameters:,} parameters · {steps:,} steps · {count}"
+        hashes = (told.get("environment") or {}).get("hashes") or {}
+        read = (told.get("data_hash"), hashes.get("vocabulary_digest"))
+        made.append(Side(key[:80], label, tuple(path for path, _ in runs), read))
+    return sorted(made, key=lambda side: (-len(side.runs), side.label))
+
+
+def verdict(first: Side, second: Side, alpha: float = 0.05) -> Comparisons:
+    """The second side against the first, by `stats compare`. Refused where losses do not compare; DataError of stats
+    for too few runs."""
+    from stats.compare import compare
+
+    if first.key == second.key:
+        raise Refused("both sides are the same recipe; choose two")
+    if first.read != second.read:
+        raise Refused("the two read different texts, or with different tokens: their losses do not compare")
+    return compare(_sample(first, "A"), [_sample(second, "B")], alpha)
+
+
+def _sample(side: Side, name: str) -> Sample:
+    """The final losses of a side's runs, through stats' own reader."""
+    from stats.samples import sample_of
+    from stats.series import load_series
+
+    wanted = {(run.parent.parent, run.stem) for run in side.runs}
+    samples = [sample_of(load_series(folder)) for folder in dict.fromkeys(folder for folder, _ in sorted(wanted))]
+    pairs = [
+        (run, final)
+        for sample in samples
+        for run, final in zip(sample.runs, sample.finals)
+        if (Path(run.path).parent.parent, run.name) in wanted
+    ]
+    runs, finals = zip(*pairs)
+    label = f"{name} ({side.label.partition(' · ')[0]})"
+    return replace(samples[0], name=label, runs=runs, finals=finals, left_out=(), notes=())
+
+
+def mean_curves(first: Side, second: Side) -> list[tuple[int, float, str]]:
+    """(step, validation loss, 'A' or 'B'): the mean over a side's runs at every step that all of them validated."""
+    rows = []
+    for name, side in (("A", first), ("B", second)):
+        curves = [dict(read_progress(run.with_suffix(".txt")).val) for run in side.runs]
+        shared = set.intersection(*map(set, curves)) if curves else set()
+        rows += [(step, sum(curve[step] for curve in curves) / len(curves), name) for step in sorted(shared)]
+    return rows
