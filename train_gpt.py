@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.shards import ShardError, TokenStream
-from kernels.attention import attention, attention_inputs, attention_plan, flex_mask
+from kernels.attention import attention_plan, flex_mask
+from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
@@ -319,16 +320,14 @@ class Block(nn.Module):
     def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
         """Attention over normed queries, keys and values; the values are mixed with an embedding of the token."""
         (B, T, D), H = x_BTD.shape, self.config.num_heads
-        qkv = F.linear(x_BTD, self.qkvo_w[:3].flatten(0, 1)).view(B, T, 3 * H, D // H)
-        q_BTHDh, k_BTHDh, v_BTHDh = qkv.chunk(3, dim=2)
         ve_BTHDh = None if ve_BTD is None else ve_BTD.view(B, T, H, D // H)
-        q, k, v = attention_inputs(
-            q_BTHDh, k_BTHDh, v_BTHDh, ve_BTHDh, lambdas_2, *rotary, impl=impls["attention_inputs"]
-        )
-        scale = self.config.attention_scale
+        given = x_BTD, self.qkvo_w[:3].flatten(0, 1), ve_BTHDh, lambdas_2, rotary
+        shape, scale, of_inputs = dict(heads=H, width=D // H), self.config.attention_scale, impls["attention_inputs"]
         if cache is None:
-            y_BTHDh = attention(q, k, v, plan, scale=scale, impl=impls["attention"])
+            impl = impls["attention"]
+            y_BTHDh = attention_layer(*given, plan, **shape, scale=scale, impl=impl, inputs_impl=of_inputs)
         else:
+            q, k, v = projected(*given, **shape, impl=of_inputs)
             y_BTHDh = cache.attend(self.layer, q, k, v, plan.first_key_BT, scale)
         return F.linear(y_BTHDh.reshape(B, T, D), self.qkvo_w[3])
 
@@ -395,9 +394,9 @@ class GPT(nn.Module):
         rotary = tuple(table[begin:end] for table in self.rotary(end))
         plan_long, plan_short = self.plan(seen_BS, window_blocks), self.plan(seen_BS, window_blocks // 2)
         skip_w_L, lambdas, attention_lambdas = self.scalars.split([L, 3 * L, 2 * L])
-        # Four a row: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads.
-        lambdas_L4 = F.pad(lambdas.view(L, 3), (0, 1))
-        attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
+        # Rows of four: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads.
+        lambdas_L3 = F.pad(lambdas.view(L, 3), (0, 1))[:, :3].unbind()
+        attention_lambdas_L2 = F.pad(attention_lambdas.view(L, 2), (0, 2))[:, :2].unbind()
 
         x00_BTD = norm(self.embed1(tokens_BT))
         x01_BTD = None if self.embed2 is None else norm(self.embed2(tokens_BT))
@@ -408,7 +407,7 @@ class GPT(nn.Module):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
-            scalars = lambdas_L4[layer, :3], attention_lambdas_L4[layer, :2]
+            scalars = lambdas_L3[layer], attention_lambdas_L2[layer]
             x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls, cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD

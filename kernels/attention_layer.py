@@ -246,6 +246,12 @@ _layer.register_autograd(_layer_grad, setup_context=_layer_setup)
 # ---- public functions -------------------------------------------------------------------------------------
 
 
+def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto"):
+    """(q, k, v) of the formula above, before attention; arguments as in `attention_layer`."""
+    q, k, v = _slices(F.linear(x_BTD, w_ED).unflatten(2, (-1, width)), heads)
+    return attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=impl)
+
+
 def attention_layer(
     x_BTD: torch.Tensor,
     w_ED: torch.Tensor,
@@ -271,14 +277,13 @@ def attention_layer(
 
     Raises: ValueError or TypeError naming the argument.
     """
-    B, T, D = x_BTD.shape
+    D = x_BTD.shape[2]
     if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
         raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
     fused = [attention_implementation(name, x_BTD) for name in (impl, inputs_impl)] == ["triton"] * 2
     if not fused:
-        q, k, v = _slices(F.linear(x_BTD, w_ED).view(B, T, -1, width), heads)
-        q, k, v = attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=inputs_impl)
-        return attention(q, k, v, plan, scale=scale, impl=impl)
+        inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, heads=heads, width=width, impl=inputs_impl)
+        return attention(*inputs, plan, scale=scale, impl=impl)
     _check(x_BTD, w_ED, ve_BTKDh, s, rotary, plan, heads, width, scale)
     ve = None if ve_BTKDh is None else ve_BTKDh.contiguous()
     dense = [t.contiguous() for t in (s, *rotary, *plan[:4])]

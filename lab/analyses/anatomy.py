@@ -12,6 +12,8 @@ from torch import Tensor
 
 import train_gpt
 from kernels.attention import allowed_pairs
+from kernels.attention import attention as attend
+from kernels.attention_layer import projected
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
 from lab.checkpoints import Checkpoint, same_vocabulary
@@ -34,18 +36,20 @@ class AttentionMap:
 @contextlib.contextmanager
 def _watched_attention(gpt: train_gpt.GPT) -> Iterator[list[AttentionMap]]:
     """While the block lasts, every attention that `gpt` does in this thread leaves its map in the list. The trainer's
-    own `attention` still does the work: its queries and keys are looked at on the way."""
+    own functions still do the work, in two steps: queries and keys are looked at in between."""
     found: list[AttentionMap] = []
-    own, here, at = train_gpt.attention, threading.get_ident(), [0]
+    own, here, at = train_gpt.attention_layer, threading.get_ident(), [0]
 
-    def attention(q_BTHDh, k_BTKDh, v_BTKDh, plan, *, scale, **more):
+    def layer(*given, heads, width, scale, impl, inputs_impl):
+        *inputs, plan = given
+        q_BTHDh, k_BTKDh, v_BTKDh = projected(*inputs, heads=heads, width=width, impl=inputs_impl)
         if threading.get_ident() == here:
             k_BTHDh = k_BTKDh.repeat_interleave(q_BTHDh.shape[2] // k_BTKDh.shape[2], dim=2)
             score_HTT = torch.einsum("thd,shd->hts", q_BTHDh[0].float(), k_BTHDh[0].float()) * scale
             allowed_TT = allowed_pairs(plan)[0]
             weights = score_HTT.masked_fill(~allowed_TT, -torch.inf).softmax(-1)
             found.append(AttentionMap(at[0], weights, allowed_TT, gpt.blocks[at[0]].long_window))
-        return own(q_BTHDh, k_BTKDh, v_BTKDh, plan, scale=scale, **more)
+        return attend(q_BTHDh, k_BTKDh, v_BTKDh, plan, scale=scale, impl=impl)
 
     def entering(number):
         return lambda module, inputs: at.__setitem__(0, number)
@@ -53,10 +57,10 @@ def _watched_attention(gpt: train_gpt.GPT) -> Iterator[list[AttentionMap]]:
     hooks = [block.register_forward_pre_hook(entering(i)) for i, block in enumerate(gpt.blocks)]
     try:
         with _spying:
-            train_gpt.attention = attention
+            train_gpt.attention_layer = layer
             yield found
     finally:
-        train_gpt.attention = own
+        train_gpt.attention_layer = own
         for hook in hooks:
             hook.remove()
 
