@@ -17,6 +17,7 @@ float32 logarithm a row and head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
+from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
 from kernels.runtime import LOG2_E, Tile, Tiles, copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 __all__ = [
@@ -157,7 +159,8 @@ def _document_openings(tokens_BT, document_starts, length, eos_id, device) -> to
             raise ValueError(f"length={length} disagrees with tokens_BT of {tokens_BT.shape[-1]} tokens")
         if device is not None and torch.device(device).type != tokens_BT.device.type:
             raise ValueError(f"device={device} disagrees with tokens_BT, which are on {tokens_BT.device}")
-        return (tokens_BT == eos_id).reshape(-1, tokens_BT.shape[-1])
+        # as int64: an end of text that does not fit the tokens' dtype equals none of them
+        return (tokens_BT.long() == eos_id).reshape(-1, tokens_BT.shape[-1])
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"length must be a positive int when no tokens_BT are given, got {length!r}")
     if document_starts is None:
@@ -167,6 +170,7 @@ def _document_openings(tokens_BT, document_starts, length, eos_id, device) -> to
         raise ValueError(
             f"document_starts must be a flat list of integers, got shape {tuple(starts.shape)} of {starts.dtype}"
         )
+    starts = starts.long()
     sound = (starts[1:] > starts[:-1]).all() & (starts >= 0).all() & (starts < length).all()
     if starts.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(sound):
@@ -179,19 +183,19 @@ def _document_openings(tokens_BT, document_starts, length, eos_id, device) -> to
     if device is not None:
         starts = starts.to(device)
     opens = torch.zeros(length, dtype=torch.bool, device=starts.device)
-    return opens.index_fill(0, starts.long(), True)[None]
+    return opens.index_fill(0, starts, True)[None]
 
 
 def _window(name: str, window: int | torch.Tensor, least: int) -> int | torch.Tensor:
     """The window as a number of at least one; what the host can read without waiting is checked."""
     if isinstance(window, torch.Tensor):
-        if window.numel() != 1 or window.is_floating_point():
+        if window.numel() != 1 or window.is_floating_point() or window.is_complex() or window.dtype == torch.bool:
             raise TypeError(
                 f"{name} must be an int or a tensor of one integer, got {tuple(window.shape)} of {window.dtype}"
             )
         if window.device.type == "cpu" and not torch.compiler.is_compiling() and int(window) < least:
             raise ValueError(f"{name} must be at least {least}, got {int(window)}")
-        return window.reshape(()).clamp(min=1)
+        return window.reshape(()).long().clamp(min=1)  # 8 or 16 bits would not hold a window in tokens
     if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int or a tensor of one integer, got {window!r}")
     if window < least:
@@ -913,15 +917,45 @@ def _operand(x: torch.Tensor, rows: int, tile: Tile):
     return descriptor(x, [1, rows, 1, x.shape[-1]])
 
 
+def _walked(plan: AttentionPlan, q: torch.Tensor) -> AttentionPlan:
+    """The plan's four tables as the kernels walk them; a plan cut by hand may have strides."""
+    check_plan(plan, q)
+    return AttentionPlan(*(dense(x) for x in plan[:4]))
+
+
+def check_plan(plan: AttentionPlan, q: torch.Tensor) -> None:
+    """Raise ValueError or TypeError naming the table that does not fit q (B, T, heads, Dh)."""
+    B, T, chunks = q.shape[0], q.shape[1], q.shape[0] * triton.cdiv(q.shape[1], SCHEDULE_TOKENS)
+    for name, shape in zip(plan._fields, ((B, T), (B, T), (chunks,), (chunks,))):
+        expect(f"plan.{name}", getattr(plan, name), shape, q)
+        if getattr(plan, name).dtype != torch.int32:
+            raise TypeError(f"plan.{name} has dtype {getattr(plan, name).dtype}; attention_plan makes it int32")
+
+
 def _grid(x: torch.Tensor, rows: int) -> tuple[int]:
     """Programs for every `rows` rows and head of x (B, T, heads, Dh), rounded up to whole chunks."""
     B, T, heads, _ = x.shape
     return (B * triton.cdiv(T, SCHEDULE_TOKENS) * (SCHEDULE_TOKENS // rows) * heads,)
 
 
+def _heads_in_order(x: torch.Tensor) -> torch.Tensor:
+    """x (B, T, heads, Dh) itself where a number of heads leads from each token to the next, as in a slice of a merged
+    projection; else a copy of which that holds."""
+    (B, T, heads, width), x = x.shape, x.resolve_neg()
+    in_order = x.stride(3) == 1 and x.stride(2) == width and x.stride(1) % width == 0
+    apart = x.stride(1) >= heads * width and (B == 1 or x.stride(0) == T * x.stride(1))
+    return x if in_order and apart else dense(x)
+
+
 def _heads_apart(x: torch.Tensor) -> int:
-    """Heads in memory from a token of x (B, T, heads, Dh) to the next."""
-    return x.shape[2] if x.is_contiguous() else x.stride(1) // x.shape[3]
+    """Heads in memory from a token of x (B, T, heads, Dh) to the next.
+
+    Raises: ValueError if that is no number, or sequences are not as far apart as their tokens."""
+    if x.is_contiguous():
+        return x.shape[2]
+    if _heads_in_order(x) is not x:
+        raise ValueError(f"a tensor of strides {x.stride()} has no whole number of heads from one token to the next")
+    return x.stride(1) // x.shape[3]
 
 
 def _constants(q, k, v, tile: Tile) -> dict:
@@ -945,13 +979,16 @@ def _constants(q, k, v, tile: Tile) -> dict:
 
 
 def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None):
-    """Run the forward kernel. q, k, v (B, T, heads, Dh), contiguous or evenly apart, heads adjacent.
+    """Run the forward kernel. q, k, v (B, T, heads, Dh); slices of a merged projection are walked as they lie.
 
     Returns: o, contiguous, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
     tile = tile or tile_of(TILES, "forward", q.dtype)
+    (q, k, v), plan = (_heads_in_order(x) for x in (q, k, v)), _walked(plan, q)
     B, T, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    _attention_forward[_grid(q, tile.rows)](
+    launch(
+        _attention_forward,
+        _grid(q, tile.rows),
         q,
         _operand(k, tile.columns, tile),
         _operand(v, tile.columns, tile),
@@ -983,20 +1020,27 @@ def launch_backward(
 ):
     """Run both backward kernels; returns dq, dk, dv.
 
-    do, o, lse contiguous. q, k and v (B, T, heads, Dh), contiguous or evenly apart, heads adjacent, as slices of a
-    merged projection are; out: where dq, dk and dv go, laid out as q, k and k.
+    q, k and v (B, T, heads, Dh); out: where dq, dk and dv go, laid out as q, k and k are: so slices of a merged
+    projection are walked as they lie.
     inputs: the three are then the gradients at the layer's projections; returns also dve (or None) and ds (2,).
 
     No atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys, each in a fixed
     order, so that two runs give the same bits. The price is that the logits are computed twice."""
     tile_dq = tile_dq or tile_of(TILES, "dq", q.dtype)
     tile = tile_dkdv or tile_of(TILES, "dkdv", q.dtype)
+    (do, v, o, lse), plan = (dense(x) for x in (do, v, o, lse)), _walked(plan, q)
+    if out is None:
+        q, k = dense(q), dense(k)
+    elif [_heads_apart(x) for x in out] != [_heads_apart(x) for x in (q, k, k)]:
+        raise ValueError("out must lie in memory as q, k and k do")
     T = q.shape[1]
     chunks = triton.cdiv(T, SCHEDULE_TOKENS)
     dq, dk, dv = out or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     delta = torch.empty_like(lse)
     rotary = (None, None) if inputs is None else (inputs.cos_TR, inputs.sin_TR)
-    _attention_dq[_grid(q, tile_dq.rows)](
+    launch(
+        _attention_dq,
+        _grid(q, tile_dq.rows),
         q,
         _operand(k, tile_dq.columns, tile_dq),
         _operand(v, tile_dq.columns, tile_dq),
@@ -1022,7 +1066,9 @@ def launch_backward(
         dve = None if inputs.ve is None else torch.empty_like(inputs.ve)
         ds = lse.new_empty(*grid, 2)
         of_values = (inputs.v, inputs.ve, inputs.s, dve, ds)
-    _attention_dkdv[grid](
+    launch(
+        _attention_dkdv,
+        grid,
         _operand(q, tile.rows, tile),
         k,
         v,
@@ -1086,12 +1132,12 @@ def _attention_backward(
 @_attention.register_fake
 def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale):
     B, T, H, _ = q.shape
-    return torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @_attention_backward.register_fake
 def _(do, q, k, v, o, lse, first_key_BT, end_query_BT, query_order_N, key_order_N, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _attention_setup(ctx, inputs, output):
@@ -1100,9 +1146,10 @@ def _attention_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+@differentiable_once("attention")
 def _attention_grad(ctx, do, _dlse):
     q, k, v, o, lse, *plan = ctx.saved_tensors
-    grads = _attention_backward(do.contiguous(), q, k, v, o, lse, *plan, ctx.scale)
+    grads = _attention_backward(do, q, k, v, o, lse, *plan, ctx.scale)
     return *grads, None, None, None, None, None
 
 
@@ -1117,6 +1164,7 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
 
 
+@without_autocast
 def attention(
     q_BTHDh: torch.Tensor,
     k_BTKDh: torch.Tensor,
@@ -1151,19 +1199,26 @@ def attention(
         o = banded_attention(q, k, v, plan.first_key_BT, float(scale))
     else:
         check_width(q)
-        o, _ = _attention(q.contiguous(), k.contiguous(), v.contiguous(), *plan[:4], float(scale))
+        refuse_tangents("attention", q, k, v)
+        o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale))
     return o.reshape(q_BTHDh.shape)
+
+
+def check_scale(scale: float) -> None:
+    """Raise TypeError or ValueError unless the factor on the logits is a positive number."""
+    if isinstance(scale, torch.Tensor):
+        raise TypeError("scale must be a number: a tensor would get no gradient. To learn it, multiply q by it")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
 
 
 def _check_attention(q, k, v, plan, scale) -> None:
     """Raise an error that names the first argument that does not fit."""
     B, T, H, Dh = q.shape
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_scale(scale)
     if q.numel() == 0:
         raise ValueError(f"q is empty: {tuple(q.shape)}")
-    if q.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"q has dtype {q.dtype}; float32, float16 and bfloat16 are supported")
+    expect_floats("q", q)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {x.dtype} but q has {q.dtype}")
@@ -1180,5 +1235,4 @@ def _check_attention(q, k, v, plan, scale) -> None:
         raise TypeError(f"plan must come from attention_plan, got {type(plan).__name__}")
     if tuple(plan.first_key_BT.shape) != (B, T):
         raise ValueError(f"plan is for (B, T) = {tuple(plan.first_key_BT.shape)} but q has ({B}, {T})")
-    if plan.first_key_BT.device != q.device:
-        raise ValueError(f"plan is on {plan.first_key_BT.device} but q is on {q.device}")
+    check_plan(plan, q)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.guards import dense, differentiable_once, refuse_tangents
+
 #: Queries of one chunk in the batch, and of one turn of the loop.
 CHUNK_TOKENS, LOOP_TOKENS = 64, 128
 #: A plan keeps its mask while that is no larger than this.
@@ -54,6 +56,7 @@ class _Chunked(torch.autograd.Function):
         return _together(o, B, T)
 
     @staticmethod
+    @differentiable_once("attention")
     def backward(ctx, do):
         queries, keys, values, mask, o, lse = ctx.saved_tensors
         B, T = ctx.shape
@@ -65,10 +68,11 @@ class _Chunked(torch.autograd.Function):
 
 def _chunks(x_BTHDh: torch.Tensor, band: int) -> torch.Tensor:
     """(B * chunks, H, tokens, Dh): each chunk, or the `band` tokens that end with it (zeros before the start)."""
+    x_BTHDh = dense(x_BTHDh)  # torch's kernel takes the last axis to be dense, and does not look
     T, C, before = x_BTHDh.size(1), CHUNK_TOKENS, max(band - CHUNK_TOKENS, 0)
     if before or T % C:
         x_BTHDh = F.pad(x_BTHDh, (0, 0, 0, 0, before, -T % C))
-    # turned before it is flattened, which may copy: torch's kernel takes the last axis to be dense
+    # turned before it is flattened, which may copy: a copy has a dense last axis
     return x_BTHDh.unfold(1, before + C, C).transpose(3, 4).flatten(0, 1)
 
 
@@ -114,6 +118,7 @@ def _banded(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BT: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk of queries against its own band of keys: time in proportion to T x window, nothing T x T."""
+    q, k, v, first_key_BT = (dense(x) for x in (q, k, v, first_key_BT))
     B, T, H, _ = q.shape
     group = H // k.shape[2]
     o = torch.empty_like(q)
@@ -148,6 +153,7 @@ def _banded_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `_banded`; sums over chunks in float32 and in a fixed order, so the bits repeat."""
+    do, q, k, v, o, lse = (dense(x) for x in (do, q, k, v, o, lse))
     group, K = q.shape[2] // k.shape[2], k.shape[2]
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (k, v))
@@ -166,12 +172,12 @@ def _banded_backward(
 @_banded.register_fake
 def _(q, k, v, first_key_BT, scale):
     B, T, H, _ = q.shape
-    return torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_banded_backward.register_fake
 def _(do, q, k, v, o, lse, first_key_BT, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _banded_setup(ctx, inputs, output):
@@ -180,9 +186,10 @@ def _banded_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+@differentiable_once("attention")
 def _banded_grad(ctx, do, _dlse):
     q, k, v, o, lse, first_key_BT = ctx.saved_tensors
-    return *_banded_backward(do.contiguous(), q, k, v, o, lse, first_key_BT, ctx.scale), None, None
+    return *_banded_backward(do, q, k, v, o, lse, first_key_BT, ctx.scale), None, None
 
 
 _banded.register_autograd(_banded_grad, setup_context=_banded_setup)
@@ -190,5 +197,6 @@ _banded.register_autograd(_banded_grad, setup_context=_banded_setup)
 
 def banded_attention(q, k, v, first_key_BT: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention of (B, T, H, Dh) and (B, T, K, Dh) tensors on the CPU, any dtype; differentiable."""
+    refuse_tangents("attention", q, k, v)
     o, _ = _banded(q, k, v, first_key_BT, scale)
     return o

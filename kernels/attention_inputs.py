@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.norm import norm_gradient, normed
+from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
+from kernels.norm import norm_gradient, normed, summed_product
 from kernels.runtime import implementation_of, tl, triton
 
 #: The names of `attention`; all of the plain-torch ones mean the reference here.
@@ -53,12 +54,12 @@ class _Written(torch.autograd.Function):
         return q, k, mixed
 
     @staticmethod
+    @differentiable_once("attention_inputs")
     def backward(ctx, dq, dk, dmixed):
         q_y, q_r, k_y, k_r, v_y, v_r, ve, s, cos, sin = ctx.saved_tensors
         dq, dk = ((d * cos).add_(_swap(d * sin)) for d in (dq, dk))
-        flat = dmixed.reshape(-1)
-        ds_ve = flat.new_zeros(()) if ve is None else flat.dot(ve.reshape(-1))
-        ds = torch.stack([flat.dot(v_y.reshape(-1)), ds_ve])
+        ds_ve = dmixed.new_zeros(()) if ve is None else summed_product(dmixed, ve)
+        ds = torch.stack([summed_product(dmixed, v_y), ds_ve])
         dve = None if ve is None else dmixed * s[1]
         grads = (norm_gradient(dq, q_y, q_r), norm_gradient(dk, k_y, k_r), norm_gradient(dmixed * s[0], v_y, v_r))
         return (*grads, dve, ds.to(s.dtype), None, None)
@@ -242,6 +243,7 @@ _INPUTS_ROWS, _INPUTS_WARPS = 16, 4
 def _tokens_apart(x: torch.Tensor) -> torch.Tensor:
     """x (B, T, heads, Dh) itself if its heads are adjacent and its tokens evenly apart (a slice of a merged
     projection is), else a copy."""
+    x = x.resolve_neg()
     B, T, _, width = x.shape
     adjacent = x.stride(3) == 1 and x.stride(2) == width
     even = B == 1 or x.stride(0) == T * x.stride(1)
@@ -265,24 +267,37 @@ def _inputs_arguments(q, k, v, ve):
     return walked, (B * T, T, *apart, torch.finfo(torch.float32).eps), constants
 
 
+def _small_arguments(q, s, cos_TR, sin_TR):
+    """The two scalars and the rotary tables as the kernels walk them: dense float32."""
+    T, R = q.shape[1], q.shape[3] // 2
+    for name, x, shape in (("s", s, (2,)), ("cos_TR", cos_TR, (T, R)), ("sin_TR", sin_TR, (T, R))):
+        expect(name, x, shape, q)
+    return [dense(x.float()) for x in (s, cos_TR, sin_TR)]
+
+
 def launch_inputs_forward(q, k, v, ve, s, cos_TR, sin_TR):
     """Run the prologue's forward kernel on (B, T, heads, Dh) tensors; returns q, k and v, contiguous."""
     out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     walked, scalars, constants = _inputs_arguments(q, k, v, ve)
+    shared = _small_arguments(q, s, cos_TR, sin_TR)
     programs = triton.cdiv(scalars[0], _INPUTS_ROWS)
-    _inputs_forward[(programs,)](*walked, s, cos_TR, sin_TR, *out, *scalars, **constants)
+    launch(_inputs_forward, (programs,), *walked, *shared, *out, *scalars, **constants)
     return out
 
 
 def launch_inputs_backward(grads, q, k, v, ve, s, cos_TR, sin_TR):
-    """Run the prologue's backward kernel; grads at the three outputs, contiguous. Returns dq, dk, dv, dve, ds.
+    """Run the prologue's backward kernel; grads at the three outputs. Returns dq, dk, dv, dve, ds.
 
     The scalars' gradients are summed from one float32 pair a program, in a fixed order."""
     out = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, ve)]
     walked, scalars, constants = _inputs_arguments(q, k, v, ve)
+    shared = _small_arguments(q, s, cos_TR, sin_TR)
+    for name, gradient, x in zip(("gq", "gk", "gv"), grads, (q, k, v)):
+        expect(name, gradient, x.shape, q)
     programs = triton.cdiv(scalars[0], _INPUTS_ROWS)
-    ds = s.new_empty(programs, 2)
-    _inputs_backward[(programs,)](*grads, *walked, s, cos_TR, sin_TR, *out, ds, *scalars, **constants)
+    ds = torch.empty(programs, 2, dtype=torch.float32, device=q.device)
+    grads = [dense(g) for g in grads]
+    launch(_inputs_backward, (programs,), *grads, *walked, *shared, *out, ds, *scalars, **constants)
     return *out, ds.sum(0)
 
 
@@ -334,11 +349,12 @@ def _inputs_setup(ctx, inputs, output):
     ctx.save_for_backward(*(x for x in inputs if x is not None))
 
 
+@differentiable_once("attention_inputs")
 def _inputs_grad(ctx, grads):
     saved = list(ctx.saved_tensors)
     if not ctx.has_ve:
         saved.insert(3, None)
-    grads = _attention_inputs_backward(*(g.contiguous() for g in grads), *saved)
+    grads = _attention_inputs_backward(*grads, *saved)
     if not ctx.has_ve:
         grads.insert(3, None)
     return *grads, None, None
@@ -370,6 +386,7 @@ def check_width(q: torch.Tensor) -> None:
         )
 
 
+@without_autocast
 def attention_inputs(q, k, v, ve, s, cos_TR, sin_TR, *, impl: str = "auto"):
     """What stands between the projections and attention, differentiable in q, k, v, ve and s.
 
@@ -392,13 +409,15 @@ def attention_inputs(q, k, v, ve, s, cos_TR, sin_TR, *, impl: str = "auto"):
     if chosen != "triton":
         return attention_inputs_reference(q, k, v, ve, s, cos_TR, sin_TR)
     check_width(q)
+    refuse_tangents("attention_inputs", q, k, v, ve, s)
     batched = [None if x is None else with_batch("x", x) for x in (q, k, v, ve)]
-    out = _attention_inputs(*batched, s.float(), cos_TR.contiguous(), sin_TR.contiguous())
+    out = _attention_inputs(*batched, dense(s.float()), dense(cos_TR.float()), dense(sin_TR.float()))
     return tuple(y.reshape(x.shape) for y, x in zip(out, (q, k, v)))
 
 
 def _check_inputs(q, k, v, ve, s, cos_TR, sin_TR) -> None:
     """Raise an error that names the first argument that does not fit."""
+    expect_floats("q", q)
     for name, x in (("q", q), ("k", k), ("v", v), ("ve", ve)):
         if x is None and name == "ve":
             continue
@@ -411,9 +430,7 @@ def _check_inputs(q, k, v, ve, s, cos_TR, sin_TR) -> None:
     if q.shape[-1] % 2:
         raise ValueError(f"q has head width {q.shape[-1]}; rotary needs an even one")
     for name, x in (("cos_TR", cos_TR), ("sin_TR", sin_TR)):
-        if tuple(x.shape) != (q.shape[-3], q.shape[-1] // 2):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {(q.shape[-3], q.shape[-1] // 2)}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
-    if tuple(s.shape) != (2,) or s.device != q.device:
-        raise ValueError(f"s must have shape (2,) and be on {q.device}, got {tuple(s.shape)} on {s.device}")
+        expect(name, x, (q.shape[-3], q.shape[-1] // 2), q)
+        expect_floats(name, x)
+    expect("s", s, (2,), q)
+    expect_floats("s", s)

@@ -18,9 +18,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import AttentionPlan, LayerInputs, attention, launch_backward, launch_forward
+from kernels.attention import (
+    AttentionPlan,
+    LayerInputs,
+    attention,
+    check_plan,
+    check_scale,
+    launch_backward,
+    launch_forward,
+)
 from kernels.attention import implementation as attention_implementation
 from kernels.attention_inputs import attention_inputs, check_width
+from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
 from kernels.runtime import tl, triton
 
 # ---- Triton -----------------------------------------------------------------------------------------------
@@ -118,9 +127,19 @@ def launch_prepare(qkv_BTEDh, ve, s, cos_TR, sin_TR, heads: int, rotate: bool):
     Returns: (v, 1 / rms of q's heads (B, H, T) float32, of k's (B, K, T)); the last two are None without `rotate`."""
     B, T, all_heads, width = qkv_BTEDh.shape
     kv_heads = (all_heads - heads) // 2
+    if not qkv_BTEDh.is_contiguous():
+        raise ValueError(f"qkv of strides {qkv_BTEDh.stride()} must be dense: q and k change in place")
+    for name, x, shape in (("s", s, (2,)), ("cos", cos_TR, (T, width // 2)), ("sin", sin_TR, (T, width // 2))):
+        expect(name, x, shape, qkv_BTEDh)
+    s, cos_TR, sin_TR = (dense(x.float()) for x in (s, cos_TR, sin_TR))
+    if ve is not None:
+        expect("ve", ve, (B, T, kv_heads, width), qkv_BTEDh)
+        ve = dense(ve)
     v = qkv_BTEDh.new_empty(B, T, kv_heads, width)
     rms = [s.new_empty(B, h, T) if rotate else None for h in (heads, kv_heads)]
-    _prepare[(triton.cdiv(B * T, _ROWS),)](
+    launch(
+        _prepare,
+        (triton.cdiv(B * T, _ROWS),),
         qkv_BTEDh,
         ve,
         s,
@@ -163,7 +182,8 @@ def launch_layer_backward(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan: A
     v, _, _ = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, False)
     q, k, raw = _slices(qkv, heads)
     dqkv = torch.empty_like(qkv)
-    inputs = LayerInputs(rms_q, rms_k, raw, ve, s, cos_TR, sin_TR)
+    tables = (dense(x.float()) for x in (s, cos_TR, sin_TR))
+    inputs = LayerInputs(dense(rms_q), dense(rms_k), raw, None if ve is None else dense(ve), *tables)
     *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, inputs=inputs, out=_slices(dqkv, heads))
     x_ND, dqkv_NE = x_BTD.flatten(0, 1), dqkv.view(-1, w_ED.shape[0])
     return (dqkv_NE @ w_ED).view(x_BTD.shape), dqkv_NE.t() @ x_ND, dve, ds
@@ -232,11 +252,12 @@ def _layer_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@differentiable_once("attention_layer")
 def _layer_grad(ctx, do, *_):
     x_BTD, w_ED, *rest = ctx.saved_tensors
     ve = rest.pop(0) if ctx.has_ve else None
     tables, plan, saved = rest[:3], rest[3:7], rest[7:]
-    dx, dw, *dve, ds = _layer_backward(do.contiguous(), x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale)
+    dx, dw, *dve, ds = _layer_backward(do, x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale)
     return dx, dw, (dve[0] if dve else None), ds, *[None] * 9
 
 
@@ -252,6 +273,7 @@ def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl:
     return attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=impl)
 
 
+@without_autocast
 def attention_layer(
     x_BTD: torch.Tensor,
     w_ED: torch.Tensor,
@@ -277,6 +299,11 @@ def attention_layer(
 
     Raises: ValueError or TypeError naming the argument.
     """
+    if x_BTD.dim() != 3:
+        raise ValueError(f"x must be (B, T, D), got {tuple(x_BTD.shape)}")
+    expect_floats("x", x_BTD)
+    expect("w", w_ED, w_ED.shape, x_BTD)
+    expect_floats("w", w_ED, (x_BTD.dtype,))
     D = x_BTD.shape[2]
     if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
         raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
@@ -285,9 +312,10 @@ def attention_layer(
         inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, heads=heads, width=width, impl=inputs_impl)
         return attention(*inputs, plan, scale=scale, impl=impl)
     _check(x_BTD, w_ED, ve_BTKDh, s, rotary, plan, heads, width, scale)
-    ve = None if ve_BTKDh is None else ve_BTKDh.contiguous()
-    dense = [t.contiguous() for t in (s, *rotary, *plan[:4])]
-    return _layer(x_BTD.contiguous(), w_ED.contiguous(), ve, *dense, heads, width, float(scale))[0]
+    refuse_tangents("attention_layer", x_BTD, w_ED, ve_BTKDh, s)
+    ve = None if ve_BTKDh is None else dense(ve_BTKDh)
+    small = [dense(t) for t in (s, *rotary, *plan[:4])]
+    return _layer(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale))[0]
 
 
 def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: float) -> None:
@@ -295,8 +323,7 @@ def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: floa
     (B, T, _), kv_heads = x_BTD.shape, (w_ED.shape[0] // width - heads) // 2
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"w has {kv_heads} key heads, which do not divide the {heads} heads of queries")
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_scale(scale)
     if x_BTD.numel() == 0:
         raise ValueError(f"x is empty: {tuple(x_BTD.shape)}")
     check_width(x_BTD.new_empty(0, width))
@@ -308,9 +335,8 @@ def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: floa
         "s": (s, torch.float32, (2,)),
         "cos": (rotary[0], torch.float32, (T, width // 2)),
         "sin": (rotary[1], torch.float32, (T, width // 2)),
-        "plan.first_key_BT": (plan.first_key_BT, torch.int32, (B, T)),
-        "plan.end_query_BT": (plan.end_query_BT, torch.int32, (B, T)),
     }
+    check_plan(plan, x_BTD)
     for name, (tensor, dtype, shape) in wanted.items():
         if tensor is not None and (tensor.dtype, tensor.device, tuple(tensor.shape)) != (dtype, x_BTD.device, shape):
             raise ValueError(

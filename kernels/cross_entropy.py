@@ -22,8 +22,21 @@ the forward pass, for an upstream gradient of one, and scaled in the backward pa
 computes the logits again.
 """
 
+from contextlib import nullcontext
+
 import torch
 
+from kernels.guards import (
+    KERNEL_DTYPES,
+    dense,
+    differentiable_once,
+    expect,
+    expect_floats,
+    in_place,
+    launch,
+    refuse_tangents,
+    without_autocast,
+)
 from kernels.runtime import LOG2_E, device_kind, implementation_of, tl, triton
 
 SOFTCAPS = ("rsqrt", "sigmoid", None)
@@ -70,8 +83,16 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
 ) -> torch.Tensor:
     """The definition, in plain torch with all logits in memory; autograd differentiates it."""
-    c_NV = softcapped_logits(x_ND, weight_VD, softcap)
-    return torch.nn.functional.cross_entropy(c_NV, targets_N.long(), reduction=reduction, ignore_index=ignore_index)
+    c_NV, targets_N = softcapped_logits(x_ND, weight_VD, softcap), targets_N.long()
+    summed = "none" if reduction == "none" else "sum"
+    losses = torch.nn.functional.cross_entropy(c_NV, targets_N, reduction=summed, ignore_index=ignore_index)
+    return _mean(losses, targets_N, ignore_index) if reduction == "mean" else losses
+
+
+def _mean(total: torch.Tensor, targets_N: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """total over the number of targets that count. If none does: NaN, as torch has it, but with a gradient of 0."""
+    counted = (targets_N != ignore_index).sum()
+    return torch.where(counted > 0, total / counted.clamp(min=1), torch.nan)
 
 
 # ---- the plain-torch way in chunks ------------------------------------------------------------------------
@@ -80,11 +101,6 @@ def linear_cross_entropy_reference(
 def _wide(x: torch.Tensor) -> torch.dtype:
     """The dtype of losses and sums for an input: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _mean_scale(targets_N: torch.Tensor, ignore_index: int, dtype: torch.dtype) -> torch.Tensor:
-    """1 / number of targets that count, as a tensor; NaN losses (0/0) when none does, as torch has it."""
-    return 1.0 / (targets_N != ignore_index).sum().to(dtype)
 
 
 def _matmul_f32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -131,18 +147,16 @@ def _chunk_loss(x, w, targets, softcap, ignore_index, with_gradient):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss and both gradients in one pass over chunks of tokens, in plain torch: the CPU's fast path.
+    """Summed loss and both gradients in one pass over chunks of tokens, in plain torch: the CPU's fast path.
 
     The gradients are computed in the forward pass, where the logits are, for an upstream gradient of one, and
     scaled in the backward pass. Memory: one chunk of logits, dx and dw.
     """
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, softcap, mean, ignore_index, chunk_tokens):
-        with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, with_gradient):
         w_VD = weight_VD.to(x_ND.dtype)
-        scale = _mean_scale(targets_N, ignore_index, _wide(x_ND)) if mean else None
-        dx_ND = torch.empty_like(x_ND) if with_gradient else None
+        dx_ND = x_ND.new_empty(x_ND.shape) if with_gradient else None
         dw_VD = torch.zeros_like(weight_VD, dtype=_wide(x_ND)) if with_gradient else None
         total = torch.zeros((), dtype=_wide(x_ND), device=x_ND.device)
         for start in range(0, x_ND.shape[0], chunk_tokens):
@@ -154,15 +168,20 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(gradient, w_VD, out=dx_ND[rows])
                 dw_VD += _matmul_f32(gradient.t(), x_ND[rows])
         if with_gradient:
-            ctx.save_for_backward(dx_ND, dw_VD, scale)
+            ctx.save_for_backward(dx_ND, dw_VD)
             ctx.weight_dtype = weight_VD.dtype
-        return total if scale is None else total * scale
+        return total
 
     @staticmethod
+    @differentiable_once("linear_cross_entropy")
     def backward(ctx, upstream):
-        dx_ND, dw_VD, scale = ctx.saved_tensors
-        factor = upstream if scale is None else upstream * scale
-        return (dx_ND * factor.to(dx_ND.dtype), (dw_VD * factor).to(ctx.weight_dtype), *[None] * 5)
+        dx_ND, dw_VD = ctx.saved_tensors
+        return _scaled(dx_ND, upstream), _scaled(dw_VD, upstream, ctx.weight_dtype), *[None] * 5
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """gradient * factor (a number) in at least float32, rounded once, to `dtype` or the gradient's own."""
+    return (gradient.to(_wide(gradient)) * factor).to(dtype or gradient.dtype)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -180,11 +199,12 @@ class _TokenLosses(torch.autograd.Function):
         return losses_N
 
     @staticmethod
+    @differentiable_once("linear_cross_entropy")
     def backward(ctx, upstream_N):
         x_ND, weight_VD, targets_N = ctx.saved_tensors
         softcap, ignore_index, chunk_tokens = ctx.options
         w_VD = weight_VD.to(x_ND.dtype)
-        dx_ND = torch.empty_like(x_ND)
+        dx_ND = x_ND.new_empty(x_ND.shape)
         dw_VD = torch.zeros_like(weight_VD, dtype=_wide(x_ND))
         for start in range(0, x_ND.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -205,15 +225,16 @@ _LOG2_E = tl.constexpr(LOG2_E)
 @triton.jit
 def _capped(b_z, CAP: tl.constexpr):
     """(soft-capped logits, the derivative of the cap) in float32."""
-    if CAP == 1:  # rsqrt
-        b_z = tl.minimum(tl.maximum(b_z, -1e6), 1e6)
+    if CAP == 1:  # rsqrt; a NaN stays one: a run that diverged must not look as if its logits were at the limit
+        b_z = tl.maximum(b_z, -1e6, propagate_nan=tl.PropagateNan.ALL)
+        b_z = tl.minimum(b_z, 1e6, propagate_nan=tl.PropagateNan.ALL)
         b_r = tl.rsqrt(b_z * b_z + 225)
         return 15 * b_z * b_r, 15 * 225 * b_r * b_r * b_r
     elif CAP == 2:  # sigmoid
         b_s = 1 / (1 + tl.exp2((b_z + 5) * (-_LOG2_E / 7.5)))
         return 23 * b_s, 23 / 7.5 * b_s * (1 - b_s)
     else:
-        return b_z, b_z * 0 + 1
+        return b_z, 1.0  # not b_z * 0 + 1, which is NaN for a logit of -inf
 
 
 @triton.jit
@@ -275,12 +296,13 @@ def _row_loss(
     """One row of logits (V,): loss = log sum exp(cap(z)) - cap(z[target]); if GRADIENT, z <- d loss / d z.
 
     ONE: the whole row is one block, kept in registers. Else it is V // BLOCK blocks without a mask, and what is left
-    in a block of TAIL. An ignored row has loss 0 and gradient 0."""
+    in a block of TAIL. An ignored row has loss 0 and gradient 0; a target that is no class has NaN for both."""
     row = tl.program_id(0).to(tl.int64)
     p_z += row * V
     target = tl.load(p_target + row)
     counted = target != ignore_index
-    p_z_target = p_z + tl.where(counted, target, 0)
+    known = (target >= 0) & (target < V)
+    p_z_target = p_z + tl.where(counted & known, target, 0)
     c_target, slope_target = _capped(tl.load(p_z_target).to(tl.float32), CAP)
     o = tl.arange(0, BLOCK)
     whole = V // BLOCK * BLOCK
@@ -304,6 +326,7 @@ def _row_loss(
             most = tl.maximum(tl.max(b_c_tail, 0), log_total)
             tail = tl.sum(tl.exp(b_c_tail - most), 0)
             log_total = most + tl.log(tail + tl.exp(log_total - most))
+    log_total = tl.where(known, log_total, float("nan"))
     tl.store(p_loss + row, tl.where(counted, log_total - c_target, 0.0))
     if GRADIENT:
         log_total = tl.where(counted, log_total, float("inf"))  # every probability of an ignored row becomes 0
@@ -320,7 +343,7 @@ def _row_loss(
         # less than asking of every class whether it is the target.
         tl.debug_barrier()
         g_target = (tl.exp(c_target - log_total) - 1) * slope_target
-        tl.store(p_z_target, g_target.to(p_z.dtype.element_ty), mask=counted)
+        tl.store(p_z_target, g_target.to(p_z.dtype.element_ty), mask=counted & known)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------
@@ -345,29 +368,36 @@ def launch_rows(
     block: int | None = None,
     losses: torch.Tensor | None = None,
 ):
-    """float32 losses (N,); if `gradient`, z is overwritten by d(sum of losses)/dz. z is dense.
+    """float32 losses (N,); if `gradient`, z is overwritten by d(sum of losses)/dz.
 
     block: classes a program holds at once, a power of two; None: all of them, if registers suffice.
     losses: where they go, dense; None: a new tensor."""
     N, V = z_NV.shape
+    expect_floats("z", z_NV, KERNEL_DTYPES)
+    expect("targets", targets_N, (N,), z_NV)
     block = min(triton.next_power_of_2(V), block or _MOST_IN_REGISTERS)
     one = block >= V
     tail = 0 if one or V % block == 0 else triton.next_power_of_2(V % block)
     lanes = 64 if device_kind().startswith("gfx") else 32
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device) if losses is None else losses
-    _row_loss[(N,)](
-        z_NV,
-        targets_N,
-        losses,
-        V,
-        ignore_index,
-        CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
-        GRADIENT=gradient,
-        ONE=one,
-        BLOCK=block,
-        TAIL=tail,
-        num_warps=max(min(block // 16, 512) // lanes, 4),
-    )
+    if losses.dtype != torch.float32 or not losses.is_contiguous():
+        raise ValueError(f"losses go to a dense float32 tensor, got {losses.dtype} of strides {losses.stride()}")
+    with in_place("z", z_NV) if gradient else nullcontext(dense(z_NV)) as walked:
+        launch(
+            _row_loss,
+            (N,),
+            walked,
+            dense(targets_N.long()),
+            losses,
+            V,
+            ignore_index,
+            CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
+            GRADIENT=gradient,
+            ONE=one,
+            BLOCK=block,
+            TAIL=tail,
+            num_warps=max(min(block // 16, 512) // lanes, 4),
+        )
     return losses
 
 
@@ -421,9 +451,9 @@ def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens,
         chunk_tokens = chosen_chunk_tokens(weight_VD.shape[0], x_ND.element_size(), memory)
     w_VD = weight_VD.to(x_ND.dtype)
     losses = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
-    dx_ND = torch.empty_like(x_ND) if gradient else x_ND.new_empty(0)
+    dx_ND = x_ND.new_empty(x_ND.shape) if gradient else x_ND.new_empty(0)
     # the first chunk writes dw and the others add to it; without any chunk it is 0
-    dw_VD = torch.empty_like(weight_VD, dtype=torch.float32) if gradient else weight_VD.new_empty(0)
+    dw_VD = x_ND.new_empty(weight_VD.shape, dtype=torch.float32) if gradient else weight_VD.new_empty(0)
     if x_ND.shape[0] == 0:
         dw_VD.zero_()
     for start in range(0, x_ND.shape[0], chunk_tokens):
@@ -452,15 +482,17 @@ def _head_loss(
     fp8: bool,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient)
+    """(sum of the losses, dx, dw): the gradients of that sum, for an upstream gradient of one."""
+    losses, dx, dw = launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient)
+    return losses.sum(), dx, dw
 
 
 @_head_loss.register_fake
 def _(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient):
-    losses = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+    total = x_ND.new_empty((), dtype=torch.float32)
     if not gradient:
-        return losses, x_ND.new_empty(0), weight_VD.new_empty(0)
-    return losses, torch.empty_like(x_ND), torch.empty_like(weight_VD, dtype=torch.float32)
+        return total, x_ND.new_empty(0), weight_VD.new_empty(0)
+    return total, x_ND.new_empty(x_ND.shape), x_ND.new_empty(weight_VD.shape, dtype=torch.float32)
 
 
 def _head_setup(ctx, inputs, output):
@@ -469,11 +501,10 @@ def _head_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _head_grad(ctx, upstream_N, *_):
-    # The wrapper sums the losses, so that every entry of upstream_N is the same number.
+@differentiable_once("linear_cross_entropy")
+def _head_grad(ctx, upstream, *_):
     dx_ND, dw_VD = ctx.saved_tensors
-    factor = upstream_N[0]
-    return dx_ND * factor.to(dx_ND.dtype), (dw_VD * factor).to(ctx.weight_dtype), *[None] * 6
+    return _scaled(dx_ND, upstream), _scaled(dw_VD, upstream, ctx.weight_dtype), *[None] * 6
 
 
 _head_loss.register_autograd(_head_grad, setup_context=_head_setup)
@@ -516,7 +547,7 @@ def _(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8):
 
 @_head_gradients.register_fake
 def _(upstream_N, x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8):
-    return torch.empty_like(x_ND), torch.empty_like(weight_VD, dtype=torch.float32)
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(weight_VD.shape, dtype=torch.float32)
 
 
 def _token_losses_setup(ctx, inputs, output):
@@ -524,6 +555,7 @@ def _token_losses_setup(ctx, inputs, output):
     ctx.options = inputs[3:]
 
 
+@differentiable_once("linear_cross_entropy")
 def _token_losses_grad(ctx, upstream_N):
     x_ND, weight_VD, targets_N = ctx.saved_tensors
     dx_ND, dw_VD = _head_gradients(upstream_N, x_ND, weight_VD, targets_N, *ctx.options)
@@ -542,6 +574,7 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="reference", choices=choices)
 
 
+@without_autocast
 def linear_cross_entropy(
     x_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -561,34 +594,45 @@ def linear_cross_entropy(
     chunk_tokens: rows of x whose logits are in memory at once (None: chosen for the device).
     fp8: products of the head in 8 bits, on GPUs that have them.
     impl: "auto" | "triton" | "reference" (plain torch in chunks) | "eager" (plain torch, all logits).
-    Errors: ValueError for shapes or options that do not fit.
+    Errors: ValueError for shapes, devices or options that do not fit and, where asking costs no wait, for a target that
+    is no class (on a GPU its loss and gradient are NaN); TypeError for dtypes.
     """
     _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens)
-    impl = implementation(impl, x_ND)
-    if impl == "eager":
-        return linear_cross_entropy_reference(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index)
+    impl, targets_N = implementation(impl, x_ND), targets_N.long()
+    if fp8 and impl != "triton":
+        raise ValueError("fp8=True is a path of the Triton kernels; it needs a GPU that has 8-bit products")
     if impl == "triton":
         return _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_tokens, fp8)
-    if fp8:
-        raise ValueError("fp8=True is a path of the Triton kernels; it needs a GPU that has 8-bit products")
+    if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_classes(targets_N, weight_VD.shape[0], ignore_index)
+    if impl == "eager":
+        return linear_cross_entropy_reference(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index)
     # On a GPU few large chunks: a compiled graph has the steps of every one of them.
     chosen = MOST_CHUNK_TOKENS if x_ND.is_cuda else max(CPU_CHUNK_LOGITS // weight_VD.shape[0], 64)
     chunk_tokens = chunk_tokens or chosen
     if reduction == "none":
         return _TokenLosses.apply(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens)
-    return _ChunkedLoss.apply(x_ND, weight_VD, targets_N, softcap, reduction == "mean", ignore_index, chunk_tokens)
+    gradient = _asks_for_gradients(x_ND, weight_VD)
+    total = _ChunkedLoss.apply(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, gradient)
+    return _mean(total, targets_N, ignore_index) if reduction == "mean" else total
+
+
+def _asks_for_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether a loss of these will be differentiated: a validation pays for no gradient."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _on_gpu(x_ND, weight_VD, targets_N, softcap, reduction, ignore_index, chunk_tokens, fp8):
     """The Triton way of `linear_cross_entropy`."""
     if fp8 and device_kind() not in FP8_DEVICES:
         raise ValueError(f"fp8=True needs one of {', '.join(FP8_DEVICES)}, and this device is {device_kind()}")
-    arguments = (x_ND.contiguous(), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens or 0, fp8)
+    expect_floats("x", x_ND, KERNEL_DTYPES)
+    refuse_tangents("linear_cross_entropy", x_ND, weight_VD)
+    arguments = (dense(x_ND), weight_VD, targets_N, softcap or "", ignore_index, chunk_tokens or 0, fp8)
     if reduction == "none":
         return _head_token_losses(*arguments)
-    differentiable = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    total = _head_loss(*arguments, differentiable)[0].sum()
-    return total * _mean_scale(targets_N, ignore_index, total.dtype) if reduction == "mean" else total
+    total = _head_loss(*arguments, _asks_for_gradients(x_ND, weight_VD))[0]
+    return _mean(total, targets_N, ignore_index) if reduction == "mean" else total
 
 
 def _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens) -> None:
@@ -601,5 +645,22 @@ def _check(x_ND, weight_VD, targets_N, softcap, reduction, chunk_tokens) -> None
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1 (or None: chosen for the device)")
     if x_ND.dim() != 2 or weight_VD.dim() != 2 or x_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"x {tuple(x_ND.shape)} and weight {tuple(weight_VD.shape)} must be (N, D) and (V, D)")
-    if targets_N.shape != x_ND.shape[:1]:
-        raise ValueError(f"targets {tuple(targets_N.shape)} must be ({x_ND.shape[0]},), one class a row of x")
+    if weight_VD.shape[0] == 0:
+        raise ValueError(f"weight {tuple(weight_VD.shape)} has no class")
+    for name, x in (("x", x_ND), ("weight", weight_VD)):
+        expect(name, x, x.shape, x_ND)
+        expect_floats(name, x)
+    expect("targets", targets_N, x_ND.shape[:1], x_ND)
+    if targets_N.is_floating_point() or targets_N.dtype == torch.bool:
+        raise TypeError(f"targets have dtype {targets_N.dtype}; they are classes: integers")
+
+
+def _check_classes(targets_N: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a target that is neither a class nor ignored."""
+    wrong = (targets_N != ignore_index) & ((targets_N < 0) | (targets_N >= classes))
+    if wrong.any():
+        where = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{where}] = {int(targets_N[where])} is neither one of {classes} classes nor ignore_index="
+            f"{ignore_index}"
+        )

@@ -8,8 +8,20 @@ backward. Bytes beside operands and results of the products: none forward, one r
 activation reads and writes 4 N F bytes twice in each direction. The products that have no epilogue are the library's.
 """
 
+import math
+
 import torch
 
+from kernels.guards import (
+    KERNEL_DTYPES,
+    dense,
+    differentiable_once,
+    expect,
+    expect_floats,
+    launch,
+    refuse_tangents,
+    without_autocast,
+)
 from kernels.runtime import Tile, Tiles, copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 # ---- reference --------------------------------------------------------------------------------------------
@@ -27,12 +39,13 @@ class _ReluSquaredMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, w_in_FD, w_out_DF):
-        r_NF = (x_ND @ w_in_FD.t()).relu_()
+        r_NF = (x_ND @ w_in_FD.t()).relu_()  # torch's relu keeps NaN
         a_NF = r_NF * r_NF
         ctx.save_for_backward(x_ND, w_in_FD, w_out_DF, r_NF, a_NF)
         return a_NF @ w_out_DF.t()
 
     @staticmethod
+    @differentiable_once("relu_squared_mlp")
     def backward(ctx, dy_ND):
         x_ND, w_in_FD, w_out_DF, r_NF, a_NF = ctx.saved_tensors
         dh_NF = (dy_ND @ w_out_DF).mul_(r_NF).mul_(2)
@@ -106,7 +119,7 @@ def _product(
     if BACKWARD:
         b_out *= 2 * tl.sqrt(tl.load(p_act + o_out, mask=m_out, other=0.0).to(tl.float32))
     else:
-        b_out = tl.maximum(b_out, 0.0)
+        b_out = tl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_out *= b_out
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
@@ -116,20 +129,27 @@ def _product(
 
 def _launch(a_MK, b_NK, act_MN=None, tile: Tile | None = None):
     """One product with its epilogue; with `act_MN`, the backward one, b_NK is a transposed view."""
-    a_MK = a_MK.contiguous()
-    (M, K), N = a_MK.shape, b_NK.shape[0]
-    tile = tile or tile_of(TILES, "product", a_MK.dtype)
     backward = act_MN is not None
+    (M, K), N = a_MK.shape, b_NK.shape[0]
+    expect("the second factor", b_NK, (N, K), a_MK)
+    expect_floats("the first factor", a_MK, KERNEL_DTYPES)
+    expect_floats("the second factor", b_NK, (a_MK.dtype,))
+    a_MK, as_stored = dense(a_MK), dense(b_NK.t() if backward else b_NK)
+    b_NK = as_stored.t() if backward else as_stored
+    if backward:
+        expect("the activation", act_MN, (M, N), a_MK)
+        act_MN = dense(act_MN)
+    tile = tile or tile_of(TILES, "product", a_MK.dtype)
     out = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
     programs = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
-    dense = b_NK.t() if backward else b_NK
-    fits = dense.is_contiguous() and copies_in_bulk(a_MK) and copies_in_bulk(dense)
-    descriptors = tile.descriptors and fits
+    descriptors = tile.descriptors and a_MK.numel() > 0 and copies_in_bulk(a_MK) and copies_in_bulk(as_stored)
     p_a, p_b = a_MK, b_NK
     if descriptors:
         p_a = descriptor(a_MK, [tile.rows, tile.depth])
-        p_b = descriptor(dense, [tile.depth, tile.columns] if backward else [tile.columns, tile.depth])
-    _product[(programs,)](
+        p_b = descriptor(as_stored, [tile.depth, tile.columns] if backward else [tile.columns, tile.depth])
+    launch(
+        _product,
+        (programs,),
         p_a,
         p_b,
         act_MN if backward else out,
@@ -182,12 +202,12 @@ def _mlp_backward(
 
 @_mlp.register_fake
 def _(x_ND, w_in_FD, w_out_DF):
-    return torch.empty_like(x_ND), x_ND.new_empty(x_ND.shape[0], w_in_FD.shape[0])
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0], w_in_FD.shape[0])
 
 
 @_mlp_backward.register_fake
 def _(dy_ND, x_ND, w_in_FD, w_out_DF, a_NF):
-    return torch.empty_like(x_ND), torch.empty_like(w_in_FD), torch.empty_like(w_out_DF)
+    return x_ND.new_empty(x_ND.shape), w_in_FD.new_empty(w_in_FD.shape), w_out_DF.new_empty(w_out_DF.shape)
 
 
 def _mlp_setup(ctx, inputs, output):
@@ -195,8 +215,9 @@ def _mlp_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+@differentiable_once("relu_squared_mlp")
 def _mlp_grad(ctx, dy_ND, _):
-    return _mlp_backward(dy_ND.contiguous(), *ctx.saved_tensors)
+    return _mlp_backward(dy_ND, *ctx.saved_tensors)
 
 
 _mlp.register_autograd(_mlp_grad, setup_context=_mlp_setup)
@@ -210,21 +231,27 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
 
 
+@without_autocast
 def relu_squared_mlp(
     x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
     """relu(x w_in^T)^2 w_out^T; x may have leading axes. Weights are cast to x's dtype for the products.
 
-    Errors: ValueError for shapes that do not fit.
+    Errors: ValueError for shapes or devices that do not fit, TypeError for dtypes.
     """
-    if w_in_FD.shape != w_out_DF.shape[::-1] or x_ND.shape[-1] != w_in_FD.shape[1]:
+    if w_in_FD.shape != w_out_DF.shape[::-1] or w_in_FD.dim() != 2 or x_ND.shape[-1:] != w_in_FD.shape[1:]:
         raise ValueError(
             f"x {tuple(x_ND.shape)}, w_in {tuple(w_in_FD.shape)} and w_out {tuple(w_out_DF.shape)} "
             "must be (..., D), (F, D) and (D, F)"
         )
-    rows = x_ND.reshape(-1, x_ND.shape[-1])
+    for name, x in (("x", x_ND), ("w_in", w_in_FD), ("w_out", w_out_DF)):
+        expect(name, x, x.shape, x_ND)
+        expect_floats(name, x)
+    rows = x_ND.reshape(math.prod(x_ND.shape[:-1]), x_ND.shape[-1])
     w_in_FD, w_out_DF = w_in_FD.to(x_ND.dtype), w_out_DF.to(x_ND.dtype)
     if implementation(impl, x_ND) == "triton":
-        y_ND, _ = _mlp(rows.contiguous(), w_in_FD.contiguous(), w_out_DF.contiguous())
+        expect_floats("x", x_ND, KERNEL_DTYPES)
+        refuse_tangents("relu_squared_mlp", x_ND, w_in_FD, w_out_DF)
+        y_ND, _ = _mlp(dense(rows), dense(w_in_FD), dense(w_out_DF))
         return y_ND.view(x_ND.shape)
     return _ReluSquaredMLP.apply(rows, w_in_FD, w_out_DF).view(x_ND.shape)

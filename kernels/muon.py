@@ -8,8 +8,11 @@ A bfloat16 weight with a 16-bit mantissa beside it is a float32 master cut in tw
 16 bits (so it is the master rounded towards zero), the mantissa the lower 16.
 """
 
+from contextlib import nullcontext
+
 import torch
 
+from kernels.guards import KERNEL_DTYPES, dense, expect, expect_floats, in_place, launch, without_autocast
 from kernels.runtime import Tile, Tiles, copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
 
 # The optimal composition for singular values in [1e-3, 1]: Amsel, Persson, Musco, Gower, "The Polar Express", arXiv
@@ -68,15 +71,15 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(bfloat16 weight, uint16 mantissa) whose bits together are the float32 `master`."""
-    halves = master.contiguous().view(torch.int32)
+    halves = dense(master).view(torch.int32)
     weight = (halves >> 16).to(torch.int16).view(torch.bfloat16)
     return weight, halves.to(torch.int16).view(torch.uint16)
 
 
 def join_master(weight: torch.Tensor, mantissa: torch.Tensor) -> torch.Tensor:
     """The float32 master of a bfloat16 weight and its uint16 (or int16) mantissa."""
-    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
-    low = mantissa.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+    high = dense(weight).view(torch.int16).to(torch.int32) << 16
+    low = dense(mantissa).view(torch.int16).to(torch.int32) & 0xFFFF
     return (high | low).view(torch.float32)
 
 
@@ -153,7 +156,7 @@ def _symmetric(
 @triton.jit
 def _momentum(p_buffer, p_grad, p_update, N, momentum, BLOCK: tl.constexpr):
     """buffer <- m buffer + (1 - m) grad; update = m buffer + (1 - m) grad."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     b_grad = tl.load(p_grad + o, mask=m, other=0.0).to(tl.float32)
     b_buffer = tl.load(p_buffer + o, mask=m, other=0.0)
@@ -165,7 +168,7 @@ def _momentum(p_buffer, p_grad, p_update, N, momentum, BLOCK: tl.constexpr):
 @triton.jit
 def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """master <- master * keep - lr * update. If SPLIT, weight and mantissa are the int16 halves of the master."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     b_update = tl.load(p_update + o, mask=m, other=0.0).to(tl.float32)
     if SPLIT:
@@ -184,14 +187,22 @@ def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BL
 
 
 def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0, tile: Tile | None = None):
-    """alpha X X^T + beta E for each matrix of x (B, M, K), contiguous; E (B, M, M) must be symmetric."""
+    """alpha X X^T + beta E for each matrix of x (B, M, K); E (B, M, M) must be symmetric."""
     B, M, K = x_BMK.shape
+    expect_floats("x", x_BMK, KERNEL_DTYPES)
+    x_BMK = dense(x_BMK)
+    if e_BMM is not None:
+        expect("e", e_BMM, (B, M, M), x_BMK)
+        expect_floats("e", e_BMM, (x_BMK.dtype,))
+        e_BMM = dense(e_BMM)
     tile = tile or tile_of(TILES, "symmetric", x_BMK.dtype)
-    descriptors = tile.descriptors and copies_in_bulk(x_BMK)
+    descriptors = tile.descriptors and x_BMK.numel() > 0 and copies_in_bulk(x_BMK)
     p_x = descriptor(x_BMK, [1, tile.rows, tile.depth]) if descriptors else x_BMK
     out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)
     tiles = triton.cdiv(M, tile.rows)
-    _symmetric[(tiles * tiles, B)](
+    launch(
+        _symmetric,
+        (tiles * tiles, B),
         p_x,
         out if e_BMM is None else e_BMM,
         out,
@@ -211,21 +222,28 @@ def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0
 
 
 def launch_momentum(buffer, grad, momentum: float):
-    """`momentum_` for a contiguous float32 buffer; the update is float32."""
-    update = torch.empty_like(buffer)
-    programs = triton.cdiv(buffer.numel(), _ELEMENTS)
-    _momentum[(programs,)](buffer, grad.contiguous(), update, buffer.numel(), momentum, BLOCK=_ELEMENTS, num_warps=8)
+    """`momentum_` for a float32 buffer; the update is float32."""
+    expect_floats("buffer", buffer, (torch.float32,))
+    expect("grad", grad, buffer.shape, buffer)
+    size = buffer.numel()
+    update = torch.empty(buffer.shape, dtype=torch.float32, device=buffer.device)
+    with in_place("buffer", buffer) as walked:
+        programs = (triton.cdiv(size, _ELEMENTS),)
+        launch(_momentum, programs, walked, dense(grad), update, size, momentum, BLOCK=_ELEMENTS, num_warps=8)
     return update
 
 
 def launch_update(weight, mantissa, update, lr: float, weight_decay: float) -> None:
-    """`apply_update_` for contiguous weights, in place."""
+    """`apply_update_`, in place."""
     split = mantissa is not None
-    halves = (weight.view(torch.int16), mantissa.view(torch.int16)) if split else (weight, weight)
-    programs = triton.cdiv(weight.numel(), _ELEMENTS)
-    _update[(programs,)](
-        *halves, update.contiguous(), weight.numel(), lr, 1 - weight_decay, SPLIT=split, BLOCK=_ELEMENTS, num_warps=8
-    )
+    expect_floats("weight", weight, (torch.bfloat16 if split else torch.float32,))
+    expect("update", update, weight.shape, weight)
+    expect("mantissa", mantissa if split else weight, weight.shape, weight)
+    numbers = weight.numel(), lr, 1 - weight_decay
+    with in_place("weight", weight) as high, in_place("mantissa", mantissa) if split else nullcontext(high) as low:
+        halves = (high.view(torch.int16), low.view(torch.int16)) if split else (high, low)
+        programs = (triton.cdiv(weight.numel(), _ELEMENTS),)
+        launch(_update, programs, *halves, dense(update), *numbers, SPLIT=split, BLOCK=_ELEMENTS, num_warps=8)
 
 
 def orthogonalize_triton(g_BMN, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16):
@@ -251,6 +269,7 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
 
 
+@without_autocast
 def orthogonalize(
     g_BMN: torch.Tensor, *, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16, impl: str = "auto"
 ) -> torch.Tensor:
@@ -264,20 +283,31 @@ def orthogonalize(
         raise ValueError(f"coefficients={coefficients!r} is unknown; choose one of {sorted(COEFFICIENTS)}")
     if g_BMN.dim() < 2:
         raise ValueError(f"orthogonalize needs matrices (..., M, N), got shape {tuple(g_BMN.shape)}")
+    expect_floats("g", g_BMN)
+    if g_BMN.numel() == 0:
+        return torch.zeros_like(g_BMN)
     if implementation(impl, g_BMN) == "triton":
         return orthogonalize_triton(g_BMN, coefficients, dtype)
     return orthogonalize_reference(g_BMN, coefficients, dtype)
 
 
+@without_autocast
 def momentum_(buffer: torch.Tensor, grad: torch.Tensor, momentum: float, *, impl: str = "auto") -> torch.Tensor:
-    """buffer <- m buffer + (1 - m) grad in place (float32); returns m buffer + (1 - m) grad, float32."""
+    """buffer <- m buffer + (1 - m) grad in place (float32); returns m buffer + (1 - m) grad, float32.
+
+    Errors: ValueError for a gradient of another shape or device or an expanded buffer, TypeError for dtypes."""
+    expect("grad", grad, buffer.shape, buffer)
+    expect_floats("buffer", buffer, (torch.float32,))
+    expect_floats("grad", grad)
     if implementation(impl, buffer) == "triton":
         return launch_momentum(buffer, grad, momentum)
     grad = grad.to(buffer.dtype)
-    buffer.lerp_(grad, 1 - momentum)
-    return grad.lerp(buffer, momentum)
+    with in_place("buffer", buffer) as walked:
+        walked.lerp_(grad, 1 - momentum)
+        return grad.lerp(walked, momentum)
 
 
+@without_autocast
 def apply_update_(
     weight: torch.Tensor,
     mantissa: torch.Tensor | None,
@@ -292,17 +322,27 @@ def apply_update_(
     weight_decay is the whole factor: SPEC's is base lr x 0.01 (x 2 for MLP matrices). lr is the effective
     one, with its sqrt(max(1, rows / columns)). With `mantissa` (uint16 or int16) the weight is the bfloat16
     upper half of the master; without, it is the float32 master itself.
-    Errors: ValueError for a mantissa beside a weight that is not bfloat16.
+    Errors: ValueError for a mantissa beside a weight that is not bfloat16, for shapes or devices that differ, or for
+    an expanded weight or mantissa; TypeError for dtypes.
     """
     if mantissa is not None and weight.dtype != torch.bfloat16:
         raise ValueError(f"a mantissa goes with a bfloat16 weight, got {weight.dtype}; pass mantissa=None")
+    expect("update", update, weight.shape, weight)
+    expect_floats("update", update)
+    if mantissa is None:
+        expect_floats("weight", weight, (torch.float32,))
+    else:
+        expect("mantissa", mantissa, weight.shape, weight)
+        if mantissa.dtype not in (torch.int16, torch.uint16):
+            raise TypeError(f"mantissa has dtype {mantissa.dtype}; it is the lower 16 bits: int16 or uint16")
     if implementation(impl, weight) == "triton":
         launch_update(weight, mantissa, update, lr, weight_decay)
         return
     if mantissa is None:
-        weight.mul_(1 - weight_decay).add_(update, alpha=-lr)
+        with in_place("weight", weight) as walked:
+            walked.mul_(1 - weight_decay).add_(update, alpha=-lr)
         return
     master = join_master(weight, mantissa).mul_(1 - weight_decay).add_(update, alpha=-lr)
-    new_weight, new_mantissa = split_master(master)
-    weight.copy_(new_weight)
-    mantissa.view(torch.int16).copy_(new_mantissa.view(torch.int16))
+    with in_place("weight", weight) as high, in_place("mantissa", mantissa) as low:
+        for half, new in zip((high, low), split_master(master)):
+            half.view(torch.int16).copy_(new.view(torch.int16))

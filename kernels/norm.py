@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.guards import differentiable_once, expect_floats, without_autocast
+
 
 def rms_norm_reference(x: torch.Tensor) -> torch.Tensor:
     """The definition, by torch."""
@@ -33,6 +35,21 @@ def norm_gradient(dy: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.T
     return torch.addcmul(dy, y, mean).mul_(r)
 
 
+#: Numbers that `summed_product` adds one after another at most; what is wider it adds in pairs throughout.
+_SUMMED_AT_ONCE = 8192
+
+
+def summed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The sum of a * b over all elements, as one number.
+
+    By rows, whose sums torch then adds in pairs: one dot product over a million numbers adds them one after another
+    and is off by hundreds of roundings."""
+    if a.numel() == 0:
+        return a.new_zeros(())
+    width = a.size(-1) if a.size(-1) <= _SUMMED_AT_ONCE else 1
+    return torch.linalg.vecdot(a.reshape(-1, width), b.reshape(-1, width)).sum()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -41,8 +58,9 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once("rms_norm")
     def backward(ctx, dy):
-        return norm_gradient(dy, *ctx.saved_tensors)
+        return (norm_gradient(dy, *ctx.saved_tensors),)
 
 
 class _CompiledRMSNorm(torch.autograd.Function):
@@ -58,14 +76,19 @@ class _CompiledRMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once("rms_norm")
     def backward(ctx, dy):
         y, r = ctx.saved_tensors
         wide_y, wide_dy = y.to(r.dtype), dy.to(r.dtype)
-        return ((wide_dy - wide_y * (wide_dy * wide_y).mean(-1, keepdim=True)) * r).to(dy.dtype)
+        return (((wide_dy - wide_y * (wide_dy * wide_y).mean(-1, keepdim=True)) * r).to(dy.dtype),)
 
 
+@without_autocast
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis; any shape and floating dtype, differentiable once."""
+    """x / sqrt(mean(x^2) + eps) over the last axis; any shape and floating dtype, differentiable once.
+
+    Errors: TypeError for numbers that are not floating."""
+    expect_floats("x", x)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x) if x.dtype in (torch.float32, torch.float64) else rms_norm_reference(x)
     return _CompiledRMSNorm.apply(x)

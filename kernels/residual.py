@@ -11,6 +11,8 @@ on a GPU "auto" is the reference, left to the compiler; run eagerly there, it ta
 
 import torch
 
+from kernels.guards import differentiable_once, expect, expect_floats, without_autocast
+from kernels.norm import summed_product
 from kernels.runtime import implementation_of
 
 
@@ -33,34 +35,39 @@ class _ResidualMix(torch.autograd.Function):
         return (x * l0).addcmul_(x00, l1).addcmul_(x01, l2)
 
     @staticmethod
+    @differentiable_once("residual_mix")
     def backward(ctx, dy):
         x, x00, x01, lambdas_3 = ctx.saved_tensors
         l0, l1, l2 = lambdas_3.to(x.dtype).unbind()
-        flat = dy.reshape(-1)
-        dots = [torch.dot(flat, part.reshape(-1)) for part in (x, x00, x01)]
+        dots = [summed_product(dy, part) for part in (x, x00, x01)]
         return dy * l0, dy * l1, dy * l2, torch.stack(dots).to(lambdas_3.dtype)
 
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
-    """The name of what would run for that tensor: always the reference, see above."""
-    return implementation_of(
-        "reference" if impl in ("auto", "triton") else impl, tensor, cpu="reference", choices=("reference",)
-    )
+    """The name of what would run for that tensor: on a GPU always the reference, see above; "auto" on a CPU is the
+    reference with its derivative written out."""
+    on_gpu = "reference" if tensor.device.type == "cuda" else "written"
+    impl = on_gpu if impl in ("auto", "triton") else impl
+    return implementation_of(impl, tensor, cpu="written", choices=("written", "reference"))
 
 
+@without_autocast
 def residual_mix(
     x: torch.Tensor, x00: torch.Tensor, x01: torch.Tensor, lambdas_3: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
     """l0 x + l1 x00 + l2 x01 with lambdas (3,) float32.
 
-    Errors: ValueError if the shapes or dtypes of x, x00, x01 differ or lambdas is not (3,).
+    Errors: ValueError if the shapes, dtypes or devices of x, x00, x01 differ or lambdas is not (3,); TypeError for
+    numbers that are not floating.
     """
-    if not (x.shape == x00.shape == x01.shape and x.dtype == x00.dtype == x01.dtype) or lambdas_3.shape != (3,):
-        raise ValueError(
-            f"x, x00, x01 must agree and lambdas be (3,); got {tuple(x.shape)}, {tuple(x00.shape)}, "
-            f"{tuple(x01.shape)}, {tuple(lambdas_3.shape)}"
-        )
-    implementation(impl, x)
-    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+    expect_floats("x", x)
+    for name, other in (("x00", x00), ("x01", x01)):
+        expect(name, other, x.shape, x)
+        if other.dtype != x.dtype:
+            raise ValueError(f"{name} has dtype {other.dtype} but x has {x.dtype}")
+    expect("lambdas_3", lambdas_3, (3,), x)
+    expect_floats("lambdas_3", lambdas_3)
+    wide = x.dtype in (torch.float32, torch.float64)
+    if implementation(impl, x) == "written" and wide and not torch.compiler.is_compiling():
         return _ResidualMix.apply(x, x00, x01, lambdas_3)
     return residual_mix_reference(x, x00, x01, lambdas_3)

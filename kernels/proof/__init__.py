@@ -5,8 +5,9 @@ Each kernel family describes itself once, in `kernels/proof/families/<family>.py
 
 interpret  runs the numeric cases in Triton's interpreter (mended for bfloat16) in float32, float16 and bfloat16.
            Every address is checked against the tensor that its pointer came from; no two programs may write,
-           nor one read what another writes; outputs are NaN beforehand. The error against the float64
-           reference may be at most twice that of the same-dtype reference, plus TOLERANCE.
+           nor one read what another writes; outputs are NaN beforehand. The error against float64 may be 1.3
+           times that of the same-dtype reference (root mean square; the largest error twice), plus FLOOR.
+           A tiny case of each family also runs with a NaN in each input and with inputs of every layout.
 compile    runs the launches on meta tensors against pretend devices (sm_80, sm_90, sm_100, gfx942): the real
            launch code, so that whatever could launch compiles and fits in the device's shared memory.
 code       reads the machine code of those compilations: registers, stack, shared memory, matrix and bulk-copy
@@ -42,7 +43,8 @@ A family module looks like this (kernels/proof/families/attention_inputs.py is a
         faults=(Fault("the row bound is off by one", "o_row < N", "o_row <= N"),),
     )
 
-Floating tensors among a case's inputs are cast to the case's dtype, except those in `keep_float32`. Launchers
+Floating tensors among a case's inputs are cast to the case's dtype, except those in `keep_float32`. What a kernel
+changes in place is copied with `kernels.proof.operators.same_layout`, which keeps strides. Launchers
 get their outputs from `torch.empty`, `empty_like` or `new_empty`, which the harness poisons. What a launcher
 reads on the host (`.item()`) would break the dry run, as it would stall a GPU.
 """
@@ -58,7 +60,15 @@ from typing import Any, NamedTuple
 import torch
 
 #: Error beyond twice the same-dtype reference's, relative to the largest value of the output.
-TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-14}
+#: A root-mean-square error may be so many times the same-dtype reference's, and the largest error so many times ...
+FACTOR = {"rms": 1.3, "largest": 2.0}
+#: ... and beyond that this share of the output's size: for root mean squares what one rounding of the result makes
+#: (half a unit in the last place, evenly spread, over the square root of three).
+FLOOR = {
+    "rms": {torch.float32: 1e-6, torch.float16: 2**-12 / 3**0.5, torch.bfloat16: 2**-9 / 3**0.5, torch.float64: 1e-14},
+    "largest": TOLERANCE,
+}
 #: The devices that every launch is compiled for.
 DEVICES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -78,7 +88,9 @@ class Numeric(NamedTuple):
     keep_float32: tuple[str, ...] = ()
     quick: bool = True
     tolerance: float = 1.0  # factor on TOLERANCE, with a comment in the family file that says why
-    least_scale: float = 0.0  # TOLERANCE is relative to at least this, for outputs that cancel to nearly nothing
+    least_scale: float = 0.0  # FLOOR is relative to at least this, for outputs that cancel to nearly nothing
+    hostile: bool = False  # also run with a NaN in each input, and with inputs of every layout; keep it tiny
+    changed: tuple[str, ...] = ()  # inputs that the kernel changes in place, which therefore cannot be expanded
 
 
 class Launch(NamedTuple):
@@ -104,12 +116,13 @@ class Demand(NamedTuple):
 
 class Fault(NamedTuple):
     """A planted fault: `old`, which must occur in the module's source, becomes `new` wherever it occurs.
-    module: of the source, if not the family's."""
+    module: of the source, if not the family's. by: part of the name of the check that is put to it first."""
 
     name: str
     old: str
     new: str
     module: str | None = None
+    by: str = ""
 
 
 class Family(NamedTuple):
@@ -122,6 +135,7 @@ class Family(NamedTuple):
     launches: tuple[Launch, ...]
     demands: dict[str, Demand]
     faults: tuple[Fault, ...]
+    checks: tuple[tuple[str, Callable[[ModuleType], None]], ...] = ()  # of what no reference tells; raise if it fails
 
 
 def families(chosen: tuple[str, ...] = ()) -> dict[str, Family]:

@@ -255,7 +255,7 @@ def good():
         (
             {"plan": module.AttentionPlan(*(x.to("meta") for x in attention_plan(length=20)[:4]))},
             ValueError,
-            "plan is on",
+            "plan.first_key_BT must",
         ),
         ({"scale": 0.0}, ValueError, "scale"),
         ({"scale": float("nan")}, ValueError, "scale"),

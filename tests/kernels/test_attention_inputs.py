@@ -157,9 +157,9 @@ def test_two_runs_give_the_same_bits():
         ({"ve": torch.zeros(1, 20, 1, 8)}, "ve has shape"),
         ({"ve": torch.zeros(1, 20, 1, 16, device="meta")}, "ve is"),
         ({"s": torch.zeros(3)}, "s must have shape"),
-        ({"cos_TR": torch.zeros(19, 8)}, "cos_TR has shape"),
-        ({"sin_TR": torch.zeros(20, 16)}, "sin_TR has shape"),
-        ({"sin_TR": torch.zeros(20, 8, device="meta")}, "sin_TR is on"),
+        ({"cos_TR": torch.zeros(19, 8)}, "cos_TR must have shape"),
+        ({"sin_TR": torch.zeros(20, 16)}, "sin_TR must have shape"),
+        ({"sin_TR": torch.zeros(20, 8, device="meta")}, "sin_TR must have shape"),
         ({"impl": "cuda"}, "impl="),
     ],
 )

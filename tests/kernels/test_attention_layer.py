@@ -100,12 +100,12 @@ def test_compiled_without_a_break():
     [
         ({"w_ED": torch.zeros(63, 12)}, "w "),
         ({"w_ED": torch.zeros(2 * WIDTH, 12)}, "key heads"),
-        ({"w_ED": torch.zeros(4 * WIDTH, 12, dtype=torch.float16)}, "w is"),
+        ({"w_ED": torch.zeros(4 * WIDTH, 12, dtype=torch.float16)}, "w has dtype"),
         ({"ve_BTKDh": torch.zeros(2, 18, 2, WIDTH)}, "ve is"),
         ({"s": torch.zeros(3)}, "s is"),
         ({"rotary": (torch.zeros(17, 8), torch.zeros(18, 8))}, "cos is"),
         ({"rotary": (torch.zeros(18, 8), torch.zeros(18, 8, dtype=torch.float64))}, "sin is"),
-        ({"plan": attention_plan(length=18)}, "plan.first_key_BT is"),
+        ({"plan": attention_plan(length=18)}, "plan.first_key_BT must"),
         ({"plan": None}, "plan must come"),
     ],
 )

@@ -197,7 +197,7 @@ def test_gradcheck():
     for reduction in REDUCTIONS:
         for softcap in SOFTCAPS:
             assert torch.autograd.gradcheck(
-                partial(linear_cross_entropy, targets=targets, softcap=softcap, reduction=reduction, chunk_tokens=2),
+                partial(linear_cross_entropy, targets_N=targets, softcap=softcap, reduction=reduction, chunk_tokens=2),
                 (x, w),
             )
 

@@ -5,8 +5,10 @@ so it runs once in a process of its own. The rest tests the harness: what it che
 """
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from kernels.proof import DEVICES, Family, Numeric, families, machine_code
 from kernels.proof.__main__ import run_part, table_rows
+from kernels.proof.numeric import further_checks
 from kernels.runtime import HAVE_TRITON, INTERPRETED, tl, triton
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
@@ -33,6 +36,7 @@ REST = [
     if not case.quick
     for dtype in case.dtypes
 ]
+FURTHER = [(name, check) for name, family in FAMILIES.items() for check in further_checks(family)]
 FAULTS = [(name, number) for name, family in FAMILIES.items() for number in range(len(family.faults))]
 
 
@@ -48,6 +52,15 @@ def check(name, case, dtype):
 @pytest.mark.parametrize("name, case, dtype", QUICK, ids=[f"{n}-{c.name}-{d}" for n, c, d in QUICK])
 def test_numeric(name, case, dtype):
     check(name, case, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("name, further", FURTHER, ids=[f"{n}-{c}" for n, c in FURTHER])
+def test_further(name, further):
+    """NaN and layouts in a tiny case of the family, and the checks that are its own."""
+    import importlib
+
+    further_checks(FAMILIES[name])[further](importlib.import_module(FAMILIES[name].module))
 
 
 @interpreted
@@ -71,7 +84,7 @@ def test_every_kernel_has_a_case(name):
         for n, x in vars(module).items()
         if isinstance(x, InterpretedFunction)
         and any(p.startswith("p_") for p in x.arg_names)
-        and f"{n}[" in open(module.__file__).read()
+        and re.search(rf"launch\(\s*{n},", Path(module.__file__).read_text())
     }
     assert entry == set(FAMILIES[name].kernels)
 

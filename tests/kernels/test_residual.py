@@ -49,8 +49,12 @@ def test_compiles_without_a_graph_break_and_gradcheck():
 
 def test_what_does_not_fit_is_refused():
     (x, x00, x01, lambdas), _ = draw()
-    for wrong in ((x, x00[:1], x01, lambdas), (x, x00.double(), x01, lambdas), (x, x00, x01, lambdas[:2])):
-        with pytest.raises(ValueError, match="lambdas"):
+    for wrong, name in (
+        ((x, x00[:1], x01, lambdas), "x00"),
+        ((x, x00, x01.double(), lambdas), "x01"),
+        ((x, x00, x01, lambdas[:2]), "lambdas"),
+    ):
+        with pytest.raises(ValueError, match=name):
             residual_mix(*wrong)
     with pytest.raises(ValueError, match="impl"):
         residual_mix(x, x00, x01, lambdas, impl="cuda")

@@ -55,11 +55,10 @@ def _reference(module, given):
     return {"o": o, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads))}
 
 
-def _numeric(name, tile, *shape, descriptors=False, quick=True, **window):
+def _numeric(name, tile, *shape, descriptors=False, quick=True, hostile=False, **window):
     # a document of one token has dq = dk = 0 as the difference of two products of order one
-    return Numeric(
-        name, _inputs(*shape, **window), _kernel(tile, descriptors), _reference, quick=quick, least_scale=1.0
-    )
+    run = _inputs(*shape, **window), _kernel(tile, descriptors), _reference
+    return Numeric(name, *run, quick=quick, least_scale=1.0, hostile=hostile)
 
 
 def _layer_inputs(B, T, H, K, width, starts, with_ve, **window):
@@ -200,6 +199,7 @@ FAMILY = Family(
             quick=False,
             window_blocks=2,
         ),
+        _numeric("tiny", (16, 16), 18, 2, 1, 16, (3,), quick=False, hostile=True, window_tokens=9),
         _numeric("one token", SQUARE, 1, 1, 1, 32, (0,), quick=False, window_blocks=1),
         _numeric("a whole number of tiles, causal", SQUARE, 256, 1, 1, 32, (), quick=False),
     ),
@@ -225,6 +225,19 @@ FAMILY = Family(
         "_attention_dkdv": Demand(instructions=("HGMMA", "UTMALDG"), stack_bytes=160),
     },
     faults=(
+        Fault(
+            "upstream gradients are taken for dense",
+            "(do, q, k, v, o, lse), plan = (dense(x)",
+            "(do, q, k, v, o, lse), plan = (x",
+            by="transposed",
+        ),
+        Fault("inputs are taken for dense", "(q, k, v), plan = (dense(x)", "(q, k, v), plan = (x", by="transposed"),
+        Fault(
+            "a plan is taken for dense",
+            "return AttentionPlan(*(dense(x) for x in plan[:4]))",
+            "return plan",
+            by="transposed",
+        ),
         Fault(
             "queries see one token into the future", "o_j[None, :] <= o_i[:, None]", "o_j[None, :] <= o_i[:, None] + 1"
         ),

@@ -50,8 +50,9 @@ def _reference(module, given):
     return {**dict(zip("qkv", out)), **dict(zip(leaves, grads))}
 
 
-def _numeric(name, *shape, **options):
-    return Numeric(name, _inputs(*shape, **options), _kernel, _reference, keep_float32=("s", "cos", "sin"))
+def _numeric(name, *shape, quick=True, hostile=False, **options):
+    run = _inputs(*shape, **options), _kernel, _reference
+    return Numeric(name, *run, keep_float32=("s", "cos", "sin"), quick=quick, hostile=hostile)
 
 
 def _launch(dtype, H=8, K=8, width=128, with_ve=True):
@@ -82,6 +83,7 @@ FAMILY = Family(
         _numeric("slices of a merged projection, ragged T", 1, 37, 2, 2, 32, merged=True),
         _numeric("two sequences, grouped heads, no value embedding", 2, 19, 4, 2, 16, with_ve=False),
         _numeric("width 128, fewer tokens than a tile", 1, 3, 2, 1, 128),
+        _numeric("tiny", 2, 3, 2, 1, 16, quick=False, hostile=True),
     ),
     launches=(
         Launch("bf16, 8 heads of 128", _launch(torch.bfloat16), quick=True),
@@ -91,6 +93,30 @@ FAMILY = Family(
     ),
     demands={},
     faults=(
+        Fault(
+            "sequences are taken for evenly apart",
+            "even = B == 1 or x.stride(0) == T * x.stride(1)",
+            "even = True",
+            by="rows apart",
+        ),
+        Fault(
+            "heads are taken for adjacent",
+            "adjacent = x.stride(3) == 1 and x.stride(2) == width",
+            "adjacent = True",
+            by="transposed",
+        ),
+        Fault(
+            "upstream gradients are taken for dense",
+            "grads = [dense(g) for g in grads]",
+            "grads = list(grads)",
+            by="transposed",
+        ),
+        Fault(
+            "scalars and tables are taken for dense",
+            "return [dense(x.float()) for x in (s, cos_TR, sin_TR)]",
+            "return [x.float() for x in (s, cos_TR, sin_TR)]",
+            by="transposed",
+        ),
         Fault("a token past the end is touched", "o_token < tokens", "o_token < tokens + 1"),
         Fault("every sequence but the first has wrong angles", "(o_token % T)", "o_token"),
         Fault(

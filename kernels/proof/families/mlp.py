@@ -8,14 +8,19 @@ from kernels.proof import Demand, Family, Fault, Launch, Numeric
 def _inputs(N, D, F):
     def make(random):
         shapes = dict(x=(N, D), w_in=(F, D), w_out=(D, F), dy=(N, D))
-        return {name: torch.randn(*shape, generator=random) * D**-0.25 for name, shape in shapes.items()}
+        given = {name: torch.randn(*shape, generator=random) * D**-0.25 for name, shape in shapes.items()}
+        return {**given, "act": torch.rand(N, F, generator=random)}
 
     return make
 
 
 def _kernel(module, given, tile=None):
     a = module.launch_activation(given["x"], given["w_in"], tile)
-    return {"a": a, "dh": module.launch_slope(given["dy"], given["w_out"], a, tile)}
+    slopes = {
+        name: module.launch_slope(given["dy"], given["w_out"], x, tile)
+        for name, x in (("dh", a), ("given", given["act"]))
+    }
+    return {"a": a, **slopes}
 
 
 def _by_descriptors(module, given):
@@ -24,7 +29,8 @@ def _by_descriptors(module, given):
 
 def _reference(module, given):
     r = (given["x"] @ given["w_in"].t()).relu()
-    return {"a": r * r, "dh": (given["dy"] @ given["w_out"]) * 2 * r}
+    product = given["dy"] @ given["w_out"]
+    return {"a": r * r, "dh": product * 2 * r, "given": product * 2 * given["act"].sqrt()}
 
 
 def _launch(dtype, N=65536, D=1024, F=4096):
@@ -48,6 +54,7 @@ FAMILY = Family(
         Numeric("ragged in all three axes", _inputs(70, 37, 130), _kernel, _reference),
         Numeric("whole tiles", _inputs(64, 32, 64), _kernel, _reference, quick=False),
         Numeric("one token", _inputs(1, 5, 20), _kernel, _reference, quick=False),
+        Numeric("tiny", _inputs(6, 5, 9), _kernel, _reference, quick=False, hostile=True),
         Numeric("ragged, by descriptors", _inputs(70, 40, 136), _by_descriptors, _reference),
         Numeric("more groups of rows than one", _inputs(600, 16, 40), _kernel, _reference, quick=False),
     ),
@@ -61,7 +68,21 @@ FAMILY = Family(
     demands={"_product": Demand(instructions=("HGMMA", "UTMALDG"))},
     faults=(
         Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
-        Fault("negative values pass", "tl.maximum(b_out, 0.0)", "b_out"),
+        Fault("the activation swallows NaN", ", propagate_nan=tl.PropagateNan.ALL", "", by="NaN"),
+        Fault(
+            "the first factor is taken for dense",
+            "a_MK, as_stored = dense(a_MK),",
+            "a_MK, as_stored = a_MK,",
+            by="transposed",
+        ),
+        Fault(
+            "the second factor is taken for dense",
+            "dense(b_NK.t() if backward else b_NK)",
+            "b_NK.t() if backward else b_NK",
+            by="transposed",
+        ),
+        Fault("the activation is taken for dense", "act_MN = dense(act_MN)", "act_MN = act_MN", by="transposed"),
+        Fault("negative values pass", "tl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)", "b_out"),
         Fault("the slope lacks its two", "b_out *= 2 * tl.sqrt", "b_out *= tl.sqrt"),
         Fault(
             "rows past the end are read",

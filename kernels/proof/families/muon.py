@@ -3,6 +3,7 @@
 import torch
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof.operators import same_layout
 
 ALPHA, BETA, MOMENTUM, LR, DECAY = 0.7, -1.3, 0.9, 0.3, 0.1
 
@@ -38,7 +39,7 @@ def _vectors(size):
 
 
 def _vector_kernel(module, given):
-    weight, buffer = given["weight"].clone(), given["buffer"].clone()
+    weight, buffer = same_layout(given["weight"]), same_layout(given["buffer"])
     high, low = module.split_master(given["weight"])
     high, low = high.clone(), low.view(torch.int16).clone()
     step = module.launch_momentum(buffer, given["grad"], MOMENTUM)
@@ -82,7 +83,17 @@ FAMILY = Family(
         Numeric("whole tiles", _matrices(1, 64, 64), _symmetric_kernel, _symmetric_reference, quick=False),
         Numeric("one row", _matrices(3, 1, 5), _symmetric_kernel, _symmetric_reference, quick=False),
         Numeric("ragged vectors", _vectors(5000), _vector_kernel, _vector_reference, dtypes=(torch.float32,)),
-        Numeric("short vectors", _vectors(3), _vector_kernel, _vector_reference, dtypes=(torch.float32,), quick=False),
+        Numeric(
+            "short vectors",
+            _vectors((3, 4)),
+            _vector_kernel,
+            _vector_reference,
+            dtypes=(torch.float32,),
+            quick=False,
+            hostile=True,
+            changed=("weight", "buffer"),
+        ),
+        Numeric("tiny", _matrices(2, 5, 7), _symmetric_kernel, _symmetric_reference, quick=False, hostile=True),
     ),
     launches=(
         Launch("bf16, attention's matrices", _launch(torch.bfloat16), quick=True),
@@ -93,6 +104,22 @@ FAMILY = Family(
     ),
     demands={"_symmetric": Demand(instructions=("HGMMA", "UTMALDG")), "_momentum": Demand(), "_update": Demand()},
     faults=(
+        Fault("the factor is taken for dense", "x_BMK = dense(x_BMK)", "x_BMK = x_BMK", by="transposed"),
+        Fault("the added matrix is taken for dense", "e_BMM = dense(e_BMM)", "e_BMM = e_BMM", by="transposed"),
+        Fault("the gradient is taken for dense", "dense(grad)", "grad", by="transposed"),
+        Fault("the update is taken for dense", "dense(update)", "update", by="transposed"),
+        Fault(
+            "the buffer is taken for dense",
+            'with in_place("buffer", buffer) as walked:\n        programs',
+            "with nullcontext(buffer) as walked:\n        programs",
+            by="transposed",
+        ),
+        Fault(
+            "the weight is taken for dense",
+            'with in_place("weight", weight) as high, in_place("mantissa", mantissa) if split',
+            'with nullcontext(weight) as high, in_place("mantissa", mantissa) if split',
+            by="transposed",
+        ),
         Fault("the mirrored tile is not turned", "tl.trans(b_out), mask", "b_out, mask"),
         Fault("tiles above the diagonal are lost", "if i > j:", "if i > j + 1000:"),
         Fault("the diagonal is skipped", "if j > i:", "if j >= i:"),
