@@ -73,7 +73,7 @@ def test_numeric_rest(name, case, dtype):
 @interpreted
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kernel_has_a_case(name):
-    """Each kernel that the family names is a kernel of its module, and each kernel of the module is named."""
+    """Each kernel that a module launches is named by its family; what a family names besides is another family's."""
     import importlib
 
     from triton.runtime.interpreter import InterpretedFunction
@@ -86,7 +86,8 @@ def test_every_kernel_has_a_case(name):
         and any(p.startswith("p_") for p in x.arg_names)
         and re.search(rf"launch\(\s*{n},", Path(module.__file__).read_text())
     }
-    assert entry == set(FAMILIES[name].kernels)
+    others = {kernel for other, family in FAMILIES.items() if other != name for kernel in family.kernels}
+    assert entry and entry <= set(FAMILIES[name].kernels) <= entry | others
 
 
 @interpreted
