@@ -19,6 +19,8 @@ from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
 from lab.checkpoints import Checkpoint
 
+MOST_DRAWN, ROW_DRAWN = 180, 60  # tokens of a picture, and of a row in it
+
 
 class EmbeddedModel:
     """A model cut open at its token embeddings: `values` of a prompt, and the target's logit as a function of them."""
@@ -171,23 +173,37 @@ def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str |
         check = f"; captum differs by at most {data['largest_difference_to_captum']:.1e}"
     except LabError:
         data["largest_difference_to_captum"] = None
-    fig, axes = plots.figure(2, 1, size=(max(7, 0.32 * len(found.tokens) + 2), 4.2))
-    shown = (("gradient x activation", found.gradient_activation), ("integrated gradients", found.integrated))
-    for (ax,), (name, numbers) in zip(axes, shown):
-        reach = max(map(abs, numbers)) or 1.0
-        ax.imshow([numbers], cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
-        ax.set_xticks(range(len(found.tokens)), [t.replace("$", r"\$") for t in found.tokens])
-        if max(map(len, found.tokens[1:]), default=1) > 1:
-            ax.tick_params(axis="x", rotation=60)
-        ax.set_yticks([])
-        ax.grid(False)
-        ax.set_title(f"{name}: blue pushed towards {found.target!r}, red away from it")
     strongest = max(zip(map(abs, found.integrated), found.tokens))[1]
     summary = (
         f"{found.target!r} after {prompt!r} is driven most by {strongest!r}; integrated gradients add up to the change "
         f"of the logit within {abs(found.completeness_error):.1e}{check}."
     )
-    return write_finding(out, "attribution", summary, data, fig)
+    return write_finding(out, "attribution", summary, data, _picture(found))
+
+
+def _picture(found: Attribution) -> Any:
+    """Both attributions over the last MOST_DRAWN tokens, in rows of ROW_DRAWN, however long the prompt is."""
+    tokens = [plots.plain(t) for t in found.tokens[-MOST_DRAWN:]]
+    starts = range(0, len(tokens), ROW_DRAWN)
+    shown = (("gradient x activation", found.gradient_activation), ("integrated gradients", found.integrated))
+    width = max(7, 0.32 * min(len(tokens), ROW_DRAWN) + 2)
+    fig, axes = plots.figure(2 * len(starts), 1, size=(width, 4.2 * len(starts)))
+    rest = len(found.tokens) - len(tokens)
+    for at, start in enumerate(starts):
+        for part, (name, numbers) in enumerate(shown):
+            (ax,) = axes[part * len(starts) + at]
+            reach = max(map(abs, numbers)) or 1.0
+            row, names = (list(x[-MOST_DRAWN:][start : start + ROW_DRAWN]) for x in (numbers, tokens))
+            ax.imshow([row], cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+            ax.set_xticks(range(len(row)), names)
+            if max(map(len, tokens[1:]), default=1) > 1:
+                ax.tick_params(axis="x", rotation=60)
+            ax.set_yticks([])
+            ax.grid(False)
+            if at == 0:
+                cut = f" ({rest} tokens before are not drawn)" if rest else ""
+                ax.set_title(f"{name}: blue pushed towards {found.target!r}, red away from it{cut}")
+    return fig
 
 
 def by_layer(checkpoint: Checkpoint, ids: Sequence[int], target: int) -> dict[str, list[float]]:

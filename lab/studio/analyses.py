@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from lab.studio.catalogue import Models, steps_of
 from lab.studio.places import Places, Refused
-from lab.studio.writing import LONGEST_PROMPT
 
 if TYPE_CHECKING:
     from lab.analyses import Finding
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
 
 MOST_CHECKPOINTS = 12  # along a training; more would only take longer
+LONGEST_LOOK = 1000  # characters of a prompt; gradients through a longer one take minutes
 SCORED_CHARS = 20_000  # of each split, for losses recomputed from checkpoints
 _drawing = threading.Lock()  # lab.plots draws with pyplot, which is for one thread at a time
 
@@ -44,8 +44,8 @@ class Microscope:
 
         if name not in MENU:
             raise Refused(f"there is no analysis {name!r}")
-        if len(prompt) > LONGEST_PROMPT:
-            raise Refused(f"the prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} can be read")
+        if len(prompt) > LONGEST_LOOK:
+            raise Refused(f"the prompt has {len(prompt):,} characters; at most {LONGEST_LOOK:,} can be looked at")
         look = self._look(self.models.load(path), prompt, text)
         if not MENU[name].fits(look):
             raise Refused(f"{name.replace('_', ' ')} does not fit a {look.final.name}")

@@ -11,7 +11,7 @@ from lab.analyses.menu import MENU
 from lab.checkpoints import save_checkpoint
 from lab.models import LADDER, build_model
 from lab.studio import markup
-from lab.studio.analyses import MOST_CHECKPOINTS, Microscope, along
+from lab.studio.analyses import LONGEST_LOOK, MOST_CHECKPOINTS, Microscope, along
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
@@ -222,7 +222,7 @@ def test_a_prompt_without_end_is_refused_by_the_server_too(places, tmp_path):
     with pytest.raises(Refused, match="at most"):
         next(write(checkpoint, "a" * (LONGEST_PROMPT + 1)))
     with pytest.raises(Refused, match="at most"):
-        Microscope(places, Models(places)).look("variability", checkpoint.path, "a" * (LONGEST_PROMPT + 1))
+        Microscope(places, Models(places)).look("variability", checkpoint.path, "a" * (LONGEST_LOOK + 1))
 
 
 def test_nothing_chosen_is_said_and_never_becomes_a_word(places):
@@ -382,6 +382,34 @@ def test_texts_of_any_alphabet_are_shown_as_text(trained):
     row = {"step": 3, "text": "你好, नमस्ते", "ended": True}
     shown = markup.finding(replace(found, data={"prompt": "", "samples": [row]}))
     assert "你好, नमस्ते" in shown and "<img" not in shown
+
+
+def test_a_long_prompt_makes_no_endless_picture(trained):
+    """It was drawn 0.32 inches a token: 70,655 pixels for a long one."""
+    import struct
+
+    places = Places(trained.parents[1], (trained.parents[1],))
+    path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
+    found = Microscope(places, Models(places)).look("attribution", path, "an" * 200)
+    width, height = struct.unpack(">II", found.png_path.read_bytes()[16:24])
+    assert max(width, height) < 3000 and len(found.data["tokens"]) == 401
+    assert markup.finding(found).count("<span style") == 2 * 401
+
+
+def test_the_ways_through_a_gpt_are_drawn():
+    """Each value embedding and skip where the model's own forward pass has it."""
+    from lab.models.gpt import GPTFields, gpt_config
+    from lab.studio.diagram import gpt_paths, value_layers
+    from train_gpt import GPT
+
+    fields = GPTFields(num_layers=4, model_dim=16, num_heads=1, value_embeddings=1, unet_skips="1>3")
+    shown = gpt_paths(GPT(gpt_config(9, fields)))
+    words = "4 layers; both input embeddings mixed in at each; value embeddings at 0, 3; skips 1 to 3."
+    assert f"<figcaption>{words}</figcaption>" in shown and f"aria-label='{words}'" in shown
+    assert shown.count(">layer ") == 4 and shown.count(">values 0<") == 2
+    plain = GPTFields(num_layers=2, model_dim=16, num_heads=1, value_embeddings=0, second_input_embedding=False)
+    assert "2 layers; the input embedding mixed in at each." in gpt_paths(GPT(gpt_config(9, plain)))
+    assert value_layers(2, 6) == {0: 0, 1: 1, 4: 0, 5: 1}
 
 
 def test_long_trainings_are_looked_at_from_first_to_last(tmp_path):

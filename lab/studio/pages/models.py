@@ -7,10 +7,10 @@ from urllib.parse import quote
 import gradio as gr
 
 from lab.studio import markup
-from lab.studio.analyses import step_label
+from lab.studio.analyses import LONGEST_LOOK, step_label
 from lab.studio.catalogue import steps_of
+from lab.studio.diagram import gpt_paths
 from lab.studio.telling import EXPECTED, told
-from lab.studio.writing import LONGEST_PROMPT
 
 HEADERS = ["model", "corpus", "step", "validation loss", "parameters", "size", "saved", "series · run"]
 WIDTHS = ["130px", "130px", "80px", "170px", "120px", "100px", "170px", "420px"]
@@ -63,7 +63,8 @@ def build(studio, page: gr.Blocks) -> None:
         shown = studio.places.shown
         steps = [(step_label(one), shown(one)) for one in steps_of(checkpoint.path)]
         listed = gr.update(choices=steps, value=shown(checkpoint.path))
-        drawn = markup.finding(studio.microscope.look("architecture", chosen, ""))
+        paths = gpt_paths(checkpoint.model.gpt) if checkpoint.name == "gpt" else ""
+        drawn = paths + markup.finding(studio.microscope.look("architecture", chosen, ""))
         kinds = [(words, name) for words, name in studio.microscope.kinds(chosen) if name != "architecture"]
         offered = gr.update(choices=kinds, value=FIRST)
         return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn, "", offered
@@ -88,7 +89,7 @@ def _microscope(studio):
     prompt = gr.Textbox(
         label="Prompt",
         placeholder="(empty: the beginning of a text)",
-        max_length=LONGEST_PROMPT,
+        max_length=LONGEST_LOOK,
         elem_id="analysis_prompt",
     )
     with gr.Accordion("The model's own text, if it was trained on a file", open=False, elem_id="own_text"):

@@ -1,0 +1,93 @@
+"""The ways through a GPT as a drawing: the stream from layer to layer, and what joins it besides: both input
+embeddings at every layer, value embeddings at some, and skips from earlier layers."""
+
+from __future__ import annotations
+
+import html
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train_gpt import GPT
+
+ROW, LEFT, WIDTH = 34, 150, 130  # pixels: height of a layer, where its box begins, how wide it is
+_STREAM, _EMBEDDING, _VALUE, _SKIP = "currentColor", "#3b82f6", "#059669", "#d97706"
+
+
+def value_layers(tables: int, layers: int) -> dict[int, int]:
+    """{layer: value table}: the first and the last `tables` layers, in the same order."""
+    first = {table: table for table in range(tables)}
+    return first | {layers - tables + table: table for table in range(tables)}
+
+
+def gpt_paths(gpt: GPT) -> str:
+    """An SVG of the model's paths, with a sentence for those who cannot see it."""
+    layers, skips = len(gpt.blocks), dict(gpt.skips)
+    inputs = ["first embedding"] + (["second embedding"] if gpt.embed2 is not None else [])
+    values = value_layers(len(gpt.value_embeds), layers)
+    top = 24 + ROW * len(inputs)
+    middle = [top + ROW * layer + ROW // 2 for layer in range(layers)]
+    parts = _inputs(inputs, middle)
+    parts += [_box(LEFT, y - 11, WIDTH, f"layer {layer}") for layer, y in enumerate(middle)]
+    parts += [_line(LEFT + WIDTH // 2, a + 11, LEFT + WIDTH // 2, b - 11, _STREAM) for a, b in pairwise(middle)]
+    for layer, table in values.items():
+        y = middle[layer]
+        parts.append(_line(LEFT + WIDTH + 120, y - 7, LEFT + WIDTH, y - 7, _VALUE))
+        parts.append(_text(LEFT + WIDTH + 124, y - 3, f"values {table}", _VALUE))
+    for number, (target, source) in enumerate(sorted(skips.items())):
+        x = LEFT + WIDTH + 24 + 24 * number
+        a, b = middle[source] + 6, middle[target] + 6
+        parts.append(f"<path d='M{LEFT + WIDTH} {a} H{x} V{b} H{LEFT + WIDTH}' {_stroke(_SKIP)}/>")
+    end = middle[-1] + ROW
+    parts.append(_line(LEFT + WIDTH // 2, middle[-1] + 11, LEFT + WIDTH // 2, end - 11, _STREAM))
+    parts.append(_box(LEFT, end - 11, WIDTH, "norm, logits"))
+    words = _words(layers, len(inputs), values, skips)
+    size = f"viewBox='0 0 {LEFT + WIDTH + 200} {end + 20}'"
+    label = html.escape(words, quote=True)
+    drawing = f"<svg class='paths' role='img' aria-label='{label}' {size}>{_MARKER}{''.join(parts)}</svg>"
+    return f"<figure>{drawing}<figcaption>{html.escape(words)}</figcaption></figure>"
+
+
+def _words(layers: int, inputs: int, values: dict[int, int], skips: dict[int, int]) -> str:
+    said = [f"{layers} layers; {'both input embeddings' if inputs == 2 else 'the input embedding'} mixed in at each"]
+    if values:
+        said.append(f"value embeddings at {', '.join(map(str, sorted(values)))}")
+    if skips:
+        said.append("skips " + ", ".join(f"{source} to {target}" for target, source in sorted(skips.items())))
+    return "; ".join(said) + "."
+
+
+def _inputs(names: list[str], middle: list[int]) -> list[str]:
+    """The embeddings on top, each with a rail on the left from which it joins every layer."""
+    parts = []
+    for number, name in enumerate(names):
+        y, x = 24 + ROW * number, 20 + 30 * number
+        rail = f"<path d='M{LEFT} {y} H{x} V{middle[-1] - 5 + 10 * number}' {_stroke(_EMBEDDING, tip=False)}/>"
+        parts += [_box(LEFT, y - 11, WIDTH, name), rail]
+        parts += [_line(x, at - 5 + 10 * number, LEFT, at - 5 + 10 * number, _EMBEDDING) for at in middle]
+    start = 24 + ROW * (len(names) - 1) + 11
+    return [*parts, _line(LEFT + WIDTH // 2, start, LEFT + WIDTH // 2, middle[0] - 11, _STREAM)]
+
+
+_MARKER = (
+    "<defs><marker id='tip' viewBox='0 0 6 6' refX='6' refY='3' markerWidth='5' markerHeight='5' orient='auto'>"
+    "<path d='M0 0 L6 3 L0 6 z' fill='context-stroke'/></marker></defs>"
+)
+
+
+def _stroke(colour: str, tip: bool = True) -> str:
+    end = " marker-end='url(#tip)'" if tip else ""
+    return f"fill='none' stroke='{colour}' stroke-width='1.5'{end}"
+
+
+def _line(x1: int, y1: int, x2: int, y2: int, colour: str) -> str:
+    return f"<path d='M{x1} {y1} L{x2} {y2}' {_stroke(colour)}/>"
+
+
+def _text(x: int, y: int, words: str, colour: str = "currentColor", anchor: str = "start") -> str:
+    return f"<text x='{x}' y='{y}' fill='{colour}' text-anchor='{anchor}'>{html.escape(words)}</text>"
+
+
+def _box(x: int, y: int, width: int, words: str) -> str:
+    frame = f"<rect x='{x}' y='{y}' width='{width}' height='22' rx='4' fill='none' stroke='currentColor'/>"
+    return frame + _text(x + width // 2, y + 15, words, anchor="middle")
