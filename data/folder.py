@@ -54,7 +54,7 @@ def _vocabulary(path: Path) -> Vocabulary:
         if not 0 <= vocabulary.end_of_text < vocabulary.size:
             raise ValueError(f"end of text {vocabulary.end_of_text} of {vocabulary.size} tokens")
         return vocabulary
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise shards.ShardError(f"{path}: makes no sense ({type(error).__name__}: {error}); tokenise again") from error
 
 

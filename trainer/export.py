@@ -8,6 +8,7 @@ trainer/exported. The file is a checkpoint as before, for sample, evaluate and -
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,15 +102,19 @@ def _tokenizer(config: Any, vocab: str) -> tuple[dict[str, Any], str]:
 
 
 def card(texts: dict[str, str], config: Any, parameters: int) -> str:
-    """README.md of an exported model: what it is, how to load it, and the evidence of its run."""
-    validation = json.loads(texts.get("validation", "[]"))
-    last = validation[-1] if validation else {}
+    """README.md of an exported model: what it is, how to load it, and the evidence of its run. CheckpointError."""
+    try:
+        validation = json.loads(texts.get("validation", "[]"))
+        last = {"loss": float(validation[-1]["loss"]), "step": int(validation[-1]["step"])} if validation else {}
+        seconds = float(texts.get("train_time_s", "nan"))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"what the checkpoint says of its run makes no sense ({error})") from error
     rows = {
         "run": texts.get("run_name"),
         "steps": f"{texts.get('step')} of {config.num_iterations}",
         "validation loss": last and f"{last['loss']:.6f} nats a token after step {last['step']}",
         "training tokens": texts.get("train_tokens"),
-        "training time": texts.get("train_time_s") and f"{float(texts['train_time_s']):.1f} s",
+        "training time": "" if math.isnan(seconds) else f"{seconds:.1f} s",
         "hash of the training tokens": texts.get("data_hash"),
         "hash of the validation tokens": texts.get("val_data_hash"),
         "hash of the program": texts.get("code_hash"),

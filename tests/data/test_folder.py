@@ -35,9 +35,10 @@ def test_contradictions_are_errors(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(ShardError, match=f"{name}: its shards have 50257 tokens and end of text 50256"):
             folder.check_encoding([path], tokens, 256, 0)
-    (tmp_path / "tokenize.json").write_text('{"vocab_size": 10, "end_of_text": 10}')
-    with pytest.raises(ShardError, match=r"tokenize\.json: makes no sense"):
-        folder.facts_beside([path])
+    for content in ('{"vocab_size": 10, "end_of_text": 10}', "[]", "[" * 9999, '{"vocab_size": 1e999}', "\udcff", "1"):
+        (tmp_path / "tokenize.json").write_text(content, errors="surrogateescape")
+        with pytest.raises(ShardError, match=r"tokenize\.json: makes no sense"):
+            folder.facts_beside([path])
     with pytest.raises(ShardError, match=r"val.*no such shards.*--val-fraction"):
         folder.open_folder(tmp_path)
 
