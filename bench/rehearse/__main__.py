@@ -1,0 +1,87 @@
+"""Rehearse a run's step, as one of several GPUs would run it, on a machine without a GPU, and count it.
+
+    python -m bench.rehearse --preset medium --device h100            # one of eight, minutes on two cores
+    python -m bench.rehearse --preset medium --one-block              # the short form: one block at full width
+    python -m bench.rehearse --preset nano --world 1 --dtype=bfloat16 # fields of train_gpt.py may follow
+
+Exit code: 0 counted, 2 usage, 3 this machine cannot rehearse (the reason is printed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.common import table, write_json
+
+
+def summary(counted: dict) -> str:
+    """The counts as Markdown: a table of parts, then what a reader looks for first."""
+    groups: dict[tuple, dict] = {}
+    for row in counted["step"]["kernels"]:
+        key = (row["phase"], row["part"] if row["part"] != row["phase"] else "", row["kind"])
+        group = groups.setdefault(key, {"phase": key[0], "part": key[1], "by": key[2], "launches": 0, "GB": 0.0})
+        group["launches"] += row["launches"]
+        group["GB"] += row["bytes"] / 1e9
+        group["TFLOP"] = group.get("TFLOP", 0.0) + row["flops"] / 1e12
+    step, kernels = counted["step"], counted["kernels"]
+    spilling = [k["kernel"] for k in kernels if k["stack_bytes"]]
+    lines = [
+        table(sorted(groups.values(), key=lambda g: -g["GB"])),
+        "",
+        f"launches {step['launches']}; kernels compiled {len(kernels)}, spilling {len(spilling)} {spilling or ''}",
+        f"peak {step['peak_gib']:.2f} GiB in {step['peak_phase']}; weights and state {counted['state_gib']:.2f}; "
+        f"warm-up {counted['warm_up_peak_gib']:.2f}; validation {counted['validation']['peak_gib']:.2f}",
+        f"graphs {counted['compile']['graphs']}, breaks {counted['compile']['breaks'] or 'none'}, new graphs over "
+        f"{counted['windows']['different']} windows: {counted['windows']['new_graphs']}",
+        f"waits of the host in a step: {step['host_waits'] or 'none'}",
+        "",
+        "held at the peak (GiB): " + ", ".join(f"{k} {v:.2f}" for k, v in list(step["peak_holders_gib"].items())[:14]),
+    ]
+    for m in step["messages"]:
+        lines.append(
+            f"{m['count']} x {m['name']} {'+'.join(m['dtypes'])} on {m['device']}, {m['phase']}: "
+            f"{m['bytes'] / 1e6:.1f} MB"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code of the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="medium", help="of train_gpt.py (medium)")
+    parser.add_argument("--device", default="h100", help="h100, a100, l40s, rtx4090 or rtx3090 (h100)")
+    parser.add_argument("--world", type=int, default=8, help="GPUs of the run, of which one is rehearsed (8)")
+    parser.add_argument("--one-block", action="store_true", help="a single block at full width, in place of all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the counts there")
+    options, fields = parser.parse_known_args(argv)
+
+    import train_gpt
+    from bench.rehearse.counts import one_block, rehearse
+    from bench.rehearse.device import DEVICES, CannotRehearse
+    from trainer.options import UsageError
+
+    try:
+        if options.device not in DEVICES:
+            raise UsageError(f"--device={options.device}: one of {', '.join(DEVICES)}")
+        config = train_gpt.parse_config([f"--preset={options.preset}", *fields])
+        config = one_block(config) if options.one_block else config
+        counted = rehearse(config, device=options.device, world=options.world)
+    except UsageError as error:
+        print(f"bench.rehearse: {error}", file=sys.stderr)
+        return 2
+    except CannotRehearse as error:
+        print(f"bench.rehearse: skipped: {error}", file=sys.stderr)
+        return 3
+    print(summary(counted))
+    if options.json:
+        write_json(options.json, counted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""A run's steps rehearsed on the pretended device, and counted: one dictionary for JSON, budgets and projection."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench.rehearse import device as pretended
+from bench.rehearse.recorder import Recorder
+
+GIB = 2**30
+#: What NCCL can carry (torch's ncclDataType table); others fail at the first message.
+NCCL_DTYPES = frozenset(
+    "int8 uint8 bool int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2".split()
+)
+
+
+def one_block(config):
+    """`config` with a single block of attention and MLP at full width: the short form of a rehearsal."""
+    return dataclasses.replace(
+        config, num_layers=1, value_embeddings=0, unet_skips="", attention_free_layers="", long_window_layers="0"
+    )
+
+
+def join(rank: int, world: int) -> None:
+    """Be one of `world` processes whose messages nobody carries (torch's fake process group)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if world > 1:
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+
+
+def rehearse(config, *, device: str = "h100", world: int = 1, say: Callable[[str], object] = print) -> dict[str, Any]:
+    """Everything countable of a step of `config` on one of `world` GPUs of the kind `device`, and of a validation.
+
+    Raises: device.CannotRehearse; whatever a real device would raise on compiling or launching."""
+    import train_gpt
+
+    waits: list[str] = []
+    pretended.install(device, waits)
+    join(0, world)
+    config = train_gpt.fit_to_world(dataclasses.replace(config, device="cuda", warmup_steps=2), world)
+    recorder = Recorder()
+    with pretended.tensors(), recorder:
+        rehearsal = Rehearsal(config, recorder, waits, say)
+        counted = rehearsal.set_up() | rehearsal.warm_up() | {"step": rehearsal.step()}
+        counted |= {"validation": rehearsal.validation(), "windows": rehearsal.windows()}
+    counted["kernels"] = resources(recorder.kernels)
+    head = dict(preset=config.preset, device=device, world=world, num_layers=config.num_layers)
+    head |= dict(tokens=config.train_seq_len * rehearsal.sequences, torch=torch.__version__, triton=_triton_version())
+    join(0, 1)
+    return {"schema": 1, **head, **counted}
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+class Rehearsal:
+    """One process of a run on the pretended device; the methods in the order in which they are called."""
+
+    def __init__(self, config, recorder: Recorder, waits: list[str], say: Callable[[str], object]):
+        self.config, self.recorder, self.device_waits, self.say = config, recorder, waits, say
+        self.trainer: Any = None
+        self.sequences = 0
+
+    def set_up(self) -> dict:
+        import train_gpt
+
+        self.trainer = train_gpt.Trainer(self.config, torch.device("cuda", 0))
+        self.sequences = len(train_gpt.my_sequences(self.config, 0, self.trainer.world_size))
+        return {"state_gib": self.recorder.memory.live / GIB}
+
+    def warm_up(self) -> dict:
+        """As the run does it: compiles training and validation."""
+        import train_gpt
+
+        started, before = time.monotonic(), len(self.recorder.memory.events)
+        self.recorder.phase = "warm-up"
+        self.trainer.model.prepare(max(self.config.train_seq_len, self.config.val_seq_len))
+        train_gpt.warm_up(self.trainer)
+        self.say(f"compiled and warmed up in {time.monotonic() - started:.0f} s")
+        peak, _, _ = self.recorder.memory.peak(before)
+        return {"compile": _compiler_says(), "warm_up_peak_gib": peak / GIB}
+
+    def _batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A step's sequences, as `TokenStream.prefetch` hands them to a GPU's process: in pinned memory."""
+        length = self.config.train_seq_len
+        kinds = (torch.int32, torch.int64)
+        pairs = [tuple(torch.zeros(length, dtype=kind) for kind in kinds) for _ in range(self.sequences)]
+        self.recorder.pinned.update(t.untyped_storage() for pair in pairs for t in pair)
+        return pairs
+
+    def step(self) -> dict:
+        """The last step of the run, every phase of it recorded."""
+        trainer, recorder = self.trainer, self.recorder
+        batches, before = self._batches(), len(recorder.memory.events)
+        del self.device_waits[:]
+        phases = dict(forward=(trainer, "forward", "backward"), muon=(trainer.muon, "step", "between"))
+        phases["adam"] = (trainer.adam, "step", "end")
+        kept = {name: getattr(owner, method) for name, (owner, method, _) in phases.items()}
+        for name, (owner, method, after) in phases.items():
+            setattr(owner, method, self._in_phase(name, kept[name], after))
+        recorder.phase = "start"
+        with recorder.recording():
+            trainer.step(self.config.num_iterations - 1, batches)
+            trainer.exchange.wait_weights()
+        for name, (owner, method, _) in phases.items():
+            setattr(owner, method, kept[name])
+        peak, phase, holders = recorder.memory.peak(before)
+        return {
+            "peak_gib": peak / GIB,
+            "peak_phase": phase,
+            "peak_holders_gib": {k: round(v / GIB, 3) for k, v in list(holders.items())[:40]},
+            **_launch_counts(recorder),
+            "host_waits": [*recorder.waits, *self.device_waits],
+            "messages": [vars(m) for m in _grouped(recorder.messages)],
+            "message_order": [[m.name, *m.dtypes, m.bytes] for m in recorder.messages],
+        }
+
+    def _in_phase(self, name: str, method: Callable, after: str) -> Callable:
+        def run(*args, **kwargs):
+            self.recorder.phase = name
+            out = method(*args, **kwargs)
+            self.recorder.phase = after
+            return out
+
+        return run
+
+    def _forward(self, length: int, grad: bool) -> None:
+        device = self.trainer.device
+        tokens = torch.zeros(1, length, dtype=torch.int32, device=device)
+        targets = torch.zeros(1, length, dtype=torch.int64, device=device)
+        with torch.set_grad_enabled(grad):
+            self.trainer.forward(tokens, targets, window_blocks=self.trainer.window)
+
+    def validation(self) -> dict:
+        """One sequence of a validation."""
+        recorder, before = self.recorder, len(self.recorder.memory.events)
+        recorder.phase = "validation"
+        with recorder.recording():
+            self._forward(self.config.val_seq_len, grad=False)
+        peak, _, _ = recorder.memory.peak(before)
+        return {"peak_gib": peak / GIB, **_launch_counts(recorder)}
+
+    def windows(self) -> dict:
+        """Every window of the run in turn: none may compile anew."""
+        import train_gpt
+
+        c = self.config
+        steps = {train_gpt.window_blocks_at(step, c): step for step in range(c.num_iterations)}
+        before = _graphs()
+        for step in steps.values():
+            self.trainer.set_window(step)
+            self._forward(c.train_seq_len, grad=True)
+        return {"different": len(steps), "new_graphs": _graphs() - before}
+
+
+def _graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def _compiler_says() -> dict:
+    from torch._dynamo.utils import counters
+
+    return {"graphs": _graphs(), "breaks": dict(counters["graph_break"])}
+
+
+def _launch_counts(recorder: Recorder) -> dict:
+    """Launches summed by kind, phase and part, and by kernel."""
+    groups: dict[tuple, list] = collections.defaultdict(lambda: [0, 0, 0.0])
+    for launch in recorder.launches:
+        key = (launch.kind, launch.phase, launch.part, launch.name, launch.bits)
+        for i, amount in enumerate((1, launch.bytes, launch.flops)):
+            groups[key][i] += amount
+    fields = ("kind", "phase", "part", "kernel", "bits", "launches", "bytes", "flops")
+    rows = [dict(zip(fields, (*key, *sums))) for key, sums in groups.items()]
+    return {"launches": len(recorder.launches), "kernels": sorted(rows, key=lambda row: -row["bytes"])}
+
+
+def _grouped(messages: list) -> list:
+    """Messages of one kind, phase and type as one, with the sum of their bytes."""
+    found: dict[tuple, Any] = {}
+    for m in messages:
+        key = (m.name, tuple(m.dtypes), m.device, m.phase)
+        if key in found:
+            found[key].bytes += m.bytes
+            found[key].count += 1
+        else:
+            found[key] = dataclasses.replace(m)
+            found[key].count = 1
+    return list(found.values())
+
+
+def resources(kernels: dict[str, Any]) -> list[dict]:
+    """Registers, stack (where spills go), shared memory, warps and the hash of every kernel that ran."""
+    from kernels.proof.machine_code import text_hash
+
+    rows = []
+    for name, holder in sorted(kernels.items()):
+        own = not hasattr(holder, "compile_results")
+        kernel = holder if own else holder.launchers[0].__dict__.get("kernel", holder.compile_results[0].kernel)
+        cubin, told = kernel.asm["cubin"], kernel.metadata
+        row = {"kernel": name.partition(" ")[0], "own": own, **_usage(cubin), "shared": told.shared}
+        row |= {"warps": told.num_warps, "sha256": text_hash(cubin)}
+        if not own:
+            row |= {"heuristic": str(holder.heuristic_type).rpartition(".")[2].lower(), "bytes": 0}
+        rows.append(row)
+    return rows
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    from kernels.proof.machine_code import _tool
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            said = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"cuobjdump cannot read a kernel: {error.stderr}") from error
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]) + int(usage.get("LOCAL", 0))}

@@ -1,0 +1,313 @@
+"""What a step does on the pretended device: launches with bytes and FLOPs, memory, messages, waits of the host."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.common import REPO
+
+#: FLOPs of our own kernels that multiply matrices, from the names of their arguments and their grid.
+WORK: dict[str, Callable[[dict, tuple], float]] = {
+    "_product": lambda a, grid: 2.0 * a["M"] * a["N"] * a["K"],
+    "_symmetric": lambda a, grid: 1.0 * grid[1] * a["M"] ** 2 * a["K"],  # one triangle of each
+}
+#: Operators that launch nothing: views, allocations, questions.
+_FREE = re.compile(
+    r"aten\.(_?(unsafe_)?view|_reshape_alias|reshape|alias|as_strided|transpose|permute|detach|slice|select|split|t\.|"
+    r"unsqueeze|squeeze|expand|empty|new_empty|unbind|chunk|narrow|lift|is_|sym_|size|stride|_local_scalar|resize|"
+    r"promote_types|result_type|pin_memory|_pin_memory|set_|_has)|^(prim|profiler|inductor)"
+)
+_PRODUCTS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::matmul": (0, 1), "aten::addmm": (1, 2)}
+_PRODUCTS |= {"aten::baddbmm": (1, 2), "aten::_scaled_mm": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a step. kind: product (the library's), own, inductor, torch; bytes moved, each operand once."""
+
+    kind: str
+    name: str
+    part: str
+    phase: str
+    bytes: int
+    flops: float
+    bits: int  # an element of a product's operands
+
+
+@dataclass
+class Message:
+    """One collective: its operator, data types and devices of its tensors, bytes of the largest side, the phase."""
+
+    name: str
+    dtypes: list[str]
+    device: str
+    bytes: int
+    phase: str
+
+
+def nbytes(t: torch.Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def caller() -> str:
+    """file:line of the innermost line of this repository, bench/rehearse left out, that is being run."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(str(REPO)) and "/bench/rehearse/" not in file and "/site-packages/" not in file:
+            return f"{file[len(str(REPO)) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "torch"
+
+
+@functools.cache
+def _maker_in_wrapper(file: str, line: int) -> str:
+    """What the buffer that a line of Inductor's wrapper allocates is first used for: a kernel's or operator's name."""
+    made = re.match(r"\s*(\w+) = ", linecache.getline(file, line))
+    if made:
+        for text in linecache.getlines(file)[line : line + 40]:
+            if re.search(rf"\b{made[1]}\b", text) and (used := re.search(r"(\w+(?:\.\w+)*)\.(?:run|default)\(", text)):
+                return re.sub(r"_\d+$", "", used[1].removeprefix("torch.ops."))
+            if re.search(rf"\b{made[1]}\b", text) and (used := re.search(r"extern_kernels\.(\w+)\(", text)):
+                return used[1]
+    return "compiled code"
+
+
+def _maker(operator: str) -> str:
+    """Who allocates: a kernel of compiled code, or a line of this repository."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(str(REPO)) and "/bench/rehearse/" not in file and "/site-packages/" not in file:
+            return f"{file[len(str(REPO)) + 1 :]}:{frame.f_lineno}"
+        if frame.f_code.co_name == "call" and "def call" in "".join(linecache.getlines(file)[:4000]):
+            return _maker_in_wrapper(file, frame.f_lineno)
+        frame = frame.f_back
+    return operator
+
+
+class Memory:
+    """Bytes of the device's storages that live, as they come and go, in the allocator's units of 512."""
+
+    def __init__(self):
+        self.live = 0
+        self.events: list[tuple[int, int, str, str]] = []  # (storage, +-bytes, maker, phase)
+        self._seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._count = 0
+
+    def note(self, t: Any, phase: str) -> None:
+        """Count the storage of `t`, if it is a new one of the device."""
+        if not isinstance(t, torch.Tensor) or t.device.type != "cuda":
+            return
+        storage = t.untyped_storage()
+        if storage in self._seen:
+            return
+        self._count += 1
+        number, size = self._count, -(-storage.nbytes() // 512) * 512
+        self._seen[storage] = size
+        self.live += size
+        self.events.append((number, size, f"{tuple(t.shape)} {str(t.dtype)[6:]} | {_maker('torch')}", phase))
+        weakref.finalize(storage, self._freed, number, size)
+
+    def _freed(self, number: int, size: int) -> None:
+        self.live -= size
+        self.events.append((number, -size, "", ""))
+
+    def peak(self, since: int = 0) -> tuple[int, str, dict[str, int]]:
+        """(bytes at the highest point after event `since`, its phase, bytes by what holds them there)."""
+        held: dict[int, tuple[int, str]] = {}
+        live, best, at = 0, -1, 0
+        for i, (_, change, _, _) in enumerate(self.events):
+            live += change
+            if i >= since and live > best:
+                best, at = live, i
+        for number, change, maker, _ in self.events[: at + 1]:
+            if change > 0:
+                held[number] = (change, maker)
+            else:
+                held.pop(number, None)
+        holders: dict[str, int] = {}
+        for size, maker in held.values():
+            holders[maker] = holders.get(maker, 0) + size
+        return best, self.events[at][3] if self.events else "", dict(sorted(holders.items(), key=lambda kv: -kv[1]))
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """The mode under which a step runs; `recording()` fills launches, messages and waits."""
+
+    launches: list[Launch] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+    kernels: dict[str, Any] = field(default_factory=dict)  # name -> what holds its compiled code, all that ever ran
+
+    def __post_init__(self):
+        super().__init__()
+        self.memory, self.phase, self.on = Memory(), "set-up", False
+        self.inside: list[str] = []
+        self.pinned: weakref.WeakSet = weakref.WeakSet()
+        self.launchers = _launchers()
+        self.rows = 30000  # of the tables, that the tokens of a step touch; known only where tokens are
+        _watch(self)
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    @classmethod
+    def is_infra_mode(cls):
+        return True
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        self.launches, self.messages, self.waits, self.on = [], [], [], True
+        try:
+            yield
+        finally:
+            self.on = False
+
+    def add(self, kind: str, name: str, part: str, moved: int, flops: float = 0.0, bits: int = 16) -> None:
+        self.launches.append(Launch(kind, name, part, self.phase, moved, flops, bits))
+
+    def part(self, own: str = "") -> str:
+        """The part of a step that a launch belongs to: the operator's it is launched by, else the phase's."""
+        if self.inside:
+            return self.inside[-1]
+        return own or self.phase
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        launcher = self.launchers.get(str(func))
+        if self.on and launcher is not None:  # the operator's real launch code in place of its fake
+            self.inside.append(launcher.__module__.rpartition(".")[2])
+            try:
+                with self:
+                    out = launcher(*args, **kwargs)
+            finally:
+                self.inside.pop()
+        elif self.on:
+            out = self._operator(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        for t in tree_leaves(out):
+            self.memory.note(t, self.phase)
+        return out
+
+    def _operator(self, func, args, kwargs):
+        name, tensors = str(func), [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        on_device = any(t.device.type == "cuda" for t in tensors)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._message(func, tensors)
+        elif name in ("aten._local_scalar_dense.default", "aten.nonzero.default"):
+            if on_device:
+                self.waits.append(f"{name[5:].partition('.')[0]} at {caller()}")
+            return 0 if "scalar" in name else torch.empty(self.rows, tensors[0].dim(), dtype=torch.int64)
+        pin = kwargs.pop("pin_memory", False) or "pin_memory" in name
+        out = func(*args, **kwargs) if "_pin_memory" not in name else args[0].clone()
+        outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.pinned.update(t.untyped_storage() for t in outs if pin)
+        if func.namespace not in ("c10d", "_c10d_functional"):
+            self._copies(name, tensors, outs, kwargs)
+            if (on_device or any(t.device.type == "cuda" for t in outs)) and not _FREE.search(name):
+                moved = sum(nbytes(t) for t in (*_distinct(tensors), *outs) if t.device.type == "cuda")
+                flops = _product_flops(func, args)
+                bits = 8 * tensors[0].element_size() if tensors else 0
+                self.add(
+                    "product" if flops else "torch", name.removesuffix(".default"), self.part(), moved, flops, bits
+                )
+        return out
+
+    def _copies(self, name: str, tensors: list, outs: list, kwargs: dict) -> None:
+        """Note the copies between host and device for which the host waits."""
+        if name == "aten._to_copy.default":
+            source, target, free = tensors[0], outs[0], kwargs.get("non_blocking", False)
+        elif name == "aten.copy_.default" and len(tensors) > 1:
+            target, source, free = tensors[0], tensors[1], False
+        else:
+            return
+        here, there = source.device.type, target.device.type
+        if here == there or (here == "cpu" and source.dim() == 0):
+            return
+        if there == "cpu" and not free:
+            self.waits.append(f"copy to the host at {caller()}")
+        elif there == "cuda" and source.untyped_storage() not in self.pinned:
+            self.waits.append(f"copy from pageable memory at {caller()}")
+
+    def _message(self, func, tensors: list) -> None:
+        dtypes = sorted({str(t.dtype)[6:] for t in tensors})
+        devices = sorted({t.device.type for t in tensors})
+        size = max((nbytes(t) for t in tensors), default=0)
+        if "coalesced" in func.__name__ or len(tensors) > 2:
+            size = sum(map(nbytes, tensors))
+        name = func._schema.name.partition("::")[2].strip("_")
+        self.messages.append(Message(name, dtypes, "+".join(devices), size, self.phase))
+
+
+def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors that are not the same part of the same storage."""
+    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in tensors}.values())
+
+
+def _product_flops(func, args) -> float:
+    places = _PRODUCTS.get(func._schema.name)
+    if places is None:
+        return 0.0
+    a, b = (args[i] for i in places)
+    batch = a.shape[0] if a.dim() == 3 else 1
+    return 2.0 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+def _launchers() -> dict[str, Callable]:
+    """Name of each custom operator of kernels/ -> its launch code."""
+    found = {}
+    for module in [m for name, m in sys.modules.items() if name.startswith("kernels.")]:
+        for value in vars(module).values():
+            if type(value).__name__ == "CustomOpDef" and value._init_fn.__module__ == module.__name__:
+                found[f"{value._namespace}.{value._name}.default"] = value._init_fn
+    return found
+
+
+def _watch(recorder: Recorder) -> None:
+    """Tell `recorder` of every launch of Inductor's kernels and of our own."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    run, launch = CachingAutotuner.run, JITFunction.run
+
+    def run_noted(self, *args, stream, **kwargs):
+        if recorder.on:
+            name = self.inductor_meta.get("kernel_name", self.fn.__name__)
+            # Every argument once, those updated in place twice: an upper bound where rows of a table are gathered.
+            named = zip(self.triton_meta["signature"], args)
+            sizes = [nbytes(a) * (2 if n.startswith("in_out") else 1) for n, a in named if isinstance(a, torch.Tensor)]
+            recorder.add("inductor", re.sub(r"_\d+$", "", name), recorder.part(), sum(sizes))
+            recorder.kernels[name] = self
+        return run(self, *args, stream=stream, **kwargs)
+
+    def launch_noted(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
+        if recorder.on:
+            named = dict(zip(self.arg_names, args)) | kwargs
+            tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in named.values()]
+            tensors = _distinct([a for a in tensors if isinstance(a, torch.Tensor)])
+            work = WORK.get(self.fn.__name__)
+            flops = work(named, tuple(grid(named) if callable(grid) else grid)) if work else 0.0
+            part = recorder.part(self.fn.__module__.rpartition(".")[2])
+            bits = 8 * tensors[0].element_size()
+            recorder.add("own", self.fn.__name__, part, sum(map(nbytes, tensors)), flops, bits)
+            recorder.kernels[f"{self.fn.__name__} {len(kernel.asm['cubin'])} {kernel.hash[:8]}"] = kernel
+        return kernel
+
+    CachingAutotuner.run, JITFunction.run = run_noted, launch_noted
