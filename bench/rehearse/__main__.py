@@ -4,7 +4,8 @@
     python -m bench.rehearse --preset medium --one-block              # the short form: one block at full width
     python -m bench.rehearse --preset nano --world 1 --dtype=bfloat16 # fields of train_gpt.py may follow
 
-Exit code: 0 counted, 2 usage, 3 this machine cannot rehearse (the reason is printed).
+Exit code: 0 counted, 1 (with --check) a rule is broken or a budget exceeded, 2 usage, 3 this machine
+cannot rehearse (the reason is printed).
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ def summary(counted: dict) -> str:
     return "\n".join(lines)
 
 
+def projection(counted: dict) -> str:
+    """The projected milliseconds of a step, part by part."""
+    told = counted["projection"]
+    rows = [{"part": part, "ms (projected)": ms} for part, ms in told["parts"].items()]
+    rows.append({"part": "a step", "ms (projected)": told["ms"]})
+    return (
+        f"{table(rows)}\n\nA projection from counts at assumed efficiencies (bench/rehearse/project.py), not a "
+        f"measurement. Products and attention alone at their ceiling: {told['floor_ms']:.1f} ms."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code of the module's docstring."""
     parser = argparse.ArgumentParser(
@@ -57,12 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="h100", help="h100, a100, l40s, rtx4090 or rtx3090 (h100)")
     parser.add_argument("--world", type=int, default=8, help="GPUs of the run, of which one is rehearsed (8)")
     parser.add_argument("--one-block", action="store_true", help="a single block at full width, in place of all")
+    parser.add_argument("--check", action="store_true", help="fail where a rule is broken or a budget exceeded")
+    parser.add_argument("--set-budgets", action="store_true", help="make these counts the budgets of their form")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the counts there")
     options, fields = parser.parse_known_args(argv)
 
     import train_gpt
+    from bench.rehearse import budgets
     from bench.rehearse.counts import one_block, rehearse
     from bench.rehearse.device import DEVICES, CannotRehearse
+    from bench.rehearse.project import attention_tflop, project
     from trainer.options import UsageError
 
     try:
@@ -70,17 +86,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--device={options.device}: one of {', '.join(DEVICES)}")
         config = train_gpt.parse_config([f"--preset={options.preset}", *fields])
         config = one_block(config) if options.one_block else config
-        counted = rehearse(config, device=options.device, world=options.world)
+        all_ranks = options.one_block and options.world > 1
+        counted = rehearse(config, device=options.device, world=options.world, all_ranks=all_ranks)
     except UsageError as error:
         print(f"bench.rehearse: {error}", file=sys.stderr)
         return 2
     except CannotRehearse as error:
         print(f"bench.rehearse: skipped: {error}", file=sys.stderr)
         return 3
-    print(summary(counted))
+    counted["projection"] = project(counted, attention_tflop(config, counted["sequences"]))
+    print(summary(counted), projection(counted), sep="\n\n")
     if options.json:
         write_json(options.json, counted)
-    return 0
+    if options.set_budgets:
+        budgets.set_budgets(counted)
+    if not options.check:
+        return 0
+    wrong = budgets.broken_rules(counted, budgets.proven_hashes()) + budgets.exceeded(counted, budgets.read())
+    print("", *(f"FAILED {line}" for line in wrong), *([] if wrong else ["within all rules and budgets"]), sep="\n")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

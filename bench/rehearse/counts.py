@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -41,14 +42,22 @@ def join(rank: int, world: int) -> None:
         dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
 
 
-def rehearse(config, *, device: str = "h100", world: int = 1, say: Callable[[str], object] = print) -> dict[str, Any]:
+def rehearse(
+    config, *, device: str = "h100", world: int = 1, all_ranks: bool = False, say: Callable[[str], object] = print
+) -> dict[str, Any]:
     """Everything countable of a step of `config` on one of `world` GPUs of the kind `device`, and of a validation.
 
+    all_ranks: the other ranks' messages too, for their order.
+
     Raises: device.CannotRehearse; whatever a real device would raise on compiling or launching."""
+    from torch._dynamo import utils as dynamo
+
     import train_gpt
 
     waits: list[str] = []
     pretended.install(device, waits)
+    torch._dynamo.reset()
+    dynamo.counters.clear()
     join(0, world)
     config = train_gpt.fit_to_world(dataclasses.replace(config, device="cuda", warmup_steps=2), world)
     recorder = Recorder()
@@ -56,9 +65,13 @@ def rehearse(config, *, device: str = "h100", world: int = 1, say: Callable[[str
         rehearsal = Rehearsal(config, recorder, waits, say)
         counted = rehearsal.set_up() | rehearsal.warm_up() | {"step": rehearsal.step()}
         counted |= {"validation": rehearsal.validation(), "windows": rehearsal.windows()}
+        counted["checkpoint"] = rehearsal.checkpoint()
+        if all_ranks:
+            counted["other_orders"] = rehearsal.other_orders(counted["step"]["message_order"])
     counted["kernels"] = resources(recorder.kernels)
-    head = dict(preset=config.preset, device=device, world=world, num_layers=config.num_layers)
-    head |= dict(tokens=config.train_seq_len * rehearsal.sequences, torch=torch.__version__, triton=_triton_version())
+    head = dict(preset=config.preset, device=device, world=world, one_block=config.num_layers == 1)
+    head |= dict(sequences=rehearsal.sequences, tokens=config.train_seq_len * rehearsal.sequences)
+    head |= dict(torch=torch.__version__, triton=_triton_version())
     join(0, 1)
     return {"schema": 1, **head, **counted}
 
@@ -80,9 +93,37 @@ class Rehearsal:
     def set_up(self) -> dict:
         import train_gpt
 
-        self.trainer = train_gpt.Trainer(self.config, torch.device("cuda", 0))
+        with self.recorder.recording():
+            self.trainer = train_gpt.Trainer(self.config, torch.device("cuda", 0))
         self.sequences = len(train_gpt.my_sequences(self.config, 0, self.trainer.world_size))
-        return {"state_gib": self.recorder.memory.live / GIB}
+        messages = [vars(m) for m in _grouped(self.recorder.messages)]
+        return {"state_gib": self.recorder.memory.live / GIB, "set_up": {"messages": messages}}
+
+    def checkpoint(self) -> dict:
+        """Everyone's state brought together, before rank 0 writes it."""
+        self.recorder.phase = "checkpoint"
+        with self.recorder.recording():
+            self.trainer.whole_state()
+        return {"messages": [vars(m) for m in _grouped(self.recorder.messages)]}
+
+    def other_orders(self, first: list) -> list[int]:
+        """The ranks whose messages of a step come in another order, or are others, than rank 0's `first`."""
+        import train_gpt
+
+        model, forward, different = self.trainer.model, self.trainer.forward, []
+        for rank in range(1, self.trainer.world_size):
+            join(rank, self.trainer.world_size)
+            for p in model.parameters():
+                p._post_accumulate_grad_hooks = None
+            as_before = mock.patch.object(train_gpt, "GPT", lambda _c: model)
+            with as_before, mock.patch.object(torch, "compile", lambda _m, **_o: forward):
+                other = train_gpt.Trainer(self.config, self.trainer.device)
+            with self.recorder.recording():
+                other.step(0, self._batches())
+                other.exchange.wait_weights()
+            if [[m.name, *m.dtypes, m.bytes] for m in self.recorder.messages] != first:
+                different.append(rank)
+        return different
 
     def warm_up(self) -> dict:
         """As the run does it: compiles training and validation."""

@@ -159,7 +159,7 @@ class Recorder(TorchDispatchMode):
         self.inside: list[str] = []
         self.pinned: weakref.WeakSet = weakref.WeakSet()
         self.launchers = _launchers()
-        self.rows = 30000  # of the tables, that the tokens of a step touch; known only where tokens are
+        self.rows = 30000  # of the tables, that the tokens of a step of `medium` touch (bench/scaling.py counts them)
         _watch(self)
 
     __hash__ = object.__hash__
@@ -198,6 +198,8 @@ class Recorder(TorchDispatchMode):
                 self.inside.pop()
         elif self.on:
             out = self._operator(func, args, kwargs)
+        elif str(func) == "aten.nonzero.default" and args[0].device.type == "cpu":  # known only where tokens are
+            out = torch.empty(self.rows, args[0].dim(), dtype=torch.int64)
         else:
             out = func(*args, **kwargs)
         for t in tree_leaves(out):
@@ -278,8 +280,15 @@ def _launchers() -> dict[str, Callable]:
     return found
 
 
+_watching: list[Recorder] = []
+
+
 def _watch(recorder: Recorder) -> None:
-    """Tell `recorder` of every launch of Inductor's kernels and of our own."""
+    """Tell `recorder`, and no longer the one before it, of every launch of Inductor's kernels and of our own."""
+    _watching.append(recorder)
+    if len(_watching) > 1:
+        del _watching[0]
+        return
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -287,6 +296,7 @@ def _watch(recorder: Recorder) -> None:
     run, launch = CachingAutotuner.run, JITFunction.run
 
     def run_noted(self, *args, stream, **kwargs):
+        recorder = _watching[0]
         if recorder.on:
             name = self.inductor_meta.get("kernel_name", self.fn.__name__)
             # Every argument once, those updated in place twice: an upper bound where rows of a table are gathered.
@@ -298,6 +308,7 @@ def _watch(recorder: Recorder) -> None:
 
     def launch_noted(self, *args, grid, warmup, **kwargs):
         kernel = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
+        recorder = _watching[0]
         if recorder.on:
             named = dict(zip(self.arg_names, args)) | kwargs
             tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in named.values()]

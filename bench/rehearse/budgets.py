@@ -1,0 +1,107 @@
+"""Budgets: what a step may cost. They stand in bench/budgets.json, beside the goals; a change that exceeds one fails.
+
+A budget is what the program reached when it was last set, rounded up a little: `python -m bench.rehearse --set-budgets`
+sets those of the form it counted. Lower is better everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from bench.common import REPO, write_json
+from bench.rehearse.counts import NCCL_DTYPES
+
+FILE = REPO / "bench" / "budgets.json"
+#: Goals for one of eight H100 at `medium`: memory of a 40 GB card with room, launches that a host can feed, the bytes
+#: that the mathematics needs outside of products and attention, and the milliseconds that follow.
+GOALS = {"peak_gib": 28, "launches": 250, "other_gb": 95, "projected_ms": 200}
+_SLACK = {"peak_gib": 0.02, "warm_up_peak_gib": 0.02, "validation_peak_gib": 0.02, "other_gb": 0.02, "message_mb": 0.02}
+
+
+def form(counted: dict[str, Any]) -> str:
+    """The name that budgets of such a rehearsal have."""
+    short = "-one-block" if counted["one_block"] else ""
+    return f"{counted['preset']}{short}-{counted['device']}-of-{counted['world']}"
+
+
+def other_bytes(counted: dict[str, Any]) -> int:
+    """Bytes of a step outside of products, attention and Muon."""
+    return sum(
+        row["bytes"]
+        for row in counted["step"]["kernels"]
+        if not row["flops"] and row["phase"] != "muon" and not row["kernel"].startswith("_attention")
+    )
+
+
+def measures(counted: dict[str, Any]) -> dict[str, float]:
+    """What budgets limit. GiB, GB, MB; numbers of launches, kernels that spill, waits of the host."""
+    step = counted["step"]
+    return {
+        "peak_gib": step["peak_gib"],
+        "warm_up_peak_gib": counted["warm_up_peak_gib"],
+        "validation_peak_gib": counted["validation"]["peak_gib"],
+        "launches": step["launches"],
+        "other_gb": other_bytes(counted) / 1e9,
+        "message_mb": sum(m["bytes"] for m in step["messages"] if m["device"] == "cuda") / 1e6,
+        "spilling_kernels": sum(k["stack_bytes"] > 0 for k in counted["kernels"]),
+        "host_waits": len(step["host_waits"]),
+    }
+
+
+def broken_rules(counted: dict[str, Any], proven: set[str] | None) -> list[str]:
+    """What no budget allows, in words. `proven`: hashes of the machine code that the proof lists; None: not listed."""
+    said = []
+    compiled, windows = counted["compile"], counted["windows"]
+    if compiled["graphs"] != 2 or compiled["breaks"]:
+        said.append(f"{compiled['graphs']} graphs in place of one to train and one to validate; {compiled['breaks']}")
+    if windows["new_graphs"]:
+        said.append(f"{windows['new_graphs']} recompilations over the run's {windows['different']} windows")
+    for when in ("set_up", "step", "checkpoint"):
+        for m in counted[when]["messages"]:
+            if strange := set(m["dtypes"]) - NCCL_DTYPES:
+                said.append(f"{m['name']} of {', '.join(sorted(strange))} in {when}: NCCL carries no such type")
+    for rank in counted.get("other_orders", []):
+        said.append(f"rank {rank} sends its messages in another order than rank 0")
+    for kernel in counted["kernels"] if proven is not None else []:
+        if kernel["own"] and kernel["sha256"] not in proven:
+            said.append(
+                f"{kernel['kernel']}: its machine code {kernel['sha256'][:12]} is not the proof's (another ptxas, tile "
+                "or type: python -m kernels.proof --update)"
+            )
+    return said
+
+
+def exceeded(counted: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
+    """Every budget of this form that the counts exceed, in words."""
+    known = budgets.get(form(counted))
+    if known is None:
+        return [f"bench/budgets.json has no budgets for {form(counted)}: --set-budgets adds them"]
+    found = measures(counted)
+    return [
+        f"{name}: {found[name]:.6g} is over the budget of {limit:.6g}"
+        for name, limit in known.items()
+        if found[name] > limit
+    ]
+
+
+def proven_hashes() -> set[str] | None:
+    """Hashes of the machine code in the proof's table for this Triton, or None if it lists none."""
+    from kernels.proof.machine_code import committed_table
+    from kernels.runtime import triton
+
+    rows = committed_table().get(triton.__version__)
+    return {row["sha256"] for row in rows.values() if "sha256" in row} if rows else None
+
+
+def read() -> dict[str, Any]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def set_budgets(counted: dict[str, Any]) -> None:
+    """Make today's counts, rounded up a little, the budgets of their form."""
+    limits = {}
+    for name, value in measures(counted).items():
+        limits[name] = math.ceil(value * (1 + _SLACK[name]) * 100) / 100 if name in _SLACK else value
+    write_json(FILE, dict(sorted((read() | {form(counted): limits}).items())))

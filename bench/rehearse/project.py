@@ -1,0 +1,100 @@
+"""Milliseconds of a step from what was counted, at ceilings and efficiencies that are stated: a projection, no result.
+
+Each part costs its FLOPs at the rate of products, or its bytes at the rate of memory, whichever is more, divided by an
+efficiency; parts follow one another. What is not known without a GPU is how near a kernel comes to its ceiling: the
+efficiencies below are assumptions, each with its ground, and the first hour on a GPU replaces them (bench.gpu).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that large products, copies and messages reach on a device. TFLOP/s, TB/s, GB/s a process sends."""
+
+    tflops_16: float
+    tflops_8: float
+    tb_per_s: float
+    link_gb_per_s: float
+
+
+#: h100: large bfloat16 products and copies as measured on this chip's larger-memory sibling; 8 bit twice, less 15 %
+#: (assumed); NVLink's 450 GB/s a direction at 75 % (assumed). The others in proportion of their data sheets.
+CEILINGS = {
+    "h100": Ceilings(798, 1350, 3.0, 340),
+    "a100": Ceilings(250, 250, 1.4, 200),
+    "l40s": Ceilings(290, 580, 0.75, 25),
+    "rtx4090": Ceilings(150, 300, 0.9, 10),
+    "rtx3090": Ceilings(65, 65, 0.85, 10),
+}
+
+#: (kind, is it a product) -> share of the ceiling. Library products of these shapes: 690 to 700 TFLOP/s of 798 in
+#: public traces. Own products: one program a multiprocessor, the epilogue not overlapped. Inductor's: one configuration
+#: for most, few warps. Muon's symmetric products: small batches. Elementwise kernels of our own and torch's: streams.
+EFFICIENCY = {
+    ("product", True): 0.87,
+    ("own", True): 0.76,
+    ("inductor", False): 0.80,
+    ("own", False): 0.85,
+    ("torch", False): 0.85,
+}
+#: Attention: of the allowed pairs' FLOPs, forward and backward together, in TFLOP/s on an H100 (assumed: documents of
+#: 690 tokens, tiles that are a third masked); scaled with the device's products.
+ATTENTION_TFLOPS = 230.0
+#: FlexAttention in the published reference run, derived from its step.
+FLEX_TFLOPS = 250.0
+LAUNCH_GAP_US = 2.0  # between kernels, where the queue is full
+HIDDEN = 0.4  # share of the messages behind other work
+
+
+def project(counted: dict[str, Any], attention_tflop: float) -> dict[str, Any]:
+    """Counts of one step (bench.rehearse) and its attention's TFLOP over allowed pairs -> milliseconds by part.
+
+    Returns {"parts": {part: ms}, "ms": sum, "floor_ms": all products and no efficiency}."""
+    ceilings = CEILINGS[counted["device"]]
+    parts: dict[str, float] = {}
+    floor = 0.0
+    for row in counted["step"]["kernels"]:
+        name = part_of(row)
+        if name == "attention":
+            continue
+        rate = ceilings.tflops_8 if row["bits"] == 8 else ceilings.tflops_16
+        products, memory = row["flops"] / rate / 1e9, row["bytes"] / ceilings.tb_per_s / 1e9
+        floor += products
+        efficiency = EFFICIENCY[row["kind"], products > 0]
+        parts[name] = parts.get(name, 0.0) + max(products, memory) / efficiency
+    scale = ceilings.tflops_16 / CEILINGS["h100"].tflops_16
+    parts["attention"] = attention_tflop / (ATTENTION_TFLOPS * scale) * 1e3
+    sent = sum(m["bytes"] for m in counted["step"]["messages"] if m["device"] == "cuda")
+    if sent:
+        parts["messages not hidden"] = (1 - HIDDEN) * sent / ceilings.link_gb_per_s / 1e6
+    parts["gaps between launches"] = counted["step"]["launches"] * LAUNCH_GAP_US / 1e3
+    parts = dict(sorted(parts.items(), key=lambda kv: -kv[1]))
+    return {"parts": parts, "ms": sum(parts.values()), "floor_ms": floor + attention_tflop / ceilings.tflops_16 * 1e3}
+
+
+def part_of(row: dict[str, Any]) -> str:
+    """The part of a step that a row of counts belongs to, in the words of the projection's table."""
+    phase, part, kind = row["phase"], row["part"], row["kind"]
+    if phase in ("muon", "adam"):
+        return {"muon": "Muon", "adam": "AdamW"}[phase]
+    if row["kernel"].startswith("_attention"):
+        return "attention"
+    if part in ("attention_layer", "attention_inputs", "attention"):
+        return "attention projections" if kind == "product" else "attention inputs"
+    if part == "mlp":
+        return "MLP"
+    if part == "cross_entropy":
+        return "head and loss"
+    return "attention projections" if kind == "product" else "norms, mixes, embeddings"
+
+
+def attention_tflop(config, sequences: int = 1) -> float:
+    """Forward and backward TFLOP of a step's attention in the middle of the run, allowed pairs of drawn documents."""
+    from bench.step import attention_flops, draw_documents
+
+    drawn = [draw_documents(config.train_seq_len, config.vocab_size, config.eos_id, s) for s in range(sequences)]
+    return attention_flops(config, drawn, config.num_iterations // 2) / 1e12
