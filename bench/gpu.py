@@ -1,15 +1,16 @@
-"""The one command for whenever a GPU is at hand: everything that only a GPU can tell, in one JSON and one table.
+"""The hour a GPU comes: everything that only a GPU can tell, in four commands of at most ten minutes each.
 
-    python -m bench.gpu                                         # about 25 minutes at most; --minutes to change that
-    python -m bench.gpu --tokens 'data/fineweb10B/*train*.bin'  # real documents; else drawn ones and our corpus
-    python -m bench.gpu --only tests --only step                # some of the stages
-    python -m bench.gpu --cpu                                   # the small versions, where there is no GPU
+    python -m bench.gpu first      # it starts, trains, resumes, samples; its kernels and steps are right
+    python -m bench.gpu step       # a step of medium with its parts and a profile, ours and the plain way
+    python -m bench.gpu peers      # attention, loss, MLP and Muon against other implementations
+    python -m bench.gpu choices    # tiles, tuning, 8 bits
+    python -m bench.gpu first --tokens 'data/fineweb10B/*train*.bin'   # real documents; else drawn ones, our corpus
+    python -m bench.gpu first --cpu                                    # the small versions, where there is no GPU
 
-Stages: the GPU tests, one benchmark a kernel family (they note the hashes of the machine code that ran in
-kernels/proof/measured.json), the proof that their machine code is the one committed, a training step of
-`medium` with our kernels and the plain way, and a short real training. Each runs in a process of its own
-under a time limit, so that one failure loses nothing of the rest; the JSON is complete after every stage.
-It needs no network.
+All write into one JSON, bench/results/gpu-<device>.json: a command replaces what it wrote before and keeps the rest.
+Each stage runs in a process of its own under a time limit, so that one failure loses nothing of the others; the JSON
+is complete after every stage. What was counted without a GPU (bench.rehearse) stands beside what is measured. The
+benchmarks note the hashes of the machine code that ran in kernels/proof/measured.json. No network is needed.
 
 Exit code: 0 every stage passed, 1 one failed or ran out of time, 2 usage, or no GPU and no --cpu.
 """
@@ -30,6 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from bench.common import REPO, RESULTS, command_line, device_name, table, write_json
+from bench.rehearse.page import kept
 
 LOGS = REPO / "local" / "bench-gpu"  # the stages' whole output; git ignores it
 TAIL_LINES = 40
@@ -47,53 +49,84 @@ class Stage:
     gpu_only: bool = False
 
 
-def stages(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
-    """What to run, in the order of what must not be lost: correctness, kernels, the step, a training."""
-    python = sys.executable
-    tokens = ("--tokens", options.tokens) if options.tokens else ()
-    found = [
-        Stage(
-            "tests", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 420, gpu_only=True
-        )
+def stages(command: str, options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+    """What one of the four commands runs, in the order of what must not be lost."""
+    return COMMANDS[command](options, on_gpu)
+
+
+def _python(*words: str) -> tuple[str, ...]:
+    return (sys.executable, *words)
+
+
+def _first(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+    """First life: it trains, stops, resumes and samples, then its numbers are right, before anything is timed."""
+    nano, medium = _training("nano", options, on_gpu), _training("medium", options, on_gpu)
+    sample = ("sample", str(LOGS / "nano.checkpoints"), "--prompt=The ", "--max_new_tokens=40")
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
+    proof = ("-m", "kernels.proof", "--part", "compile", "--device", "sm_90")
+    return [
+        Stage("nano", _python("train_gpt.py", *nano), 120),
+        Stage("sample", _python("train_gpt.py", *sample), 60),
+        Stage("medium", _python("train_gpt.py", *medium, "--stop_after=10", "--overwrite"), 240),
+        Stage("resume", _python("train_gpt.py", *medium, "--resume=auto"), 150),
+        Stage("agreement", _python("-m", "bench.agreement"), 120),
+        Stage("tests", _python(*tests), 240, gpu_only=True),
+        Stage("proof", _python(*proof), 120, gpu_only=True),
     ]
-    for family in ("attention", "cross_entropy", "mlp", "muon"):
-        extra = tokens if family == "attention" and on_gpu else ()
-        found.append(Stage(family, (python, "-m", f"bench.{family}", *extra), 240, f"bench/{family}.py"))
-    found.append(
-        Stage(
-            "proof",
-            (python, "-m", "kernels.proof", "--part", "compile", "--device", "sm_90"),
-            240,
-            "kernels/proof/__main__.py",
-            gpu_only=True,
-        )
-    )
-    step = (python, "-m", "bench.step", *(tokens if on_gpu else ("--repeats", "3")))
-    found.append(Stage("step", step, 300))
-    found.append(Stage("step-reference", (*step, "--kernels=reference"), 300))
-    found.append(Stage("training", (python, "train_gpt.py", *training_flags(options, on_gpu)), 420))
+
+
+def _training(preset: str, options: argparse.Namespace, on_gpu: bool) -> list[str]:
+    """Flags of a short real training. medium: 65,536 tokens a step, on given shards or our own corpus's bytes."""
+    flags = [f"--output_dir={os.path.relpath(LOGS, REPO)}", f"--run_name={preset}"]
+    if preset == "nano":
+        steps = (["--num_iterations=100"] if on_gpu else ["--num_iterations=10"]) + ["--val_loss_every=50"]
+        return [*flags, "--preset=nano", "--dtype=bfloat16", "--overwrite", *steps]
+    flags += ["--num_iterations=20", "--val_loss_every=10", "--log_train_loss"]
+    if not on_gpu:
+        tiny = ["--num_layers=2", "--unet_skips=0>1", "--long_window_layers=0", "--val_tokens=8192"]
+        return [*flags, "--preset=nano", *tiny]
+    files = [f"--train_files={options.tokens}", f"--val_files={options.val_tokens or options.tokens}"]
+    if not options.tokens:
+        files = ["--train_files=embedded", "--val_files=embedded", "--eos_id=0"]
+    return [*flags, "--preset=medium", *files, "--tokens_per_step=65536", "--val_seq_len=65536", "--val_tokens=65536"]
+
+
+def _step(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+    """A step: whole, in parts, profiled; ours and the reference's."""
+    tokens = ("--tokens", options.tokens) if options.tokens and on_gpu else ()
+    step = _python("-m", "bench.step", "--profile", *(tokens if on_gpu else ("--repeats", "1")))
+    return [Stage("step", step, 280), Stage("step-reference", (*step, "--kernels=reference"), 300)]
+
+
+def _peers(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+    """Each kernel family against others' implementations."""
+    tokens = ("--tokens", options.tokens) if options.tokens and on_gpu else ()
+    small = {"attention": ("--cpu-lengths=1024", "--cpu-windows=1", "--repeats=1"), "mlp": ("--tokens=512",)}
+    small |= {"cross_entropy": ("--tokens=512", "--repeats=1"), "muon": ("--repeats=1",)}
+    found = []
+    for family in small:
+        extra = (tokens if family == "attention" else ()) if on_gpu else small[family]
+        found.append(Stage(family, _python("-m", f"bench.{family}", *extra), 145))
     return found
 
 
-def training_flags(options: argparse.Namespace, on_gpu: bool) -> list[str]:
-    """A short real training: medium on given shards, nano's shape on our own corpus otherwise."""
-    common = [f"--output_dir={os.path.relpath(LOGS, REPO)}", "--run_name=training", "--overwrite", "--save_final=false"]
-    if not on_gpu:
-        return [*common, "--preset=nano", "--num_iterations=20", "--val_loss_every=10", "--val_tokens=16384"]
-    if options.tokens:
-        return [
-            *common,
-            "--preset=medium",
-            f"--train_files={options.tokens}",
-            f"--val_files={options.val_tokens or options.tokens}",
-            "--num_iterations=200",
-            "--val_loss_every=50",
-            "--tokens_per_step=65536",
-            "--val_seq_len=65536",
-            "--val_tokens=1048576",
-            "--log_train_loss",
-        ]
-    return [*common, "--preset=nano", "--dtype=bfloat16", "--val_loss_every=100"]
+def _choices(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+    """What could be chosen otherwise: tiles, Inductor's tuning, the head in 8 bits."""
+    step = _python("-m", "bench.step", "--no-parts", *(() if on_gpu else ("--repeats", "1")))
+    tiles = _python("-m", "bench.attention", "--tune")
+    return [
+        Stage("tiles", tiles, 200, gpu_only=True),
+        Stage("step-untuned", (*step, "--label=untuned", "--tune=false"), 180),
+        Stage("step-fp8", (*step, "--label=fp8", "--fp8_head"), 200, gpu_only=True),
+    ]
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, bool], list[Stage]]] = {
+    "first": _first,
+    "step": _step,
+    "peers": _peers,
+    "choices": _choices,
+}
 
 
 def run_stage(stage: Stage, limit_s: float) -> dict:
@@ -167,7 +200,7 @@ def headline(name: str, outcome: dict) -> str:
     if name.startswith("step"):
         wanted = [line for line in lines if line.startswith(("| end", "measured ceilings"))]
         lines = wanted or lines
-    elif name == "training":
+    elif name in ("nano", "medium", "resume"):
         wanted = [line for line in lines if "val_loss:" in line]
         lines = wanted or lines
     return (lines[-1] if lines else "")[:110]
@@ -194,25 +227,55 @@ def run_all(chosen: Sequence[Stage], seconds: float, on_gpu: bool, write: Callab
     return outcomes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code of the module's docstring."""
+def merged(path: Path, command: str, record: dict, outcomes: dict, results: dict) -> dict:
+    """The JSON at `path` with this command's stages and results in place of what it wrote before."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("schema") != record["schema"]:
+        before = {}
+    commands = before.get("commands", {}) | {command: {"date": record["date"], "stages": outcomes}}
+    return record | {"commands": commands, "results": before.get("results", {}) | results}
+
+
+def beside_projection(results: dict) -> list[dict]:
+    """Rows of projected and measured figures of a step; a side that is not there yet is None."""
+    found = kept("medium") or {"projection": {}, "measures": {}}
+    steps = [r["result"] for name, r in results.items() if name.startswith("step-medium-") and "reference" not in name]
+    measured = steps[0] if steps else {}
+    end = next((row["median_ms"] for row in measured.get("whole_step", []) if row["at"] == "end"), None)
+    peak = measured.get("peak_memory_mib")
+    return [
+        {"of a step of medium": "ms", "projected, counted": found["projection"].get("ms"), "measured": end},
+        {
+            "of a step of medium": "peak GiB",
+            "projected, counted": found["measures"].get("peak_gib"),
+            "measured": peak / 1024 if peak else None,
+        },
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("command", choices=list(COMMANDS), nargs="?", default="first", help="one of the four (first)")
     parser.add_argument("--tokens", metavar="GLOB", help="token shards for documents and for the training")
     parser.add_argument("--val-tokens", metavar="GLOB", help="validation shards of the training (the same)")
-    parser.add_argument("--minutes", type=float, default=25, help="for all stages together (25)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for the command's stages together (9.5)")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="this stage (repeatable)")
     parser.add_argument("--cpu", action="store_true", help="run the small versions if there is no GPU")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code of the module's docstring."""
+    options = parse(argv)
     env = ask_environment()
     on_gpu = bool(env["gpus"])
     if not on_gpu and not options.cpu:
         print("no GPU is visible to torch here; --cpu runs the small versions of everything", file=sys.stderr)
         return 2
-    chosen = stages(options, on_gpu)
+    chosen = stages(options.command, options, on_gpu)
     unknown = set(options.only) - {stage.name for stage in chosen}
     if unknown or options.minutes <= 0:
         names = ", ".join(stage.name for stage in chosen)
@@ -224,15 +287,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.time()
     path = options.out / f"gpu-{device_name(env)}.json"
     record = {
-        "schema": 1,
+        "schema": 2,
         "name": "gpu",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command_line(),
         "environment": env,
     }
+    before = json.loads(path.read_text(encoding="utf-8")) if options.only and path.is_file() else {}
+    kept = before.get("commands", {}).get(options.command, {}).get("stages", {})  # the stages that are not run again
 
     def write(outcomes: dict) -> None:
-        write_json(path, record | {"stages": outcomes, "results": results_since(started)})
+        write_json(path, merged(path, options.command, record, kept | outcomes, results_since(started)))
 
     outcomes = run_all(chosen, options.minutes * 60, on_gpu, write)
     rows = [
@@ -244,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for name, outcome in outcomes.items()
     ]
-    print(f"\n{table(rows)}\n\nkept in {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
+    print(f"\n{table(rows)}\n\n{table(beside_projection(json.loads(path.read_text())['results']))}")
+    print(f"\nkept in {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
     return int(any(outcome["status"] in ("failed", "out of time") for outcome in outcomes.values()))
 
 

@@ -1,5 +1,7 @@
 """Fill the generated parts of README.md from records/ and bench/results/, so that no figure is typed.
 
+Results count as git has them, committed or staged (`git add bench/results` before this), not as they lie on disk.
+
 python -m bench.readme           # rewrite them
 python -m bench.readme --check   # exit 1 if README.md does not say what the files say
 """
@@ -10,6 +12,7 @@ import argparse
 import json
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,8 +39,27 @@ def leaderboard() -> str:
     return board(found).markdown.strip() if found else "No series in records/ yet."
 
 
+def published() -> dict[str, dict]:
+    """File name -> result, for all in bench/results/ that git has committed or staged, as they are there: a user's own
+    measurements, which replace or join them on disk, do not change the README. Without git, all files."""
+    folder = RESULTS.relative_to(REPO).as_posix()
+    listed = subprocess.run(["git", "ls-files", "-s", folder], cwd=REPO, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    blobs = {Path(line.split("\t")[1]).name: line.split()[1] for line in listed.stdout.splitlines()}
+    names = sorted(name for name in blobs if name.endswith(".json"))
+    asked = "\n".join(blobs[name] for name in names)
+    told = subprocess.run(["git", "cat-file", "--batch"], cwd=REPO, capture_output=True, input=asked.encode()).stdout
+    found = {}
+    for name in names:  # each: "<hash> blob <bytes>\n<content>\n"
+        head, _, told = told.partition(b"\n")
+        size = int(head.split()[2])
+        found[name], told = json.loads(told[:size]), told[size + 1 :]
+    return found
+
+
 def _results(name: str) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+    return [result for file, result in published().items() if file.startswith(f"{name}-")]
 
 
 def _machine(result: dict) -> str:
@@ -51,14 +73,13 @@ def measured() -> str:
     """A table: what, on which machine, when; and what has not been run on a GPU."""
     lines = ["| what | measured on | date |", "|-|-|-|"]
     on_gpu = set()
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+    for file, result in published().items():
         if "environment" not in result:
             continue
-        name = path.name.rsplit("-", 1)[0] if "-" in path.name else path.stem
+        name = file.rsplit("-", 1)[0] if "-" in file else file.removesuffix(".json")
         if result["environment"].get("gpus"):
             on_gpu.add(result.get("name", name))
-        link = path.relative_to(REPO)
+        link = (RESULTS / file).relative_to(REPO)
         lines.append(f"| [{result.get('name', name)}]({link}) | {_machine(result)} | {result.get('date', '')[:10]} |")
     for name, how in ON_A_GPU.items():
         if name not in on_gpu:

@@ -304,11 +304,25 @@ def measure_parts(trainer, tokens_T: Tensor, step: int, repeats: int, ceilings: 
     return rows
 
 
+def profile(fn: Callable[[], object], device: torch.device, rows: int = 60) -> list[dict]:
+    """The device's kernels (a CPU's operators) that took most of one call: name, calls, ms."""
+    from torch.profiler import ProfilerActivity
+
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        fn()
+        if on_gpu:
+            torch.cuda.synchronize()
+    took = lambda event: event.self_device_time_total if on_gpu else event.self_cpu_time_total  # noqa: E731
+    events = sorted(seen.key_averages(), key=took, reverse=True)[:rows]
+    return [{"kernel": event.key, "calls": event.count, "ms": took(event) / 1e3} for event in events]
+
+
 # -------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool) -> dict:
+def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool, profiled: bool = False) -> dict:
     """All measurements of one configuration; the result's dictionary."""
     import train_gpt
 
@@ -343,6 +357,7 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
             }
         )
     pieces = breakdown(trainer, last, batches, repeats)
+    kernels = profile(lambda: trainer.step(last, batches), device) if profiled else []
     return {
         "config": dataclasses.asdict(config) | {"output_dir": "", "train_files": "", "val_files": ""},
         "implementations": trainer.model.impls,
@@ -354,6 +369,7 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
         "whole_step": whole,
         "breakdown_at_end": pieces,
         "parts_at_end_one_sequence": part_rows,
+        "profile_at_end": kernels,
     }
 
 
@@ -425,6 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, help="packed sequences a step (1 on a GPU, the preset's on a CPU)")
     parser.add_argument("--tokens", metavar="GLOB", help="token shards to take the documents from")
     parser.add_argument("--no-parts", action="store_true", help="whole step and breakdown only")
+    parser.add_argument("--profile", action="store_true", help="time by kernel, too, of one step")
+    parser.add_argument("--label", default="", help="ends the result's name")
     parser.add_argument("--out", type=Path, help="folder of the result (bench/results)")
     options, rest = parser.parse_known_args(argv)
     import train_gpt
@@ -442,9 +460,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sequences < 1 or repeats < 1:
         print("error: --sequences and --repeats are at least 1", file=sys.stderr)
         return 2
-    result = run(config, sequences=sequences, repeats=repeats, shards=options.tokens, parts=not options.no_parts)
+    how = dict(shards=options.tokens, parts=not options.no_parts, profiled=options.profile)
+    result = run(config, sequences=sequences, repeats=repeats, **how)
     print(report(result))
     name = f"step-{config.preset}" + ("" if config.kernels == "auto" else f"-{config.kernels}")
+    name += f"-{options.label}" if options.label else ""
     path = write_result(name, result, folder=options.out)
     print(f"\nkept in {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
     return 0

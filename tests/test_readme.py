@@ -27,6 +27,28 @@ def test_the_generated_parts_say_what_the_files_say():
     assert readme.filled(text) == text, "run python -m bench.readme"
 
 
+def test_a_users_own_race_changes_nothing(tmp_path, monkeypatch):
+    """In a clone: a race of one's own replaces a result and adds another; the README stays right. Staged, it counts."""
+    clone = tmp_path / "clone"
+    results = clone / "bench" / "results"
+    results.mkdir(parents=True)
+    git = lambda *words: subprocess.run(["git", *words], cwd=clone, check=True, capture_output=True)  # noqa: E731
+    committed = (REPO / "bench" / "results" / "race-cpu.json").read_text()
+    (results / "race-cpu.json").write_text(committed)
+    git("init", "-q")
+    git("add", ".")
+    monkeypatch.setattr(readme, "REPO", clone)
+    monkeypatch.setattr(readme, "RESULTS", results)
+    before = readme.race(), readme.measured()
+    own = re.sub(r'"seconds_to_target": [0-9.]+', '"seconds_to_target": 1.0', committed)
+    assert own != committed
+    (results / "race-cpu.json").write_text(own)
+    (results / "race-zz.json").write_text(own)
+    assert (readme.race(), readme.measured()) == before
+    git("add", ".")
+    assert readme.race() != before[0]
+
+
 def test_an_edited_number_is_noticed(tmp_path, monkeypatch, capsys):
     text = (REPO / "README.md").read_text(encoding="utf-8")
     changed = text.replace("| nano", "| nan0", 1)

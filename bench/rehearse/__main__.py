@@ -27,7 +27,7 @@ def summary(counted: dict) -> str:
         group["launches"] += row["launches"]
         group["GB"] += row["bytes"] / 1e9
         group["TFLOP"] = group.get("TFLOP", 0.0) + row["flops"] / 1e12
-    step, kernels = counted["step"], counted["kernels"]
+    step, kernels, windows = counted["step"], counted["kernels"], counted["windows"]
     spilling = [k["kernel"] for k in kernels if k["stack_bytes"]]
     lines = [
         table(sorted(groups.values(), key=lambda g: -g["GB"])),
@@ -36,7 +36,7 @@ def summary(counted: dict) -> str:
         f"peak {step['peak_gib']:.2f} GiB in {step['peak_phase']}; weights and state {counted['state_gib']:.2f}; "
         f"warm-up {counted['warm_up_peak_gib']:.2f}; validation {counted['validation']['peak_gib']:.2f}",
         f"graphs {counted['compile']['graphs']}, breaks {counted['compile']['breaks'] or 'none'}, new graphs over "
-        f"{counted['windows']['different']} windows: {counted['windows']['new_graphs']}",
+        f"{windows['tried']} of {windows['different']} windows: {windows['new_graphs']}",
         f"waits of the host in a step: {step['host_waits'] or 'none'}",
         "",
         "held at the peak (GiB): " + ", ".join(f"{k} {v:.2f}" for k, v in list(step["peak_holders_gib"].items())[:14]),
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--one-block", action="store_true", help="a single block at full width, in place of all")
     parser.add_argument("--check", action="store_true", help="fail where a rule is broken or a budget exceeded")
     parser.add_argument("--set-budgets", action="store_true", help="make these counts the budgets of their form")
+    parser.add_argument("--keep", metavar="NAME", help="keep the page's part in bench/results/rehearsal-NAME.json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the counts there")
     options, fields = parser.parse_known_args(argv)
 
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bench.rehearse import budgets
     from bench.rehearse.counts import one_block, rehearse
     from bench.rehearse.device import DEVICES, CannotRehearse
+    from bench.rehearse.page import keep
     from bench.rehearse.project import attention_tflop, project
     from trainer.options import UsageError
 
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(summary(counted), projection(counted), sep="\n\n")
     if options.json:
         write_json(options.json, counted)
+    if options.keep:
+        keep(counted, options.keep)
     if options.set_budgets:
         budgets.set_budgets(counted)
     if not options.check:

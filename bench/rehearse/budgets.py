@@ -11,8 +11,11 @@ import math
 from typing import Any
 
 from bench.common import REPO, write_json
-from bench.rehearse.counts import NCCL_DTYPES
 
+#: What NCCL can carry (torch's ncclDataType table); others fail at the first message.
+NCCL_DTYPES = frozenset(
+    "int8 uint8 bool int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2".split()
+)
 FILE = REPO / "bench" / "budgets.json"
 #: Goals for one of eight H100 at `medium`: memory of a 40 GB card with room, launches that a host can feed, the bytes
 #: that the mathematics needs outside of products and attention, and the milliseconds that follow.
@@ -57,7 +60,7 @@ def broken_rules(counted: dict[str, Any], proven: set[str] | None) -> list[str]:
     if compiled["graphs"] != 2 or compiled["breaks"]:
         said.append(f"{compiled['graphs']} graphs in place of one to train and one to validate; {compiled['breaks']}")
     if windows["new_graphs"]:
-        said.append(f"{windows['new_graphs']} recompilations over the run's {windows['different']} windows")
+        said.append(f"{windows['new_graphs']} recompilations over {windows['tried']} windows of the run")
     for when in ("set_up", "step", "checkpoint"):
         for m in counted[when]["messages"]:
             if strange := set(m["dtypes"]) - NCCL_DTYPES:

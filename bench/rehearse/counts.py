@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,10 +20,6 @@ from bench.rehearse import device as pretended
 from bench.rehearse.recorder import Recorder
 
 GIB = 2**30
-#: What NCCL can carry (torch's ncclDataType table); others fail at the first message.
-NCCL_DTYPES = frozenset(
-    "int8 uint8 bool int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2".split()
-)
 
 
 def one_block(config):
@@ -52,14 +49,17 @@ def rehearse(
     Raises: device.CannotRehearse; whatever a real device would raise on compiling or launching."""
     from torch._dynamo import utils as dynamo
 
-    import train_gpt
+    from trainer.processes import sequence_length_for
+    from trainer.program import choose_assembler
 
     waits: list[str] = []
     pretended.install(device, waits)
+    assembler = choose_assembler()
     torch._dynamo.reset()
     dynamo.counters.clear()
     join(0, world)
-    config = train_gpt.fit_to_world(dataclasses.replace(config, device="cuda", warmup_steps=2), world)
+    length = sequence_length_for(world, config.tokens_per_step, config.train_seq_len)
+    config = dataclasses.replace(config, device="cuda", warmup_steps=2, train_seq_len=length)
     recorder = Recorder()
     with pretended.tensors(), recorder:
         rehearsal = Rehearsal(config, recorder, waits, say)
@@ -71,7 +71,7 @@ def rehearse(
     counted["kernels"] = resources(recorder.kernels)
     head = dict(preset=config.preset, device=device, world=world, one_block=config.num_layers == 1)
     head |= dict(sequences=rehearsal.sequences, tokens=config.train_seq_len * rehearsal.sequences)
-    head |= dict(torch=torch.__version__, triton=_triton_version())
+    head |= dict(torch=torch.__version__, triton=_triton_version(), assembler=assembler)
     join(0, 1)
     return {"schema": 1, **head, **counted}
 
@@ -94,7 +94,7 @@ class Rehearsal:
         import train_gpt
 
         with self.recorder.recording():
-            self.trainer = train_gpt.Trainer(self.config, torch.device("cuda", 0))
+            self.trainer = train_gpt.Trainer(self.config, train_gpt.set_up(self.config))
         self.sequences = len(train_gpt.my_sequences(self.config, 0, self.trainer.world_size))
         messages = [vars(m) for m in _grouped(self.recorder.messages)]
         return {"state_gib": self.recorder.memory.live / GIB, "set_up": {"messages": messages}}
@@ -131,8 +131,7 @@ class Rehearsal:
 
         started, before = time.monotonic(), len(self.recorder.memory.events)
         self.recorder.phase = "warm-up"
-        self.trainer.model.prepare(max(self.config.train_seq_len, self.config.val_seq_len))
-        train_gpt.warm_up(self.trainer)
+        train_gpt.warm_up(self.trainer, SimpleNamespace(heard=lambda: False))  # nobody asks it to stop
         self.say(f"compiled and warmed up in {time.monotonic() - started:.0f} s")
         peak, _, _ = self.recorder.memory.peak(before)
         return {"compile": _compiler_says(), "warm_up_peak_gib": peak / GIB}
@@ -198,16 +197,18 @@ class Rehearsal:
         return {"peak_gib": peak / GIB, **_launch_counts(recorder)}
 
     def windows(self) -> dict:
-        """Every window of the run in turn: none may compile anew."""
+        """Windows of the run in turn, all of them for one block, else the first, a middle and the last: none may
+        compile anew."""
         import train_gpt
 
         c = self.config
-        steps = {train_gpt.window_blocks_at(step, c): step for step in range(c.num_iterations)}
+        steps = list({train_gpt.window_blocks_at(step, c): step for step in range(c.num_iterations)}.values())
         before = _graphs()
-        for step in steps.values():
+        tried = steps if c.num_layers == 1 else [steps[0], steps[len(steps) // 2], steps[-1]]
+        for step in tried:
             self.trainer.set_window(step)
             self._forward(c.train_seq_len, grad=True)
-        return {"different": len(steps), "new_graphs": _graphs() - before}
+        return {"different": len(steps), "tried": len(tried), "new_graphs": _graphs() - before}
 
 
 def _graphs() -> int:

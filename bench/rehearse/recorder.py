@@ -159,6 +159,13 @@ class Recorder(TorchDispatchMode):
         self.inside: list[str] = []
         self.pinned: weakref.WeakSet = weakref.WeakSet()
         self.launchers = _launchers()
+        # What fake tensors cannot answer: how many tokens are touched, what pinned memory is, what a number was.
+        self._on_the_host = {
+            "aten.nonzero.default": self._nonzero,
+            "aten._local_scalar_dense.default": self._number,
+            "aten._pin_memory.default": self._pinned,
+            "aten.is_pinned.default": lambda t: t.untyped_storage() in self.pinned,
+        }
         self.rows = 30000  # of the tables, that the tokens of a step of `medium` touch (bench/scaling.py counts them)
         _watch(self)
 
@@ -196,27 +203,38 @@ class Recorder(TorchDispatchMode):
                     out = launcher(*args, **kwargs)
             finally:
                 self.inside.pop()
+        elif str(func) in self._on_the_host:
+            out = self._on_the_host[str(func)](args[0])
         elif self.on:
             out = self._operator(func, args, kwargs)
-        elif str(func) == "aten.nonzero.default" and args[0].device.type == "cpu":  # known only where tokens are
-            out = torch.empty(self.rows, args[0].dim(), dtype=torch.int64)
         else:
             out = func(*args, **kwargs)
         for t in tree_leaves(out):
             self.memory.note(t, self.phase)
         return out
 
+    def _nonzero(self, t: torch.Tensor) -> torch.Tensor:
+        if t.device.type == "cuda":
+            self.waits.append(f"nonzero at {caller()}")
+        return torch.empty(self.rows, t.dim(), dtype=torch.int64, device=t.device)
+
+    def _number(self, t: torch.Tensor) -> Any:
+        if t.device.type == "cuda":
+            self.waits.append(f"item at {caller()}")
+        return 0.0 if t.dtype.is_floating_point else 0
+
+    def _pinned(self, t: torch.Tensor) -> torch.Tensor:
+        copy = t.clone()
+        self.pinned.add(copy.untyped_storage())
+        return copy
+
     def _operator(self, func, args, kwargs):
         name, tensors = str(func), [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_device = any(t.device.type == "cuda" for t in tensors)
         if func.namespace in ("c10d", "_c10d_functional"):
             self._message(func, tensors)
-        elif name in ("aten._local_scalar_dense.default", "aten.nonzero.default"):
-            if on_device:
-                self.waits.append(f"{name[5:].partition('.')[0]} at {caller()}")
-            return 0 if "scalar" in name else torch.empty(self.rows, tensors[0].dim(), dtype=torch.int64)
-        pin = kwargs.pop("pin_memory", False) or "pin_memory" in name
-        out = func(*args, **kwargs) if "_pin_memory" not in name else args[0].clone()
+        pin = kwargs.pop("pin_memory", False)
+        out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         self.pinned.update(t.untyped_storage() for t in outs if pin)
         if func.namespace not in ("c10d", "_c10d_functional"):

@@ -84,7 +84,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert gpu.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
     assert gpu.main(["--cpu", "--only", "nothing"]) == 2
-    assert "--only takes tests, attention" in capsys.readouterr().err
+    assert "--only takes nano, sample" in capsys.readouterr().err
 
 
 def test_the_json_holds_stages_and_their_results(tmp_path, monkeypatch, capsys):
@@ -94,13 +94,36 @@ def test_the_json_holds_stages_and_their_results(tmp_path, monkeypatch, capsys):
     os.utime(results / "old-cpu.json", (1, 1))
     make = f"open({str(results / 'new-cpu.json')!r}, 'w').write('{{\"n\": 1}}'); print('made it')"
     monkeypatch.setattr(gpu, "ask_environment", lambda: {"gpus": []})
-    monkeypatch.setattr(gpu, "stages", lambda options, on_gpu: [Stage("one", python(make), 20)])
+    monkeypatch.setattr(gpu, "stages", lambda command, options, on_gpu: [Stage(f"of {command}", python(make), 20)])
     assert gpu.main(["--cpu", "--out", str(results)]) == 0
     record = json.loads((results / "gpu-cpu.json").read_text())
-    assert record["stages"]["one"]["status"] == "passed" and record["results"] == {"new-cpu.json": {"n": 1}}
+    (stages,) = [told["stages"] for told in record["commands"].values()]
+    assert stages["of first"]["status"] == "passed" and record["results"] == {"new-cpu.json": {"n": 1}}
     assert "made it" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "stages", lambda options, on_gpu: [Stage("one", python("1/0"), 20)])
-    assert gpu.main(["--cpu", "--out", str(results)]) == 1
+    monkeypatch.setattr(gpu, "stages", lambda command, options, on_gpu: [Stage("one", python("1/0"), 20)])
+    assert gpu.main(["step", "--cpu", "--out", str(results)]) == 1
+    record = json.loads((results / "gpu-cpu.json").read_text())
+    assert set(record["commands"]) == {"first", "step"}, "another command's stages stay"
+    assert record["commands"]["first"]["stages"] == stages and record["results"] == {"new-cpu.json": {"n": 1}}
+
+
+def test_a_stage_run_alone_leaves_the_others_of_its_command(tmp_path, monkeypatch):
+    both = [Stage(name, python(f"print('{name}')"), 20) for name in ("a", "b")]
+    monkeypatch.setattr(gpu, "ask_environment", lambda: {"gpus": []})
+    monkeypatch.setattr(gpu, "stages", lambda command, options, on_gpu: both)
+    assert gpu.main(["--cpu", "--out", str(tmp_path)]) == 0
+    assert gpu.main(["--cpu", "--only", "b", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert set(record["commands"]["first"]["stages"]) == {"a", "b"}
+
+
+def test_projection_and_measurement_stand_side_by_side(monkeypatch):
+    counted = {"projection": {"ms": 230.0}, "measures": {"peak_gib": 30.0}}
+    monkeypatch.setattr(gpu, "kept", lambda name: counted)
+    measured = {"whole_step": [{"at": "end", "median_ms": 240.0}], "peak_memory_mib": 31 * 1024}
+    rows = gpu.beside_projection({"step-medium-h100.json": {"result": measured}})
+    assert [(row["projected, counted"], row["measured"]) for row in rows] == [(230.0, 240.0), (30.0, 31.0)]
+    assert gpu.beside_projection({})[0]["measured"] is None
 
 
 def test_the_real_stages_exist_and_parse():
@@ -112,9 +135,11 @@ def test_the_real_stages_exist_and_parse():
     for tokens in (None, "x*.bin"):
         options = argparse.Namespace(tokens=tokens, val_tokens=None)
         for on_gpu in (True, False):
-            for stage in gpu.stages(options, on_gpu):
+            for stage in [stage for command in gpu.COMMANDS for stage in gpu.stages(command, options, on_gpu)]:
                 words = list(stage.command[1:])
                 if words[0] == "-m" and words[1].startswith("bench.") and not stage.needs:
                     assert (gpu.REPO / (words[1].replace(".", "/") + ".py")).exists()
-                if words[0] == "train_gpt.py":
+                if words[0] == "train_gpt.py" and words[1] != "sample":
                     train_gpt.parse_config(words[1:])
+            for command in gpu.COMMANDS:
+                assert gpu.parse([command]).minutes < 10, "all stages of a command share this"

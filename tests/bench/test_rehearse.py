@@ -1,0 +1,172 @@
+"""The rehearsal of a GPU's step: it holds on today's program, and every fault that it is for turns it red."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.rehearse import budgets
+from bench.rehearse.project import CEILINGS, project
+
+
+def python(*arguments, timeout):
+    """A process of its own: Triton's interpreter is off there."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=budgets.REPO)
+
+
+@pytest.fixture(scope="module")
+def short_form(tmp_path_factory):
+    """The counts of one block of medium, as one of eight H100 runs it, and what was printed."""
+    path = tmp_path_factory.mktemp("rehearsal") / "counts.json"
+    done = python("-m", "bench.rehearse", "--preset=medium", "--one-block", "--check", f"--json={path}", timeout=280)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    return json.loads(path.read_text()) if path.exists() else None, done
+
+
+def test_one_block_of_medium_holds_all_rules_and_budgets(short_form):
+    counted, done = short_form
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "within all rules and budgets" in done.stdout
+    assert counted["tokens"] == 65536 and counted["world"] == 8 and counted["other_orders"] == []
+    assert counted["windows"]["different"] > 20, "every window of the run was tried"
+
+
+def test_products_are_those_of_the_mathematics(short_form):
+    """Every product of the step is counted: 6 FLOPs a weight and token, Muon's own apart."""
+    import train_gpt
+    from bench.rehearse.counts import one_block
+
+    counted, _ = short_form
+    model = one_block(train_gpt.parse_config([]))
+    weights = 12 * model.model_dim**2 + train_gpt.next_multiple(model.vocab_size, 128) * model.model_dim
+    counted_flops = sum(row["flops"] for row in counted["step"]["kernels"] if row["phase"] in ("forward", "backward"))
+    assert counted_flops == pytest.approx(6 * weights * counted["tokens"], rel=0.001)
+
+
+def test_own_and_generated_kernels_show_their_resources(short_form):
+    counted, _ = short_form
+    own = {kernel["kernel"] for kernel in counted["kernels"] if kernel["own"]}
+    assert {"_product", "_symmetric", "_row_loss"} <= own
+    assert all(0 < kernel["registers"] <= 255 and kernel["warps"] for kernel in counted["kernels"])
+    assert any(kernel["kernel"].startswith("triton_") for kernel in counted["kernels"])
+    assert sum(counted["step"]["peak_holders_gib"].values()) == pytest.approx(counted["step"]["peak_gib"], rel=0.05)
+
+
+def with_fault(counted, name):
+    """The same counts with one fault in them."""
+    faulty = copy.deepcopy(counted)
+    step = faulty["step"]
+    if name == "graph":
+        faulty["compile"]["graphs"] = 3
+    elif name == "window":
+        faulty["windows"]["new_graphs"] = 1
+    elif name == "int16":
+        step["messages"][0]["dtypes"] = ["int16"]
+    elif name == "order":
+        faulty["other_orders"] = [3]
+    elif name == "wait":
+        step["host_waits"].append("item at train_gpt.py:1")
+    elif name == "spill":
+        faulty["kernels"][0]["stack_bytes"] = 8
+    elif name == "memory":
+        step["peak_gib"] += 2
+    elif name == "launches":
+        step["launches"] += 50
+    elif name == "ptxas":
+        next(kernel for kernel in faulty["kernels"] if kernel["own"])["sha256"] = "0" * 64
+    return faulty
+
+
+FAULTS = {
+    "graph": "3 graphs",
+    "window": "recompilations",
+    "int16": "NCCL carries no such type",
+    "order": "rank 3",
+    "wait": "host_waits",
+    "spill": "spilling_kernels",
+    "memory": "peak_gib",
+    "launches": "launches",
+    "ptxas": "not the proof's",
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_counts_fails_and_is_named(short_form, name):
+    counted, _ = short_form
+    proven = {kernel["sha256"] for kernel in counted["kernels"]}
+    limits = {budgets.form(counted): budgets.measures(counted)}
+    judge = lambda c: budgets.broken_rules(c, proven) + budgets.exceeded(c, limits)  # noqa: E731
+    assert judge(counted) == []
+    (said,) = judge(with_fault(counted, name))
+    assert FAULTS[name] in said
+
+
+def test_counts_without_budgets_fail(short_form):
+    counted, _ = short_form
+    assert "has no budgets" in budgets.exceeded(counted, {})[0]
+
+
+def test_the_projection_adds_up():
+    row = dict(kind="product", phase="backward", part="mlp", kernel="aten.mm", bits=16, launches=2)
+    counted = {
+        "device": "h100",
+        "step": {
+            "launches": 1000,
+            "messages": [{"device": "cuda", "bytes": 340e6}, {"device": "cpu", "bytes": 1e9}],
+            "kernels": [
+                row | {"flops": 0.87 * CEILINGS["h100"].tflops_16 * 1e9, "bytes": 1},
+                row | {"kind": "inductor", "part": "", "kernel": "x", "flops": 0.0, "bytes": 0.8 * 3e9},
+                row | {"kind": "own", "part": "attention", "kernel": "_attention_dq", "flops": 0.0, "bytes": 1e12},
+            ],
+        },
+    }
+    told = project(counted, attention_tflop=2.3)
+    assert told["parts"] == pytest.approx(
+        {
+            "attention": 10,
+            "gaps between launches": 2,
+            "MLP": 1,
+            "norms, mixes, embeddings": 1,
+            "messages not hidden": 0.6,
+        }
+    )
+    assert told["ms"] == pytest.approx(14.6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_planted_faults_are_seen():
+    """Nine faults planted in a run of nano on the pretended device; without any, nothing is said."""
+    done = python("tests/bench/planted.py", timeout=1400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    expected = {
+        "a host synchronisation": "host_waits",
+        "a tensor left on the CPU": "host_waits",
+        "int16 in a collective": "int16",
+        "a kernel that spills": "spilling_kernels",
+        "2 GB more at the peak": "peak_gib",
+        "50 more launches": "launches",
+        "another ptxas": "not the proof's",
+        "a graph break": "graph break",
+        "a recompilation by window": "recompil",
+    }
+    assert said.pop("none") == []
+    assert said.keys() == expected.keys()
+    for fault, word in expected.items():
+        assert any(word in line.lower() for line in said[fault]), f"{fault}: {said[fault]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_all_of_medium_holds_all_rules_and_budgets():
+    done = python("-m", "bench.rehearse", "--preset=medium", "--check", timeout=1400)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
