@@ -12,7 +12,7 @@ usage() {
 ./run.sh test [pytest flags]      the test suite, two processes
 ./run.sh sample CHECKPOINT ...    write text from a checkpoint
 ./run.sh lab | studio             the tour of small models | train, watch and talk in the browser
-./run.sh bench [--cpu]            measure everything that a GPU can tell; one JSON, one table
+./run.sh bench first|step|...     measure what a GPU can tell, in four commands; one JSON, one table (--cpu: small)
 ./run.sh setup [lab]              install only; with 'lab' also what the lab and the studio need
 ./run.sh python ...               the Python that all of this uses
 

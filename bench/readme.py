@@ -26,7 +26,7 @@ ON_A_GPU = {
     "mlp": "`python -m bench.mlp`",
     "muon": "`python -m bench.muon`",
     "step": "`python -m bench.step`: a whole step of `medium`, its parts against their floors",
-    "gpu": "`python -m bench.gpu`: all of the above, the GPU tests and a short real training",
+    "gpu": "`python -m bench.gpu first`, `step`, `peers`, `choices`: all of it, four commands under ten minutes each",
 }
 
 
@@ -116,7 +116,15 @@ def race() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"leaderboard": leaderboard, "measured": measured, "race": race}
+def cards() -> str:
+    """What fits on which card, counted by bench.rehearse.cards."""
+    from bench.rehearse.cards import table_of
+
+    counted = published().get("rehearsal-cards.json")
+    return table_of(counted["result"]) if counted else "Not counted yet: `python -m bench.rehearse.cards`."
+
+
+PARTS = {"leaderboard": leaderboard, "measured": measured, "race": race, "cards": cards}
 
 
 def filled(text: str) -> str:

@@ -76,6 +76,21 @@ def rehearse(
     return {"schema": 1, **head, **counted}
 
 
+def memory_alone(config, device: str) -> float:
+    """Peak GiB of warm-up, step and validation of one process. No kernel is assembled, so it is soon there."""
+    waits: list[str] = []
+    pretended.install(device, waits)
+    torch._dynamo.reset()
+    recorder = Recorder(assembles=False)
+    with pretended.tensors(), recorder:
+        rehearsal = Rehearsal(
+            dataclasses.replace(config, device="cuda", warmup_steps=1), recorder, waits, lambda _: None
+        )
+        rehearsal.set_up()
+        peaks = [rehearsal.warm_up()["warm_up_peak_gib"], rehearsal.step()["peak_gib"]]
+        return max(*peaks, rehearsal.validation()["peak_gib"])
+
+
 def _triton_version() -> str:
     import triton
 

@@ -67,7 +67,8 @@ def project(counted: dict[str, Any], attention_tflop: float) -> dict[str, Any]:
         efficiency = EFFICIENCY[row["kind"], products > 0]
         parts[name] = parts.get(name, 0.0) + max(products, memory) / efficiency
     scale = ceilings.tflops_16 / CEILINGS["h100"].tflops_16
-    parts["attention"] = attention_tflop / (ATTENTION_TFLOPS * scale) * 1e3
+    flexible = any("flex_attention" in row["kernel"] for row in counted["step"]["kernels"])
+    parts["attention"] = attention_tflop / ((FLEX_TFLOPS if flexible else ATTENTION_TFLOPS) * scale) * 1e3
     sent = sum(m["bytes"] for m in counted["step"]["messages"] if m["device"] == "cuda")
     if sent:
         parts["messages not hidden"] = (1 - HIDDEN) * sent / ceilings.link_gb_per_s / 1e6
@@ -81,7 +82,7 @@ def part_of(row: dict[str, Any]) -> str:
     phase, part, kind = row["phase"], row["part"], row["kind"]
     if phase in ("muon", "adam"):
         return {"muon": "Muon", "adam": "AdamW"}[phase]
-    if row["kernel"].startswith("_attention"):
+    if row["kernel"].startswith("_attention") or "flex_attention" in row["kernel"]:
         return "attention"
     if part in ("attention_layer", "attention_inputs", "attention"):
         return "attention projections" if kind == "product" else "attention inputs"

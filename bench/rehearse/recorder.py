@@ -152,6 +152,7 @@ class Recorder(TorchDispatchMode):
     messages: list[Message] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
     kernels: dict[str, Any] = field(default_factory=dict)  # name -> what holds its compiled code, all that ever ran
+    assembles: bool = True  # off: launches stop before Triton compiles; only shapes and memory are of interest
 
     def __post_init__(self):
         super().__init__()
@@ -315,18 +316,20 @@ def _watch(recorder: Recorder) -> None:
 
     def run_noted(self, *args, stream, **kwargs):
         recorder = _watching[0]
-        if recorder.on:
+        if recorder.on and recorder.assembles:
             name = self.inductor_meta.get("kernel_name", self.fn.__name__)
             # Every argument once, those updated in place twice: an upper bound where rows of a table are gathered.
             named = zip(self.triton_meta["signature"], args)
             sizes = [nbytes(a) * (2 if n.startswith("in_out") else 1) for n, a in named if isinstance(a, torch.Tensor)]
             recorder.add("inductor", re.sub(r"_\d+$", "", name), recorder.part(), sum(sizes))
             recorder.kernels[name] = self
-        return run(self, *args, stream=stream, **kwargs)
+        return run(self, *args, stream=stream, **kwargs) if recorder.assembles else None
 
     def launch_noted(self, *args, grid, warmup, **kwargs):
-        kernel = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
         recorder = _watching[0]
+        if not recorder.assembles:
+            return None
+        kernel = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
         if recorder.on:
             named = dict(zip(self.arg_names, args)) | kwargs
             tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in named.values()]
@@ -340,3 +343,5 @@ def _watch(recorder: Recorder) -> None:
         return kernel
 
     CachingAutotuner.run, JITFunction.run = run_noted, launch_noted
+    if not recorder.assembles:
+        CachingAutotuner.precompile = lambda self, *_a, **_k: None
