@@ -50,11 +50,12 @@ def measures(counted: dict[str, Any]) -> dict[str, float]:
         "message_mb": sum(m["bytes"] for m in step["messages"] if m["device"] == "cuda") / 1e6,
         "spilling_kernels": sum(k["stack_bytes"] > 0 for k in counted["kernels"]),
         "host_waits": len(step["host_waits"]),
+        "unproven_kernels": len(counted["unproven"]),
     }
 
 
-def broken_rules(counted: dict[str, Any], proven: set[str] | None) -> list[str]:
-    """What no budget allows, in words. `proven`: hashes of the machine code that the proof lists; None: not listed."""
+def broken_rules(counted: dict[str, Any]) -> list[str]:
+    """What no budget allows, in words."""
     said = []
     compiled, windows = counted["compile"], counted["windows"]
     if compiled["graphs"] != 2 or compiled["breaks"]:
@@ -67,13 +68,14 @@ def broken_rules(counted: dict[str, Any], proven: set[str] | None) -> list[str]:
                 said.append(f"{m['name']} of {', '.join(sorted(strange))} in {when}: NCCL carries no such type")
     for rank in counted.get("other_orders", []):
         said.append(f"rank {rank} sends its messages in another order than rank 0")
-    for kernel in counted["kernels"] if proven is not None else []:
-        if kernel["own"] and kernel["sha256"] not in proven:
-            said.append(
-                f"{kernel['kernel']}: its machine code {kernel['sha256'][:12]} is not the proof's (another ptxas, tile "
-                "or type: python -m kernels.proof --update)"
-            )
     return said
+
+
+def unproven(counted: dict[str, Any], proven: set[str] | None) -> list[str]:
+    """Our own kernels whose machine code (sha256) is not among `proven`, with its beginning: another ptxas, tile or
+    type than the proof's. None: the proof lists none for this Triton, so nothing is said."""
+    own = [kernel for kernel in counted["kernels"] if kernel["own"]] if proven is not None else []
+    return [f"{kernel['kernel']} {kernel['sha256'][:12]}" for kernel in own if kernel["sha256"] not in proven]
 
 
 def exceeded(counted: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
@@ -82,8 +84,10 @@ def exceeded(counted: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
     if known is None:
         return [f"bench/budgets.json has no budgets for {form(counted)}: --set-budgets adds them"]
     found = measures(counted)
+    named = {"host_waits": counted["step"]["host_waits"], "unproven_kernels": counted["unproven"]}
+    named["spilling_kernels"] = [kernel["kernel"] for kernel in counted["kernels"] if kernel["stack_bytes"]]
     return [
-        f"{name}: {found[name]:.6g} is over the budget of {limit:.6g}"
+        f"{name}: {found[name]:.6g} is over the budget of {limit:.6g} {named.get(name, '')}".rstrip()
         for name, limit in known.items()
         if found[name] > limit
     ]

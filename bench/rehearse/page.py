@@ -27,6 +27,7 @@ ROWS = {
     "message_mb": "messages on the GPU, MB a step",
     "spilling_kernels": "kernels that spill",
     "host_waits": "waits of the host in a step",
+    "unproven_kernels": "own kernels whose machine code is not the proof's",
 }
 
 
