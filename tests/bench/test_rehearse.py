@@ -11,6 +11,8 @@ import pytest
 from bench.rehearse import budgets
 from bench.rehearse.project import CEILINGS, project
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a minute of compiling, or as long as others leave it
+
 
 def python(*arguments, timeout):
     """A process of its own: Triton's interpreter is off there."""
@@ -23,7 +25,7 @@ def python(*arguments, timeout):
 def short_form(tmp_path_factory):
     """The counts of one block of medium, as one of eight H100 runs it, and what was printed."""
     path = tmp_path_factory.mktemp("rehearsal") / "counts.json"
-    done = python("-m", "bench.rehearse", "--preset=medium", "--one-block", "--check", f"--json={path}", timeout=280)
+    done = python("-m", "bench.rehearse", "--preset=medium", "--one-block", "--check", f"--json={path}", timeout=850)
     if done.returncode == 3:
         pytest.skip(done.stderr.strip())
     return json.loads(path.read_text()) if path.exists() else None, done
@@ -34,7 +36,7 @@ def test_one_block_of_medium_holds_all_rules_and_budgets(short_form):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "within all rules and budgets" in done.stdout
     assert counted["tokens"] == 65536 and counted["world"] == 8 and counted["other_orders"] == []
-    assert counted["windows"]["different"] > 20, "every window of the run was tried"
+    assert counted["windows"]["tried"] > 20, "every window of the run was tried"
 
 
 def test_products_are_those_of_the_mathematics(short_form):
@@ -143,10 +145,10 @@ def test_the_projection_adds_up():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_planted_faults_are_seen():
     """Nine faults planted in a run of nano on the pretended device; without any, nothing is said."""
-    done = python("tests/bench/planted.py", timeout=1400)
+    done = python("tests/bench/planted.py", timeout=2900)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])
     expected = {
@@ -167,9 +169,9 @@ def test_planted_faults_are_seen():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_all_of_medium_holds_all_rules_and_budgets():
-    done = python("-m", "bench.rehearse", "--preset=medium", "--check", timeout=1400)
+    done = python("-m", "bench.rehearse", "--preset=medium", "--check", timeout=2900)
     if done.returncode == 3:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
