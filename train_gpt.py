@@ -333,7 +333,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model of SPEC: two input embeddings mixed into every layer, value embeddings, U-net skips.
+    """The model of docs/spec.md 2: two input embeddings mixed into every layer, value embeddings, U-net skips.
 
     All learned scalars live in one float32 vector: L skip weights, then L x 3 residual lambdas (stream, first
     and second embedding), then L x 2 attention lambdas (value, value embedding)."""

@@ -2,9 +2,10 @@
 
     o_i = sum_j softmax_j(scale * q_i . k_j) v_j   over the keys j with first_key[i] <= j <= i
 
-Every mask of the trainer is the one integer first_key[i]. SPEC's window, counted in 128-token blocks with its
-rules for partial and full blocks, collapses to it: query i of block b sees j >= max(start of its document,
-128 * (b - max(W, 1) + 1)). For if block b lies in one document, its allowed blocks are the diagonal one
+Every mask of the trainer is the one integer first_key[i]. The window of docs/spec.md 2.7, counted in 128-token
+blocks with its rules for partial and full ones, collapses to it: query i of block b sees
+j >= max(start of its document, 128 * (b - max(W, 1) + 1)).
+For if block b lies in one document, its allowed blocks are the diagonal one
 (partial), n full ones and at most one partial one beyond them, and the two counts together keep the nearest
 max(W, 1); if block b spans documents, none is full, and the nearest max(W, 1) partial ones stay.
 tests/kernels/test_attention_masks.py compares the two pair by pair. first_key never decreases, so the queries
@@ -101,8 +102,8 @@ def attention_plan(
         document_starts: instead of tokens: increasing positions at which a document opens in one sequence of
             `length` tokens. Tokens before the first one form a document of their own.
         length: T, when no tokens are given. Without documents the whole sequence is one.
-        window_blocks: SPEC's W: a query sees its own block of `block_tokens` and W - 1 earlier ones. 0 (what
-            SPEC's W // 2 may be) keeps the diagonal block, as 1 does. An int or a 0-d integer tensor; under
+        window_blocks: W of docs/spec.md 2.7: a query sees its own block of `block_tokens` and W - 1 earlier ones.
+            0 (what W // 2 may be) keeps the diagonal block, as 1 does. An int or a 0-d integer tensor; under
             torch.compile give a tensor, so that a growing window is data and never recompiles.
         window_tokens: instead: a query sees itself and `window_tokens` - 1 tokens before it. Neither: causal.
         device: where the plan is made when no tokens say so; by default that of `document_starts`, else the CPU.

@@ -1,6 +1,6 @@
 """The block's MLP: linear, relu squared, linear.
 
-y = relu(x w_in^T)^2 w_out^T           x (N, D), w_in (F, D), w_out (D, F), y (N, D); F = 4 D in SPEC
+y = relu(x w_in^T)^2 w_out^T           x (N, D), w_in (F, D), w_out (D, F), y (N, D); F = 4 D (docs/spec.md 2.8)
 
 On a GPU the activation sits in the epilogue of the first product, and its derivative in that of the backward product
 dh = (dy w_out) * 2 relu(h). Only a = relu(h)^2 is stored: relu(h) is its root. Products: 4 N D F FLOPs forward, 8 N D F

@@ -28,7 +28,7 @@ _POLAR_EXPRESS = (
 # The authors' margin: the polynomials are steep at the upper end, where bfloat16 rounds values beyond it.
 _POLAR_MARGIN = 1.01
 
-#: (a, b, c) of each step. "spec" is SPEC.md's.
+#: (a, b, c) of each step. "spec" is that of docs/spec.md 3.3.
 COEFFICIENTS = {
     "spec": (
         (4.0848, -6.8946, 2.9270),
@@ -276,7 +276,7 @@ def orthogonalize(
     """Nearly the orthogonal polar factor of each matrix of g (..., M, N): singular values pulled to about
     one.
 
-    coefficients: a key of COEFFICIENTS. dtype: of the arithmetic; bfloat16 is SPEC's.
+    coefficients: a key of COEFFICIENTS. dtype: of the arithmetic; bfloat16 in docs/spec.md 3.3.
     Errors: ValueError for unknown coefficients or fewer than two axes.
     """
     if coefficients not in COEFFICIENTS:
@@ -319,7 +319,7 @@ def apply_update_(
 ) -> None:
     """master <- master (1 - weight_decay) - lr update, in place.
 
-    weight_decay is the whole factor: SPEC's is base lr x 0.01 (x 2 for MLP matrices). lr is the effective
+    weight_decay is the whole factor: lr x 0.01, x 2 for MLP matrices (docs/spec.md 3.4). lr is the effective
     one, with its sqrt(max(1, rows / columns)). With `mantissa` (uint16 or int16) the weight is the bfloat16
     upper half of the master; without, it is the float32 master itself.
     Errors: ValueError for a mantissa beside a weight that is not bfloat16, for shapes or devices that differ, or for

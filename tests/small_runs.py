@@ -1,9 +1,19 @@
 """Runs of the trainer that take a moment: four steps of a tiny model on random bytes."""
 
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 
 import train_gpt
 from data.shards import write_shard
+
+REPO = Path(__file__).resolve().parent.parent
 
 SMALL = """--preset=nano --num_iterations=4 --tokens_per_step=128 --train_seq_len=64 --val_seq_len=64 --val_tokens=128
 --val_loss_every=2 --warmup_steps=0 --num_layers=2 --model_dim=16 --num_heads=1 --unet_skips=0>1 --value_embeddings=0
@@ -34,3 +44,47 @@ def run(folder, out, *more):
     """Exit code of a small run on the shards of a folder."""
     files = [f"--train_files={folder}/train_*.bin", f"--val_files={folder}/val_*.bin", f"--output_dir={out}"]
     return train_gpt.main(small(*files, *more))
+
+
+def losses(text_path: Path) -> list[tuple[str, str, str]]:
+    """(step, kind, value as printed) of every loss in a log."""
+    body = text_path.read_text().rpartition("=" * 100)[2]
+    return re.findall(r"^step:(\d+)/\d+ (val_loss|train_loss):(\S+)", body, re.MULTILINE)
+
+
+WORLD = """
+import os, sys, json
+import torch, train_gpt
+args, worlds, port = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+for world, *more in worlds:  # forked before torch has started any thread: one import for all processes
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port + world))
+            given = dict(word.split("=", 1) for word in [*args, f"--run_name=world{world}", *more])
+            code = train_gpt.main([f"{name}={text}" for name, text in given.items()])
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * world, codes
+"""
+
+
+def in_worlds(args: list[str], worlds: list[list]) -> None:
+    """Run the trainer in worlds of several processes, one world after the other: [[size, more arguments...], ...], of
+    which those of a world replace `args`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1] % 50000 + 2000
+    done = subprocess.run(
+        [sys.executable, "-c", WORLD, json.dumps(args), json.dumps(worlds), str(port)],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

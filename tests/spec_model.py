@@ -1,4 +1,4 @@
-"""SPEC's model once more, in the slowest and most literal way: float64, T x T masks, one line a sentence.
+"""The model of docs/spec.md once more, in the slowest and most literal way: float64, T x T masks, one line a sentence.
 
 Nothing here is shared with train_gpt.py or kernels/ but the names of the parameters. The block mask is read
 word by word: full and partial key blocks are listed and counted, nearest first."""

@@ -1,4 +1,4 @@
-"""The trainer's model, schedules, optimizers and configuration, against SPEC read literally."""
+"""The trainer's model, schedules, optimizers and configuration, against docs/spec.md read literally."""
 
 import dataclasses
 import math
@@ -408,3 +408,16 @@ def test_processes_share_the_sequences_of_a_step():
     for world in (1, 2, 4, 8):
         shares = [list(train_gpt.my_sequences(Config(), rank, world)) for rank in range(world)]
         assert sorted(sequence for share in shares for sequence in share) == list(range(8))
+
+
+def test_every_cited_section_of_the_specification_is_there(repo):
+    import re
+
+    sections = set(re.findall(r"^(?:## )?(\d+(?:\.\d+)?)\.? ", (repo / "docs" / "spec.md").read_text(), re.MULTILINE))
+    cited = {}
+    for folder in (".", "kernels", "trainer", "data", "tests", "tests/kernels"):
+        for path in (repo / folder).glob("*.py"):
+            text = path.read_text()
+            assert not re.search(r"\bSPEC\b(?!\\b)", text) or path.name == "test_train_gpt.py", path
+            cited |= {n: path for n in re.findall(r"docs/spec\.md (\d+(?:\.\d+)?)", text)}
+    assert len(cited) >= 5 and not {n: p for n, p in cited.items() if n not in sections}

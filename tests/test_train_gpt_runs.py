@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import in_worlds, losses
 
 import train_gpt
 from data.shards import write_shard
@@ -78,12 +79,6 @@ def run_here(args: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def losses(text_path: Path) -> list[tuple[str, str, str]]:
-    """(step, kind, value as printed) of every loss in a log."""
-    body = text_path.read_text().rpartition("=" * 100)[2]
-    return re.findall(r"^step:(\d+)/\d+ (val_loss|train_loss):(\S+)", body, re.MULTILINE)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
@@ -113,46 +108,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(undisturbed
     assert losses(tmp_path / "run.txt") == losses(undisturbed / "run.txt")
     assert run_here(arguments(shards, tmp_path, seed=1, run_name="other")) == 0
     assert losses(tmp_path / "other.txt")[-1] != losses(undisturbed / "run.txt")[-1]
-
-
-WORLD = """
-import os, sys, json
-import torch, train_gpt
-args, worlds, port = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-for world, *more in worlds:  # forked before torch has started any thread: one import for all processes
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port + world))
-            given = dict(word.split("=", 1) for word in [*args, f"--run_name=world{world}", *more])
-            code = train_gpt.main([f"{name}={text}" for name, text in given.items()])
-            sys.stdout.flush()
-            os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * world, codes
-"""
-
-
-def in_worlds(args: list[str], worlds: list[list]) -> None:
-    """Run the trainer in worlds of several processes, one world after the other: [[size, more arguments...], ...], of
-    which those of a world replace `args`."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1] % 50000 + 2000
-    done = subprocess.run(
-        [sys.executable, "-c", WORLD, json.dumps(args), json.dumps(worlds), str(port)],
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_1_2_4_and_8_processes_give_the_same_training(undisturbed, shards, tmp_path):

@@ -35,7 +35,7 @@ def draw(B, T, H, K, width, dtype, with_ve=True, seed=0):
 
 
 def literal(q, k, v, ve, s, cos_TR, sin_TR):
-    """SPEC.md's prologue, token by token and head by head."""
+    """The prologue of docs/spec.md 2.5 and 2.6, token by token and head by head."""
 
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()

@@ -1,4 +1,4 @@
-"""Masks, pair by pair: a literal, slow reading of SPEC.md's window against the plan's first_key."""
+"""Masks, pair by pair: a literal, slow reading of docs/spec.md 2.7 against the plan's first_key."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def literal_mask(tokens: list[int], W: int, block: int) -> torch.Tensor:
     """(T, T) bool, word by word: "causal AND same document AND a sliding window counted in blocks. Among the key
     blocks that causality and documents allow, full ones (every pair allowed) keep the nearest W-1, partial ones
     keep the nearest max(W - number of full ones before that cut, 1)". Nothing clever: every pair is looked at.
-    SPEC's sequences are whole blocks; a ragged one is read as the beginning of one whose last document goes on."""
+    Its sequences are whole blocks; a ragged one is read as the beginning of one whose last document goes on."""
     length = len(tokens)
     tokens = tokens + [0] * (-length % block)
     T = len(tokens)
