@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -373,6 +374,14 @@ def test_fields_are_typed_and_named():
         (["--num_layers=8"], "num_layers=8"),
         (["--run_name=../x"], "plain file name"),
         (["stray"], "unknown argument 'stray'"),
+        (["--batch_size=8"], "--tokens_per_step tokens, in sequences of --train_seq_len"),
+        (["--max-iters", "5"], "--num_iterations"),
+        (["--dropout=0.1"], "the model has none"),
+        (["--muon_lr=-0.1"], "muon_lr=-0.1: at least 0"),
+        (["--muon_momentum=1.5"], "muon_momentum=1.5: at least 0 and below 1"),
+        (["--adam_beta2=1"], "adam_beta2=1.0: at least 0 and below 1"),
+        (["--seed=1", "--seed=2"], "seed is given twice, as '1' and as '2'"),
+        (["--patience=0"], "patience=0.0: at least 1"),
         (["--second_input_embedding=maybe"], "true or false"),
         (["--eos_id=60000"], "not below"),
     ],
@@ -389,6 +398,33 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(Config):
         assert f"--{field.name}=" in text and field.metadata["unit"] in text
+
+
+def test_every_name_that_others_have_is_answered_with_ours():
+    from trainer.start import FOREIGN
+
+    ours = {field.name for field in dataclasses.fields(Config)}
+    for name, answer in FOREIGN.items():
+        assert name not in ours, "a field of ours never reaches the answer"
+        assert set(re.findall(r"--(\w+)", answer)) <= ours | {"help"}, answer
+
+
+def test_help_is_given_wherever_it_is_asked_for(capsys):
+    assert train_gpt.main(["--preset=nano", "--help"]) == 0
+    assert "--num_iterations=5690" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stray", ["WORLD_SIZE=2", "WORLD_SIZE=two RANK=0", "WORLD_SIZE=2 RANK=7 MASTER_ADDR=x"])
+def test_stray_variables_of_torchrun_are_one_sentence(stray, capsys, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for word in stray.split():
+        monkeypatch.setenv(*word.split("="))
+    assert train_gpt.main(["--preset=nano", "--device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "which is no group of processes: start several with torchrun, or unset them" in said and said.count("\n") == 1
+    )
 
 
 def test_the_series_hash_ignores_seed_and_machine_only():
@@ -411,8 +447,6 @@ def test_processes_share_the_sequences_of_a_step():
 
 
 def test_every_cited_section_of_the_specification_is_there(repo):
-    import re
-
     sections = set(re.findall(r"^(?:## )?(\d+(?:\.\d+)?)\.? ", (repo / "docs" / "spec.md").read_text(), re.MULTILINE))
     cited = {}
     for folder in (".", "kernels", "trainer", "data", "tests", "tests/kernels"):

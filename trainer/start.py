@@ -33,11 +33,55 @@ second_input_embedding value_embeddings unet_skips attention_free_layers half_tr
 window_max_tokens long_window_layers dtype""".split()
 
 
+#: Names that other trainers (nanoGPT, Hugging Face's, modded-nanogpt) have for things, and ours.
+FOREIGN = {
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        "a step has --tokens_per_step tokens, in sequences of --train_seq_len",
+    ),
+    **dict.fromkeys(
+        ("block_size", "seq_len", "sequence_length", "context_length", "max_seq_len"),
+        "the length of a sequence is --train_seq_len, the attention's reach --window_max_tokens",
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "lr", "max_lr"), "there are four: --muon_lr, --embed_lr, --head_lr and --scalar_lr"
+    ),
+    **dict.fromkeys(
+        ("max_iters", "max_steps", "num_steps", "steps", "train_steps", "iterations"),
+        "the number of steps is --num_iterations",
+    ),
+    **dict.fromkeys(
+        ("min_lr", "lr_decay_iters", "decay_lr", "warmup_iters", "warmup_ratio", "cooldown_steps"),
+        "rates are constant, then fall to 0 in the last --cooldown_frac of the run; there is no warm-up",
+    ),
+    **dict.fromkeys(("out_dir", "save_dir", "logdir", "checkpoint_dir"), "the folder is --output_dir"),
+    **dict.fromkeys(("eval_interval", "eval_every", "eval_steps"), "validations come every --val_loss_every steps"),
+    **dict.fromkeys(("eval_iters", "eval_tokens"), "a validation has --val_tokens tokens"),
+    **dict.fromkeys(
+        ("save_steps", "save_interval", "always_save_checkpoint"), "checkpoints come every --checkpoint_every steps"
+    ),
+    **dict.fromkeys(("dataset", "data_path", "dataset_path", "input"), "data are named by --data"),
+    **dict.fromkeys(("n_layer", "n_layers", "depth"), "the number of blocks is --num_layers"),
+    **dict.fromkeys(("n_head", "n_heads"), "the number of heads is --num_heads"),
+    **dict.fromkeys(("n_embd", "d_model", "hidden_size", "dim", "width"), "the width is --model_dim"),
+    **dict.fromkeys(("beta1", "beta2"), "AdamW's are --adam_beta1 and --adam_beta2, Muon's is --muon_momentum"),
+    **dict.fromkeys(("weight_decay", "wd"), "Muon's is --muon_weight_decay; AdamW has none here"),
+    **dict.fromkeys(("dropout", "bias"), "the model has none: each token is seen once, and no layer has a bias"),
+    "grad_clip": "gradients are not clipped: Muon's updates are of one size anyway",
+    "bf16": "it is --dtype=bfloat16",
+    **dict.fromkeys(
+        ("init_from_checkpoint", "resume_from_checkpoint", "ckpt"),
+        "--resume goes on with a run, --init_from begins one with its weights",
+    ),
+    **dict.fromkeys(("wandb_log", "wandb_project", "report_to"), "see --help for what watches a run"),
+}
+
+
 def expand(arguments: Iterable[str], kind: type, presets: Mapping[str, Mapping[str, Any]], bare: Mapping[str, str]):
     """`arguments` (words of a command line over the dataclass `kind`) and, behind them, the fields that the file, the
     checkpoint or the data that they name decides. Raises UsageError, CheckpointError, ShardError."""
     words = list(arguments)
-    _, given = read_words([kind], words, bare)
+    _, given = read_words([kind], words, bare, FOREIGN)
     found: dict[str, Any] = {}
     if path := given.get("config"):
         found |= from_file(path, kind)
