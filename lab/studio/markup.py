@@ -118,12 +118,21 @@ element.addEventListener('keydown', event => {
 """
 
 
+def address(path: Path) -> str:
+    """Where the page finds a file of ours; a newer one of the same name has another address."""
+    return f"gradio_api/file={quote(str(path))}?{path.stat().st_mtime_ns}"
+
+
+def download(path: Path, words: str = "") -> str:
+    """A link that saves a file."""
+    name = html.escape(path.name, quote=True)
+    return f"<a href='{address(path)}' download='{name}'>{html.escape(words) or f'Save {name}'}</a>"
+
+
 def picture(path: Path, words: str) -> str:
     """A picture of ours with `words` for those who cannot see it, and the way to keep it."""
-    address = f"gradio_api/file={quote(str(path))}?{path.stat().st_mtime_ns}"
-    keep = f"<a href='{address}' download='{html.escape(path.name)}'>Keep the picture</a>"
-    image = f"<img src='{address}' alt='{html.escape(words, quote=True)}'>"
-    return f"<figure class='drawn'>{image}<figcaption>{keep}</figcaption></figure>"
+    image = f"<img src='{address(path)}' alt='{html.escape(words, quote=True)}'>"
+    return f"<figure class='drawn'>{image}<figcaption>{download(path, 'Keep the picture')}</figcaption></figure>"
 
 
 def finding(found: Finding) -> str:

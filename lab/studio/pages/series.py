@@ -15,8 +15,8 @@ REFRESH_S = 3.0
 WIDTHS = ["150px", "90px", "220px", "140px", "170px", "190px"]
 NO_SERIES = "There is no series of runs yet: <a href='train'>train a model</a>, or start one with ./run.sh."
 TITLE = "t-test, as python -m stats.ttest prints it"
-# The link that holds the report is there as soon as its handler has answered.
-FETCH = "() => setTimeout(() => document.querySelector('#report_file a, #report_file button').click(), 300)"
+# The link to the report is on the page soon after its handler has answered; it stays there, should the browser ask.
+FETCH = "() => { setTimeout(() => document.querySelector('#report_link a')?.click(), 300); }"
 
 
 def judging(threshold: str, alpha: float | None) -> tuple[float | None, float]:
@@ -44,7 +44,6 @@ def build(studio, page: gr.Blocks) -> None:
         )
         alpha = gr.Number(0.05, label="Alpha", minimum=0.001, maximum=0.5, elem_id="alpha", scale=1, min_width=120)
         report = gr.Button("Download the report", elem_id="report", size="sm", scale=1, min_width=160)
-        file = gr.DownloadButton("The report", visible="hidden", elem_id="report_file")
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             verdict = gr.HTML(elem_id="verdict")
@@ -54,6 +53,7 @@ def build(studio, page: gr.Blocks) -> None:
     table = gr.Dataframe(
         headers=HEADERS, label="Runs", interactive=False, wrap=True, column_widths=WIDTHS, elem_id="runs"
     )
+    link = gr.HTML("", elem_id="report_link")
     seen = gr.State(())
     outputs = [verdict, sequential, pictures, table, seen]
 
@@ -87,6 +87,7 @@ def build(studio, page: gr.Blocks) -> None:
 
     @told
     def make(path, limit, level):
-        return str(write_report(studio.places.inside(path), studio.places, *judging(limit, level)))
+        return markup.download(write_report(studio.places.inside(path), studio.places, *judging(limit, level)))
 
-    report.click(make, inputs, file).success(None, js=FETCH)
+    report.click(make, inputs, link).success(None, js=FETCH)
+    folder.input(lambda: "", None, link)
