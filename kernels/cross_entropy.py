@@ -37,6 +37,8 @@ from kernels.guards import (
     refuse_tangents,
     without_autocast,
 )
+from kernels.products8 import DEVICES as FP8_DEVICES
+from kernels.products8 import E5M2, MULTIPLE, in_8_bits, product
 from kernels.runtime import LOG2_E, device_kind, implementation_of, tl, triton
 
 SOFTCAPS = ("rsqrt", "sigmoid", None)
@@ -52,7 +54,6 @@ MOST_CHUNK_TOKENS, LEAST_CHUNK_TOKENS, CHUNK_SHARE = 8192, 256, 1 / 80
 #: multiprocessor, so that 264 rows of 100 KB are under way on an H100, 26 of the cache's 50 MB. Holding 50,304 classes
 #: in registers spills 1264 bytes a thread (kernels/proof, sm_90, triton 3.9).
 _MOST_IN_REGISTERS = 1 << 14
-FP8_DEVICES = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 
 # ---- reference --------------------------------------------------------------------------------------------
@@ -401,20 +402,6 @@ def launch_rows(
     return losses
 
 
-def _product(a, b_t, fp8: bool):
-    """a b_t^T in a's dtype; in 8 bits (e4m3; e5m2 for a gradient) with one scale a tensor if `fp8`."""
-    if not fp8:
-        return a @ b_t.t()
-    (a_8, a_scale), (b_8, b_scale) = _in_8_bits(a), _in_8_bits(b_t)
-    return torch._scaled_mm(a_8, b_8.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=a.dtype)
-
-
-def _in_8_bits(x, dtype: torch.dtype = torch.float8_e4m3fn):
-    """(x / scale as `dtype`, row major; the float32 scale that puts its largest value at the format's end)."""
-    scale = (x.abs().amax().float() / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).to(dtype).contiguous(), scale
-
-
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """total <- a b if `first`, else total + a b, in float32: inside the product where the device can, so that only it
     touches `total`."""
@@ -427,18 +414,48 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: 
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
-def _gradient_products(g, x, w, dx, dw, first: bool, fp8: bool) -> None:
-    """dx <- g w and dw += g^T x in place (dw <- g^T x for the `first` chunk); g (C, V) is the gradient at the logits,
-    w (V, D)."""
-    if not fp8:
-        torch.mm(g, w, out=dx)
-        _add_product_(dw, g.t(), x, first)
-        return
-    g_8, g_scale = _in_8_bits(g, torch.float8_e5m2)
-    (w_8, w_scale), (x_8, x_scale) = _in_8_bits(w.t()), _in_8_bits(x.t())
-    part = torch._scaled_mm(g_8.t().contiguous(), x_8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32)
-    dw.copy_(part) if first else dw.add_(part)
-    dx.copy_(torch._scaled_mm(g_8, w_8.t(), scale_a=g_scale, scale_b=w_scale, out_dtype=x.dtype))
+class _Plain:
+    """The head's three products in x's dtype, for chunks of tokens."""
+
+    def __init__(self, x_ND, weight_VD, gradient: bool):
+        self.x, self.w, self.gradient = x_ND, weight_VD.to(x_ND.dtype), gradient
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        """(C, V), dense."""
+        return self.x[rows] @ self.w.t()
+
+    def gradients_(self, g, rows: slice, dx, dw, unit: bool) -> None:
+        """dx <- g w and dw += g^T x in place (dw <- g^T x for the first chunk); g (C, V) is the gradient at the logits,
+        at most one if `unit`."""
+        torch.mm(g, self.w, out=dx)
+        _add_product_(dw, g.t(), self.x[rows], rows.start == 0)
+
+
+class _Eight(_Plain):
+    """The same in 8 bits. x and w are converted once, whatever the chunks; a gradient of the losses' sum is at most one
+    (each soft cap's slope is, and so is a probability less its target), so that its scale is known beforehand."""
+
+    def __init__(self, x_ND, weight_VD, gradient: bool):
+        super().__init__(x_ND, weight_VD, gradient)
+        self.x_8, self.w_8 = in_8_bits(self.x), in_8_bits(self.w)
+        if gradient:
+            self.x_turned, self.w_turned = self.x_8.turned(), self.w_8.turned()
+        self.unit_scale = x_ND.new_tensor(2.0**-15, dtype=torch.float32)
+
+    def _filled(self, rows: slice) -> slice:
+        """The rows with those of zeros that fill them up to a multiple of 16."""
+        count = len(range(*rows.indices(len(self.x))))
+        return slice(rows.start, rows.start - -count // MULTIPLE * MULTIPLE)
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        z = product(self.x_8.rows(self._filled(rows)), self.w_8, self.x.dtype)
+        return z[: len(self.x[rows]), : len(self.w)].contiguous()
+
+    def gradients_(self, g, rows: slice, dx, dw, unit: bool) -> None:
+        g_8 = in_8_bits(g, E5M2, self.unit_scale if unit else None)
+        dx.copy_(product(g_8, self.w_turned, dx.dtype)[: dx.shape[0], : dx.shape[1]])
+        part = product(g_8.turned(), self.x_turned.columns(self._filled(rows)), dw.dtype)[: dw.shape[0], : dw.shape[1]]
+        dw.copy_(part) if rows.start == 0 else dw.add_(part)
 
 
 def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens, fp8, gradient, upstream_N=None):
@@ -449,7 +466,7 @@ def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens,
     if not chunk_tokens:
         memory = torch.cuda.get_device_properties(x_ND.device).total_memory if x_ND.is_cuda else 0
         chunk_tokens = chosen_chunk_tokens(weight_VD.shape[0], x_ND.element_size(), memory)
-    w_VD = weight_VD.to(x_ND.dtype)
+    products = (_Eight if fp8 else _Plain)(x_ND, weight_VD, gradient)
     losses = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
     dx_ND = x_ND.new_empty(x_ND.shape) if gradient else x_ND.new_empty(0)
     # the first chunk writes dw and the others add to it; without any chunk it is 0
@@ -458,12 +475,12 @@ def launch_head(x_ND, weight_VD, targets_N, softcap, ignore_index, chunk_tokens,
         dw_VD.zero_()
     for start in range(0, x_ND.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
-        z = _product(x_ND[rows], w_VD, fp8)
+        z = products.logits(rows)
         launch_rows(z, targets_N[rows], softcap or None, ignore_index, gradient, losses=losses[rows])
         if gradient:
             if upstream_N is not None:
                 z *= upstream_N[rows, None]
-            _gradient_products(z, x_ND[rows], w_VD, dx_ND[rows], dw_VD, start == 0, fp8)
+            products.gradients_(z, rows, dx_ND[rows], dw_VD, upstream_N is None)
         del z  # before the next chunk's logits, or two chunks of them would exist
     return losses, dx_ND, dw_VD
 

@@ -282,11 +282,13 @@ def test_chunks_fit_the_device():
 
 
 def test_the_head_in_8_bits_trains_nearly_as_in_float64():
-    """The whole launch, the loss in the interpreter: losses within 3 % of the spread of the logits, gradients 15 %."""
-    x, w, targets, _ = draw(N=64, D=32, V=96)
+    """The whole launch, the loss in the interpreter: losses within 3 % of the spread of the logits, gradients 15 %.
+
+    Sizes that 16 does not divide, and three chunks of which the last is ragged."""
+    x, w, targets, _ = draw(N=71, D=40, V=90)
     targets[::7] = IGNORED
     try:
-        losses, dx, dw = module.launch_head(x.bfloat16(), w, targets, "rsqrt", IGNORED, 0, True, True)
+        losses, dx, dw = module.launch_head(x.bfloat16(), w, targets, "rsqrt", IGNORED, 32, True, True)
     except (RuntimeError, NotImplementedError) as missing:
         pytest.skip(f"this torch has no scaled product on the CPU: {missing}")
     x, w = x.double().requires_grad_(), w.double().requires_grad_()
@@ -296,34 +298,3 @@ def test_the_head_in_8_bits_trains_nearly_as_in_float64():
     assert (losses - truth).abs().mean() <= 0.03 * spread and (losses[::7] == 0).all()
     for found, right in ((dx, x.grad), (dw, w.grad)):
         assert 0 < (found.double() - right).norm() <= 0.15 * right.norm()
-
-
-def test_products_in_8_bits_survive_zeros_and_extremes():
-    x = torch.zeros(32, 32, dtype=torch.bfloat16)
-    try:
-        assert (module._product(x, x, True) == 0).all()
-    except (RuntimeError, NotImplementedError) as missing:
-        pytest.skip(f"this torch has no scaled product on the CPU: {missing}")
-    x[0, 0], y = 1e30, torch.eye(32, dtype=torch.bfloat16) * 1e-30
-    z = module._product(x, y, True)
-    assert torch.isfinite(z).all() and z[0, 0].float() == pytest.approx(1.0, rel=0.1)
-
-
-def test_products_in_8_bits_are_near_those_in_16():
-    """torch's scaled products run on a CPU too: same calls, same scales, same layouts as on a GPU."""
-    x, w, _, _ = draw(N=64, D=32, V=96)
-    x, w = x.bfloat16(), w.bfloat16()
-    z = module._product(x, w, False)
-    try:
-        z_8 = module._product(x, w, True)
-    except (RuntimeError, NotImplementedError) as missing:
-        pytest.skip(f"this torch has no scaled product on the CPU: {missing}")
-    assert 0 < (z_8.float() - z.float()).norm() <= 6e-2 * z.float().norm()
-    g = (torch.randn(64, 96, generator=torch.Generator().manual_seed(1)) * 1e-6).bfloat16()
-    both = []
-    for fp8 in (False, True):
-        dx, dw = torch.empty(64, 32, dtype=x.dtype), torch.empty(96, 32)
-        module._gradient_products(g, x, w, dx, dw, True, fp8)
-        both.append((dx.float(), dw))
-    for plain, eight in zip(*both):
-        assert 0 < (eight - plain).norm() <= 0.12 * plain.norm()  # e5m2 keeps two bits behind the leading one
