@@ -54,7 +54,7 @@ def rehearse(
 
     waits: list[str] = []
     pretended.install(device, waits)
-    assembler = choose_assembler()
+    assembler = choose_assembler().partition(" ")[0]
     torch._dynamo.reset()
     dynamo.counters.clear()
     join(0, world)
