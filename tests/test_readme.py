@@ -62,3 +62,14 @@ def test_an_edited_number_is_noticed(tmp_path, monkeypatch, capsys):
 def test_a_part_that_is_missing_is_named():
     with pytest.raises(ValueError, match="leaderboard"):
         readme.filled("no parts at all")
+
+
+def test_the_page_of_the_rehearsal_says_what_the_files_say(tmp_path, monkeypatch, capsys):
+    from bench.rehearse import page
+
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run python -m bench.rehearse.page"
+    edited = tmp_path / "rehearsal.md"
+    edited.write_text(page.page().replace("| peak of a step", "| peek of a step", 1), encoding="utf-8")
+    monkeypatch.setattr(page, "PAGE", edited)
+    assert page.main(["--check"]) == 1 and "out of date" in capsys.readouterr().out
+    assert page.main([]) == 0 and page.main(["--check"]) == 0
