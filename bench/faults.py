@@ -250,7 +250,8 @@ class Trace:
 
 def trace_of(out: Path) -> Trace:
     """Read a finished run. Raises whatever is wrong with it."""
-    from stats.runs import final_validation, parse_log
+    from stats.runs import parse_log
+    from stats.values import final_validation
     from train_gpt import CHECKPOINT_FORMAT
     from trainer.checkpoints import load_tensors
 

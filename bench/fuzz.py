@@ -344,8 +344,8 @@ def good_log(steps: int = 20, every: int = 5, seed: int = 0) -> bytes:
 def logs_check(folder: Path):
     """Damaged logs: a run's result is only what stands in the log at its planned step."""
     from stats.errors import StatsError
-    from stats.runs import final_validation
     from stats.series import read_runs
+    from stats.values import final_validation
 
     path = folder / "run.txt"
 
@@ -372,7 +372,8 @@ def logs_check(folder: Path):
 def plans_check(folder: Path):
     """Damaged plan files: refused, unless the plan is the one whose hash the file carries."""
     from stats.errors import StatsError
-    from stats.plans import make_plan, read_plan, write_plan
+    from stats.planfile import read_plan, write_plan
+    from stats.plans import make_plan
 
     path = folder / "plan.json"
     plan = make_plan()
@@ -395,7 +396,8 @@ def plans_check(folder: Path):
 def plan_values_check(folder: Path):
     """Plans without a hash, their fields replaced: refused, or such that the sequential test can use them."""
     from stats.errors import StatsError
-    from stats.plans import make_plan, read_plan
+    from stats.planfile import read_plan
+    from stats.plans import make_plan
     from stats.sequential import decide
 
     path = folder / "plan.json"
@@ -452,7 +454,8 @@ def trainer_arguments() -> st.SearchStrategy:
 
 def other_arguments_check(folder: Path):
     """Command lines of the statistics and of the series runner: their exit codes, nothing else."""
-    from records.series import SeriesError, build_parser, check_flags, parse_overrides, series_from
+    from records.folder import SeriesError
+    from records.series import build_parser, check_flags, parse_overrides, series_from
     from stats.cli import main as stats_main
 
     (folder / "runs").mkdir(exist_ok=True)
@@ -577,14 +580,15 @@ def _packed(name: str) -> bytes:
 
 def series_check(folder: Path):
     """Damaged series folders: every reader of them says what is wrong, or judges."""
+    from records.folder import SeriesError, read_record
     from records.ledger import Ledger, LedgerError, ledger_summary
     from records.report import read_results
-    from records.series import SeriesError, read_record
     from stats.errors import StatsError
+    from stats.judge import judge
     from stats.monitor import monitor
-    from stats.plans import make_plan, write_plan
+    from stats.planfile import write_plan
+    from stats.plans import make_plan
     from stats.series import load_series
-    from stats.ttest import judge
     from stats.validate import validate
 
     good = folder / "good"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records.ledger import Ledger, host_hash, process_start
+from records.logs import read_run_json, sealed, trim_log
 
 EXIT_BAD_INPUT = (2, 3)  # the trainer's: usage, bad data or checkpoint. Every seed would end alike.
 EXIT_NON_FINITE = 4
@@ -95,15 +95,6 @@ def slots(parallel: int | None, nproc: int) -> list[Slot]:
     return [Slot(cores=tuple(cores[i * share : (i + 1) * share])) for i in range(parallel)]
 
 
-def read_run_json(path: Path) -> dict:
-    """A run's JSON, or {} if it is absent or broken (a trainer that died while writing it)."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _die_with_parent(cores: Sequence[int]) -> Callable[[], None]:
     """For the child before it is the trainer: SIGTERM when the runner dies, so that no orphan trains on."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -115,6 +106,17 @@ def _die_with_parent(cores: Sequence[int]) -> Callable[[], None]:
             os.sched_setaffinity(0, cores)
 
     return prepare
+
+
+def seal(folder: Path, run: str, status: str) -> dict:
+    """What the line of an end adds: the hashes of a finished run's log and JSON, after the log has its last form.
+
+    Only in the folder of a series; a run that can be resumed will go on writing.
+    """
+    if status == "interrupted" or not (folder / "record.json").exists():
+        return {}
+    trim_log(folder, run)
+    return {"sealed": sealed(folder, run)} if status == "finished" else {}
 
 
 class Job:
@@ -229,7 +231,7 @@ class Job:
             self.output.unlink(missing_ok=True)
         elif error:
             fields["error"] = error
-        return self.ledger.append("end", **fields)
+        return self.ledger.append("end", **fields, **seal(self.folder, self.run, status))
 
     def _ended(self) -> bool:
         """True once the trainer is over; what is left of its process group (ranks of a dead torchrun) is

@@ -1,9 +1,11 @@
 """The ledger of a series: what was started, how it ended, what was left out and why; only ever added to.
 
 One JSON object a line. Events:
+  begin   threshold, plan, stop_step, identity     what was fixed before the first launch
   launch  run, seed, attempt, pid, host, resume    written before the process exists: none goes unrecorded
   start   run, attempt, pid, pid_start             the trainer's process
-  end     run, attempt, status, exit_code, error   status: finished | crashed | interrupted
+  end     run, attempt, status, exit_code, error   status: finished | crashed | interrupted; of a finished run also
+          final_loss and `sealed`, the sha256 of its log and its JSON
   drop    run, reason                              left out of the verdict by a person, who says why
   cancel  run, reason                              queued, then not needed: the sequential test had decided
   judge   n, decision, p_value                     somebody looked at the test: looks count, so they are kept
@@ -11,7 +13,8 @@ One JSON object a line. Events:
   torn    text                                     what a writer had written of its line when it died
 
 Any number of processes on any number of hosts may append at once (O_APPEND under flock, then fsync). A line
-that a dying writer left half done is skipped with a warning, and the next writer turns it into a torn event.
+that a dying writer left half done is skipped with a warning, and the next writer turns it into a torn event. Each
+line carries in `before` the hash of all lines above it (`stats.chain`).
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from stats.chain import KEY, link
+
 NAME = "ledger.jsonl"
-EVENTS = ("launch", "start", "end", "drop", "cancel", "judge", "torn", "submit")
+EVENTS = ("begin", "launch", "start", "end", "drop", "cancel", "judge", "torn", "submit")
 ENDS = ("finished", "crashed", "interrupted")
 
 
@@ -125,9 +130,9 @@ class Ledger:
         if event not in EVENTS:
             raise ValueError(f"event {event!r}: one of {', '.join(EVENTS)}")
         record = {"event": event, **fields, "time": now()}
-        line = json.dumps(record, allow_nan=False) + "\n"
+        json.dumps(record, allow_nan=False)  # what cannot be told must not reach the file
         try:
-            self._append_bytes(line.encode())
+            self._append(record)
         except OSError as error:
             raise LedgerError(
                 error.errno,
@@ -136,30 +141,35 @@ class Ledger:
             ) from error
         return record
 
-    def _append_bytes(self, data: bytes) -> None:
-        """Write all of `data` at the end, or nothing."""
+    def _append(self, record: dict) -> None:
+        """Write the line of `record`, linked to all lines before it, at the end; or nothing."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            size = os.fstat(descriptor).st_size
-            torn = _unfinished_line(descriptor, size)
+            before = _read_all(descriptor)
+            torn = before[before.rfind(b"\n") + 1 :]
+            before = before[: len(before) - len(torn)]
+            data = b""
             if torn:
-                size -= len(torn)
-                os.ftruncate(descriptor, size)
-                told = {"event": "torn", "text": torn.decode(errors="replace"), "time": now()}
-                data = json.dumps(told).encode() + b"\n" + data
+                os.ftruncate(descriptor, len(before))
+                data = _linked({"event": "torn", "text": torn.decode(errors="replace"), "time": now()}, before)
+            data += _linked(record, before + data)
             try:
                 written = 0
                 while written < len(data):
                     written += os.write(descriptor, data[written:])
                 os.fsync(descriptor)
             except OSError:
-                os.ftruncate(descriptor, size)
+                os.ftruncate(descriptor, len(before))
                 with contextlib.suppress(OSError):
                     os.write(descriptor, torn)
                 raise
         finally:
             os.close(descriptor)
+
+    def head(self) -> str:
+        """The hash of all that the ledger says so far: published, it proves later that nothing above it changed."""
+        return link(self.path.read_bytes() if self.path.exists() else b"")
 
     def events(self) -> list[dict]:
         """All events in the order of writing; half-written or foreign lines are skipped with a warning."""
@@ -188,12 +198,18 @@ class Ledger:
         return run_states(self.events())
 
 
-def _unfinished_line(descriptor: int, size: int) -> bytes:
-    """What stands after the last newline of a file of `size` bytes: the line of a writer that died, or
-    nothing."""
-    window = 1 << 16
-    tail = os.pread(descriptor, window, max(0, size - window))
-    return tail[tail.rfind(b"\n") + 1 :]
+def _read_all(descriptor: int) -> bytes:
+    """The whole file behind an open descriptor."""
+    parts, offset = [], 0
+    while part := os.pread(descriptor, 1 << 20, offset):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _linked(record: dict, before: bytes) -> bytes:
+    """The line of an event, with its link to the bytes before it."""
+    return (json.dumps(record | {KEY: link(before)}, allow_nan=False) + "\n").encode()
 
 
 def run_states(events: Iterable[dict]) -> dict[str, RunState]:

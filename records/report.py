@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from records.launch import read_run_json
+from records.folder import RUN_FIELDS, SeriesError, read_record, write_record
 from records.ledger import Ledger, ledger_summary
-from records.series import RUN_FIELDS, SeriesError, read_record, write_record, write_whole
+from records.logs import read_run_json, write_whole
 
 TTEST_KEYS = (
     "n",
@@ -38,8 +38,8 @@ ALPHA = 0.01  # the track's rule
 def read_results(folder: Path) -> list[dict]:
     """JSON of every finished run, in order of seed, each checked against its log. Raises SeriesError."""
     from stats.errors import StatsError
-    from stats.runs import final_validation
     from stats.series import read_runs
+    from stats.values import final_validation
 
     results = []
     states = Ledger(folder).runs()
@@ -88,8 +88,8 @@ def check_result(path: Path, result: dict) -> None:
 def verdict_of(folder: Path, alpha: float):
     """(TTest, None), or (None, why there is none)."""
     from stats.errors import StatsError
+    from stats.judge import judge
     from stats.series import load_series
-    from stats.ttest import judge
 
     try:
         return judge(load_series(folder), alpha=alpha), None
@@ -126,7 +126,7 @@ def sequential_words(folder: Path) -> str:
     """What the series' plan says of the runs so far."""
     from records.sequential import losses_in_order
     from stats.errors import StatsError
-    from stats.plans import read_plan
+    from stats.planfile import read_plan
     from stats.sequential import decide
 
     try:
@@ -431,7 +431,7 @@ def _judge_sequential(folder: Path, alpha: float) -> int:
     """The verdict of the series' plan."""
     from records.sequential import exit_code, losses_in_order
     from stats.errors import StatsError
-    from stats.plans import read_plan
+    from stats.planfile import read_plan
     from stats.sequential import decide
 
     try:

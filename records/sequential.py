@@ -6,15 +6,14 @@ losses in the order of launch and waits at the first run without an end, so quic
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 from records.ledger import Ledger
-from stats.plans import Plan, make_plan, read_plan, write_plan
-from stats.runs import final_validation
+from stats.planfile import read_plan, write_plan
+from stats.plans import Plan, make_plan
 from stats.sequential import ACCEPT, CONTINUE, Decision, decide
 from stats.series import read_runs
+from stats.values import final_validation
 
 EXIT_NON_FINITE = 4  # the trainer's
 
@@ -24,26 +23,13 @@ def exit_code(decision: Decision) -> int:
     return {ACCEPT: 0, CONTINUE: 4}.get(decision.verdict, 1)
 
 
-def target_loss(trainer: Path, preset: str, overrides: dict[str, str]) -> float:
-    """The loss that the trainer's configuration is judged against. Raises ValueError if it does not tell."""
-    if "target_loss" in overrides:
-        return float(overrides["target_loss"])
-    spec = importlib.util.spec_from_file_location("trainer_of_series", trainer)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    words = [f"--preset={preset}", *(f"--{key}={text}" for key, text in overrides.items())]
-    try:
-        return float(module.parse_config(words).target_loss)
-    except AttributeError:
-        raise ValueError(f"{trainer.name} does not tell its target_loss; give --plan FILE") from None
-
-
-def plan_of(folder: Path, given: str | None, threshold, margin: float | None, sigma: float | None) -> Plan:
+def plan_of(
+    folder: Path, given: str | None, threshold: float | None, margin: float | None, sigma: float | None
+) -> Plan:
     """The series' plan: the one in its folder, or a copy of `given`, or a new one written there.
 
-    `threshold` is a function, called only for a new plan. Raises stats' errors, or ValueError if a plan is
-    asked for that is not the series' own.
+    `threshold` is for a new plan. Raises stats' errors, or ValueError if a plan is asked for that is not the series'
+    own.
     """
     path = folder / "plan.json"
     if path.exists():
@@ -61,7 +47,9 @@ def plan_of(folder: Path, given: str | None, threshold, margin: float | None, si
         wanted = {"margin": margin, "sigma": sigma}
         if sigma is not None:
             wanted["sigma_source"] = "given with --sigma"
-        plan = make_plan(threshold(), **{key: value for key, value in wanted.items() if value is not None})
+        if threshold is None:
+            raise ValueError("the trainer does not tell its target_loss; give --plan FILE")
+        plan = make_plan(threshold, **{key: value for key, value in wanted.items() if value is not None})
     write_plan(plan, path)
     return plan
 

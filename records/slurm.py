@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.launch import Job, Slot, read_run_json
+from records.launch import Job, Slot, seal
 from records.ledger import Attempt, Ledger
+from records.logs import read_run_json
 
 SILENT_S = 15.0  # a job that left SLURM's queue so long ago and wrote no end has died
 QUEUE_EVERY_S = 5.0
@@ -237,7 +238,8 @@ class Slurm:
             if status == "crashed":
                 fields |= {"error": f"SLURM job {one.id} is gone and left no end", "lost": True}
             del self.active[run]
-            ended.append((one.job, self.ledger.append("end", **fields)))
+            end = self.ledger.append("end", **fields, **seal(self.folder, run, status))
+            ended.append((one.job, end))
         return ended
 
     def cancel_pending(self, reason: str) -> int:

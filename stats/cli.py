@@ -124,7 +124,8 @@ def _ttest_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_ttest(options: argparse.Namespace) -> int:
-    from stats.ttest import POOLED_SIGMA, POOLED_SIGMA_DF, check_alpha, judge, judge_each, render, ttest
+    from stats.judge import judge, judge_each
+    from stats.ttest import POOLED_SIGMA, POOLED_SIGMA_DF, check_alpha, render, ttest
 
     check_alpha(options.alpha)
     settings = {"alpha": options.alpha, "sensitivity": not options.no_sensitivity}
@@ -261,7 +262,9 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _run_plan(options: argparse.Namespace) -> int:
-    from stats.plans import POOLED_SIGMA_SOURCE, design, make_plan, pilot_facts, render, write_plan
+    from stats.design import design, pilot_facts, render
+    from stats.planfile import write_plan
+    from stats.plans import POOLED_SIGMA_SOURCE, make_plan
     from stats.ttest import POOLED_SIGMA
 
     facts = pilot_facts(_sample(options.sigma_from, _no_selection())) if options.sigma_from else {}
@@ -302,7 +305,7 @@ def _monitor_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_monitor(options: argparse.Namespace) -> int:
     from stats.monitor import monitor, monitor_losses, render
-    from stats.plans import read_plan
+    from stats.planfile import read_plan
     from stats.series import find_series
 
     plan = read_plan(options.plan) if options.plan else None
@@ -429,7 +432,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> int:
-    from stats.plans import read_plan
+    from stats.planfile import read_plan
     from stats.report import make_report, to_html, to_markdown
     from stats.series import find_series
     from stats.ttest import check_alpha
@@ -476,9 +479,9 @@ def _run_schema(options: argparse.Namespace) -> int:
 # {verb: the class of what --json prints}
 SCHEMA_CLASSES = {
     "ttest": "stats.ttest:TTest",
-    "ttest-many": "stats.ttest:TTests",
+    "ttest-many": "stats.judge:TTests",
     "compare": "stats.compare:Comparisons",
-    "plan": "stats.plans:Design",
+    "plan": "stats.design:Design",
     "monitor": "stats.monitor:Monitoring",
     "validate": "stats.validate:Assessments",
     "curve": "stats.curve:Curve",

@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 
 from stats.errors import DataError, UsageError
-from stats.runs import Run
+from stats.values import Run
 
 
 @dataclass(frozen=True, slots=True)

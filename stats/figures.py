@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from stats.plans import Plan
-from stats.runs import Run
 from stats.sequential import Decision, boundaries
 from stats.ttest import TTest
+from stats.values import Run
 
 BLUE, RED, GRAY = "#2563a8", "#b3372f", "#6b7280"
 

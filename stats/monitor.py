@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stats.errors import DataError, UsageError
-from stats.plans import Plan, read_plan
-from stats.runs import Run, is_finished
-from stats.samples import LeftOut, final_of, in_launch_order, mixture, reason_left_out
+from stats.planfile import read_plan
+from stats.plans import Plan
+from stats.samples import final_of, in_launch_order, mixture, reason_left_out
 from stats.sequential import Decision, decide
 from stats.series import Launch, Series
+from stats.values import LeftOut, Run, is_finished
 
 
 @dataclass(frozen=True, slots=True)

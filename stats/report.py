@@ -10,13 +10,15 @@ from pathlib import Path
 import scipy
 
 from stats.errors import Exit, StatsError
+from stats.judge import judge
 from stats.leaderboard import Leaderboard, leaderboard
 from stats.monitor import Monitoring, monitor
-from stats.plans import Plan, read_plan
+from stats.planfile import read_plan
+from stats.plans import Plan
 from stats.samples import Sample, sample_of
 from stats.sequential import ACCEPT
 from stats.series import Series
-from stats.ttest import STRICT_ALPHA, TTest, judge
+from stats.ttest import STRICT_ALPHA, TTest
 from stats.validate import Assessment, validate
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"

@@ -26,12 +26,12 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 from stats.errors import DataError
+from stats.values import Problem, Run, Validation
 
 BLOCK_BYTES = 1 << 18
 LONGEST_LINE_BYTES = 1 << 20
@@ -66,118 +66,20 @@ _FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("val_data_hash", re.compile(r"\bval_data_hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
     ("plan_hash", re.compile(r"\bplan[ _]hash[ :=]+(?:sha256:)?([0-9a-f]{8,64})\b")),
 )
+# A row of nvidia-smi's table: |   0  NVIDIA H100 80GB HBM3          On  |   00000000:19:00.0 Off |
+_GPU_ROW = re.compile(
+    r"^\|\s+\d+\s+((?:NVIDIA|Tesla|Quadro|GeForce|AMD)\b.*?|[A-Z]\w+.*?)\s+(?:On|Off)\s*\|", re.MULTILINE
+)
+_PROGRAM_LINE = re.compile(rb"^(?:import|from) \w+|^def \w+\(|^class \w+", re.MULTILINE)
 _CONFIG = re.compile(r"^config:(\{.*\})\s*$", re.MULTILINE)
 _PEAK_MEMORY = re.compile(r"peak memory (?:allocated|resident):\s*(\d{1,12}) MiB")
 
 
+_OF_ONE_RUN = ("seed", "config", "config_hash")
+
+
 class EmptyLog(DataError):
     """A log without a single result line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """One validation of a run."""
-
-    step: int
-    loss: float  # nats a token (or a byte); NaN where the log says so
-    time_s: float | None  # training time so far, the validations' own left out
-    step_avg_ms: float | None
-    decimals: int | None  # digits after the point that the log prints of the loss; None: full precision
-    line: int | None  # in its file, from 1
-    extra: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something in a log that does not fit, and where."""
-
-    line: int | None
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One training run as its log tells it. What the log does not say is None."""
-
-    path: str
-    name: str
-    dialect: str  # steps, llmc or table
-    first_line: int | None
-    planned_steps: int | None
-    last_step: int | None  # the highest step that any line of the run speaks of
-    step_lines: int  # lines between validations, one a step in most dialects
-    validations: tuple[Validation, ...]
-    problems: tuple[Problem, ...] = ()
-    code_hash: str | None = None  # sha256 of the embedded source, newlines at its end counted as one
-    seed: int | None = None
-    python: str | None = None
-    torch: str | None = None
-    triton: str | None = None
-    hardware: str | None = None
-    host: str | None = None
-    world_size: int | None = None
-    peak_memory_mib: int | None = None
-    config_hash: str | None = None
-    kernels_hash: str | None = None  # of the folder kernels/, in older logs
-    program_hash: str | None = None  # of all files of the program
-    data_hash: str | None = None  # of the training tokens until the last validation, or of the files in older logs
-    val_data_hash: str | None = None
-    plan_hash: str | None = None
-    preset: str | None = None
-    target_loss: float | None = None  # the threshold that the run's own configuration names
-    sidecar: dict | None = field(default=None, repr=False, compare=False)  # the JSON beside an own log, unchecked
-
-    @property
-    def label(self) -> str:
-        """Path and, where a file holds several runs, the line at which this one starts."""
-        return self.path if self.name == Path(self.path).stem else f"{self.path} ({self.name})"
-
-    @property
-    def losses_by_step(self) -> dict[int, float]:
-        """{step: validation loss}."""
-        return {point.step: point.loss for point in self.validations}
-
-
-def final_validation(run: Run, stop_step: int | None = None) -> Validation:
-    """The validation that the run is judged by: at `stop_step` if given, else at the planned last step.
-
-    Raises DataError if the log is damaged, or if there is no validation at that step: the last line of a
-    truncated run is not its result.
-    """
-    if run.problems:
-        first = run.problems[0]
-        more = f" (and {len(run.problems) - 1} more)" if len(run.problems) > 1 else ""
-        raise DataError(f"damaged log: {first.text}{more}", run.path, first.line)
-    if not run.validations:
-        raise DataError(f"no validation in this run ({run.step_lines} step lines)", run.path, run.first_line)
-    last = run.validations[-1]
-    wanted = run.planned_steps if stop_step is None else stop_step
-    if wanted is None:
-        raise DataError(
-            f"its last validation is at step {last.step}, but this dialect does not say how many steps were "
-            "planned; name the step with --stop-step",
-            run.path,
-            last.line,
-        )
-    for point in reversed(run.validations):
-        if point.step == wanted:
-            return point
-    planned = f"of {run.planned_steps} planned" if stop_step is None else f"and none at --stop-step {stop_step}"
-    raise DataError(
-        f"truncated or unfinished run: its last validation is at step {last.step} {planned}"
-        + (f", though it trained to step {run.last_step}" if (run.last_step or 0) > last.step else ""),
-        run.path,
-        last.line,
-    )
-
-
-def is_finished(run: Run, stop_step: int | None = None) -> bool:
-    """True if `final_validation` has an answer."""
-    try:
-        final_validation(run, stop_step)
-    except DataError:
-        return False
-    return True
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -189,7 +91,8 @@ def parse_log(stream: BinaryIO, path: str = "<stdin>") -> list[Run]:
 
     Raises EmptyLog where the stream holds no run at all.
     """
-    code_hash, offset, number = _skip_source(stream)
+    first_byte = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0  # the mark that some editors put before UTF-8
+    code_hash, offset, number = _skip_source(stream, first_byte)
     stream.seek(offset)
     reader = _LogReader(path, code_hash)
     for number, line, ended in _numbered_lines(stream, number + 1):  # noqa: B020  (the source's go on)
@@ -203,17 +106,35 @@ def parse_log(stream: BinaryIO, path: str = "<stdin>") -> list[Run]:
     return runs
 
 
-def _skip_source(stream: BinaryIO) -> tuple[str | None, int, int]:
-    """(sha256 of the source, offset just after the first separator line, its line number); without a
-    separator line there is nothing to skip: (None, 0, 0)."""
-    digest, blank_lines, offset = hashlib.sha256(), 0, 0
+def _skip_source(stream: BinaryIO, start: int = 0) -> tuple[str | None, int, int]:
+    """(sha256 of the source, offset just after the separator line that ends it, that line's number).
+
+    Without a separator line there is nothing to skip: (None, start, 0). A log may open with a separator; what stands
+    between that one and the next is the source only if it reads like a program."""
+    stream.seek(start)
+    code_hash, offset, number = _until_separator(stream, start, 0)
+    if code_hash is not None or not number:
+        return code_hash, offset, number
+    stream.seek(offset)
+    inner = _until_separator(stream, offset, number)
+    if inner[0] is None:
+        return None, offset, number
+    stream.seek(offset)
+    if not _PROGRAM_LINE.search(stream.read(min(inner[1] - offset, LONGEST_LINE_BYTES))):
+        return None, offset, number
+    return inner
+
+
+def _until_separator(stream: BinaryIO, offset: int, lines_before: int) -> tuple[str | None, int, int]:
+    """(sha256 of what stands before the next separator line, or None if that is blank; offset after the separator;
+    its number). (None, where it began, 0) if there is none."""
+    digest, blank_lines, start = hashlib.sha256(), 0, offset
     kept, has_source = None, False
-    for number, line, _ in _numbered_lines(stream, 1):
+    for number, line, _ in _numbered_lines(stream, lines_before + 1):
         offset += len(line) + 1
         if line[:1] == b"=" and _SEPARATOR.fullmatch(line):
             digest.update(b"\n")
-            code_hash = kept or (digest.hexdigest() if has_source else None)
-            return code_hash, offset, number
+            return kept or (digest.hexdigest() if has_source else None), offset, number
         if not line.strip():
             blank_lines += 1  # held back: newlines at the very end of the source do not count
             continue
@@ -221,7 +142,7 @@ def _skip_source(stream: BinaryIO) -> tuple[str | None, int, int]:
         blank_lines, has_source = 0, True
         if number < 10 and (match := _KEPT_SOURCE.match(line)):
             kept = match.group(1).decode()
-    return None, 0, 0
+    return None, start, 0
 
 
 def _numbered_lines(stream: BinaryIO, first: int) -> Iterator[tuple[int, bytes, bool]]:
@@ -249,6 +170,7 @@ class _LogReader:
         self.run: _RunBuilder | None = None
         self.broken: Problem | None = None  # the last line before this one, if it should have been a result
         self.head: list[str] = []  # what stands before the first result line: the environment
+        self.between: list[str] = []  # since the last result line: of the next run, if one begins
 
     def read(self, number: int, line: bytes) -> None:
         """One line, its number for messages."""
@@ -279,6 +201,7 @@ class _LogReader:
                 run.problem(number, f"{planned} planned steps, but {run.planned_steps} in the lines before")
             return run
         self.run = run = _RunBuilder(dialect, number, planned)
+        run.head, self.between = self.between, []
         self.runs.append(run)
         if self.broken is not None:  # it may have been the first line of this run
             run.problems.append(self.broken)
@@ -288,6 +211,8 @@ class _LogReader:
         run = self.run
         if run is None or step < run.last_step or planned != run.planned_steps:
             run = self._run_for(number, step, planned, "steps")
+        if self.between:
+            self.between = []
         if b"val_loss" not in rest:
             if not rest.startswith(b"train_"):
                 run.problem(number, f"not a step line: {_shown(rest)}")
@@ -310,6 +235,7 @@ class _LogReader:
 
     def _llmc_line(self, number: int, step: int, kind: bytes, value: bytes) -> None:
         run = self._run_for(number, step, None, "llmc")
+        self.between = []
         loss = _number(value.decode("utf-8", "replace"))
         if loss is None:
             run.problem(number, f"not a number: {_shown(value)}")
@@ -328,6 +254,8 @@ class _LogReader:
         elif match := _PEAK_MEMORY.match(line[:200].decode("utf-8", "replace")):
             self.run.peak_memory_mib = int(match[1])
             return
+        elif len(self.between) < 500:
+            self.between.append(line[:20_000].decode("utf-8", "replace"))
         if _BROKEN.search(line):
             self.broken = Problem(number, f"a broken result line: {_shown(line)}")
             if self.run is not None:
@@ -338,7 +266,12 @@ class _LogReader:
         facts = _facts("\n".join(self.head))
         stem = Path(self.path).stem
         names = [stem] if len(self.runs) == 1 else [f"{stem}#{i + 1}" for i in range(len(self.runs))]
-        return [run.build(self.path, name, self.code_hash, facts) for run, name in zip(self.runs, names)]
+        built = [self.runs[0].build(self.path, names[0], self.code_hash, facts)] if self.runs else []
+        # The head of the file names the seed of its first run: a later run has the one that is told before it, or none.
+        shared = {key: value for key, value in facts.items() if key not in _OF_ONE_RUN}
+        for run, name in zip(self.runs[1:], names[1:]):
+            built.append(run.build(self.path, name, self.code_hash, shared | _facts("\n".join(run.head))))
+        return built
 
 
 class _RunBuilder:
@@ -349,6 +282,7 @@ class _RunBuilder:
     def __init__(self, dialect: str, first_line: int, planned_steps: int | None):
         self.dialect, self.first_line, self.planned_steps = dialect, first_line, planned_steps
         self.last_step = -1
+        self.head: list[str] = []  # what the file says between the run before and this one
         self.validations: list[Validation] = []
         self.problems: list[Problem] = []
         self.peak_memory_mib: int | None = None
@@ -380,24 +314,37 @@ class _RunBuilder:
         self._check_end(number, step)
 
     def validation(self, point: Validation) -> None:
-        """One validation. Their distance may only become smaller (`125, 250, ..., 5625, 5690`), and all print alike."""
+        """One validation. Their distances are looked at when all are known; all print alike."""
         number, step = point.line, point.step
         if self.validations:
             before = self.validations[-1]
-            gap = before.step - self.validations[-2].step if len(self.validations) > 1 else None
             if step == before.step:
                 self.problem(number, f"a second validation for step {step}")
-            elif gap is not None and step - before.step > gap:
-                self.problem(number, f"a validation is missing between steps {before.step} and {step}")
             if None not in (point.decimals, before.decimals) and point.decimals != before.decimals:
                 self.problem(number, f"a loss with {point.decimals} decimals, {before.decimals} in the lines before")
             if point.time_s is None and before.time_s is not None:
                 self.problem(number, "no train_time, unlike the validations before")
+            elif None not in (point.time_s, before.time_s) and point.time_s < before.time_s:
+                self.problem(number, f"train_time runs backwards, from {before.time_s:g} s to {point.time_s:g} s")
         if self.last_step_line is not None and step - self.last_step_line >= (self.step_gap or step + 1):
             self.problem(number, f"step lines between {self.last_step_line} and {step} are missing")
         self._check_end(number, step)
         self.last_step = step
         self.validations.append(point)
+
+    def _check_cadence(self) -> None:
+        """The distance of validations may become smaller (`125, 250, ..., 5625, 5690`). It may also widen, once and
+        for good (`50, 100, 200, 300, ...`); a single wider distance is a line that is gone."""
+        points = self.validations
+        gaps = [after.step - before.step for before, after in pairwise(points)]
+        for index in range(1, len(gaps)):
+            if gaps[index] <= gaps[index - 1]:
+                continue
+            later = gaps[index:-1] or gaps[index:]  # the last may be what is left until the end
+            if len(gaps) - index >= 3 and min(later) >= gaps[index]:
+                continue
+            before, after = points[index].step, points[index + 1].step
+            self.problem(points[index + 1].line, f"a validation is missing between steps {before} and {after}")
 
     def _check_end(self, number: int | None, step: int) -> None:
         if self.planned_steps is not None and step > self.planned_steps:
@@ -415,14 +362,23 @@ class _RunBuilder:
             self.problem(self.first_line, f"the step lines begin at {first}: what came before is missing")
         steps = [point.step for point in self.validations]
         gaps = [after - before for before, after in pairwise(steps)]
-        at_cadence = steps[0] <= 1 or steps[:1] == gaps[:1] if steps else True
+        at_cadence = steps[0] <= 1 or steps[:1] == gaps[:1] or steps == [self.planned_steps] if steps else True
         if not at_cadence and (self.first_step_line is None or len(steps) > 2):
             self.problem(self.first_line, f"a validation is missing before step {steps[0]}")
         if len(gaps) > 2 and gaps[0] == 2 * gaps[1] and gaps[1] == gaps[2]:
             self.problem(self.first_line, f"a validation is missing between steps {steps[0]} and {steps[1]}")
 
+    def _told_by_its_end(self) -> int | None:
+        """llm.c does not say how many steps were planned. It trains on until the last validation, which comes after the
+        last step and, as a rule, off the cadence: then that one is the end. Otherwise nothing tells (None)."""
+        steps = [point.step for point in self.validations]
+        if len(steps) < 3 or self.last_step_line is None or self.last_step_line >= steps[-1]:
+            return None
+        return steps[-1] if steps[-1] - steps[-2] < steps[-2] - steps[-3] else None
+
     def build(self, path: str, name: str, code_hash: str | None, facts: dict) -> Run:
         self._check_start()
+        self._check_cadence()
         if self.validations:  # the running hash of the tokens comes with every validation; the last one counts
             told = dict(self.validations[-1].extra)
             facts = facts | ({"data_hash": told["data_hash"]} if "data_hash" in told else {})
@@ -431,7 +387,7 @@ class _RunBuilder:
             name=name,
             dialect=self.dialect,
             first_line=self.first_line,
-            planned_steps=self.planned_steps,
+            planned_steps=self.planned_steps if self.dialect == "steps" else self._told_by_its_end(),
             last_step=None if self.last_step < 0 else self.last_step,
             step_lines=self.step_lines,
             validations=tuple(self.validations),
@@ -448,6 +404,8 @@ def _facts(head: str) -> dict:
     for name, pattern in _FACTS:
         if name not in found and (match := pattern.search(head)):
             found[name] = int(match[1]) if name in ("world_size", "seed") else match[1]
+    if rows := _GPU_ROW.findall(head):
+        found = {"hardware": rows[0].strip(), "world_size": len(rows)} | found
     if match := _CONFIG.search(head):
         try:
             config = json.loads(match[1])
@@ -456,6 +414,8 @@ def _facts(head: str) -> dict:
         for name, kind in (("seed", int), ("preset", str), ("target_loss", float)):
             if isinstance(config.get(name), kind):
                 found[name] = config[name]
+        if config:
+            found["config"] = config
     return found
 
 

@@ -7,18 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stats.errors import DataError
-from stats.runs import Run, Validation, final_validation
 from stats.series import Launch, Series
+from stats.values import LeftOut, Run, Validation, final_validation
 
 DIVERGED = 4  # exit code of a trainer whose loss was no longer finite
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A run that was launched and is not in the sample, and why."""
-
-    run: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stats.errors import DataError
-from stats.runs import EmptyLog, Problem, Run, parse_log
+from stats.runs import EmptyLog, parse_log
 from stats.tables import parse_csv, parse_json, parse_numbers
+from stats.values import Problem, Run
 
 LOG_SUFFIXES = (".txt", ".log")
 LARGEST_TABLE_BYTES = 64 << 20

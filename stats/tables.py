@@ -21,7 +21,7 @@ import math
 import re
 
 from stats.errors import DataError
-from stats.runs import Run, Validation
+from stats.values import Run, Validation
 
 _COLUMNS = {
     "run": ("run", "name", "run_name", "id"),
@@ -41,7 +41,11 @@ _NAME_OF = {alias: name for name, aliases in _COLUMNS.items() for alias in alias
 
 def parse_csv(text: str, path: str) -> list[Run]:
     """Runs of a CSV text. Raises DataError with the line at fault."""
-    lines = [line for line in csv.reader(io.StringIO(text.replace("\0", "?"))) if any(cell.strip() for cell in line)]
+    rows = csv.reader(io.StringIO(text.replace("\0", "?"), newline=""))
+    try:
+        lines = [line for line in rows if any(cell.strip() for cell in line)]
+    except csv.Error as error:
+        raise DataError(f"not a table: {error}", path, rows.line_num) from None
     if not lines:
         raise DataError("an empty table", path)
     if _is_number(lines[0][0]) and len(lines[0]) == 1:

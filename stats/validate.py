@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stats.errors import StatsError
+from stats.judge import judge
 from stats.monitor import monitor
-from stats.plans import Plan, read_plan
-from stats.runs import Run
-from stats.samples import LeftOut, Sample, sample_of
+from stats.planfile import read_plan
+from stats.plans import Plan
+from stats.samples import Sample, sample_of
 from stats.sequential import ACCEPT
 from stats.series import Series
-from stats.ttest import FEWEST_RUNS, STRICT_ALPHA, TRACK_THRESHOLD, TTest, judge, ttest
+from stats.ttest import FEWEST_RUNS, STRICT_ALPHA, TRACK_THRESHOLD, TTest, ttest
+from stats.values import LeftOut, Run
 
 GRADES = "ABCDF"
 NO_CLAIM = ("none", "no effect")  # record.json's "claim" of a series that is published for what it did not find

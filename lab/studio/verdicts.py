@@ -33,12 +33,13 @@ def view(folder: Path, threshold: float | None = None, alpha: float = 0.05) -> V
     """Everything about the series in `folder`; what cannot be said stands as a sentence in its place."""
     from stats import figures
     from stats.errors import StatsError
+    from stats.judge import judge
     from stats.monitor import monitor
     from stats.monitor import render as render_monitoring
-    from stats.plans import read_plan
+    from stats.planfile import read_plan
     from stats.samples import sample_of
     from stats.series import load_series
-    from stats.ttest import TRACK_THRESHOLD, judge
+    from stats.ttest import TRACK_THRESHOLD
     from stats.ttest import render as render_test
 
     series = load_series(folder)
@@ -64,7 +65,7 @@ def view(folder: Path, threshold: float | None = None, alpha: float = 0.05) -> V
 
 def rows(series) -> list[list]:
     """A line a launched run (or, without a ledger, a line a log): see HEADERS."""
-    from stats.runs import is_finished
+    from stats.values import is_finished
 
     runs = {run.name: run for run in series.runs}
     launches = {launch.run: launch for launch in series.launches or ()}

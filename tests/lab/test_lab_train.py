@@ -53,7 +53,8 @@ def test_a_run_learns_and_leaves_log_json_and_checkpoints(names, tmp_path, model
 
 
 def test_the_statistics_read_a_series(names, tmp_path):
-    from stats.runs import final_validation, parse_log
+    from stats.runs import parse_log
+    from stats.values import final_validation
 
     for seed in (0, 1):
         train_model(config(steps=6, seed=seed), folder=tmp_path / "s", corpus=names)

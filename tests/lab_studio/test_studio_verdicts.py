@@ -22,7 +22,8 @@ def test_the_verdict_is_the_command_lines(tmp_path):
 
 def test_a_plan_adds_the_sequential_verdict(tmp_path):
     from stats.monitor import monitor, render
-    from stats.plans import make_plan, write_plan
+    from stats.planfile import write_plan
+    from stats.plans import make_plan
     from stats.series import load_series
 
     folder = series(tmp_path / "s", [2.9, 2.95, 2.91])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from records import launch, report, series
+from records import launch, logs, report, series
 from records.ledger import Ledger, LedgerError
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
@@ -88,14 +88,14 @@ def test_the_source_is_kept_once_and_the_rest_of_the_log_is_untouched(run, tmp_p
     (kept,) = (folder / "source").iterdir()
     source = FAKE.read_text()
     assert kept.read_text() == source
-    digest = series.source_hash(source)
+    digest = logs.source_hash(source)
     for seed in (0, 1):
         text = (folder / "runs" / f"seed-00{seed}.txt").read_text()
         first, _, rest = text.partition("\n")
         assert first == f"source sha256:{digest} kept in source/{digest[:16]}.py"
         assert rest.startswith("=" * 100 + "\nRunning Python 3\n") and rest.count("step:") == 11
-    from stats.runs import final_validation
     from stats.series import read_runs
+    from stats.values import final_validation
 
     (read,) = read_runs(folder / "runs" / "seed-000.txt")
     assert read.code_hash == digest and final_validation(read).step == 10
@@ -107,7 +107,7 @@ def test_a_log_with_another_source_than_its_json_says_is_not_rewritten(tmp_path)
     log.write_text("print('changed')\n" + "=" * 80 + "\nstep:1/1 val_loss:1.0\n")
     (tmp_path / "runs" / "seed-000.json").write_text(json.dumps({"code_hash": "0" * 64}))
     before = log.read_bytes()
-    assert not series.trim_log(tmp_path, "seed-000") and log.read_bytes() == before
+    assert not logs.trim_log(tmp_path, "seed-000") and log.read_bytes() == before
 
 
 def test_crashes_are_recorded_kept_and_only_retried_when_asked(run, tmp_path):
@@ -351,7 +351,8 @@ def test_ledger_errors_carry_the_folder(tmp_path):
 
 
 def write_plan_for(tmp_path, **more):
-    from stats.plans import make_plan, write_plan
+    from stats.planfile import write_plan
+    from stats.plans import make_plan
 
     plan = make_plan(0.75, 0.05, 0.01, "made for the test", **more)
     write_plan(plan, tmp_path / "a-plan.json")

@@ -243,7 +243,8 @@ def test_a_worker_that_is_killed_is_a_crash(tmp_path, cluster):
 
 @pytest.mark.slow
 def test_the_sequential_test_cancels_what_is_queued(tmp_path, cluster):
-    from stats.plans import make_plan, write_plan
+    from stats.planfile import write_plan
+    from stats.plans import make_plan
 
     plan = make_plan(0.75, 0.05, 0.01, "made for the test")
     write_plan(plan, tmp_path / "plan.json")

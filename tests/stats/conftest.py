@@ -76,7 +76,7 @@ def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, r
         told = "".join(f"| {seed} | {loss:.6f} |\n" for seed, loss in enumerate(losses))
         (folder / "README.md").write_text(f"mean final loss {mean:.6f}\n\n{told}")
     if plan:
-        from stats.plans import write_plan
+        from stats.planfile import write_plan
 
         write_plan(plan, folder / "plan.json")
     return folder

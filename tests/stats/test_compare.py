@@ -14,8 +14,8 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW, ttost_ind
 from stats.cli import main
 from stats.compare import compare
 from stats.errors import DataError, UsageError
-from stats.runs import Run, Validation
 from stats.samples import Sample
+from stats.values import Run, Validation
 
 
 def _sample(name, losses, times=None, seeds=None, hosts=None):

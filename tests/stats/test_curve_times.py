@@ -11,10 +11,10 @@ from stats.cli import main
 from stats.curve import curve
 from stats.errors import DataError, UsageError
 from stats.leaderboard import leaderboard
-from stats.runs import Run, Validation
 from stats.samples import Sample
 from stats.series import find_series, read_runs
 from stats.times import times
+from stats.values import Run, Validation
 
 
 def _run(name, points, planned=None, host=None):

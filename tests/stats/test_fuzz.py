@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from stats.cli import main
 from stats.errors import DataError, StatsError
-from stats.plans import make_plan, read_plan, write_plan
-from stats.runs import final_validation, is_finished, parse_log
+from stats.planfile import read_plan, write_plan
+from stats.plans import make_plan
+from stats.runs import parse_log
 from stats.series import find_series, read_ledger, read_runs
+from stats.values import final_validation, is_finished
 
 EXAMPLES = 250
 RULE = "=" * 100

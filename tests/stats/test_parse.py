@@ -6,8 +6,9 @@ import io
 import pytest
 
 from stats.errors import DataError
-from stats.runs import EmptyLog, final_validation, is_finished, parse_log
+from stats.runs import EmptyLog, parse_log
 from stats.series import read_runs
+from stats.values import final_validation, is_finished
 
 
 def _one(text: str):

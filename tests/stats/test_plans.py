@@ -8,18 +8,11 @@ import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stats.design import design
 from stats.errors import DataError, UsageError
-from stats.plans import (
-    Plan,
-    _power_by_integral,
-    design,
-    least_margin,
-    make_plan,
-    power,
-    read_plan,
-    runs_for_power,
-    write_plan,
-)
+from stats.planfile import read_plan, write_plan
+from stats.plans import Plan, make_plan
+from stats.power import _power_by_integral, least_margin, power, runs_for_power
 
 
 def test_runs_for_the_track():

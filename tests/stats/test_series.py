@@ -290,7 +290,7 @@ def test_monitor_waits_for_a_run_in_a_clusters_queue(make_series):
 
 
 def test_series_that_has_not_got_anywhere(tmp_path, capsys):
-    from stats.plans import write_plan
+    from stats.planfile import write_plan
 
     folder = tmp_path / "new"
     (folder / "attempts").mkdir(parents=True)

@@ -120,7 +120,7 @@ def test_json_beside_a_log_that_disagrees(make_series):
 
 def test_plan_of_another_series(make_series):
     folder = make_series("s", GOOD, plan=PLAN)
-    from stats.plans import write_plan
+    from stats.planfile import write_plan
 
     write_plan(make_plan(margin=0.0005, sigma=0.0006, cap=30), folder / "plan.json", overwrite=True)
     grade, found = _grade(folder)

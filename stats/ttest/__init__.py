@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy
 
-from stats.errors import DataError, StatsError, UsageError
-from stats.samples import LeftOut, sample_of
-from stats.series import Series
+from stats.errors import DataError, UsageError
+from stats.values import LeftOut
 
 # Standard deviation of the final loss between runs of one configuration of the medium track, pooled over 13
 # groups of public logs with 825 degrees of freedom.
@@ -104,14 +103,6 @@ class TTest:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TTests:
-    """The verdicts on several series, and what kept the others from having one."""
-
-    results: tuple[TTest, ...]
-    errors: tuple[str, ...]
-
-
 def ttest(
     losses: Sequence[float],
     threshold: float = TRACK_THRESHOLD,
@@ -162,58 +153,6 @@ def ttest(
         pooled=pooled,
         warnings=_warnings(n, len(times_s), rounding, pooled),
     )
-
-
-def judge(
-    series: Series,
-    threshold: float | None = None,
-    stop_step: int | None = None,
-    drop: Mapping[str, str] | None = None,
-    allow_mixed: bool = False,
-    **settings,
-) -> TTest:
-    """`ttest` on the runs of a series that count, against `threshold` or else the series' own or the track's.
-
-    `settings` go to `ttest`. Raises DataError as `stats.samples.sample_of` and `ttest` do, with the series'
-    path.
-    """
-    sample = sample_of(series, stop_step, drop, allow_mixed)
-    if threshold is None:
-        threshold = TRACK_THRESHOLD if series.threshold is None else series.threshold
-    settings.setdefault("decimals", sample.decimals)
-    try:
-        result = ttest(sample.losses, threshold, times_s=sample.times_s, **settings)
-    except DataError as error:
-        left_out = "".join(f"; left out: {entry.run} ({entry.reason})" for entry in sample.left_out)
-        raise DataError(error.cause + left_out, series.path) from None
-    notes = sample.notes + _plan_note(series)
-    return replace(result, series=sample.name, left_out=sample.left_out, notes=notes)
-
-
-def _plan_note(series: Series) -> tuple[str, ...]:
-    """That this p is not the verdict, where the series was planned to be looked at as it went."""
-    from stats.plans import read_plan
-
-    if series.plan_path is None:
-        return ()
-    try:
-        plan = read_plan(series.plan_path)
-    except StatsError as error:
-        return (f"its plan cannot be used: {error}",)
-    if plan.method == "fixed":
-        return ()
-    return (f"this series has a {plan.method} plan: the verdict of `python -m stats monitor` counts, not this p",)
-
-
-def judge_each(series: Sequence[Series], *arguments, **settings) -> TTests:
-    """`judge` for every series; one that cannot be judged does not hide the others."""
-    results, errors = [], []
-    for one in series:
-        try:
-            results.append(judge(one, *arguments, **settings))
-        except StatsError as error:
-            errors.append(str(error))
-    return TTests(tuple(results), tuple(errors))
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -353,11 +292,3 @@ def render(result: TTest) -> str:
     lines += [f"note: {note}" for note in result.notes]
     lines += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from stats.cli import main
-
-    sys.exit(main(["ttest", *sys.argv[1:]], program="python -m stats.ttest"))
