@@ -24,10 +24,6 @@ from trainer.program import program_files as code_files
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 EXIT_USAGE, EXIT_MORE_RUNS, EXIT_CRASHED = 2, 4, 6
-# Fields of the trainer's config that do not decide what a run computes, or differ between runs.
-RUN_FIELDS = frozenset(
-    "seed output_dir run_name resume overwrite plan_hash data_dir checkpoint_every keep_checkpoints save_final".split()
-)
 
 
 class SeriesError(Exception):

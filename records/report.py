@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from records.folder import RUN_FIELDS, SeriesError, read_record, write_record
+from records.folder import SeriesError, read_record, write_record
 from records.ledger import Ledger, ledger_summary
 from records.logs import read_run_json, write_whole
+from stats.samples import RUN_FIELDS
 
 TTEST_KEYS = (
     "n",

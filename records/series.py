@@ -28,8 +28,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -171,13 +173,20 @@ def run_command(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     check_flags(rest, parser)
     folder, wanted = series_from(options, parse_overrides(rest))
+    check_room(folder)
     threshold = None if read_record(folder) else checked_words(wanted, Path(options.trainer))
     with sole_start(folder):
         series = open_series(folder, wanted, Path(options.trainer))
         settle_lost(series)
         series, plan = with_plan(series, options, threshold)
-        begin(series, plan.threshold if plan else threshold, plan)
-        return run_and_judge(series, options, plan)
+        return run_and_judge(series, options, plan, plan.threshold if plan else threshold)
+
+
+def check_room(folder: Path) -> None:
+    """PermissionError where the series' folder could not be made, before anything else takes time."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def checked_words(wanted: Identity, trainer: Path) -> float | None:
@@ -248,12 +257,13 @@ def make_launcher(series: Series, options: argparse.Namespace):
         raise SeriesError(str(error)) from None
 
 
-def run_and_judge(series: Series, options: argparse.Namespace, plan=None) -> int:
+def run_and_judge(series: Series, options: argparse.Namespace, plan: Plan | None, threshold: float | None) -> int:
     """The series' work, with the folder held."""
     repeats = options.repeats or (plan.cap if plan else 1)
     if plan and repeats > plan.cap:
         raise SeriesError(f"--repeats {repeats}: the plan allows {plan.cap} runs at most")
     launcher = make_launcher(series, options)
+    begin(series, threshold, plan)
     adopted = launcher.adopt() if options.launcher == "slurm" else set()
     tasks, crashed = choose(series, repeats, options.retry_crashed, adopted)
     print(f"{series.folder}: {repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed", flush=True)

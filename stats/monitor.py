@@ -59,7 +59,7 @@ def monitor(series: Series, plan: Plan | None = None, drop: Mapping[str, str] | 
         else:
             counted.append(run)
             losses.append(final_of(run, launch, stop_step).loss)
-    if mixed := mixture(counted):
+    if mixed := mixture(counted, stop_step):
         raise DataError(f"runs of different configurations: {'; '.join(mixed)}", series.path)
     return Monitoring(
         series.name,

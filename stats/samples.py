@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stats.errors import DataError
+from stats.program import differing_lines, program_key
 from stats.series import Launch, Series
 from stats.values import LeftOut, Run, Validation, final_validation
 
@@ -75,14 +76,47 @@ def sample_of(
     if drop:
         unknown = ", ".join(map(repr, drop))
         raise DataError(f"no run named {unknown} to drop; there are {_names(series.runs)}", series.path)
-    mixed = mixture(runs)
+    mixed = mixture(runs, stop_step)
     if mixed and not allow_mixed:
         raise DataError(
             f"runs of different configurations: {'; '.join(mixed)}. Name the runs that belong together, "
             "or say --allow-mixed",
             series.path,
         )
-    return Sample(series.name, tuple(runs), tuple(finals), tuple(left_out), tuple(mixed))
+    notes = [*mixed, *_machines(runs)]
+    return Sample(series.name, tuple(runs), tuple(finals), tuple(left_out), tuple(notes))
+
+
+def _machines(runs: Sequence[Run]) -> list[str]:
+    """A word on times of different machines; losses may be averaged, times say nothing then."""
+    groups = grouped([run for run in runs if run.hardware], lambda run: run.hardware)
+    if len(groups) < 2:
+        return []
+    parts = ", ".join(f"{name} ({len(group)} runs)" for name, group in groups.items())
+    return [f"different machines: {parts}; their times cannot be compared"]
+
+
+GROUPS: dict[str, Callable[[Run], object]] = {
+    "code": program_key,
+    "config": lambda run: run.config_hash,
+    "hardware": lambda run: (run.hardware, run.world_size),
+    "steps": lambda run: run.planned_steps,
+}
+
+
+def split(series: Series, by: str) -> list[Series]:
+    """The series taken apart by `code`, `config`, `hardware` or `steps`; itself where all its runs are alike."""
+    groups = grouped(series.runs, GROUPS[by])
+    if len(groups) < 2:
+        return [series]
+    parts = []
+    for number, group in enumerate(groups.values(), 1):
+        names = {run.name for run in group}
+        launches = None if series.launches is None else tuple(one for one in series.launches if one.run in names)
+        told = _value_text(group[0].code_hash) if by == "code" else str(GROUPS[by](group[0]))[:40]
+        name = f"{series.name} [{by} {number}: {told}]"
+        parts.append(replace(series, name=name, runs=tuple(group), launches=launches, passed_over=()))
+    return [replace(parts[0], passed_over=series.passed_over), *parts[1:]]
 
 
 def final_of(run: Run, launch: Launch | None, stop_step: int | None) -> Validation:
@@ -101,29 +135,92 @@ def in_launch_order(series: Series) -> list[Run]:
     return sorted(series.runs, key=lambda run: (order.get(run.name, len(order)), run.path, run.first_line or 0))
 
 
-def mixture(runs: Sequence[Run]) -> list[str]:
-    """What differs among runs that should be one configuration, in words; empty if nothing does."""
+def mixture(runs: Sequence[Run], stop_step: int | None = None) -> list[str]:
+    """What differs among runs that should be one configuration, in words; empty if nothing does.
+
+    With `stop_step`, what differs only after it does not count.
+    """
     found = []
     for what, key in _CONFIGURATION:
-        groups: dict[object, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(key(run), []).append(run)
+        groups = grouped(runs, lambda run, key=key: key(run, stop_step))
         if len(groups) > 1:
             parts = [f"{_value_text(value)} in {_names(group)}" for value, group in groups.items()]
             found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
+    if len(groups := grouped(runs, lambda run: run.code_hash)) > 1:
+        found += _programs([group[0] for group in groups.values()], runs)
+    for what in ("world_size", "val_files"):
+        known = [run for run in runs if _told(run, what) is not None]
+        groups = grouped(known, lambda run, what=what: _told(run, what))
+        if len(groups) > 1:
+            parts = [f"{value} in {_names(group)}" for value, group in groups.items()]
+            found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
+    return found + _configs(runs)
+
+
+def grouped(runs: Sequence[Run], key: Callable[[Run], object]) -> dict[object, list[Run]]:
+    """Runs by what `key` says of them, in the order of their first."""
+    groups: dict[object, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def _told(run: Run, what: str) -> object:
+    return run.world_size if what == "world_size" else (run.config or {}).get(what)
+
+
+def _programs(firsts: Sequence[Run], runs: Sequence[Run]) -> list[str]:
+    """Programs that differ by more than comments, a seed or a run's name."""
+    keys = {run.code_hash: program_key(run) for run in firsts}
+    if len(set(keys.values())) == 1:
+        return []
+    groups = grouped(runs, lambda run: keys[run.code_hash])
+    parts = [f"{_value_text(group[0].code_hash)} in {_names(group)}" for group in groups.values()]
+    two = [group[0] for group in groups.values()][:2]
+    lines = differing_lines(*two)
+    more = f" ({lines}; take them apart with --group-by code)" if lines else ""
+    return [f"{len(groups)} different programs (code hash): {', '.join(parts)}{more}"]
+
+
+# Fields of a configuration that belong to one run, and change nothing of what it computes.
+RUN_FIELDS = frozenset(
+    "seed output_dir run_name resume overwrite plan_hash data_dir checkpoint_every keep_checkpoints save_final".split()
+)
+
+
+def _configs(runs: Sequence[Run]) -> list[str]:
+    """Fields of the configurations, as the logs print them, that differ; those that belong to a run set aside."""
+    told = [run for run in runs if run.config is not None]
+    fields = sorted({name for run in told for name in run.config} - RUN_FIELDS)
+    found = []
+    for name in fields:
+        values = list(dict.fromkeys(repr(run.config.get(name)) for run in told))
+        if len(values) > 1:
+            found.append(f"configurations differ in {name}: {', '.join(values[:3])}")
     return found
 
 
-_CONFIGURATION: tuple[tuple[str, Callable[[Run], object]], ...] = (
-    ("planned steps", lambda run: run.planned_steps),
-    ("programs (code hash)", lambda run: run.code_hash),
-    ("kernels (kernels hash)", lambda run: run.kernels_hash),
-    ("program files (program hash)", lambda run: run.program_hash),
-    ("configurations (config hash)", lambda run: run.config_hash),
-    ("data (data hash)", lambda run: run.data_hash),
-    ("validation data (val data hash)", lambda run: run.val_data_hash),
-    ("presets", lambda run: run.preset),
-    ("sets of validation steps", lambda run: tuple(point.step for point in run.validations)),
+def _data_hash(run: Run, stop_step: int | None) -> str | None:
+    """The hash of the tokens until the step that is judged, where the log has it for that step."""
+    if stop_step is not None:
+        at = next((dict(point.extra).get("data_hash") for point in run.validations if point.step == stop_step), None)
+        return at or (run.data_hash if len(run.validations) == 0 else None)
+    return run.data_hash
+
+
+def _steps(run: Run, stop_step: int | None) -> tuple[int, ...]:
+    return tuple(point.step for point in run.validations if stop_step is None or point.step <= stop_step)
+
+
+_CONFIGURATION: tuple[tuple[str, Callable[[Run, int | None], object]], ...] = (
+    ("planned steps", lambda run, stop: run.planned_steps),
+    ("kernels (kernels hash)", lambda run, stop: run.kernels_hash),
+    ("program files (program hash)", lambda run, stop: run.program_hash),
+    ("configurations (config hash)", lambda run, stop: run.config_hash),
+    ("data (data hash)", _data_hash),
+    ("validation data (val data hash)", lambda run, stop: run.val_data_hash),
+    ("presets", lambda run, stop: run.preset),
+    ("sets of validation steps", _steps),
 )
 
 

@@ -16,7 +16,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from stats.runs import EmptyLog, parse_log
 from stats.tables import parse_csv, parse_json, parse_numbers
 from stats.values import Problem, Run
 
-LOG_SUFFIXES = (".txt", ".log")
+LOG_SUFFIXES = (".txt", ".log", ".out", ".stdout")
 LARGEST_TABLE_BYTES = 64 << 20
 _OTHER_RANK = re.compile(r"[._-]rank[._-]?[1-9]\d*$")
 ENDS = ("finished", "crashed", "interrupted")
 NOT_LOGS = ("README.txt", "requirements.txt", "LICENSE.txt")
+KNOWN = ("record.json", "plan.json", "ledger.jsonl", "README.md", "losses.png", "manifest.json")
+NOT_SERIES = ("attempts", "source", "__pycache__")  # what a series keeps beside its runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,23 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A file or folder that was looked at and not read as a run, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a command read, and what it passed over."""
+
+    series: int
+    runs: int
+    passed_over: tuple[PassedOver, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Series:
     """Runs that belong together, and what is known of them beside their logs."""
 
@@ -59,6 +78,7 @@ class Series:
     ledger_problems: tuple[Problem, ...] = ()
     plan_path: str | None = None
     rank_runs: tuple[Run, ...] = ()  # logs of a run's other processes: no runs of their own
+    passed_over: tuple[PassedOver, ...] = ()
 
     @property
     def threshold(self) -> float | None:
@@ -79,16 +99,20 @@ class Series:
 def find_series(paths: Iterable[str | Path]) -> list[Series]:
     """One series for each folder that holds one, and one for all the files that are named together.
 
+    A series is a folder with logs of its own, at any depth; folders below it are series of their own.
     Raises DataError, naming what was looked at, where there is nothing.
     """
     found: list[Series] = []
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            folders = list(_series_folders(path))
-            if not folders:
-                raise DataError("no logs in this folder: looked for runs/*.txt, *.txt and *.log, at any depth", path)
-            found += [load_series(folder) for folder in folders]
+            series = [load_series(folder) for folder in _series_folders(path)]
+            with_runs = [one for one in series if one.runs or one.launches is not None or one.record is not None]
+            if not with_runs:
+                raise DataError(_nothing_here(series), path)
+            loose = tuple(entry for one in series if one not in with_runs for entry in one.passed_over)
+            with_runs[0] = replace(with_runs[0], passed_over=with_runs[0].passed_over + loose)
+            found += with_runs
         else:
             files.append(path)
     if files:
@@ -100,18 +124,80 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
     return found
 
 
+def reading_of(series: Iterable[Series]) -> Reading:
+    """What was read to get these series, and what was not."""
+    series = list(series)
+    passed_over = tuple(entry for one in series for entry in one.passed_over)
+    return Reading(len(series), sum(len(one.runs) + len(one.rank_runs) for one in series), passed_over)
+
+
+def _nothing_here(series: list[Series]) -> str:
+    looked = f"no logs in this folder: looked for {', '.join('*' + suffix for suffix in LOG_SUFFIXES)} at any depth"
+    passed = [entry for one in series for entry in one.passed_over]
+    told = "".join(f"; {Path(entry.path).name}: {entry.reason}" for entry in passed[:3])
+    return looked + told + (f" (and {len(passed) - 3} more)" if len(passed) > 3 else "")
+
+
 def load_series(folder: str | Path) -> Series:
     """The series in one folder. Raises DataError for a log, record or ledger that cannot be read."""
     folder = Path(folder)
-    logs = _logs(folder / "runs") or _logs(folder)
-    runs = [run for log in logs for run in read_runs(log, may_be_empty=True)]
-    others = tuple(run for run in runs if _OTHER_RANK.search(Path(run.path).stem))
-    runs = tuple(run for run in runs if run not in others)
     record_path, ledger_path, plan_path = (folder / name for name in ("record.json", "ledger.jsonl", "plan.json"))
     record = read_object(record_path) if record_path.exists() else None
     launches, problems = read_ledger(ledger_path) if ledger_path.exists() else (None, ())
+    known = {launch.run for launch in launches or ()}
+    home = folder / "runs" if _logs(folder / "runs") else folder
+    runs, passed_over = _read_folder(home, known)
+    if home != folder:
+        passed_over += _others(folder)
+    others = tuple(run for run in runs if _OTHER_RANK.search(Path(run.path).stem))
+    runs = tuple(run for run in runs if run not in others)
     plan = str(plan_path) if plan_path.exists() else None
-    return Series(folder.resolve().name, str(folder), runs, record, launches, problems, plan, others)
+    name = folder.resolve().name
+    return Series(name, str(folder), runs, record, launches, problems, plan, others, tuple(passed_over))
+
+
+def _read_folder(folder: Path, known: set[str]) -> tuple[list[Run], list[PassedOver]]:
+    """(runs of the logs in one folder, what was passed over). A text without one result line is no run, unless the
+    ledger knows one of its name. A run's output that was kept twice (a.txt, a.out) is one run."""
+    runs: list[Run] = []
+    passed_over = _others(folder)
+    for path in _logs(folder):
+        found = read_runs(path, may_be_empty=True)
+        if not any(run.validations or run.step_lines for run in found) and path.stem not in known:
+            passed_over.append(PassedOver(str(path), "no result line of any dialect in it"))
+            continue
+        twin = next((run for run in runs if _same_output(run, found)), None)
+        if twin is not None:
+            passed_over.append(PassedOver(str(path), f"the same run as {Path(twin.path).name}, kept twice"))
+            continue
+        runs += found
+    return runs, passed_over
+
+
+def _same_output(run: Run, found: list[Run]) -> bool:
+    """Whether a file holds just the run that another file of the same stem holds."""
+    if len(found) != 1 or Path(found[0].path).stem != Path(run.path).stem or not run.validations:
+        return False
+    told = [[(point.step, point.loss) for point in one.validations] for one in (run, found[0])]
+    return told[0] == told[1]
+
+
+def _others(folder: Path) -> list[PassedOver]:
+    """Files of a folder that are no logs by their name; a series' own and a log's JSON are not worth a word."""
+    logs = _logs(folder)
+    expected = {*KNOWN, *(f"{path.stem}.json" for path in logs)}
+    found = []
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".") or path.name in expected
+        if path in logs or hidden or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_symlink() and path.is_dir():
+            found.append(PassedOver(str(path), "a link to a folder: name the folder itself"))
+        elif path.name in NOT_LOGS:
+            found.append(PassedOver(str(path), "no log, by its name"))
+        else:
+            found.append(PassedOver(str(path), f"no log, by its ending {path.suffix!r}; name it to read it"))
+    return found
 
 
 def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
@@ -143,6 +229,7 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
 
 def _parse(stream, path: str, suffix: str) -> list[Run]:
     """Log or table, by the file's suffix or, without one that tells, by what it starts with."""
+    stream = _as_utf8(stream, path)
     start = stream.read(4096).lstrip()
     stream.seek(0)
     if not start:
@@ -165,6 +252,23 @@ def _parse(stream, path: str, suffix: str) -> list[Run]:
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
         raise DataError(f"not UTF-8 text: {error.reason}", path, line) from None
+
+
+def _as_utf8(stream, path: str):
+    """The stream itself, or its text from UTF-16 (exports of Windows tools), which begins with a mark."""
+    mark = stream.read(512)
+    stream.seek(0)
+    if mark[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        data = stream.read(LARGEST_TABLE_BYTES + 1)
+        if len(data) > LARGEST_TABLE_BYTES:
+            raise DataError(f"UTF-16 text of more than {LARGEST_TABLE_BYTES >> 20} MiB; convert it to UTF-8", path)
+        try:
+            return io.BytesIO(data.decode("utf-16").replace("\r\n", "\n").encode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"begins as UTF-16 text and goes on as something else: {error.reason}", path) from None
+    if mark.count(0) * 3 > len(mark) > 3:
+        raise DataError("zero bytes between its letters: UTF-16 without a mark? Convert it to UTF-8", path)
+    return stream
 
 
 def read_ledger(path: str | Path) -> tuple[tuple[Launch, ...], tuple[Problem, ...]]:
@@ -222,24 +326,28 @@ def _add_event(event: dict, number: int, launches: dict[str, Launch], problems: 
         launches[run] = replace(before, status={"drop": "dropped", "cancel": "cancelled"}[kind], reason=reason)
 
 
-def _series_folders(folder: Path) -> Iterable[Path]:
-    """Folders at or below `folder` that hold logs, the logs' own `runs` folder counted to its parent."""
+def _series_folders(folder: Path) -> Iterator[Path]:
+    """Folders at or below `folder` that hold files, the logs' own `runs` folder counted to its parent."""
     if folder.name == "runs" and _logs(folder) and (folder.parent / "record.json").exists():
         yield folder.parent
-    elif any((folder / name).is_file() for name in ("record.json", "ledger.jsonl")) or _logs(folder / "runs"):
+        return
+    own = any((folder / name).is_file() for name in ("record.json", "ledger.jsonl")) or _logs(folder / "runs")
+    if own or any(child.is_file() for child in folder.iterdir()):
         yield folder
-    elif _logs(folder):
-        yield folder
-    else:
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
-                yield from _series_folders(child)
+    for child in sorted(folder.iterdir()):
+        skipped = child.name.startswith(".") or child.name in NOT_SERIES or child.name.endswith(".checkpoints")
+        if child.is_dir() and not child.is_symlink() and not skipped and not (own and child.name == "runs"):
+            yield from _series_folders(child)
 
 
 def _logs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix in LOG_SUFFIXES and p.is_file() and p.name not in NOT_LOGS)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in LOG_SUFFIXES and path.is_file() and path.name not in NOT_LOGS
+    )
 
 
 def _with_sidecar(run: Run, beside: dict) -> Run:

@@ -41,7 +41,9 @@ _NAME_OF = {alias: name for name, aliases in _COLUMNS.items() for alias in alias
 
 def parse_csv(text: str, path: str) -> list[Run]:
     """Runs of a CSV text. Raises DataError with the line at fault."""
-    rows = csv.reader(io.StringIO(text.replace("\0", "?"), newline=""))
+    first = text.lstrip().split("\n")[0]
+    delimiter = next((sign for sign in (";", "\t") if sign in first and "," not in first), ",")
+    rows = csv.reader(io.StringIO(text.replace("\0", "?"), newline=""), delimiter=delimiter)
     try:
         lines = [line for line in rows if any(cell.strip() for cell in line)]
     except csv.Error as error:
@@ -83,8 +85,19 @@ def parse_json(text: str, path: str) -> list[Run]:
 
 def parse_numbers(text: str, path: str) -> list[Run]:
     """One finished run for each number of a text like `2.9195 2.9198, 2.9206`."""
-    words = [word for word in re.split(r"[\s,;]+", text) if word]
+    words = [word for word in re.split(_between_numbers(text, path), text) if word]
+    words = [word.replace(",", ".") for word in words]
     return _runs([{"loss": word} for word in words], path)
+
+
+def _between_numbers(text: str, path: str) -> str:
+    """The pattern that divides numbers. A comma does, unless it is the decimal sign (`2,9195; 2,9198`)."""
+    if "." in text or not re.search(r"\d,\d", text):
+        return r"[\s,;]+"
+    words = [word for word in re.split(r"[\s;]+", text) if word]
+    if all(re.fullmatch(r"[+-]?\d{1,3},\d{2,}", word) for word in words):
+        return r"[\s;]+"
+    raise DataError("commas between digits, and no point: a decimal comma or a list? Write 2.9195", path)
 
 
 def _runs(rows: list[dict], path: str) -> list[Run]:
@@ -165,6 +178,8 @@ def _value(row: dict, key: str, path: str) -> tuple[float | None, int | None]:
         return None, None
     if isinstance(cell, str):
         text = cell.strip()
+        if re.fullmatch(r"[+-]?\d+,\d+", text):  # in a table whose cells are not divided by commas
+            text = text.replace(",", ".")
     elif isinstance(cell, (int, float)) and not isinstance(cell, bool):
         text = repr(cell)
     else:

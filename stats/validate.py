@@ -17,11 +17,13 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stats import evidence
 from stats.errors import StatsError
+from stats.evidence import GRADES, Finding
 from stats.judge import judge
 from stats.monitor import monitor
 from stats.planfile import read_plan
@@ -32,17 +34,7 @@ from stats.series import Series
 from stats.ttest import FEWEST_RUNS, STRICT_ALPHA, TRACK_THRESHOLD, TTest, ttest
 from stats.values import LeftOut, Run
 
-GRADES = "ABCDF"
 NO_CLAIM = ("none", "no effect")  # record.json's "claim" of a series that is published for what it did not find
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check. `grade` is the best that it allows: A if it is met."""
-
-    check: str
-    grade: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +65,68 @@ class Assessments:
     assessments: tuple[Assessment, ...]
 
 
-def validate(series: Series, alpha: float = STRICT_ALPHA, drop: Mapping[str, str] | None = None) -> Assessment:
-    """Grade a series by its folder. Never raises for what it finds there: that is what the grades are for."""
-    findings: list[Finding] = []
+def validate(
+    series: Series,
+    alpha: float = STRICT_ALPHA,
+    drop: Mapping[str, str] | None = None,
+    *,
+    threshold: float | None = None,
+    stop_step: int | None = None,
+    allow_mixed: bool = False,
+    against: str | None = None,
+    others: Sequence[Finding] = (),
+) -> Assessment:
+    """Grade a series by its folder. Never raises for what it finds there: that is what the grades are for.
+
+    `against`: a head of its ledger, or a commit, that was published earlier. `others`: what comparing it with other
+    series found (`stats.evidence.across`). Raises UsageError for an `against` that is neither head nor commit.
+    """
+    findings: list[Finding] = list(others)
     sample = test = plan = None
     try:
         plan = read_plan(series.plan_path) if series.plan_path else None
     except StatsError as error:
         findings.append(Finding("plan", "D", str(error)))
     try:
-        sample = sample_of(series, drop=drop)
+        sample = sample_of(series, stop_step, drop, allow_mixed)
         findings.append(Finding("logs", "A", f"{len(sample.runs)} complete logs of one configuration"))
-        test = judge(series, drop=drop, alpha=alpha, sensitivity=False)
+        test = judge(series, threshold, stop_step, drop, allow_mixed, alpha=alpha, sensitivity=False)
     except StatsError as error:
         findings.append(Finding("logs", "F", str(error)))
-    for check in _CHECKS:
+    findings += (
+        [Finding("mixed", "D", f"allowed to be mixed: {note}") for note in sample.notes]
+        if allow_mixed and sample
+        else []
+    )
+    for check in (*_CHECKS, *evidence.CHECKS):
         findings += check(series, sample)
     findings += _plan_findings(series, sample, plan)
-    claim, verdict = _claim(series, test, plan, alpha)
+    if against is not None:
+        findings.append(evidence.against(series, against))
+    if plan is not None and not evidence.plan_is_sealed(series, plan.hash):
+        plan = None  # made after the runs: the claim is judged as if there were none
+    claim, verdict = _claim(series, test, plan, alpha, threshold)
     findings += verdict
     worst = max((finding.grade for finding in findings), key=GRADES.index)
     left_out = sample.left_out if sample else ()
     return Assessment(series.name, worst, claim, tuple(findings), test, left_out)
 
 
-def _claim(series: Series, test: TTest | None, plan: Plan | None, alpha: float) -> tuple[str, list[Finding]]:
+def validate_each(series: Sequence[Series], alpha: float = STRICT_ALPHA, **settings) -> Assessments:
+    """`validate` for every series, with a look for runs that stand in more than one of them."""
+    copied = evidence.across(series)
+    drop = settings.pop("drop", None) or {}
+    found = []
+    for one in series:
+        names = {run.name for run in one.runs} | {launch.run for launch in one.launches or ()}
+        own = {run: reason for run, reason in drop.items() if run in names}
+        found.append(validate(one, alpha, own, others=copied.get(one.path, ()), **settings))
+    return Assessments(tuple(found))
+
+
+def _claim(
+    series: Series, test: TTest | None, plan: Plan | None, alpha: float, threshold: float | None
+) -> tuple[str, list[Finding]]:
     """What the series claims, and whether its numbers carry that."""
     claimed = str((series.record or {}).get("claim", "")).lower()
     if claimed in NO_CLAIM:
@@ -110,7 +139,8 @@ def _claim(series: Series, test: TTest | None, plan: Plan | None, alpha: float) 
             decision = monitor(series, plan).decision
         except StatsError as error:
             return claim, [Finding("claim", "F", str(error))]
-        grade = "A" if decision.verdict == ACCEPT and plan.alpha <= alpha else "F"
+        same_question = threshold is None or threshold == plan.threshold
+        grade = "A" if decision.verdict == ACCEPT and plan.alpha <= alpha and same_question else "F"
         return claim, [Finding("claim", grade, decision.words)]
     grade = "A" if test.significant else "F"
     found = [Finding("claim", grade, f"{test.decision}: p = {test.p_value:.3g} with n = {test.n}")]
@@ -126,14 +156,8 @@ def _claim(series: Series, test: TTest | None, plan: Plan | None, alpha: float) 
 # Checks. Each looks at a series (and at its sample, if there is one) and yields findings.
 
 
-def _duplicates(series: Series, sample: Sample | None) -> Iterator[Finding]:
-    """The same trajectory twice is one run that was copied; the same seed twice is no independent repeat."""
-    seen: dict[tuple, Run] = {}
-    for run in series.runs:
-        key = tuple((point.step, point.loss) for point in run.validations if point.step)
-        if len(key) >= 2 and key in seen:
-            yield Finding("duplicates", "F", f"{run.name} and {seen[key].name} are the same run: every loss is equal")
-        seen.setdefault(key, run)
+def _seeds(series: Series, sample: Sample | None) -> Iterator[Finding]:
+    """The same seed twice is no independent repeat."""
     seeds: dict[int, str] = {}
     for run in sample.runs if sample else ():
         if run.seed is not None and run.seed in seeds:
@@ -350,7 +374,7 @@ def _plan_findings(series: Series, sample: Sample | None, plan: Plan | None) -> 
 
 
 _CHECKS: tuple[Callable[[Series, Sample | None], Iterator[Finding]], ...] = (
-    _duplicates,
+    _seeds,
     _launches,
     _looks,
     _program,

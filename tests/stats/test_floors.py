@@ -8,9 +8,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # stats/, from the ground up; a module imports from its own floor or from below.
 FLOORS = (
-    ("errors", "text", "jsonio", "values", "program"),
+    ("errors", "text", "jsonio", "values"),
     ("ttest", "power", "plans", "sequential", "curve", "figures", "correct", "chance"),
-    ("chain", "runs", "tables", "series", "planfile", "sources", "wandb", "tensorboard", "consoles", "numbers", "find"),
+    (
+        "chain",
+        "program",
+        "runs",
+        "tables",
+        "series",
+        "planfile",
+        "sources",
+        "wandb",
+        "tensorboard",
+        "consoles",
+        "numbers",
+        "find",
+    ),
     ("samples", "compare", "times", "judge", "monitor", "design", "evidence", "validate", "leaderboard", "report"),
     ("cli", "verbs", "__main__", "ttest.__main__"),
 )
