@@ -74,6 +74,49 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-mixed", action="store_true", help="runs of different configurations as one sample")
 
 
+def _question(parser: argparse.ArgumentParser) -> None:
+    """Which runs count and against what, for verbs that judge."""
+    parser.add_argument("--threshold", type=float, help="default: each series' own, else 2.92")
+    _selection(parser)
+    _grouping(parser)
+
+
+def _grouping(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--group-by", choices=["code", "config", "hardware", "steps"], help="take apart a folder that mixes these"
+    )
+
+
+def _asked(options: argparse.Namespace) -> dict:
+    """The selection as keyword arguments of validate_each and leaderboard."""
+    names = ("threshold", "stop_step", "allow_mixed")
+    return {name: getattr(options, name) for name in names} | {"drop": _drops(options)}
+
+
+def _find(options: argparse.Namespace, paths: Sequence[str]) -> list:
+    """The series at `paths`, taken apart where --group-by says so; what was passed over is told."""
+    from stats.series import find_series, reading_of
+
+    series = find_series(paths)
+    options.reading = reading_of(series)
+    if by := getattr(options, "group_by", None):
+        from stats.samples import split
+
+        series = [part for one in series for part in split(one, by)]
+    if not getattr(options, "json", False):
+        _tell_reading(options.reading)
+    return series
+
+
+def _tell_reading(reading) -> None:
+    """One line on standard error, where something was passed over."""
+    passed = reading.passed_over
+    if passed:
+        first = f"{passed[0].path} ({passed[0].reason})"
+        more = f" and {len(passed) - 1} more (all of them with --json)" if len(passed) > 1 else ""
+        print(f"read {reading.runs} runs in {reading.series} series; passed over {first}{more}", file=sys.stderr)
+
+
 def _drops(options: argparse.Namespace) -> dict[str, str]:
     drops = {}
     for text in options.drop:
@@ -86,15 +129,17 @@ def _drops(options: argparse.Namespace) -> dict[str, str]:
 
 def _show(options: argparse.Namespace, result: object, render: Callable[[object], str]) -> None:
     if options.json:
-        _print_json(result)
+        _print_json(result, getattr(options, "reading", None))
     else:
         print(render(result))
 
 
-def _print_json(value: object) -> None:
-    from stats.jsonio import dumps
+def _print_json(value: object, reading: object = None) -> None:
+    """The result, with `reading`: what was read and what was passed over."""
+    from stats.jsonio import dumps, to_jsonable
 
-    print(dumps(value))
+    told = to_jsonable(value)
+    print(dumps(told if reading is None else told | {"reading": reading}))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -119,7 +164,9 @@ def _ttest_options(parser: argparse.ArgumentParser) -> None:
         help="add the z-test with a standard deviation from elsewhere (no value: the medium track's, 0.0008)",
     )
     parser.add_argument("--no-sensitivity", action="store_true", help="leave out the bootstrap and the sign flips")
+    parser.add_argument("--plot", metavar="FILE", help="draw the first series: every loss, mean, bound, threshold")
     _selection(parser)
+    _grouping(parser)
     _common(parser, _run_ttest)
 
 
@@ -137,21 +184,21 @@ def _run_ttest(options: argparse.Namespace) -> int:
         threshold = {} if options.threshold is None else {"threshold": options.threshold}
         results, errors = [ttest(losses, decimals=decimals, **threshold, **settings)], ()
     else:
-        from stats.series import find_series
-
         selection = (options.stop_step, _drops(options), options.allow_mixed)
-        series = find_series(options.paths)
+        series = _find(options, options.paths)
         if len(series) == 1:
             results, errors = [judge(series[0], options.threshold, *selection, **settings)], ()
         else:
             every = judge_each(series, options.threshold, *selection, **settings)
             results, errors = every.results, every.errors
     if options.json:
-        _print_json(results[0] if len(results) == 1 and not errors else every)
+        _print_json(results[0] if len(results) == 1 and not errors else every, getattr(options, "reading", None))
     else:
         print("\n\n".join(map(render, results)))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
+    if options.plot and results:
+        _plot(results, losses, options)
     if errors:
         return Exit.INVALID_DATA
     return Exit.PASS if all(result.significant for result in results) else Exit.NOT_SIGNIFICANT
@@ -188,6 +235,14 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss-margin", type=float, metavar="NATS", help="test equivalence of the losses within this")
     parser.add_argument("--time-margin", type=float, metavar="SECONDS", help="the same for the times")
     parser.add_argument("--threshold", type=float, default=2.92, help="of the table's last column (default 2.92)")
+    parser.add_argument("--correction", choices=["holm", "dunnett"], default="holm", help="over several candidates")
+    parser.add_argument(
+        "--sequential",
+        type=float,
+        nargs=2,
+        metavar=("MARGIN", "SIGMA"),
+        help="stop when decided: ask after every pair whether the losses differ by MARGIN, runs scattering by SIGMA",
+    )
     _selection(parser)
     _common(parser, _run_compare)
 
@@ -196,6 +251,8 @@ def _run_compare(options: argparse.Namespace) -> int:
     from stats.compare import compare, render
 
     samples = [_sample(path, options) for path in (options.baseline, *options.candidates)]
+    if options.sequential:
+        return _run_compare_sequentially(samples, options)
     result = compare(
         samples[0],
         samples[1:],
@@ -203,18 +260,31 @@ def _run_compare(options: argparse.Namespace) -> int:
         loss_margin=options.loss_margin,
         time_margin_s=options.time_margin,
         threshold=options.threshold,
+        correction=options.correction,
     )
     _show(options, result, render)
     return Exit.PASS if result.found_something else Exit.NOT_SIGNIFICANT
+
+
+def _run_compare_sequentially(samples: list, options: argparse.Namespace) -> int:
+    from stats.compare import compare_sequentially
+
+    if len(samples) != 2:
+        raise UsageError("--sequential compares one candidate with the baseline")
+    result = compare_sequentially(*samples, *options.sequential, options.alpha)
+    _show(options, result, lambda one: one.words)
+    return {"CONTINUE": Exit.CONTINUE, "FUTILE": Exit.NOT_SIGNIFICANT}.get(result.verdict, Exit.PASS)
 
 
 def _sample(path: str, options: argparse.Namespace):
     """The sample of the one series at `path`; drops apply where a run of that name is."""
     from stats.errors import DataError
     from stats.samples import sample_of
-    from stats.series import find_series
+    from stats.series import find_series, reading_of
 
     series = find_series([path])
+    if not getattr(options, "json", True):
+        _tell_reading(reading_of(series))
     if len(series) > 1:
         names = ", ".join(one.name for one in series[:4])
         raise DataError(f"{len(series)} series here ({names}, ...): name one of them", path)
@@ -306,7 +376,6 @@ def _monitor_options(parser: argparse.ArgumentParser) -> None:
 def _run_monitor(options: argparse.Namespace) -> int:
     from stats.monitor import monitor, monitor_losses, render
     from stats.planfile import read_plan
-    from stats.series import find_series
 
     plan = read_plan(options.plan) if options.plan else None
     losses, _ = _losses_on_command_line(options.paths)
@@ -315,7 +384,7 @@ def _run_monitor(options: argparse.Namespace) -> int:
             raise UsageError("losses on the command line need a --plan")
         result = monitor_losses(losses, plan)
     else:
-        series = find_series(options.paths)
+        series = _find(options, options.paths)
         if len(series) > 1:
             raise UsageError(f"{len(series)} series in {' '.join(options.paths)}: name one")
         result = monitor(series[0], plan, _drops(options))
@@ -335,18 +404,20 @@ def _validate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="series' folders, or folders of them")
     parser.add_argument("--alpha", type=float, default=0.01, help="level of the claim (default 0.01)")
     parser.add_argument("--at-least", choices=list("ABCDF"), default="C", help="grade for exit code 0 (default C)")
+    parser.add_argument("--against", metavar="HASH", help="a head of the ledger, or a commit, published before")
+    _question(parser)
     _common(parser, _run_validate)
 
 
 def _run_validate(options: argparse.Namespace) -> int:
-    from stats.series import find_series
-    from stats.ttest import check_alpha
-    from stats.validate import GRADES, Assessments, render, validate
+    from stats.errors import check_alpha
+    from stats.validate import GRADES, render, validate_each
 
     check_alpha(options.alpha)
-    results = [validate(series, options.alpha) for series in find_series(options.paths)]
-    _show(options, Assessments(tuple(results)), lambda all_: "\n\n".join(map(render, all_.assessments)))
-    enough = all(GRADES.index(result.grade) <= GRADES.index(options.at_least) for result in results)
+    series = _find(options, options.paths)
+    result = validate_each(series, options.alpha, against=options.against, **_asked(options))
+    _show(options, result, lambda all_: "\n\n".join(map(render, all_.assessments)))
+    enough = all(GRADES.index(one.grade) <= GRADES.index(options.at_least) for one in result.assessments)
     return Exit.PASS if enough else Exit.NOT_SIGNIFICANT
 
 
@@ -367,11 +438,10 @@ def _curve_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_curve(options: argparse.Namespace) -> int:
     from stats.curve import curve, render
-    from stats.series import find_series
     from stats.ttest import TRACK_THRESHOLD, check_alpha
 
     check_alpha(options.alpha)
-    series = find_series(options.paths)
+    series = _find(options, options.paths)
     runs = [run for one in series for run in one.runs]
     target = options.target if options.target is not None else series[0].threshold
     name = series[0].name if len(series) == 1 else f"{len(series)} series"
@@ -403,16 +473,17 @@ _LEADERBOARD_HELP = "All series of a folder: claim, evidence grade, and whether 
 def _leaderboard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folders of series")
     parser.add_argument("--alpha", type=float, default=0.01, help="level of the claims (default 0.01)")
+    _question(parser)
     _common(parser, _run_leaderboard)
 
 
 def _run_leaderboard(options: argparse.Namespace) -> int:
+    from stats.errors import check_alpha
     from stats.leaderboard import leaderboard
-    from stats.series import find_series
-    from stats.ttest import check_alpha
 
     check_alpha(options.alpha)
-    _show(options, leaderboard(find_series(options.paths), options.alpha), lambda board: board.markdown)
+    series = _find(options, options.paths)
+    _show(options, leaderboard(series, options.alpha, **_asked(options)), lambda board: board.markdown)
     return Exit.PASS
 
 
@@ -424,7 +495,7 @@ Without --html and --markdown the Markdown is printed. Exit code 0: every series
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="series' folders, or folders of them, or files")
     parser.add_argument("--alpha", type=float, default=0.01, help="level of the verdicts (default 0.01)")
-    parser.add_argument("--threshold", type=float, help="default: each series' own, else 2.92")
+    _question(parser)
     parser.add_argument("--plan", metavar="FILE", help="plan for the sequential path (default: plan.json)")
     parser.add_argument("--html", metavar="FILE", help="write the self-contained HTML page")
     parser.add_argument("--markdown", metavar="FILE", help="write the Markdown")
@@ -432,20 +503,19 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> int:
+    from stats.errors import check_alpha
     from stats.planfile import read_plan
     from stats.report import make_report, to_html, to_markdown
-    from stats.series import find_series
-    from stats.ttest import check_alpha
 
     check_alpha(options.alpha)
     plan = read_plan(options.plan) if options.plan else None
-    report = make_report(find_series(options.paths), options.alpha, options.threshold, plan)
+    report = make_report(_find(options, options.paths), options.alpha, plan=plan, **_asked(options))
     markdown = to_markdown(report)
     for path, make in ((options.html, lambda: to_html(report)), (options.markdown, lambda: markdown)):
         if path:
             _write_text(path, make())
     if options.json:
-        _print_json(report)
+        _print_json(report, options.reading)
     elif not (options.html or options.markdown):
         print(markdown)
     return report.exit_code
@@ -459,6 +529,63 @@ def _write_text(path: str, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror}", path) from None
+
+
+_IMPORT_HELP = """What is understood of a source: reader, columns, runs, states, and what was passed over.
+
+SOURCE is a folder or a file: logs of the track, of llm.c, nanoGPT or nanochat; a table that Weights & Biases exports
+(of runs, a chart, or one run's history); TensorBoard event files; Hugging Face's trainer_state.json; CSV, JSON, JSONL.
+Every verb takes these sources directly."""
+
+
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="SOURCE", help="folders or files")
+    parser.add_argument("--stop-step", type=int, metavar="N", help="judge every run at its validation at step N")
+    _common(parser, _run_import)
+
+
+def _run_import(options: argparse.Namespace) -> int:
+    from stats.importing import look, render
+    from stats.series import find_series
+
+    result = look(find_series(options.paths), options.stop_step)
+    _show(options, result, render)
+    return Exit.PASS if any(run.final_loss is not None for run in result.runs) else Exit.INVALID_DATA
+
+
+_HEAD_HELP = """The hash of all that a series' ledger says so far: one line to publish before the series goes on.
+
+Later `validate --against HASH` proves that nothing above it was changed since."""
+
+
+def _head_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="SERIES", help="a series' folder")
+    parser.set_defaults(handler=_run_head)
+
+
+def _run_head(options: argparse.Namespace) -> int:
+    from stats.chain import link
+    from stats.evidence import ledger_bytes
+    from stats.series import load_series
+
+    data = ledger_bytes(load_series(options.path))
+    if data is None:
+        raise UsageError(f"{options.path} has no ledger.jsonl, so it has no head")
+    print(link(data))
+    return Exit.PASS
+
+
+def _plot(results: Sequence, losses: Sequence[float], options: argparse.Namespace) -> None:
+    """--plot: the first result as a picture."""
+    from stats.figures import draw_test
+
+    if not losses:
+        from stats.samples import sample_of
+        from stats.series import find_series
+
+        series = next(one for one in find_series(options.paths) if results[0].series in (None, one.name))
+        losses = sample_of(series, options.stop_step, _drops(options), options.allow_mixed).losses
+    draw_test(results[0], losses, options.plot)
 
 
 _SCHEMA_HELP = "The JSON Schema of what a verb prints with --json."
@@ -488,6 +615,7 @@ SCHEMA_CLASSES = {
     "times": "stats.times:Times",
     "leaderboard": "stats.leaderboard:Leaderboard",
     "report": "stats.report:Report",
+    "import": "stats.importing:Import",
 }
 
 
@@ -498,7 +626,12 @@ def verb_schema(verb: str) -> dict:
     from stats.jsonio import schema
 
     module, _, name = SCHEMA_CLASSES[verb].partition(":")
-    return schema(getattr(importlib.import_module(module), name))
+    found = schema(getattr(importlib.import_module(module), name))
+    root = found["$defs"][name]
+    reading = schema(importlib.import_module("stats.series").Reading)
+    found["$defs"] |= reading["$defs"]
+    root["properties"]["reading"] = {"$ref": "#/$defs/Reading"}  # of sources, not of losses on the command line
+    return found
 
 
 _VERBS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] = (
@@ -511,5 +644,7 @@ _VERBS: tuple[tuple[str, str, Callable[[argparse.ArgumentParser], None]], ...] =
     ("times", _TIMES_HELP, _times_options),
     ("leaderboard", _LEADERBOARD_HELP, _leaderboard_options),
     ("report", _REPORT_HELP, _report_options),
+    ("import", _IMPORT_HELP, _import_options),
+    ("head", _HEAD_HELP, _head_options),
     ("schema", _SCHEMA_HELP, _schema_options),
 )

@@ -15,8 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy
 
+from stats.correct import dunnett_p, holm_p, tost_p
+from stats.curve import curve
 from stats.errors import DataError, UsageError
+from stats.plans import make_plan
 from stats.samples import Sample
+from stats.sequential import ACCEPT, CONTINUE, FUTILE, Decision, decide
 from stats.ttest import TRACK_THRESHOLD, Summary, check_alpha, checked_losses, summarize
 
 
@@ -30,7 +34,7 @@ class Difference:
     t_stat: float
     df: float
     p_value: float  # two-sided
-    holm_p: float  # the same, corrected for all the candidates that were compared
+    holm_p: float  # the same, corrected for all the candidates that were compared (Holm's or Dunnett's way)
     hedges_g: float | None  # in pooled standard deviations, small-sample corrected
 
 
@@ -80,6 +84,7 @@ class Comparison:
     paired_time_s: Paired | None
     loss_equivalence: Equivalence | None
     time_equivalence: Equivalence | None
+    loss_in_steps: float | None  # the difference at the slope of the baseline's curve; negative: reached earlier
     conclusions: tuple[str, ...]
 
 
@@ -112,6 +117,7 @@ def compare(
     loss_margin: float | None = None,
     time_margin_s: float | None = None,
     threshold: float = TRACK_THRESHOLD,
+    correction: str = "holm",
 ) -> Comparisons:
     """Each candidate against the baseline. Margins (nats, seconds) add the equivalence tests.
 
@@ -132,6 +138,12 @@ def compare(
     groups = [_group(sample, threshold) for sample in (baseline, *candidates)]
     losses = holm([_welch(candidate.losses, baseline.losses, alpha) for candidate in candidates])
     times = holm([_welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates])
+    if correction == "dunnett":
+        losses = dunnett(losses, [one.losses for one in candidates], baseline.losses)
+        times = dunnett(times, [one.times_s for one in candidates], baseline.times_s)
+    elif correction != "holm":
+        raise UsageError(f"correction {correction!r}: holm or dunnett")
+    slope = _end_slope(baseline)
     found = []
     for candidate, group, loss, time_s in zip(candidates, groups[1:], losses, times):
         one = Comparison(
@@ -144,11 +156,84 @@ def compare(
             paired_time_s=_paired(baseline, candidate, alpha, "time_s"),
             loss_equivalence=_equivalence(candidate.losses, baseline.losses, loss_margin, alpha),
             time_equivalence=_equivalence(candidate.times_s, baseline.times_s, time_margin_s, alpha),
+            loss_in_steps=loss.estimate / abs(slope) if loss and slope else None,
             conclusions=(),
         )
         found.append(replace(one, conclusions=_conclusions(one)))
-    notes = tuple(f"{sample.name}: {note}" for sample in (baseline, *candidates) for note in sample.notes)
-    return Comparisons(threshold, tuple(found), community_table(groups, found), notes)
+    return Comparisons(
+        threshold, tuple(found), community_table(groups, found), _notes(baseline, candidates, correction)
+    )
+
+
+FEW_RUNS = 5
+
+
+def _notes(baseline: Sample, candidates: Sequence[Sample], correction: str) -> tuple[str, ...]:
+    """What has to be known to read the table: mixtures, few runs, other machines, the correction."""
+    samples = (baseline, *candidates)
+    notes = [f"{sample.name}: {note}" for sample in samples for note in sample.notes]
+    for sample in samples:
+        if len(sample.losses) < FEW_RUNS:
+            runs = len(sample.losses)
+            notes.append(f"{sample.name}: only {runs} runs, so the test rests on normality that they cannot show")
+    machines = {(run.hardware, run.world_size) for sample in samples for run in sample.runs if run.hardware}
+    if len(machines) > 1:
+        told = "; ".join(f"{name}, {count or '?'} processes" for name, count in sorted(machines, key=str))
+        notes.append(f"different machines ({told}): a difference of the times is theirs as well")
+    if len(candidates) > 1:
+        words = {"holm": "Holm's step-down method", "dunnett": "Dunnett's test, which assumes one spread for all"}
+        notes.append(f"p-values of {len(candidates)} candidates are corrected by {words[correction]}")
+    return tuple(notes)
+
+
+def _end_slope(sample: Sample) -> float | None:
+    """Nats a step at the end of the mean curve; None where there is none."""
+    try:
+        return curve(sample.runs, float(np.mean(sample.losses))).slope_per_step
+    except DataError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialComparison:
+    """Whether two recipes differ, asked after every pair of runs."""
+
+    verdict: str  # LOWER, HIGHER, FUTILE or CONTINUE, of the candidate's loss
+    pairs: int
+    paired_by: str
+    below: Decision  # that the candidate lies lower by the margin
+    above: Decision  # that it lies higher
+    words: str
+
+
+def compare_sequentially(
+    baseline: Sample, candidate: Sample, margin: float, sigma: float, alpha: float = 0.05
+) -> SequentialComparison:
+    """The sequential t-test on the differences of pairs, in the order of the baseline's runs: stop when decided.
+
+    `margin`: the difference that is worth finding, `sigma`: the standard deviation of one run, both in nats. Two
+    one-sided tests at alpha / 2. Pairs are runs of one seed, else runs of one rank in the order of launch.
+    """
+    seeds = [_by_key(sample, "seed", "loss") for sample in (baseline, candidate)]
+    once = all(seeds) and all(len(runs) == 1 for side in seeds for runs in side.values())
+    if once and seeds[0].keys() & seeds[1].keys():
+        by, pairs = "seed", [(seeds[0][seed][0], seeds[1][seed][0]) for seed in seeds[0] if seed in seeds[1]]
+    else:
+        by, pairs = "order", list(zip(baseline.losses, candidate.losses))
+    differences = np.array([after - before for before, after in pairs])
+    plan = make_plan(0.0, margin, sigma * math.sqrt(2), "sigma of one run, times sqrt 2", alpha=alpha / 2)
+    below, above = (decide(sign * differences[: plan.cap], plan) for sign in (1.0, -1.0))
+    verdict = "LOWER" if below.verdict == ACCEPT else "HIGHER" if above.verdict == ACCEPT else FUTILE
+    if verdict == FUTILE and CONTINUE in (below.verdict, above.verdict):
+        verdict = CONTINUE
+    names = f"{candidate.name} against {baseline.name}"
+    words = {
+        "LOWER": f"{names}: the loss is lower, decided after {below.n} pairs",
+        "HIGHER": f"{names}: the loss is higher, decided after {above.n} pairs",
+        FUTILE: f"{names}: these pairs show no difference of {margin:g} nats",
+        CONTINUE: f"{names}: not decided after {len(pairs)} pairs; go on, to at most {plan.cap}",
+    }
+    return SequentialComparison(verdict, len(pairs), by, below, above, words[verdict])
 
 
 def _group(sample: Sample, threshold: float) -> Group:
@@ -191,10 +276,19 @@ def holm(differences: list[Difference | None]) -> list[Difference | None]:
     tested = [difference for difference in differences if difference is not None]
     if len(tested) < 2:
         return differences
-    from statsmodels.stats.multitest import multipletests
+    corrected = iter(holm_p([difference.p_value for difference in tested]))
+    return [None if one is None else replace(one, holm_p=next(corrected)) for one in differences]
 
-    corrected = iter(multipletests([difference.p_value for difference in tested], method="holm")[1])
-    return [None if one is None else replace(one, holm_p=float(next(corrected))) for one in differences]
+
+def dunnett(
+    differences: list[Difference | None], candidates: Sequence[Sequence[float]], control: Sequence[float]
+) -> list[Difference | None]:
+    """With p-values of Dunnett's test of all the candidates that have one against the control."""
+    tested = [values for one, values in zip(differences, candidates) if one is not None]
+    if len(tested) < 2:
+        return differences
+    corrected = iter(dunnett_p(tested, control))
+    return [None if one is None else replace(one, holm_p=next(corrected)) for one in differences]
 
 
 def _paired(baseline: Sample, candidate: Sample, alpha: float, what: str) -> Paired | None:
@@ -243,9 +337,7 @@ def _equivalence(
 ) -> Equivalence | None:
     if margin is None or min(len(candidate), len(baseline)) < 2:
         return None
-    from statsmodels.stats.weightstats import ttost_ind
-
-    p_value = float(ttost_ind(np.asarray(candidate), np.asarray(baseline), -margin, margin, usevar="unequal")[0])
+    p_value = tost_p(candidate, baseline, margin)
     return Equivalence(margin, p_value, p_value < alpha)
 
 
@@ -267,9 +359,10 @@ def _conclusions(one: Comparison) -> tuple[str, ...]:
                 f"({interval}, p = {difference.holm_p:.3g})"
             )
         else:
+            direction = less if difference.estimate < 0 else more
             text = (
-                f"{what}: no evidence of a difference (p = {difference.holm_p:.3g}; "
-                f"these runs are compatible with the {interval})"
+                f"{what}: no evidence of a difference (p = {difference.holm_p:.3g}; these runs are {direction} by "
+                f"{abs(difference.estimate):.4g} {unit} and compatible with the {interval})"
             )
         found.append(text)
         if equivalence:
@@ -328,7 +421,9 @@ def render(result: Comparisons) -> str:
     for one in result.comparisons:
         lines += ["", f"{one.candidate.name} against {one.baseline.name}"]
         lines += [f"  {conclusion}" for conclusion in one.conclusions]
-        lines.append(f"  effect on the loss: Hedges g = {one.loss.hedges_g:+.3g}")
+        steps = "" if one.loss_in_steps is None else f", {one.loss_in_steps:+.4g} steps at the end's slope"
+        effect = f"{one.loss.estimate:+.4g} nats, {one.loss.hedges_g:+.3g} standard deviations (Hedges' g)"
+        lines.append(f"  effect on the loss: {effect}{steps}")
         for what, paired in (("loss", one.paired_loss), ("time", one.paired_time_s)):
             if paired:
                 r = "" if paired.correlation is None else f", correlation {paired.correlation:.2f}"

@@ -41,7 +41,8 @@ class Design:
 
     plan: Plan
     plan_hash: str
-    power: float  # to find the margin, with `cap` runs in a fixed sample
+    power: float  # to find the margin, by the plan's own method (of a sequential one by simulation)
+    power_fixed: float  # the same of a fixed sample of `cap` runs
     fixed_samples: tuple[FixedSample, ...]
     margin: Worth
     least_margin: Worth  # what `cap` runs find with power 1 - beta: nothing smaller is worth claiming
@@ -57,6 +58,7 @@ def design(plan: Plan, simulations: int = 2000, seed: int = 0) -> Design:
     if plan.method != "fixed" and simulations:
         means = [plan.threshold - share * plan.margin for share in (1, 0.5, 0)]
         expected = tuple(simulate(plan, mean, simulations, seed) for mean in means)
+    fixed = power(plan.cap, plan.margin, plan.sigma, plan.alpha)
     samples = []
     for wanted in (0.8, 0.9, 0.95):
         try:
@@ -67,7 +69,8 @@ def design(plan: Plan, simulations: int = 2000, seed: int = 0) -> Design:
     return Design(
         plan=plan,
         plan_hash=plan.hash,
-        power=power(plan.cap, plan.margin, plan.sigma, plan.alpha),
+        power=expected[0].accepted if expected else fixed,
+        power_fixed=fixed,
         fixed_samples=tuple(samples),
         margin=_worth(plan, plan.margin),
         least_margin=_worth(plan, least_margin(plan.cap, 1 - plan.beta, plan.sigma, plan.alpha)),
@@ -117,7 +120,8 @@ def render(result: Design) -> str:
         f"sigma: {plan.sigma:.3g} ({plan.sigma_source})",
         f"alpha {plan.alpha:g}, beta {plan.beta:g}; {plan.method}, at most {plan.cap} runs",
         "",
-        f"a fixed sample of {plan.cap} runs finds the margin with power {result.power:.3f}",
+        f"the plan finds the margin with power {result.power:.3f}" + (" (simulated)" if result.expected else ""),
+        f"a fixed sample of {plan.cap} runs finds it with power {result.power_fixed:.3f}",
         f"the least margin it finds with power {1 - plan.beta:.2f}: {_worth_text(result.least_margin)}",
         f"the margin: {_worth_text(result.margin)}",
     ]

@@ -35,3 +35,9 @@ class UsageError(StatsError):
     """The question makes no sense, whatever the data say (an alpha of 2, a target above the first loss)."""
 
     exit_code = Exit.USAGE
+
+
+def check_alpha(alpha: float) -> None:
+    """UsageError unless 0 < alpha <= 0.5."""
+    if not 0 < alpha <= 0.5:
+        raise UsageError(f"alpha must be above 0 and at most 0.5, not {alpha}")

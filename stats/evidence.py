@@ -227,6 +227,7 @@ def copies(series: Series, sample: Sample | None) -> Iterator[Finding]:
             if key in seen and seen[key] is not run:
                 what = "every loss" if key[0] == "loss" else "every time"
                 yield Finding("duplicates", "F", f"{run.name} and {seen[key].name} are the same run: {what} is equal")
+                break
             seen.setdefault(key, run)
     runs = [run for run in series.runs if len(run.validations) >= 4]
     common = sorted(set.intersection(*({p.step for p in run.validations} for run in runs))) if runs else []

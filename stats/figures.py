@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stats.errors import UsageError
 from stats.plans import Plan
 from stats.sequential import Decision, boundaries
 from stats.ttest import TTest
@@ -74,6 +75,12 @@ def loss_curves(runs: Sequence[Run], threshold: float, label: str) -> str:
 def distribution(test: TTest, losses: Sequence[float], label: str) -> str:
     """Every final loss, their mean with its upper bound, and the threshold."""
     figure, axes = _axes(height=2.9)
+    _draw_losses(axes, test, losses)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    return _svg(figure, f"final losses of {label}")
+
+
+def _draw_losses(axes, test: TTest, losses: Sequence[float]) -> None:
     # A fixed pattern of heights keeps equal losses apart; it means nothing.
     heights = [((i * 0.618034) % 1) for i in range(len(losses))]
     axes.plot(losses, heights, "o", color=BLUE, alpha=0.65, markersize=6, markeredgewidth=0)
@@ -92,8 +99,20 @@ def distribution(test: TTest, losses: Sequence[float], label: str) -> str:
     axes.spines["left"].set_visible(False)
     axes.ticklabel_format(axis="x", useOffset=False)
     axes.tick_params(axis="x", labelsize=8)
+
+
+def draw_test(test: TTest, losses: Sequence[float], path: str) -> None:
+    """The t-test as a picture file: every loss, their mean with its bound, the threshold. Raises UsageError."""
+    try:
+        figure, axes = _axes(height=2.9)
+    except ImportError as error:
+        raise UsageError(f"a picture needs {error.name}: pip install matplotlib") from None
+    _draw_losses(axes, test, losses)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    return _svg(figure, f"final losses of {label}")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {path}: {error}") from None
 
 
 def p_path(p_values: Sequence[tuple[int, float]], alpha: float, label: str) -> str:

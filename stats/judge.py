@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from stats.errors import DataError, StatsError
 from stats.planfile import read_plan
-from stats.samples import sample_of
+from stats.samples import Sample, sample_of
 from stats.series import Series
 from stats.ttest import TRACK_THRESHOLD, TTest, ttest
 
@@ -33,7 +33,11 @@ def judge(
     `settings` go to `ttest`. Raises DataError as `stats.samples.sample_of` and `ttest` do, with the series'
     path.
     """
-    sample = sample_of(series, stop_step, drop, allow_mixed)
+    return judge_sample(series, sample_of(series, stop_step, drop, allow_mixed), threshold, **settings)
+
+
+def judge_sample(series: Series, sample: Sample, threshold: float | None = None, **settings) -> TTest:
+    """`judge` where the sample of the series is at hand."""
     if threshold is None:
         threshold = TRACK_THRESHOLD if series.threshold is None else series.threshold
     settings.setdefault("decimals", sample.decimals)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from stats.compare import Difference, compare
+from stats.compare import Difference, compare, holm
 from stats.errors import StatsError
-from stats.samples import Sample, sample_of
+from stats.samples import Sample, selected
 from stats.series import Series
 from stats.ttest import STRICT_ALPHA, TRACK_THRESHOLD, Summary
-from stats.validate import Assessment, validate
+from stats.validate import Assessment, validate_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two series of the board: the second minus the first, Holm-corrected over all pairs."""
+    """Two series of the board, by their paths: the second minus the first, Holm-corrected over all pairs."""
 
     first: str
     second: str
@@ -52,22 +52,31 @@ class Leaderboard:
     markdown: str
 
 
-def leaderboard(series: Sequence[Series], alpha: float = STRICT_ALPHA) -> Leaderboard:
-    """The board over `series`; one that cannot be judged stands at its end with the reason."""
+def leaderboard(
+    series: Sequence[Series], alpha: float = STRICT_ALPHA, assessments: Sequence[Assessment] | None = None, **selection
+) -> Leaderboard:
+    """The board over `series`; one that cannot be judged stands at its end with the reason.
+
+    `assessments`: the series' grades where they are known. `selection`: threshold, stop_step, drop and allow_mixed,
+    as for `stats.validate.validate_each`.
+    """
     entries, samples = [], {}
-    for one in series:
+    if assessments is None:
+        assessments = validate_each(series, alpha, **selection).assessments
+    for one, assessment in zip(series, assessments):
         sample, error = None, None
         try:
-            sample = sample_of(one)
+            sample = selected(one, **selection)
         except StatsError as problem:
             error = str(problem)
-        assessment = validate(one, alpha)
         entries.append(_entry(one, sample, assessment, error))
         samples[one.path] = sample
     entries.sort(key=_rank)
     judged = [entry for entry in entries if entry.error is None]
     pairs = _pairs([(a, b, samples[a.path], samples[b.path]) for a, b in combinations(judged, 2)])
-    return Leaderboard(tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha))
+    return Leaderboard(
+        tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha, _machines(entries, samples))
+    )
 
 
 def _entry(series: Series, sample: Sample | None, assessment: Assessment, error: str | None) -> Entry:
@@ -108,21 +117,34 @@ def _rank(entry: Entry) -> tuple:
 
 def _pairs(couples: Sequence[tuple[Entry, Entry, Sample, Sample]]) -> list[Pair]:
     """Welch's tests between every two series of the board, corrected together."""
-    from stats.compare import holm
-
     found = []
     for first, second, a, b in couples:
         try:
             one = compare(a, [b]).comparisons[0]
         except StatsError:
-            found.append(Pair(first.series, second.series, None, None))
+            found.append(Pair(first.path, second.path, None, None))
             continue
-        found.append(Pair(first.series, second.series, one.loss, one.time_s))
+        found.append(Pair(first.path, second.path, one.loss, one.time_s))
     losses, times = holm([pair.loss for pair in found]), holm([pair.time_s for pair in found])
     return [Pair(pair.first, pair.second, loss, time) for pair, loss, time in zip(found, losses, times)]
 
 
-def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> str:
+def _machines(entries: Sequence[Entry], samples: dict[str, Sample | None]) -> str:
+    """A line on times of different machines, or nothing."""
+    machines: dict[tuple, list[str]] = {}
+    for entry in entries:
+        for run in samples[entry.path].runs if samples[entry.path] else ():
+            names = machines.setdefault((run.hardware, run.world_size), [])
+            if run.hardware and entry.series not in names:
+                names.append(entry.series)
+    told = {machine: names for machine, names in machines.items() if names}
+    if len(told) < 2:
+        return ""
+    parts = "; ".join(f"{name}, {count or '?'} processes: {', '.join(names)}" for (name, count), names in told.items())
+    return f"Times of different machines cannot be compared ({parts})."
+
+
+def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float, machines: str) -> str:
     from stats.text import p_text, table
 
     def cell(value: float | None, style: str) -> str:
@@ -130,8 +152,8 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
 
     rows, above, by_names = [], None, {(pair.first, pair.second): pair for pair in pairs}
     for entry in entries:
-        pair = by_names.get((above, entry.series))
-        above = entry.series
+        pair = by_names.get((above, entry.path))
+        above = entry.path
         loss_p = p_text(pair.loss.holm_p) if pair and pair.loss else "-"
         time_p = p_text(pair.time_s.holm_p) if pair and pair.time_s else "-"
         loss, time = entry.loss, entry.time_s
@@ -158,4 +180,12 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float) -> 
         "p above: against the row above (Welch, two-sided, Holm-corrected over all pairs); a large one is no "
         "evidence of a difference, not a proof that there is none. evidence: `python -m stats validate`."
     )
-    return "\n".join([table(header, rows), "", legend, *(f"\n{e.series}: {e.error}" for e in entries if e.error)])
+    return "\n".join(
+        [
+            table(header, rows),
+            "",
+            legend,
+            *([machines] if machines else []),
+            *(f"\n{e.series}: {e.error}" for e in entries if e.error),
+        ]
+    )

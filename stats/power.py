@@ -6,8 +6,7 @@ import math
 
 import scipy
 
-from stats.errors import UsageError
-from stats.ttest import check_alpha
+from stats.errors import UsageError, check_alpha
 
 MOST_RUNS = 1000
 
@@ -19,9 +18,8 @@ def power(n: int, margin: float, sigma: float, alpha: float) -> float:
     check_alpha(alpha)
     if n < 2:
         return 0.0
-    from statsmodels.stats.power import TTestPower
-
-    found = float(TTestPower().power(margin / sigma, n, alpha, alternative="larger"))
+    critical = scipy.stats.t.isf(alpha, n - 1)
+    found = float(scipy.stats.nct.sf(critical, n - 1, margin / sigma * math.sqrt(n)))
     return found if math.isfinite(found) else _power_by_integral(n, margin / sigma, alpha)
 
 

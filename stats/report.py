@@ -9,17 +9,17 @@ from pathlib import Path
 
 import scipy
 
-from stats.errors import Exit, StatsError
-from stats.judge import judge
+from stats.errors import Exit, StatsError, UsageError
+from stats.judge import judge_sample
 from stats.leaderboard import Leaderboard, leaderboard
 from stats.monitor import Monitoring, monitor
 from stats.planfile import read_plan
 from stats.plans import Plan
-from stats.samples import Sample, sample_of
+from stats.samples import Sample, selected
 from stats.sequential import ACCEPT
 from stats.series import Series
 from stats.ttest import STRICT_ALPHA, TTest
-from stats.validate import Assessment, validate
+from stats.validate import Assessment, validate_each
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html.j2"
 
@@ -72,18 +72,28 @@ class Report:
 
 
 def make_report(
-    series: Sequence[Series], alpha: float = STRICT_ALPHA, threshold: float | None = None, plan: Plan | None = None
+    series: Sequence[Series],
+    alpha: float = STRICT_ALPHA,
+    threshold: float | None = None,
+    plan: Plan | None = None,
+    **selection,
 ) -> Report:
-    """Judge, grade and, where there is a plan, test sequentially. What fails for one series stands in its section."""
-    sections = tuple(_section(one, alpha, threshold, plan) for one in series)
-    return Report(alpha, sections, leaderboard(series, alpha) if len(series) > 1 else None)
+    """Judge, grade and, where there is a plan, test sequentially. What fails for one series stands in its section.
+
+    `selection`: stop_step, drop and allow_mixed, as for `stats.samples.selected`.
+    """
+    selection["threshold"] = threshold
+    assessments = validate_each(series, alpha, **selection).assessments
+    sections = tuple(_section(one, alpha, plan, grade, selection) for one, grade in zip(series, assessments))
+    board = leaderboard(series, alpha, assessments=assessments, **selection) if len(series) > 1 else None
+    return Report(alpha, sections, board)
 
 
-def _section(series: Series, alpha: float, threshold: float | None, plan: Plan | None) -> Section:
+def _section(series: Series, alpha: float, plan: Plan | None, assessment: Assessment, selection: dict) -> Section:
     test = error = sample = monitoring = None
     try:
-        sample = sample_of(series)
-        test = judge(series, threshold, alpha=alpha)
+        sample = selected(series, **selection)
+        test = judge_sample(series, sample, selection["threshold"], alpha=alpha)
     except StatsError as problem:
         error = str(problem)
     try:
@@ -93,7 +103,7 @@ def _section(series: Series, alpha: float, threshold: float | None, plan: Plan |
     except StatsError as problem:
         error = error or str(problem)
     path = _p_path(sample.losses, test.threshold) if sample and test else ()
-    return Section(series.name, test, error, validate(series, alpha), monitoring, path, series, sample, plan)
+    return Section(series.name, test, error, assessment, monitoring, path, series, sample, plan)
 
 
 def _p_path(losses: Sequence[float], threshold: float) -> tuple[PeekedP, ...]:
@@ -180,7 +190,11 @@ def _runs_table(section: Section) -> str:
 
 def to_html(report: Report) -> str:
     """One HTML page that needs nothing else: styles and pictures are in it, scripts there are none."""
-    import jinja2
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401  (the pictures)
+    except ImportError as error:
+        raise UsageError(f"--html needs {error.name}: pip install jinja2 matplotlib") from None
 
     from stats import figures
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from stats.errors import DataError
 from stats.program import differing_lines, program_key
@@ -62,7 +63,7 @@ def sample_of(
     runs, finals, left_out = [], [], []
     for run in in_launch_order(series):
         launch = launches.get(run.name)
-        if reason := drop.pop(run.name, None) or reason_left_out(launch):
+        if reason := drop.pop(run.name, None) or reason_left_out(launch) or _not_finished(run):
             left_out.append(LeftOut(run.name, reason))
             continue
         runs.append(run)
@@ -117,6 +118,24 @@ def split(series: Series, by: str) -> list[Series]:
         name = f"{series.name} [{by} {number}: {told}]"
         parts.append(replace(series, name=name, runs=tuple(group), launches=launches, passed_over=()))
     return [replace(parts[0], passed_over=series.passed_over), *parts[1:]]
+
+
+def selected(
+    series: Series,
+    threshold: float | None = None,
+    stop_step: int | None = None,
+    drop: Mapping[str, str] | None = None,
+    allow_mixed: bool = False,
+) -> Sample:
+    """`sample_of` with the selection that several series share: drops apply where a run of that name is."""
+    known = {run.name for run in series.runs} | {launch.run for launch in series.launches or ()}
+    own = {run: reason for run, reason in (drop or {}).items() if run in known}
+    return sample_of(series, stop_step, own, allow_mixed)
+
+
+def _not_finished(run: Run) -> str | None:
+    """Why whoever kept the run says that it is no final; None if they do not."""
+    return None if run.state in (None, "finished") else f"{run.state}, says {Path(run.path).name}"
 
 
 def final_of(run: Run, launch: Launch | None, stop_step: int | None) -> Validation:

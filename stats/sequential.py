@@ -92,7 +92,7 @@ class Decision:
 def decide(losses: Sequence[float], plan: Plan) -> Decision:
     """The verdict on the first losses of a series, given in the order in which the runs were launched.
 
-    Raises DataError for a loss that is not finite, or losses without variance at a look.
+    Raises DataError for a loss that is not finite, or if all the runs of the plan have one loss.
     """
     x = np.asarray(losses, dtype=np.float64)
     if x.ndim != 1 or not np.isfinite(x).all():
@@ -104,12 +104,12 @@ def decide(losses: Sequence[float], plan: Plan) -> Decision:
     for n in range(2, len(x) + 1):
         mean, t = float(x[:n].mean()), _t_statistic(x[:n], plan.threshold)
         boundary = at_look.get(n)
-        if boundary and math.isnan(t):
-            raise DataError(f"no variance: the first {n} losses are all {float(x[0])}; copies of one run?")
+        if math.isnan(t) and n == plan.cap:
+            raise DataError(f"no variance: all {n} planned losses are {float(x[0])}; copies of one run?")
         ratio = None if math.isnan(t) else log_likelihood_ratio(t, n, plan.effect)
         bounds = (boundary.t_futile, boundary.t_accept) if boundary else (None, None)
         path.append(Look(n, mean, t, *bounds, ratio))
-        if boundary:
+        if boundary and not math.isnan(t):  # equal losses decide nothing: the next look may
             verdict = ACCEPT if t >= boundary.t_accept else FUTILE if t <= boundary.t_futile else CONTINUE
         if verdict != CONTINUE:
             break

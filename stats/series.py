@@ -22,6 +22,7 @@ from pathlib import Path
 
 from stats.errors import DataError
 from stats.runs import EmptyLog, parse_log
+from stats.sources import is_event_file, parse_console, read_events
 from stats.tables import parse_csv, parse_json, parse_numbers
 from stats.values import Problem, Run
 
@@ -209,6 +210,8 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
     try:
         if str(path) == "-":
             return _parse(io.BytesIO(sys.stdin.buffer.read()), "<stdin>", "")
+        if is_event_file(path):
+            return read_events(path)
         with open(path, "rb") as stream:
             runs = _parse(stream, str(path), path.suffix.lower())
     except EmptyLog:
@@ -243,7 +246,11 @@ def _parse(stream, path: str, suffix: str) -> list[Run]:
     if table is None and not start.strip(b"0123456789.,;+-eE \t\r\n"):
         table = parse_numbers
     if table is None:
-        return parse_log(stream, path)
+        try:
+            return parse_log(stream, path)
+        except EmptyLog:
+            stream.seek(0)
+            return parse_console(stream, path)
     text = stream.read(LARGEST_TABLE_BYTES + 1)
     if len(text) > LARGEST_TABLE_BYTES:
         raise DataError(f"a table of more than {LARGEST_TABLE_BYTES >> 20} MiB", path)
@@ -340,13 +347,20 @@ def _series_folders(folder: Path) -> Iterator[Path]:
             yield from _series_folders(child)
 
 
+def _is_log(path: Path) -> bool:
+    """By its name: a text, or the state that Hugging Face's trainer leaves in the folder of a run."""
+    if path.name == "trainer_state.json":
+        return not path.parent.name.startswith("checkpoint-")
+    return path.suffix.lower() in LOG_SUFFIXES
+
+
 def _logs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in LOG_SUFFIXES and path.is_file() and path.name not in NOT_LOGS
+        if path.is_file() and path.name not in NOT_LOGS and (_is_log(path) or is_event_file(path))
     )
 
 

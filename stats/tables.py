@@ -19,24 +19,57 @@ import io
 import json
 import math
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from stats.errors import DataError
 from stats.values import Run, Validation
 
+# What a column may be called; of several names for the loss the first group that a table has is taken, since `loss`
+# beside `val_loss` is the training loss. Names are compared in lower case, with `/`, ` `, `-`, `.` as `_`.
+_LOSSES = (
+    ("final_val_loss", "final_loss"),
+    ("val_loss", "validation_loss", "valid_loss", "loss_val", "loss_validation"),
+    ("eval_loss", "loss_eval"),
+    ("loss",),
+)
 _COLUMNS = {
-    "run": ("run", "name", "run_name", "id"),
-    "seed": ("seed",),
-    "step": ("step", "final_step"),
-    "planned_steps": ("planned_steps", "num_iterations", "steps"),
-    "loss": ("loss", "val_loss", "final_loss", "final_val_loss"),
-    "time_s": ("time_s", "train_time_s", "time", "seconds"),
+    "run": ("run", "name", "run_name", "id", "run_id"),
+    "seed": ("seed", "config_seed"),
+    "step": ("step", "final_step", "_step", "global_step"),
+    "planned_steps": ("planned_steps", "num_iterations", "steps", "max_steps"),
+    "time_s": ("time_s", "train_time_s", "time", "seconds", "_runtime", "runtime"),
     "time_ms": ("time_ms", "train_time_ms"),
+    "state": ("state", "status"),
     "host": ("host", "hostname", "hostname_hash"),
     "hardware": ("hardware", "gpu"),
     "torch": ("torch",),
     "code_hash": ("code_hash",),
 }
 _NAME_OF = {alias: name for name, aliases in _COLUMNS.items() for alias in aliases}
+
+
+def understood(keys: Iterable[str], path: str) -> tuple[dict[str, str], list[str]]:
+    """({column: what it is taken for}, columns that mean nothing here). Raises DataError where two claim one thing."""
+    plain = {key: re.sub(r"[/ .-]+", "_", str(key).strip().lower()) for key in keys}
+    taken: dict[str, str] = {}
+    for group in _LOSSES:
+        found = [key for key, name in plain.items() if name in group]
+        if len(found) > 1:
+            raise DataError(f"two columns for the loss, {' and '.join(map(repr, found))}: take one out", path)
+        if found:
+            taken[found[0]] = "loss"
+            break
+    for key, name in plain.items():
+        if (meaning := _NAME_OF.get(name)) is None:
+            continue
+        if meaning in taken.values():
+            other = next(old for old, told in taken.items() if told == meaning)
+            if meaning in ("run", "time_s"):
+                continue  # a name beside an id, a time beside a runtime: the first one counts
+            raise DataError(f"two columns for {meaning}, {other!r} and {key!r}: take one out", path)
+        taken[key] = meaning
+    return taken, [str(key) for key in plain if key not in taken and key not in ("line", "")]
 
 
 def parse_csv(text: str, path: str) -> list[Run]:
@@ -77,6 +110,8 @@ def parse_json(text: str, path: str) -> list[Run]:
         if not isinstance(times, list) or len(times) != len(value["losses"]):
             raise DataError(f"{len(value['losses'])} losses, but not as many times_s", path)
         value = [{"loss": loss, "time_s": time} for loss, time in zip(value["losses"], times)]
+    if isinstance(value, dict) and isinstance(value.get("log_history"), list):
+        return [_trainer_state(value, path)]
     rows = value if isinstance(value, list) else [value]
     if rows and all(isinstance(row, dict) and isinstance(row.get("validation"), list) for row in rows):
         return [_own_run(row, path) for row in rows]
@@ -104,13 +139,26 @@ def _runs(rows: list[dict], path: str) -> list[Run]:
     """Rows with any of the known columns, gathered into runs."""
     if not rows:
         raise DataError("no runs in it", path)
+    if wide := _wide_table(rows, path):
+        return wide
+    taken, unknown = understood(dict.fromkeys(key for row in rows for key in row), path)
+    told = ", ".join(f"{meaning} from {key!r}" for key, meaning in taken.items())
+    origin = f"table: {told}" + (f"; not used: {', '.join(map(repr, unknown[:12]))}" if unknown else "")
     grouped: dict[str, list[dict]] = {}
+    history = "step" in taken.values() and not {"run", "seed"} & set(taken.values())
     for index, row in enumerate(rows, 1):
-        row = {_NAME_OF.get(str(key).strip().lower(), key): value for key, value in row.items()}
-        if row.get("loss") in (None, ""):
-            known = ", ".join(_COLUMNS["loss"])
+        row = {taken.get(key, key): value for key, value in row.items()}
+        empty = (
+            row.get("loss") in (None, "", "NaN", "nan") if "step" in taken.values() else row.get("loss") in (None, "")
+        )
+        if empty and "step" in taken.values() and "loss" in taken.values() and not _is_final(row):
+            continue  # a row of a history that logs something else
+        if empty:
+            known = ", ".join(name for group in _LOSSES for name in group)
             raise DataError(f"row {index} has no loss (a column named {known})", path, row.get("line"))
         name = row.get("run", row.get("seed"))
+        if history and name in (None, ""):
+            name = Path(path).stem
         several = name not in (None, "") and row.get("step") not in (None, "")
         key = str(name) if name not in (None, "") else f"row {index}"
         if key in grouped and not several:
@@ -118,10 +166,43 @@ def _runs(rows: list[dict], path: str) -> list[Run]:
                 f"run {key!r} a second time, and no column `step` to tell them apart", path, row.get("line")
             )
         grouped.setdefault(key, []).append(row)
-    return [_table_run(name, rows, path) for name, rows in grouped.items()]
+    if not grouped:
+        raise DataError("no row of it has a loss", path)
+    return [_table_run(name, rows, path, origin) for name, rows in grouped.items()]
 
 
-def _table_run(name: str, rows: list[dict], path: str) -> Run:
+def _is_final(row: dict) -> bool:
+    """Whether a row is a run's only one, which must have its loss: it names a state."""
+    return row.get("state") not in (None, "") and str(row["state"]).lower() in ("finished", "completed")
+
+
+def _wide_table(rows: list[dict], path: str) -> list[Run]:
+    """Runs of a chart that Weights & Biases exports: `Step`, then `NAME - KEY` (with __MIN and __MAX) a run."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "line"))
+    columns = [key for key in keys if " - " in str(key) and not str(key).lower().endswith(("__min", "__max"))]
+    step = next((key for key in keys if str(key).strip().lower() in ("step", "_step", "global_step")), None)
+    if not columns or step is None:
+        return []
+    metrics = {key.rpartition(" - ")[2] for key in columns} - {"_step"}
+    if len(metrics) != 1:
+        raise DataError(f"several metrics, {', '.join(sorted(metrics))}: export a chart of one", path)
+    metric = metrics.pop()
+    runs = []
+    for column in columns:
+        if column.endswith(" - _step"):
+            continue
+        name = column.rpartition(" - ")[0]
+        points = [
+            {"step": row[step], "loss": row[column], "line": row.get("line")}
+            for row in rows
+            if row.get(column) not in (None, "")
+        ]
+        if points:
+            runs.append(_table_run(name, points, path, f"chart of Weights & Biases: loss from {metric!r}"))
+    return runs
+
+
+def _table_run(name: str, rows: list[dict], path: str, origin: str | None = None) -> Run:
     points = []
     for row in rows:
         loss, decimals = _value(row, "loss", path)
@@ -147,8 +228,18 @@ def _table_run(name: str, rows: list[dict], path: str) -> Run:
         planned_steps=steps[-1] if planned is None else int(planned),
         validations=tuple(points),
         seed=None if seed is None else int(seed),
+        state=_state(rows[-1].get("state")),
+        origin=origin,
         **facts,
     )
+
+
+def _state(told: object) -> str | None:
+    """A run's state in one word; None where nothing tells."""
+    if told in (None, ""):
+        return None
+    word = str(told).strip().lower()
+    return "finished" if word in ("finished", "completed", "succeeded", "success", "done") else word
 
 
 def _own_run(record: dict, path: str) -> Run:
@@ -169,6 +260,26 @@ def _own_run(record: dict, path: str) -> Run:
     for row in rows:
         row.update({"seed": record.get("seed"), "code_hash": record.get("code_hash")})
     return _runs(rows, path)[0]
+
+
+def _trainer_state(state: dict, path: str) -> Run:
+    """The run of a Hugging Face trainer_state.json: evaluations in log_history, planned steps in max_steps."""
+    history = [row for row in state["log_history"] if isinstance(row, dict)]
+    losses = sorted({key for row in history for key in row if re.fullmatch(r"eval_(?:\w+_)?loss", key)})
+    if not losses:
+        keys = sorted({key for row in history for key in row})
+        raise DataError(f"no eval_loss in its log_history: {', '.join(keys[:8])}", path)
+    if len(losses) > 1:
+        raise DataError(f"several evaluation losses, {', '.join(losses)}: keep one", path)
+    rows = [
+        {"step": row.get("step"), "loss": row[losses[0]], "planned_steps": state.get("max_steps")}
+        for row in history
+        if losses[0] in row
+    ]
+    folder = Path(path).resolve().parent
+    name = folder.parent.name if folder.name.startswith("checkpoint-") else folder.name
+    origin = f"trainer_state.json: loss from {losses[0]!r}, planned steps from 'max_steps'; no times in it"
+    return _table_run(name or "run", rows, path, origin)
 
 
 def _value(row: dict, key: str, path: str) -> tuple[float | None, int | None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy
 
+from stats.correct import welch_anova_p
 from stats.errors import DataError
 from stats.samples import Sample
 from stats.ttest import Summary, summarize
@@ -114,9 +115,7 @@ def _between_hosts(groups: list[list[float]]) -> float | None:
     groups = [group for group in groups if len(group) > 1 and np.ptp(group) > 0]
     if len(groups) < 2:
         return None
-    from statsmodels.stats.oneway import anova_oneway
-
-    return float(anova_oneway(groups, use_var="unequal").pvalue)
+    return welch_anova_p(groups)
 
 
 def _drift(values: Sequence[float]) -> Drift | None:

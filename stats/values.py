@@ -68,6 +68,8 @@ class Run:
     preset: str | None = None
     target_loss: float | None = None  # the threshold that the run's own configuration names
     config: dict | None = field(default=None, repr=False, compare=False)  # every field that the log prints of it
+    state: str | None = None  # finished, crashed, running, ..., where whoever kept the run says so
+    origin: str | None = field(default=None, compare=False)  # which reader, and what it took for what
     sidecar: dict | None = field(default=None, repr=False, compare=False)  # the JSON beside an own log, unchecked
 
     @property
@@ -94,6 +96,8 @@ def final_validation(run: Run, stop_step: int | None = None) -> Validation:
         first = problems[0]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"damaged log: {first.text}{more}", run.path, first.line)
+    if run.state not in (None, "finished"):
+        raise DataError(f"its state is {run.state!r}: the last value of such a run is no result", run.path)
     if not run.validations:
         raise DataError(f"no validation in this run ({run.step_lines} step lines)", run.path, run.first_line)
     last = run.validations[-1]

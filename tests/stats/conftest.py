@@ -42,13 +42,15 @@ def log_text(final: float, *, steps=STEPS, every=EVERY, step_ms=50.0, source=SOU
     return "\n".join(lines) + "\n"
 
 
-def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, readme=True, hosts=None, step_ms=50.0):
-    """A series' folder as the trainer and its front door leave it."""
+def write_series(
+    folder: Path, losses, *, ledger=True, record=None, plan=None, readme=True, hosts=None, step_ms=50.0, sealed=True
+):
+    """A series' folder as the trainer and its front door leave it; with `sealed` its ledger's lines hold together."""
     (folder / "runs").mkdir(parents=True)
     events = []
     for seed, loss in enumerate(losses):
         name = f"seed-{seed:03d}"
-        speed = step_ms * (1 + 0.001 * ((seed * 7) % 5))
+        speed = step_ms * (1 + 0.001 * ((seed * 7) % 23))
         text = log_text(loss, seed=seed, plan_hash=plan.hash if plan else "", step_ms=speed)
         (folder / "runs" / f"{name}.txt").write_text(text)
         beside = {
@@ -67,9 +69,13 @@ def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, r
             beside["validation"].append({"step": int(step), "loss": float(value)})
         (folder / "runs" / f"{name}.json").write_text(json.dumps(beside))
         events.append({"event": "launch", "run": name, "seed": seed, "attempt": 1})
-        events.append({"event": "end", "run": name, "attempt": 1, "status": "finished", "exit_code": 0})
+        end = {"event": "end", "run": name, "attempt": 1, "status": "finished", "exit_code": 0}
+        if sealed:
+            end |= {"final_loss": beside["validation"][-1]["loss"], "sealed": seal_of(folder, name)}
+        events.append(end)
     if ledger:
-        (folder / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        begin = {"event": "begin", "threshold": 2.92, "plan": plan.hash if plan else None, "stop_step": None}
+        write_ledger(folder, [begin, *events] if sealed else events, sealed)
     (folder / "record.json").write_text(json.dumps({"threshold": 2.92} | (record or {})))
     if readme:
         mean = float(np.mean(np.round(losses, 6)))
@@ -80,6 +86,21 @@ def write_series(folder: Path, losses, *, ledger=True, record=None, plan=None, r
 
         write_plan(plan, folder / "plan.json")
     return folder
+
+
+def seal_of(folder: Path, name: str) -> dict:
+    """What an end notes of the files that a run left."""
+    files = {"log": folder / "runs" / f"{name}.txt", "json": folder / "runs" / f"{name}.json"}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in files.items()}
+
+
+def write_ledger(folder: Path, events, linked=True) -> None:
+    """ledger.jsonl, each line linked to those above it."""
+    data = b""
+    for event in events:
+        link = {"before": hashlib.sha256(data).hexdigest()[:32]} if linked else {}
+        data += json.dumps(event | link).encode() + b"\n"
+    (folder / "ledger.jsonl").write_bytes(data)
 
 
 def code_hash() -> str:

@@ -9,23 +9,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # stats/, from the ground up; a module imports from its own floor or from below.
 FLOORS = (
     ("errors", "text", "jsonio", "values"),
-    ("ttest", "power", "plans", "sequential", "curve", "figures", "correct", "chance"),
-    (
-        "chain",
-        "program",
-        "runs",
-        "tables",
-        "series",
-        "planfile",
-        "sources",
-        "wandb",
-        "tensorboard",
-        "consoles",
-        "numbers",
-        "find",
-    ),
-    ("samples", "compare", "times", "judge", "monitor", "design", "evidence", "validate", "leaderboard", "report"),
-    ("cli", "verbs", "__main__", "ttest.__main__"),
+    ("correct", "chance", "power", "ttest", "plans", "sequential", "curve", "figures"),
+    ("chain", "program", "runs", "tables", "sources", "series", "planfile"),
+    ("samples", "compare", "times", "judge", "monitor", "design", "evidence"),
+    ("validate", "leaderboard", "report", "importing"),
+    ("cli", "__main__", "ttest.__main__"),
 )
 FLOOR_OF = {f"stats.{name}": floor for floor, names in enumerate(FLOORS) for name in names}
 

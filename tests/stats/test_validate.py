@@ -51,25 +51,27 @@ def test_copied_run(make_series):
 
 
 def test_same_seed_twice(make_series, make_log):
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     log = folder / "runs" / "seed-003.txt"
     log.write_text(log.read_text().replace('"seed": 3', '"seed": 5'))
     (folder / "runs" / "seed-003.json").unlink()
     grade, found = _grade(folder)
-    assert grade == "C" and "same seed, 5" in found["seeds", "C"]
+    assert grade == "D" and "same seed, 5" in found["seeds", "C"]
+    assert "seed-003: seed 5 in its log, 3 in the ledger" == found["steps", "D"]
 
 
 def test_a_log_that_no_launch_accounts_for(make_series, make_log):
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     (folder / "runs" / "seed-099.txt").write_text(make_log(2.9181, seed=99, plan_hash=PLAN.hash, step_ms=51))
     grade, found = _grade(folder)
     assert grade == "D" and "seed-099" in found["launches", "D"]
 
 
 def test_dropped_and_crashed_runs_cost_a_grade_and_are_told(make_series):
-    folder = make_series("s", GOOD)
+    folder = make_series("s", GOOD, sealed=False)
     events = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     events[1] |= {"status": "crashed", "exit_code": 1}
+    events[9] |= {"status": "crashed", "exit_code": 137}
     events.append({"event": "drop", "run": "seed-004", "reason": "another job on the machine"})
     (folder / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     result = validate(load_series(folder))
@@ -82,7 +84,7 @@ def test_dropped_and_crashed_runs_cost_a_grade_and_are_told(make_series):
 
 
 def test_numbers_that_disagree_with_the_logs(make_series):
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     readme = folder / "README.md"
     readme.write_text("mean 2.9100\n")
     grade, found = _grade(folder)
@@ -92,7 +94,8 @@ def test_numbers_that_disagree_with_the_logs(make_series):
     grade, found = _grade(folder)
     assert grade == "D" and "README.md disagrees with the logs: p_value 1e-09" in found["README", "D"]
     readme.unlink()
-    assert _grade(folder)[0] == "B"
+    grade, found = _grade(folder)
+    assert grade == "C" and "no README" in found["README", "B"]
     (folder / "record.json").write_text(json.dumps({"threshold": 2.92, "results": {"ttest": truth | {"n": 19}}}))
     grade, found = _grade(folder)
     assert grade == "D" and "n 19, 12 from the logs" in found["record", "D"]
@@ -107,7 +110,7 @@ def test_readme_that_leaves_runs_out(make_series):
 
 
 def test_json_beside_a_log_that_disagrees(make_series):
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     path = folder / "runs" / "seed-002.json"
     beside = json.loads(path.read_text())
     beside["validation"][-1]["loss"] -= 0.001
@@ -119,7 +122,7 @@ def test_json_beside_a_log_that_disagrees(make_series):
 
 
 def test_plan_of_another_series(make_series):
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     from stats.planfile import write_plan
 
     write_plan(make_plan(margin=0.0005, sigma=0.0006, cap=30), folder / "plan.json", overwrite=True)
@@ -174,7 +177,7 @@ def test_logs_of_other_ranks_have_to_agree(make_series):
 
 
 def test_different_hardware(make_series):
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     log = folder / "runs" / "seed-001.txt"
     log.write_text(log.read_text().replace("Example CPU", "Another CPU"))
     grade, found = _grade(folder)
