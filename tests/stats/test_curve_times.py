@@ -136,7 +136,7 @@ def test_leaderboard(make_series, capsys):
     slow = make_series("slow", [2.91802, 2.91822, 2.91842, 2.91812, 2.91832], step_ms=60.0)
     make_series("fast", [2.9185, 2.9182, 2.9184, 2.9181, 2.9183], step_ms=50.0)
     make_series("above", [2.9285, 2.9282, 2.9284, 2.9281, 2.9283], step_ms=40.0)
-    broken = make_series("broken", [2.9285, 2.9282])
+    broken = make_series("broken", [2.9295, 2.9292], step_ms=45.0)
     (broken / "runs" / "seed-000.txt").write_text("nothing")
     board = leaderboard(find_series([slow.parent]))
     assert [entry.series for entry in board.entries] == ["fast", "slow", "above", "broken"]
