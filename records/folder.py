@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from records.ledger import Ledger, now
-from records.logs import source_hash, write_whole
-from trainer.program import program_files as code_files
+from records.logs import write_whole
+from trainer.program import text_hash
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
@@ -134,7 +134,7 @@ def open_series(folder: Path, wanted: Identity, trainer: Path) -> Series:
         for part in ("runs", "source"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         text = trainer.read_text(encoding="utf-8")
-        digest = source_hash(text)
+        digest = text_hash(text)
         (folder / "source" / f"{digest[:16]}.py").write_text(text.rstrip("\r\n") + "\n", encoding="utf-8")
         write_record(
             folder,

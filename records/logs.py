@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from data.paths import atomic_file
-from trainer.program import text_hash as source_hash
+from trainer.program import text_hash
 
 
 def read_run_json(path: Path) -> dict:
@@ -42,7 +42,7 @@ def trim_log(folder: Path, run: str) -> bool:
     if not separator or text.startswith("source sha256:"):
         return False
     source = text[: separator.start()]
-    digest = source_hash(source)
+    digest = text_hash(source)
     named = read_run_json(folder / "runs" / f"{run}.json").get("code_hash")
     if named is not None and named not in (digest, hashlib.sha256(source.encode()).hexdigest()):
         return False

@@ -17,10 +17,11 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from records.folder import EXIT_CRASHED, Series, SeriesError, code_files, set_aside
+from records.folder import EXIT_CRASHED, Series, SeriesError, set_aside
 from records.launch import EXIT_BAD_INPUT, EXIT_IO, Job, Local, seal
 from records.ledger import RunState, now
 from records.logs import read_run_json
+from trainer.program import program_files
 
 # -----------------------------------------------------------------------------------------------------------
 # Which runs to start
@@ -232,7 +233,7 @@ class Runner:
 
     def _start(self, task: Task) -> None:
         series = self.series
-        now_code = code_files(series.trainer)
+        now_code = program_files(series.trainer)
         changed = sorted(
             k for k in now_code.keys() | series.identity.code.keys() if now_code.get(k) != series.identity.code.get(k)
         )

@@ -47,7 +47,6 @@ from records.folder import (
     Identity,
     Series,
     SeriesError,
-    code_files,
     open_series,
     read_record,
     sole_start,
@@ -58,8 +57,8 @@ from records.ledger import Ledger, LedgerError
 from records.runner import Runner, Stopped, choose, copy_away, settle_lost
 from records.slurm import SlurmError
 from stats.errors import StatsError
-from trainer.program import fingerprint
 from stats.plans import Plan
+from trainer.program import fingerprint, program_files
 
 SET_BY_SERIES = ("seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash", "preset")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -144,7 +143,7 @@ def series_from(options: argparse.Namespace, overrides: dict[str, str]) -> tuple
     nproc = options.nproc or default_nproc(gpus)
     if nproc < 1:
         raise SeriesError(f"--nproc {nproc}: at least 1")
-    code = code_files(trainer)
+    code = program_files(trainer)
     name = options.name or default_name(preset, overrides)
     if name == "auto":  # another program is another series: changed code never meets old runs
         name = f"{default_name(preset, overrides)}-{fingerprint(code)[:8]}"
