@@ -50,7 +50,7 @@ def write_series(
     events = []
     for seed, loss in enumerate(losses):
         name = f"seed-{seed:03d}"
-        speed = step_ms * (1 + 0.001 * ((seed * 7) % 23))
+        speed = step_ms * (1 + 0.001 * ((seed * 7) % 23 - 11))
         text = log_text(loss, seed=seed, plan_hash=plan.hash if plan else "", step_ms=speed)
         (folder / "runs" / f"{name}.txt").write_text(text)
         beside = {

@@ -260,7 +260,9 @@ def test_what_a_sequential_test_cannot_take():
     plan = make_plan(**TRACK)
     with pytest.raises(DataError, match="finite"):
         decide([2.9, math.nan], plan)
+    assert decide([2.9] * 5, plan).verdict == CONTINUE, "equal losses decide nothing, and the next may differ"
+    assert decide([2.9] * 5 + [2.9001, 2.8999], plan).verdict == ACCEPT
     with pytest.raises(DataError, match="no variance"):
-        decide([2.9] * 5, plan)
+        decide([2.9] * plan.cap, plan)
     assert decide([], plan).verdict == CONTINUE
     assert "first look is at 4" in decide([2.9, 2.9, 2.91], plan).words

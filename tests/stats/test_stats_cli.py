@@ -34,6 +34,7 @@ def _commands(a, b):
         "times": ["times", str(b)],
         "leaderboard": ["leaderboard", str(a.parent)],
         "report": ["report", str(a.parent)],
+        "import": ["import", str(a)],
     }
 
 

@@ -151,7 +151,7 @@ def test_kept_source_that_was_changed(make_series):
 def test_logs_of_another_program_than_the_series_records(make_series):
     from trainer.program import fingerprint
 
-    folder = make_series("s", GOOD, plan=PLAN)
+    folder = make_series("s", GOOD, plan=PLAN, sealed=False)
     files = {"train.py": "0" * 64, "kernels/a.py": "1" * 64}
     record = json.loads((folder / "record.json").read_text()) if (folder / "record.json").exists() else {}
     (folder / "record.json").write_text(json.dumps(record | {"identity": {"code": files}}))
