@@ -31,7 +31,7 @@ from lab.diagnostics import Diagnostics
 from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
 from lab.models.initial import different_units, initialise_, parse_initial
 from lab.runlog import RunLog, finite, sources_of
-from records.series import run_name
+from records.runner import run_name
 from trainer.processes import StopRequest
 
 KEEP = ("best", "last")

@@ -73,8 +73,8 @@ def judged(done: Session, alpha: float = 0.05) -> Comparison:
 
 
 def _sample(name: str, grades: list[int]):
-    from stats.runs import Run, Validation
     from stats.samples import Sample
+    from stats.values import Run, Validation
 
     finals = tuple(Validation(0, float(max(GRADES) - grade), None, None, 0, None) for grade in grades)
     runs = tuple(Run(name, f"story {n}", "table", None, None, None, 0, (final,)) for n, final in enumerate(finals, 1))

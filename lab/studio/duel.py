@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lab.studio.places import Refused
 from lab.studio.progress import read_progress
-from records.launch import read_run_json
+from records.logs import read_run_json
 
 if TYPE_CHECKING:
     from stats.compare import Comparisons

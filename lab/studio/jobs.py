@@ -28,9 +28,10 @@ from pathlib import Path
 
 from data.paths import atomic_file
 from lab.studio.places import REPO
-from records.launch import Job, Slot, read_run_json
+from records.launch import Job, Slot
 from records.ledger import Ledger, RunState, now, process_lives
-from records.series import run_name
+from records.logs import read_run_json
+from records.runner import run_name
 
 POLL_S = 0.2
 KILL_AFTER_S = 60.0  # a trainer that was asked to stop and does not is killed; its last checkpoint stays

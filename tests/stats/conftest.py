@@ -113,6 +113,16 @@ def make_series(tmp_path):
     return lambda name, losses, **settings: write_series(tmp_path / name, losses, **settings)
 
 
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory):
+    """A series with a plan, sealed and linked, of which nothing was touched: not to be changed, only copied."""
+    from stats.plans import make_plan
+
+    losses = [2.9180 + 0.0001 * ((3 * i) % 7) for i in range(8)]
+    plan = make_plan(margin=0.0006, sigma=0.00063, cap=30)
+    return write_series(tmp_path_factory.mktemp("honest") / "s", losses, plan=plan)
+
+
 @pytest.fixture
 def make_log():
     """log_text."""
