@@ -93,6 +93,7 @@ class RunLog:
         self.train_losses: list[float] = []
         self.listeners: list[Callable[[int, dict[str, float]], None]] = []  # told of every line's step and numbers
         self.started = now()
+        self.untouched = False  # while a run that is to go on is still as it was left
         self.file: TextIO | None = None
         self.lock: TextIO | None = None
 
@@ -110,6 +111,7 @@ class RunLog:
             with atomic_file(self.text_path, "w") as file:  # a log that exists has a whole header
                 file.write(self._header())
         self.file = open(self.text_path, "a")
+        self.untouched = resuming and self.json_path.exists()
 
     @contextlib.contextmanager
     def failure_told(self) -> Iterator[None]:
@@ -175,6 +177,7 @@ class RunLog:
 
     def cut_back_to(self, step: int) -> None:
         """On resuming: take lines of steps after `step` out, since those steps are about to be done again."""
+        self.untouched = False
         if self.file is None:
             return
         self.file.close()
@@ -233,8 +236,9 @@ class RunLog:
         return peak
 
     def summary(self, status: str, error: str = "", **more: Any) -> dict[str, Any] | None:
-        """(Re)write the JSON beside the log, and return it. `status`: running, finished, interrupted or failed."""
-        if not self.writes:
+        """(Re)write the JSON beside the log, and return it. `status`: running, finished, interrupted or failed. A
+        resume that is refused leaves the JSON of the run as it was: None."""
+        if not self.writes or self.untouched:
             return None
         last = self.validation[-1] if self.validation else None
         finished = status == "finished" and last is not None

@@ -80,6 +80,7 @@ def test_resuming_compares_the_steps_done(tmp_path, capsys):
     assert "made with other data; the first 256 training tokens" in capsys.readouterr().err
     assert run(folder_of(tmp_path / "c", whole, val=tokens(200, 9)), out, "--resume=auto") == 3
     assert "the validation tokens of" in capsys.readouterr().err
+    assert told(out) == finished  # what was refused has changed nothing
     assert run(folder_of(tmp_path / "d", whole[:77], whole[77:]), out, "--resume=auto") == 0
     assert told(out)["data_hash"] == finished["data_hash"] and told(out)["final_loss"] == finished["final_loss"]
     (out / "run.checkpoints" / "step-000004.safetensors").unlink()
