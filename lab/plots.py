@@ -44,9 +44,7 @@ def shade(i: int, count: int) -> Any:
 
 def masked_blues() -> Any:
     """White to blue, and grey where there is no number."""
-    blues = plt.get_cmap("Blues").copy()
-    blues.set_bad("0.88")
-    return blues
+    return plt.get_cmap("Blues").with_extremes(bad="0.88")
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) -> tuple[Any, Any]:
@@ -60,8 +58,8 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) 
 
 
 def plain(text: str) -> str:
-    """`text` for a picture: matplotlib would read dollars as mathematics."""
-    return text.replace("$", r"\$")
+    """`text` for a picture: matplotlib would read dollars as mathematics, and has no glyphs for control characters."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text).replace("$", r"\$")
 
 
 def bars(ax: Any, names: Sequence[str], values: Sequence[float], color_number: int = 0) -> None:

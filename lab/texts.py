@@ -11,11 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+import train_gpt
+from data.shards import ShardError, TokenStream, open_shard
 from lab import LabError
 from lab.checkpoints import Checkpoint
 from lab.datasets import documents_digest, load_documents, split_documents
 from lab.tokens import Tokenizer
+from trainer.checkpoints import CheckpointError
+from trainer.evidence import TokenRecord, check_same_data, hash_of
+from trainer.streams import open_streams
 
+MOST_HASHED = 20_000_000  # training tokens that are read again to see that they are the run's
 SHARD_TOKENS = 500_000  # read of each of train_gpt.py's shards: enough to score, and told in `Texts.said`
 
 
@@ -59,31 +65,38 @@ def _own(checkpoint: Checkpoint, path: str) -> dict[str, list[str]]:
 
 def _of_shards(checkpoint: Checkpoint) -> Texts:
     """Documents of the shards that a checkpoint of train_gpt.py names: the first of each kind."""
-    import train_gpt
-    from data.shards import ShardError
-
     known = {field.name for field in dataclasses.fields(train_gpt.Config)}
     config = train_gpt.Config(**{k: v for k, v in checkpoint.told["config"].items() if k in known})
     try:
-        streams = train_gpt.open_streams(config)
-        for key, stream in zip(("data_hash", "val_data_hash"), streams):
-            if stream.data_hash() != checkpoint.told[key]:
-                raise LabError(f"{checkpoint.path}: its shards have changed since (their hash differs)")
+        streams = open_streams(config)
+        said = _check_tokens(checkpoint, *streams)
         train, val = (_documents(stream.shards[0].path, checkpoint.tokenizer) for stream in streams)
-    except (ShardError, OSError) as error:
+    except (ShardError, CheckpointError, OSError) as error:
         raise LabError(
             f"the text of {checkpoint.path} is not here ({error}); look at another text with --other=FILE"
         ) from error
     half = len(val) // 2
     return Texts(
         {"train": train, "val": val[: half or 1], "test": val[half:]},
-        f"train and validation documents from the first {SHARD_TOKENS:,} tokens of their shards",
+        f"train and validation documents from the first {SHARD_TOKENS:,} tokens of their shards{said}",
     )
 
 
-def _documents(path: str, tokenizer: Tokenizer) -> list[str]:
-    from data.shards import open_shard
+def _check_tokens(checkpoint: Checkpoint, train: TokenStream, val: TokenStream) -> str:
+    """CheckpointError unless the shards hold what the run was fed and validated on; what was not checked, if
+    something was too long to be read again."""
+    told = {key: checkpoint.told[key] for key in ("data_hash", "val_data_hash")} | {"path": str(checkpoint.path)}
+    fed = checkpoint.step * train.sequences_per_step * train.sequence_tokens
+    here = hash_of(val)
+    if fed <= MOST_HASHED:
+        check_same_data(told, checkpoint.step, TokenRecord(train), val, here)
+        return ""
+    if ":" not in told["val_data_hash"] and here != told["val_data_hash"]:
+        raise CheckpointError(f"{checkpoint.path}: made with other validation tokens than {val.shards[0].path} holds")
+    return f"; its {fed:,} training tokens were not compared with them"
 
+
+def _documents(path: str, tokenizer: Tokenizer) -> list[str]:
     ids = np.asarray(open_shard(path)[:SHARD_TOKENS], dtype=np.int64)
     opens = np.flatnonzero(ids == tokenizer.mark)
     pieces = np.split(ids, opens)

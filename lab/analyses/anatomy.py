@@ -20,6 +20,7 @@ from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.models.gpt import GPTRung
 
 MOST_MAP_TOKENS = 64  # a map of more cannot be read
+MOST_LENS_TOKENS = 24
 _spying = threading.Lock()
 
 
@@ -154,7 +155,7 @@ def lens(checkpoint: Checkpoint, ids: Sequence[int]) -> list[Said]:
 
 def logit_lens(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> Finding:
     """A table: layers up the side, the text's first tokens along, in each cell what that layer would say next."""
-    ids = checkpoint.encode_documents(text)[:40]
+    ids = checkpoint.encode_documents(text)[:MOST_LENS_TOKENS]
     said = lens(checkpoint, ids)
     piece = checkpoint.tokenizer.piece
     fig, ax = plots.figure(size=(max(6, 0.55 * len(ids) + 1.5), 0.45 * len(said) + 1.4))

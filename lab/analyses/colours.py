@@ -67,7 +67,8 @@ def _mix(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> str:
     return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in zip(a, b))
 
 
-STYLE = """.coloured{white-space:pre-wrap;line-height:1.9;font-family:ui-monospace,Menlo,Consolas,monospace;color:#111}
+STYLE = """.coloured{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;color:#111;
+font-family:ui-monospace,Menlo,Consolas,monospace}
 .coloured span{position:relative;border-radius:3px}
 .coloured span>i{display:none;position:absolute;z-index:5;left:0;top:1.6em;background:#222;color:#fff;padding:.4em .6em;
 font:13px/1.4 ui-monospace,monospace;white-space:pre;border-radius:4px}

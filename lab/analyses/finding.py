@@ -42,7 +42,8 @@ nav a{margin-right:.9em;white-space:nowrap}"""
 
 def page(title: str, sections: list[str]) -> str:
     """One HTML page of ready sections."""
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+    meta = '<meta charset=utf-8><meta name=viewport content="width=device-width">'
+    head = f"<!doctype html><html lang=en>{meta}<title>{html.escape(title)}</title>"
     return f"{head}<style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>\n" + "\n".join(sections) + "</html>\n"
 
 

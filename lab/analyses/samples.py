@@ -46,9 +46,9 @@ def text_figure(rows: Sequence[tuple[str, str]], title: str, width: int = 100, m
     y = 0.0
     for (label, block), height in zip(blocks, heights):
         ax.text(0, y, label, va="top", fontsize=9, color=plots.color(0), weight="bold")
-        ax.text(0.11, y, block.replace("$", r"\$"), va="top", fontsize=9, family="DejaVu Sans Mono")
+        ax.text(0.11, y, plots.plain(block), va="top", fontsize=9, family="DejaVu Sans Mono")
         y -= height
-    ax.set_title(title.replace("$", r"\$"))
+    ax.set_title(plots.plain(title))
     return fig
 
 

@@ -26,26 +26,12 @@ from lab.tokens import ByteTokenizer, WordTokenizer
 from lab.train import evaluate
 from lab.words import split_words
 
-GREEK = "μῆνιν ἄειδε θεὰ\nοὐλομένην ἣ μυρί᾽\nπολλὰς δ᾽ ἰφθίμους\nἡρώων αὐτοὺς δὲ\nοἰωνοῖσί τε πᾶσι\n"
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A small GPT over bytes, trained on a file of its own; (folder of the run, the file)."""
-    folder = tmp_path_factory.mktemp("own")
-    path = folder / "greek.txt"
-    path.write_text(GREEK * 3, encoding="utf-8")
-    flags = "--model=gpt --data=names --tokens=byte --model_dim=16 --steps=6 --row_tokens=32 --batch_tokens=128"
-    more = f"--checkpoints=3 --path={path} --output_dir={folder / 'run'}"
-    assert cli.run(train.main, f"{flags} {more}".split()) == 0
-    return folder / "run", path
-
 
 def test_a_run_is_looked_at_on_its_own_text_and_on_no_other(own, tmp_path, capsys):
     run, path = own
     assert cli.run(look.main, [str(run), f"--out={tmp_path}", "--only=frequency"]) == 0
     found = json.loads((tmp_path / "frequency.json").read_text())
-    names = [line for line in (GREEK * 3).split("\n") if line]
+    names = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert found["characters"]["total"] == sum(map(len, names)), "the text it was trained on, found without being told"
     other = tmp_path / "other.txt"
     other.write_text("abc\nbcd\ncde\n" * 9)
@@ -65,10 +51,10 @@ def test_a_run_is_looked_at_on_its_own_text_and_on_no_other(own, tmp_path, capsy
 
 
 def test_tokens_that_look_alike_are_counted_apart(own, tmp_path):
-    run, _ = own
+    run, path = own
     assert cli.run(look.main, [str(run), f"--out={tmp_path}", "--only=frequency"]) == 0
     found = json.loads((tmp_path / "frequency.json").read_text())["tokens"]
-    by_hand = Counter((GREEK * 3).encode())
+    by_hand = Counter(path.read_bytes())
     del by_hand[ord("\n")]  # the documents are lines
     assert found["distinct"] == len(by_hand) and {row["id"]: row["count"] for row in found["top"]} == by_hand
     assert {"<CE>", "<CF>"} <= {row["piece"] for row in found["top"]}

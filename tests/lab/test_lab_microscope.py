@@ -1,0 +1,199 @@
+"""The microscope: maps, lens, pairs and neighbours against their definitions; pages and duels as a user makes them."""
+
+import json
+import math
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+
+import lab.analyses.__main__ as look
+import train_gpt
+from lab import LabError, cli, duel, page, train, vary
+from lab.analyses.anatomy import attention_maps, lens
+from lab.analyses.curves import noise
+from lab.analyses.losses import forgetting
+from lab.analyses.menu import MENU
+from lab.analyses.pairs import count_pairs, in_the_plane, learned_pairs, neighbours
+from lab.analyses.tasks import grammar, pair_share, ranked_share, sentence_nats
+from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
+from lab.models import build_model
+from lab.models.initial import different_units, initialise_
+from lab.tokens import ByteTokenizer, CharTokenizer
+from lab.train import TrainConfig, complete, rate_factor
+
+
+def test_attention_maps_are_what_the_model_attends_with(own, monkeypatch):
+    """The weights of the maps, applied to the values that the model itself used, are what its attention gave."""
+    checkpoint = load_checkpoint(best_checkpoint(own[0]))
+    used, truth = [], train_gpt.attention
+
+    def recording(q, k, v, plan, *, scale, **more):
+        out = truth(q, k, v, plan, scale=scale, **more)
+        used.append((v, out))
+        return out
+
+    monkeypatch.setattr(train_gpt, "attention", recording)
+    ids = checkpoint.encode_documents(["ab cd", "efg"])
+    maps = attention_maps(checkpoint, ids)
+    assert [m.layer for m in maps] == [0, 1] and train_gpt.attention is recording
+    for one, (v, out) in zip(maps, used):
+        by_hand = torch.einsum("hts,shd->thd", one.weights, v[0].float())
+        torch.testing.assert_close(by_hand, out[0].float(), atol=1e-5, rtol=1e-4)
+        assert torch.equal(one.allowed, one.weights[0] > 0)
+        assert not one.allowed[6:, :6].any(), "the second document does not see the first"
+
+
+def test_the_last_layer_says_what_the_model_says(own):
+    checkpoint = load_checkpoint(best_checkpoint(own[0]))
+    ids = checkpoint.encode_prompt("abc de")
+    said = lens(checkpoint, ids)
+    assert [s.layer for s in said] == ["block 0", "block 1", "output"]
+    torch.testing.assert_close(said[-2].logits, said[-1].logits)
+    assert not torch.allclose(said[0].logits, said[-1].logits)
+    counted = Checkpoint(own[1], "counts", 0, build_model("counts", 4), CharTokenizer("abc"), {})
+    with pytest.raises(LabError, match="no layers"):
+        lens(counted, [0, 1])
+
+
+def test_pairs_and_neighbours_by_hand(tmp_path):
+    words, tokenizer = ["abca", "bb", "cab"], CharTokenizer("abc")
+    counts = count_pairs(words, tokenizer)
+    by_hand = Counter(pair for w in words for pair in pairwise([0, *tokenizer.encode(w).tolist(), 0]))
+    assert {(a, b): counts[a, b] for a in range(4) for b in range(4) if counts[a, b]} == dict(by_hand)
+    model = build_model("counts", 4, {"smoothing": 0.0})
+    model.counts_VV.copy_(torch.from_numpy(counts))
+    checkpoint = Checkpoint(tmp_path, "counts", 1, model, tokenizer, {})
+    learned = learned_pairs(checkpoint, [0, 1, 2, 3])
+    torch.testing.assert_close(learned.double(), torch.from_numpy(counts / counts.sum(1, keepdims=True)))
+    vectors = torch.tensor([[9.0, 9.0], [1.0, 0.0], [2.0, 0.1], [0.0, 3.0]])
+    near = neighbours(vectors, [1, 2, 3], count=1)
+    assert near[1][0][0] == 2 and near[1][0][1] == pytest.approx(2 / math.hypot(2, 0.1)) and near[3][0][0] == 2
+    plane, kept = in_the_plane(torch.tensor([[0.0, 0, 0], [3, 4, 0], [6, 8, 0], [0, 0, 1]]))
+    assert kept == pytest.approx(1.0) and torch.dist(plane[0], plane[1]) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    "text, low, high", [("uniform:0:1", 0, 1), ("uniform:-4:0", -4, 0), ("uniform:0.1:0.3", 0.1, 0.3)]
+)
+def test_weights_are_drawn_as_asked(text, low, high):
+    for name in ("bigram", "mlp", "batchnorm", "wavenet", "recurrent", "gpt"):
+        model = build_model(name, 9)
+        initialise_(model, text)
+        values = torch.cat([p.detach().float().flatten() for p in model.parameters() if p.ndim >= 2])
+        assert (
+            low <= values.min() and values.max() <= high and values.mean() == pytest.approx((low + high) / 2, abs=0.3)
+        )
+
+
+def test_equal_weights_stay_equal_and_that_is_counted():
+    torch.manual_seed(0)
+    idx, targets = torch.randint(0, 9, (2, 4, 16)).unbind(0)
+    found = []
+    for text in ("", "constant:0.1"):
+        model = build_model("mlp", 9, {"hidden_dim": 8})
+        initialise_(model, text)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            model(idx, targets)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(different_units(model)["hidden"])
+    assert found == [(8, 8), (1, 8)]
+    with pytest.raises(LabError, match="it is counted"):
+        initialise_(build_model("counts", 4), "constant:1")
+
+
+def test_a_step_down_of_the_rate_and_the_noise_around_it():
+    config = complete(TrainConfig(model="mlp", schedule="step", drop_at=0.5, drop_to=0.1, steps=10))
+    assert [rate_factor(s, config) for s in range(10)] == [1.0] * 5 + [0.1] * 5
+    losses = [1.0, 2.0] * 25 + [1.0, 1.2] * 25
+    told = {"config": {"schedule": "step", "steps": 100, "drop_at": 0.5, "log_every": 1}, "train_loss": losses}
+    assert noise(told) == {"before": pytest.approx(0.513, abs=1e-3), "after": pytest.approx(0.1026, abs=1e-4)}
+    told["config"]["schedule"] = "linear"
+    assert noise(told) is None
+
+
+def test_grammar_is_judged_by_the_losses_of_whole_sentences(own, tmp_path):
+    checkpoint = load_checkpoint(best_checkpoint(own[0]))
+    pairs = [("αβ", "zz"), ("xx", "ἡρώων"), ("ab", "ab")]
+    losses = [[sentence_nats(checkpoint, s)[0] for s in pair] for pair in pairs]
+    wins = sum(1.0 if a < b else 0.5 if a == b else 0.0 for a, b in losses)
+    assert pair_share(checkpoint, pairs)["share"] == wins / 3
+    path = tmp_path / "blimp.jsonl"
+    path.write_text("\n".join(json.dumps({"sentence_good": a, "sentence_bad": b}) for a, b in pairs))
+    found = grammar([checkpoint], path, tmp_path).data["table"][0]
+    assert found["share"] == wins / 3 and found["low"] < found["share"] < found["high"]
+    rows = [("αβ", True), ("zz", False), ("ab", True), ("qq", False)]
+    a_token = {s: nats / n for s, _ in rows for nats, n in [sentence_nats(checkpoint, s)]}
+    better = sum(a_token[g] < a_token[b] for g in ("αβ", "ab") for b in ("zz", "qq"))
+    assert ranked_share(checkpoint, rows, draws=50)["share"] == better / 4
+    cola = tmp_path / "cola.tsv"
+    cola.write_text("\n".join(f"x\t{int(fine)}\t\t{s}" for s, fine in rows))
+    assert cli.run(look.main, [str(own[0]), f"--grammar={cola}", "--only=grammar", f"--out={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "grammar.json").read_text())["form"] == "CoLA"
+
+
+def test_what_is_forgotten_is_watched_for_every_pair(tmp_path):
+    checkpoint = Checkpoint(tmp_path, "bigram", 0, build_model("bigram", 256), ByteTokenizer(), {})
+    corpora = {n: {"train": [t * 3] * 4, "val": [t * 3]} for n, t in (("a", "abc "), ("b", "xyz "), ("c", "123 "))}
+    found = forgetting(dict.fromkeys(corpora, checkpoint), corpora, tmp_path, steps=1, every=1).data["pairs"]
+    assert [(p["first"], p["second"]) for p in found] == [(x, y) for x in "abc" for y in "abc" if x != y]
+    first = found[0]["points"][0]
+    assert first["first"] == pytest.approx(found[1]["points"][0]["first"]), "before training both watch the same"
+
+
+def test_one_page_holds_everything(own, tmp_path, capsys):
+    path = tmp_path / "page.html"
+    words = [str(own[0]), f"--out={path}", "--limit=200", "--only=samples,coloured,attention,logit_lens,scalars"]
+    assert cli.run(page.main, words) == 0
+    text = path.read_text(encoding="utf-8")
+    for name in ("curve", "samples", "coloured", "attention", "logit_lens", "scalars"):
+        assert f'<h2 id="{name}">' in text
+    assert text.count("data:image/png;base64,") == 4 and "What could not be shown" not in text
+    assert "<span tabindex=0" in text and "http" not in text.replace("http-equiv", ""), "nothing is fetched"
+    assert "reading" not in text and "step 6" in text
+    assert cli.run(page.main, [str(own[0]), f"--out={path}", "--only=atention"]) == 2
+    assert "there are frequency" in capsys.readouterr().err
+
+
+def test_every_analysis_of_the_menu_says_whether_it_fits(own, tmp_path, capsys):
+    words = f"--model=counts --data=names --limit_chars=3000 --output_dir={tmp_path / 'c'}"
+    assert cli.run(train.main, words.split()) == 0
+    assert cli.run(look.main, [str(tmp_path / "c"), f"--out={tmp_path}", "--only=attention"]) == 2
+    assert "--only=attention: does not fit this model" in capsys.readouterr().err
+    assert cli.run(look.main, ["list"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in MENU)
+
+
+def test_a_duel_has_curves_samples_and_the_verdict_of_stats(tmp_path, capsys):
+    for name, more in (("a", ""), ("b", "--learning_rate=0.05")):
+        words = f"--model=mlp --hidden_dim=8 --data=names --limit_chars=4000 --steps=6 --output_dir={tmp_path / name}"
+        assert cli.run(train.main, [*words.split(), "--seeds=0-2", *more.split()]) == 0
+    sides = [str(tmp_path / name) for name in "ab"]
+    assert cli.run(duel.main, [*sides, f"--out={tmp_path / 'duel'}"]) == 0
+    told = json.loads((tmp_path / "duel/duel.json").read_text())
+    a, b = (side["losses"] for side in told["sides"])
+    assert len(a) == len(b) == 3
+    assert told["verdict"]["estimate"] == pytest.approx(sum(b) / 3 - sum(a) / 3, abs=1e-5)
+    assert told["verdict"]["high"] < 0 and "b is better" in told["summary"]
+
+
+def test_one_field_varies_over_seeds_and_two_make_a_map(tmp_path, capsys):
+    words = "--model=mlp --hidden_dim=8 --data=names --limit_chars=3000 --steps=4 --row_tokens=64 --batch_tokens=64"
+    more = f"--field=initial --values=uniform:-2:2,constant:0.1 --seeds=0-1 --output_dir={tmp_path / 'v'}"
+    assert cli.run(vary.main, f"{words} {more}".split()) == 0
+    found = json.loads((tmp_path / "v/vary.json").read_text())["table"]
+    assert [row["initial"] for row in found] == ["uniform:-2:2", "constant:0.1"]
+    assert [row["different_units"] for row in found] == [{"hidden": "8 of 8"}, {"hidden": "1 of 8"}]
+    for row in found:
+        assert len(row["losses"]) == 2 and row["mean"] == pytest.approx(sum(row["losses"]) / 2)
+    more = f"--field=hidden_dim,context --values=2,4/1,2 --output_dir={tmp_path / 'w'}"
+    assert cli.run(vary.main, f"{words} {more}".split()) == 0
+    assert len(json.loads((tmp_path / "w/vary.json").read_text())["table"]) == 4
+    capsys.readouterr()
+    for bad in ("--field=hidden_dim --values=4,zero", "--field=a,b --values=1", "--field=hidden_dims --values=4"):
+        assert cli.run(vary.main, [*words.split(), *bad.split(), f"--output_dir={tmp_path / 'x'}"]) == 2
+    assert not (tmp_path / "x").exists(), "all values are read before the first training"
