@@ -19,7 +19,7 @@ from typing import Any
 
 from lab import LabError, cli
 from lab.analyses.colours import STYLE
-from lab.analyses.curves import curve, run_json, told_by
+from lab.analyses.curves import run_json, told_by
 from lab.analyses.finding import Finding, page
 from lab.analyses.menu import MENU, Look, fitting, look_at
 from lab.checkpoints import best_checkpoint, find_checkpoints, load_checkpoint
@@ -28,6 +28,7 @@ from lab.runlog import write_text
 
 # What the page shows, in this order, as far as it fits the model.
 SHOWN = (
+    "curve",
     "samples",
     "coloured",
     "attention",
@@ -86,18 +87,16 @@ def gather(places: Sequence[str], asked: Keeping, out: Path, say: Callable[[str]
     wanted = [name.strip() for name in asked.only.split(",") if name.strip()]
     if unknown := sorted(set(wanted) - set(MENU)):
         raise LabError(f"--only={unknown[0]}: there are {', '.join(MENU)}")
-    calls: dict[str, Callable[[], Finding]] = {"curve": lambda: curve(places[0], out)}
-    calls |= {n: (lambda n=n: look_at(look, n)) for n in wanted or [n for n in SHOWN if n in fitting(look)]}
     sections, left = [], []
-    for name, call in calls.items():
+    for name in dict.fromkeys(["curve", *(wanted or [n for n in SHOWN if n in fitting(look)])]):
         try:
-            finding = call()
+            finding = look_at(look, name)
         except LabError as error:
             say(f"{name}: left out, {error}")
             left.append(f"<li>{html.escape(name.replace('_', ' '))}: {html.escape(str(error))}</li>")
             continue
         say(f"{name}: {finding.summary}")
-        sections.append(section(finding, MENU[name].shows if name in MENU else "the loss over the steps"))
+        sections.append(section(finding, MENU[name].shows))
     if left:
         sections.append(f"<h2>What could not be shown</h2><ul>{''.join(left)}</ul>")
     return sections, look

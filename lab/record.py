@@ -56,14 +56,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, results: dict[str, Any]) -> str:
-    """`text` with its generated table made anew. LabError if it has no place for one."""
-    start, end = "<!-- generated: ladder -->", "<!-- end -->"
+def replace_part(text: str, start: str, end: str, content: str) -> str:
+    """`text` with what stands between its lines `start` and `end` replaced. LabError if it has no such place."""
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise LabError(f"{PAGE.name} has no part {start} ... {end}")
-    return f"{before}{start}\n{table(results)}\n{end}{after}"
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def page(text: str, results: dict[str, Any]) -> str:
+    """`text` with its generated table made anew. LabError if it has no place for one."""
+    return replace_part(text, "<!-- generated: ladder -->", "<!-- end -->", table(results))
 
 
 @dataclass(frozen=True)

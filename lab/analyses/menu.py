@@ -10,6 +10,7 @@ from lab.analyses.architecture import architecture
 from lab.analyses.attribution import attribution, attribution_layers
 from lab.analyses.colours import coloured
 from lab.analyses.corpus import frequency
+from lab.analyses.curves import curve
 from lab.analyses.finding import Finding
 from lab.analyses.learning import entropy, inside, spelling
 from lab.analyses.losses import losses, next_token
@@ -120,6 +121,7 @@ def _train(look: Look) -> list[str]:
 
 
 MENU: dict[str, Item] = {
+    "curve": Item("the loss over the steps", lambda k: curve(k.final.path, k.out)),
     "frequency": Item(
         "how often each character and token occurs",
         lambda k: frequency([d for part in k.texts.documents.values() for d in part], k.final.tokenizer, k.out),
