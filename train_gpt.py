@@ -31,8 +31,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import signal
-from functools import partial
 
 from trainer.threads import bound_spinning
 
@@ -51,19 +49,16 @@ from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from trainer import checkpoints, implementations, processes
+from trainer import checkpoints, evaluate, export, implementations, processes, report, sample
 from trainer.checkpoints import CheckpointError, Done, NonFinite
-from trainer.evaluate import evaluate_command
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
-from trainer.export import export_command
 from trainer.log import Clock, Progress, RunLog, unique_name
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import choose_assembler, describe_environment, matmul_ceiling, program_files, unproven_versions
-from trainer.sample import sample_command
-from trainer.start import expand, initial_state, starting_layout
-from trainer.streams import describe_data, loss_floor, open_streams
+from trainer.start import expand, start_from
+from trainer.streams import describe_data, open_streams, to_device
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -579,7 +574,7 @@ class Trainer:
         self.exchange.begin([inputs_T for inputs_T, _ in batches])
         losses = []
         for number, batch in enumerate(batches, 1):
-            inputs_T, targets_T = _to_device(batch, self.device)
+            inputs_T, targets_T = to_device(batch, self.device)
             loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window)
             if number == len(batches):
                 self.exchange.arm()
@@ -617,18 +612,11 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
     count = c.val_tokens // c.val_seq_len
     mine = ((0, sequence) for sequence in range(rank(), count, trainer.world_size))
     for batch in stream.prefetch(mine, pin_memory=trainer.device.type == "cuda"):
-        inputs_T, targets_T = _to_device(batch, trainer.device)
+        inputs_T, targets_T = to_device(batch, trainer.device)
         total += trainer.forward(inputs_T[None], targets_T[None], window_blocks=trainer.window)
     if trainer.world_size > 1:
         dist.all_reduce(total)
     return total.item() / count
-
-
-def _to_device(batch, device):
-    """A batch from the host, as int32 inputs and int64 targets; from page-locked memory the host does not wait."""
-    inputs, targets = (torch.as_tensor(part) for part in batch)
-    to = dict(device=device, non_blocking=True)
-    return inputs.to(dtype=torch.int32, **to), targets.to(dtype=torch.int64, **to)
 
 
 # ---- The run -------------------------------------------------------------------------------------------------
@@ -671,16 +659,6 @@ def set_up(config: Config) -> torch.device:
     return device
 
 
-def start_from(trainer: Trainer, log: RunLog) -> None:
-    """Begin with what `--init_from` holds, if it is given. Raises CheckpointError."""
-    c, tensors = trainer.config, {}
-    if c.init_from:
-        layout = starting_layout(trainer.layout(), c.init_optimizer)
-        read = partial(checkpoints.load_tensors, format=CHECKPOINT_FORMAT)
-        log.line(on_rank_0(lambda: initial_state(c.init_from, layout, read, tensors)))
-        trainer.load(tensors, layout)
-
-
 def warm_up(trainer: Trainer, stop: StopRequest) -> None:
     """Train on random tokens so that everything is compiled and allocated, then put all state back.
 
@@ -695,13 +673,13 @@ def warm_up(trainer: Trainer, stop: StopRequest) -> None:
     mine = len(my_sequences(c, rank(), trainer.world_size))
     for i in range(c.warmup_steps):
         if stop.heard():
-            return
+            break
         step = 0 if i % 2 else c.num_iterations - 1
         batches = [(draw(c.train_seq_len), draw(c.train_seq_len)) for _ in range(mine)]
         trainer.step(step, batches)
     with torch.no_grad():
         trainer.exchange.wait_weights()
-        tokens, targets = _to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
+        tokens, targets = to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
         trainer.forward(tokens[None], targets[None], window_blocks=trainer.window)
     for name, live in trainer.state().items():
         live.copy_(before[name])
@@ -716,8 +694,9 @@ def resume(trainer: Trainer, log: RunLog, folder: Path, record: TokenRecord, val
     c, tensors = trainer.config, {}
     if not c.resume:
         return Done()
-    layout = trainer.layout()
-    done, told = on_rank_0(lambda: read_checkpoint(c, folder, layout, tensors))
+    layout, find = trainer.layout(), lambda: checkpoints.find_run(c.resume, folder, CHECKPOINT_FORMAT)
+    config_of = lambda *told: _decisive(checkpoint_config(*told))  # noqa: E731
+    done, told = on_rank_0(lambda: checkpoints.read_run(find(), _decisive(c), config_of, layout, tensors))
     if told:
         check_same_data(told, done.step, record, val_stream, log.environment["hashes"]["val_data_hash"])
     on_rank_0(lambda: log.cut_back_to(done.step if told else -1))
@@ -726,26 +705,8 @@ def resume(trainer: Trainer, log: RunLog, folder: Path, record: TokenRecord, val
     return done
 
 
-def read_checkpoint(
-    config: Config, folder: Path, layout: dict[str, Tensor], tensors: dict[str, Tensor]
-) -> tuple[Done, dict[str, str]]:
-    """How far the run of the checkpoint had come, and its path and hashes ({}: there is none yet); its state goes into
-    `tensors`. Raises CheckpointError unless it is of this run."""
-    found = checkpoints.find_run(config.resume, folder, CHECKPOINT_FORMAT)
-    if found is None:
-        return Done(), {}
-    path, told, there = found
-    checkpoints.check_same_run(path, _decisive(config), _decisive(checkpoint_config(path, told)))
-    checkpoints.check_tensors(path, there, layout)
-    tensors.update(there)
-    hashes = {key: told.get(key, "") for key in ("data_hash", "val_data_hash")}
-    return Done.read(path, told, config.num_iterations), {"path": str(path), **hashes}
-
-
 class Stretch:
-    """The timed run, from `start` on: one object holds what its steps share.
-
-    `saved`: the last step that a checkpoint of this run has, or 0."""
+    """The timed run: what its steps share. `saved`: the last step that a checkpoint of it has, or 0."""
 
     def __init__(self, trainer: Trainer, log: RunLog, streams: tuple[TokenStream, TokenStream], ceiling: float):
         self.trainer, self.config, self.log = trainer, trainer.config, log
@@ -770,10 +731,9 @@ class Stretch:
         self.clock.start()
         try:
             for step in range(self.start, end + 1):
-                last = step == end
-                if last or (c.val_loss_every and step % c.val_loss_every == 0):
+                last, asked = step == end, stop.heard()
+                if not asked and (last or (c.val_loss_every and step % c.val_loss_every == 0)):
                     self.validate(step)
-                asked = stop.heard()
                 if asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0):
                     self.save(step)
                 if asked or last:
@@ -861,33 +821,16 @@ def run(config: Config) -> int:
             log.line(processes.cut_sequences_note(trainer.world_size, asked.train_seq_len, config.train_seq_len))
         log.summary("running")
         ceiling = matmul_ceiling(device, getattr(torch, config.dtype), trainer.world_size)
-        start_from(trainer, log)
+        start_from(trainer, log, CHECKPOINT_FORMAT)
         warm_up(trainer, stop)
         stretch = Stretch(trainer, log, streams, ceiling)
         signal_number = stretch.train(stop)
-    report(log, config, device, signal_number, stretch.saved)
+    report.report(log, config, device, signal_number, stretch.saved)
     return 128 + signal_number if signal_number else 0
 
 
-def report(log: RunLog, config: Config, device: torch.device, signal_number: int, saved: int) -> None:
-    """The log's last lines and the JSON's last state: memory, the floor of the loss, or what stopped the run."""
-    c, peak = config, log.peak_memory(device)
-    floor = None if signal_number else on_rank_0(lambda: loss_floor(c))
-    if floor is not None:
-        above = log.validation[-1]["loss"] - floor
-        log.line(f"best possible on these tokens: {floor:.6f} nats; the final loss is {above:.6f} above it")
-    early = 0 < c.stop_after < c.num_iterations
-    status = "interrupted" if signal_number else "stopped" if early else "finished"
-    log.summary(status, loss_floor=floor, peak_memory_mib=peak)
-    if status == "stopped":
-        log.line(f"stopped after {c.stop_after} of {c.num_iterations} steps; --resume goes on")
-    if signal_number:
-        kept = f"the checkpoint of step {saved} is there; --resume=auto continues" if saved else "no checkpoint yet"
-        log.line(f"stopped by {signal.Signals(signal_number).name}: {kept}")
-
-
 EXIT_CODES = {UsageError: 2, ShardError: 3, CheckpointError: 3, NonFinite: 4, OSError: 5}
-COMMANDS = {"sample": sample_command, "evaluate": evaluate_command, "export": export_command}
+COMMANDS = {"sample": sample.sample_command, "evaluate": evaluate.evaluate_command, "export": export.export_command}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -319,9 +319,15 @@ def _go_on(trainer, path: Path) -> None:
     import dataclasses
 
     import train_gpt
+    from trainer.checkpoints import find_run, read_run
 
-    trainer.config = dataclasses.replace(trainer.config, resume=str(path))
-    done, _ = train_gpt.read_checkpoint(trainer.config, path.parent, trainer.layout(), {})
+    c = trainer.config = dataclasses.replace(trainer.config, resume=str(path))
+    found = find_run(c.resume, path.parent, train_gpt.CHECKPOINT_FORMAT)
+
+    def config_of(path, texts) -> dict:
+        return dataclasses.asdict(train_gpt.checkpoint_config(path, texts)) | {"resume": c.resume}
+
+    done, _ = read_run(found, dataclasses.asdict(c), config_of, trainer.layout(), {})
     step, seconds, validation, losses = done
     if not (0 <= step <= trainer.config.num_iterations and seconds >= 0):
         raise Wrong(f"resumed at step {step} after {seconds} s")

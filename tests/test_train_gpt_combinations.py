@@ -88,8 +88,12 @@ def test_two_processes_in_bfloat16_save_and_resume(data, tmp_path):
     go_on(data, tmp_path, "overlap", lambda: in_worlds(args, [[2, plain[0], overlap[1], resume]]), 1e-6)
 
 
-def test_compiled_training_saves_and_resumes(data, tmp_path):
+@pytest.mark.timeout(900)
+def test_compiled_training_saves_and_resumes(data, tmp_path, monkeypatch):
     """One process, `--compile=on`, bfloat16, and the losses of the eager run beside it."""
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # plain loops: the C++ compiler is done sooner
     small = dict(num_layers=1, unet_skips="", attention_free_layers="", long_window_layers="0", value_embeddings=0)
     small |= dict(train_seq_len=256, tokens_per_step=256, second_input_embedding="true")
     args = words(data, tmp_path, compile="on", **small)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,6 +183,28 @@ def find_run(resume: str, folder: Path, format: str) -> tuple[Path, dict[str, st
     """(path, texts, tensors) of the checkpoint at the path `resume`, or, if that is "auto", of the newest whole one in
     `folder`, None if there is none yet. Raises CheckpointError."""
     return newest_whole(folder, format) if resume == "auto" else (Path(resume), *load_tensors(resume, format))
+
+
+def read_run(
+    found: tuple[Path, dict[str, str], dict[str, Tensor]] | None,
+    here: Mapping[str, Any],
+    config_of: Callable[[Path, Mapping[str, str]], Mapping[str, Any]],
+    layout: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
+) -> tuple[Done, dict[str, str]]:
+    """How far the run of a checkpoint had come, and its path and hashes ({}: none was found); its state goes into
+    `tensors`. Raises CheckpointError unless it is of this run.
+
+    found: of `find_run`. here: the fields that decide what is computed; config_of: (path, texts) -> the same fields of
+    the checkpoint. layout: of train_gpt.Trainer."""
+    if found is None:
+        return Done(), {}
+    path, texts, there = found
+    check_same_run(path, here, config_of(path, texts))
+    check_tensors(path, there, layout)
+    tensors.update(there)
+    hashes = {key: texts.get(key, "") for key in ("data_hash", "val_data_hash")}
+    return Done.read(path, texts, int(here["num_iterations"])), {"path": str(path), **hashes}
 
 
 def save_run(folder: Path, step: int, state: Mapping[str, Tensor], texts: Mapping[str, str], keep: int) -> Path:

@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from data.encoding import TokenizeError, encoding_name
 from data.folder import open_folder, tokens_of
 from data.paths import PathError, is_remote
 from data.shards import ShardError
-from trainer.checkpoints import CheckpointError, read_texts
+from trainer.checkpoints import CheckpointError, load_tensors, read_texts
 from trainer.options import UsageError, read_words
+from trainer.processes import on_rank_0
 
 #: What belongs to one run and not to the next one that a file or a checkpoint describes.
 OF_ONE_RUN = "run_name resume overwrite plan_hash config data init_from init_optimizer init_hash stop_after".split()
@@ -259,3 +261,15 @@ def initial_state(path: str, layout: Mapping[str, Any], load: Any, tensors: dict
     with_optimizer = any(name.startswith("adam.") for name in layout)
     what = "weights and optimizer state" if with_optimizer else "weights"
     return f"{what} from step {texts.get('step')} of run {texts.get('run_name')} ({path})"
+
+
+def start_from(trainer: Any, log: Any, format: str) -> None:
+    """Begin with what `--init_from` holds, if it is given. Collective. Raises CheckpointError.
+
+    trainer: train_gpt.Trainer. format: of its checkpoints."""
+    config, tensors = trainer.config, {}
+    if config.init_from:
+        layout = starting_layout(trainer.layout(), config.init_optimizer)
+        read = partial(load_tensors, format=format)
+        log.line(on_rank_0(lambda: initial_state(config.init_from, layout, read, tensors)))
+        trainer.load(tensors, layout)

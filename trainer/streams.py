@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.folder import check_encoding
 from data.shards import ShardError, TokenStream
@@ -82,3 +85,10 @@ def loss_floor(config: Any) -> float | None:
     from data.shards import open_shard
 
     return best_loss(open_shard(embedded_files(config).val_files)[: config.val_tokens + 1])
+
+
+def to_device(batch: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch from the host, as int32 inputs and int64 targets; from page-locked memory the host does not wait."""
+    inputs, targets = (torch.as_tensor(part) for part in batch)
+    inputs = inputs.to(device, torch.int32, non_blocking=True)
+    return inputs, targets.to(device, torch.int64, non_blocking=True)
