@@ -16,6 +16,8 @@ from small_runs import REPO, folder_of, in_worlds, losses, tokens
 import train_gpt
 from trainer.checkpoints import load_tensors
 
+pytestmark = pytest.mark.timeout(900)  # a busy machine takes ten times as long
+
 # Every part of medium: second embedding, value embeddings, a skip, a layer without attention, long and short windows.
 MEDIUM = dict(
     vocab_size=256,
@@ -88,7 +90,7 @@ def test_two_processes_in_bfloat16_save_and_resume(data, tmp_path):
     go_on(data, tmp_path, "overlap", lambda: in_worlds(args, [[2, plain[0], overlap[1], resume]]), 1e-6)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_compiled_training_saves_and_resumes(data, tmp_path, monkeypatch):
     """One process, `--compile=on`, bfloat16, and the losses of the eager run beside it."""
     import torch._inductor.config
