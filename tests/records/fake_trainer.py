@@ -27,6 +27,7 @@ FIELDS = {
     "target_loss": "0.75",
     "loss": "0.7",
     "noise": "0.004",
+    "jitter": "0",
     "crash_seeds": "",
     "crash_code": "4",
     "hang_seeds": "",
@@ -73,7 +74,8 @@ def main():
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, frame: stop.append(n))
-    noise = random.Random(seed).gauss(0, float(config["noise"]))
+    noise = random.Random(seed).gauss(0, float(config["noise"]))  # the seed's own, shared by a pair
+    noise += random.Random(f"{seed} {config['loss']}").gauss(0, float(config["jitter"]))
     curve = lambda step: float(config["loss"]) + noise + 5 * (1 - step / total)  # noqa: E731
     points = [{"step": 0, "loss": curve(0), "train_time_s": 0.0, "step_avg_ms": 0.0}]
 

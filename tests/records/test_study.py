@@ -1,0 +1,172 @@
+"""Studies: refused before the first run or carried to their end, killed or not; a crash is a result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from records import study
+from records.study_plan import AGAIN, BASE, StudyError, check_against, load_trainer, read_plan
+
+REPO = Path(__file__).resolve().parents[2]
+TRAINER = Path(__file__).with_name("fake_study_trainer.py")
+TEXT = """
+preset = "nano"
+flags = { num_iterations = 4, noise = 0.01, jitter = 0.001 }
+[design]
+looks = [4, 6]
+margin = 0.01
+[treatments.better]
+flags = { loss = 0.6 }
+published = "-100 steps"
+[treatments.worse]
+flags = { loss = 0.8 }
+"""
+
+
+def write(folder, text=TEXT, name="small"):
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def run(folder, path, *more):
+    return study.main([str(path), "--root", str(folder / "out"), "--trainer", str(TRAINER), *more])
+
+
+def results(folder, name="small"):
+    record = json.loads((folder / "out" / name / "study.json").read_text())
+    return {row["treatment"]: row for row in record["results"]["treatments"]}
+
+
+def told(folder):
+    """What does not depend on the clock: the verdicts, and the columns of the table that hold losses."""
+    keys = ("estimate", "family_low", "family_high", "verdict", "launched", "correlation")
+    lines = (folder / "out" / "small" / "README.md").read_text().splitlines()
+    table = [line.split("|")[1:5] for line in lines if line.startswith("|")]
+    return {arm: {key: row[key] for key in keys} for arm, row in results(folder).items()}, table
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder, write(folder), "--parallel", "2") == 0
+    return folder
+
+
+def test_verdicts_table_and_picture(whole):
+    found = results(whole)
+    assert {arm: row["verdict"] for arm, row in found.items()} == {
+        "better": "helps",
+        "worse": "hurts",
+        AGAIN: found[AGAIN]["verdict"],
+    }
+    assert found[AGAIN]["verdict"] in ("no effect", "undecided")
+    assert found["better"]["estimate"] == pytest.approx(-0.1, abs=0.004)
+    assert found["better"]["launched"] == 4  # decided at the first look: no further pairs
+    assert found["better"]["variance_ratio"] < 0.5 < found[AGAIN]["variance_ratio"]
+    page = (whole / "out" / "small" / "README.md").read_text()
+    assert f"| better | 4 | {found['better']['estimate']:+.4f} |" in page and "-100 steps" in page
+    assert (whole / "out" / "small" / "effects.png").read_bytes()[:4] == b"\x89PNG"
+    logs = sorted(p.name for p in (whole / "out" / "small" / "runs" / BASE).glob("*.txt"))
+    assert logs[0] == "seed-000.txt" and len(logs) in (4, 6)
+
+
+def test_the_same_command_again_runs_nothing(whole):
+    before = (whole / "out" / "small" / "ledger.jsonl").read_text()
+    assert run(whole, whole / "small.toml") == 0
+    assert (whole / "out" / "small" / "ledger.jsonl").read_text() == before
+
+
+def test_killed_twice_it_ends_as_if_it_had_not_been(whole, tmp_path):
+    text = TEXT.replace("jitter = 0.001", "jitter = 0.001, step_s = 0.03, checkpoint_every = 1")
+    path = write(tmp_path, text)
+    command = [sys.executable, "-m", "records.study", str(path), "--root", str(tmp_path / "out")]
+    command += ["--trainer", str(TRAINER)]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ledger = tmp_path / "out" / "small" / "ledger.jsonl"
+        ended = ledger.read_text().count('"event": "end"') if ledger.exists() else 0
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if ledger.exists() and ledger.read_text().count('"event": "end"') >= ended + 3:
+                break
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        process.wait(timeout=30)
+    assert run(tmp_path, path) == 0
+    assert told(tmp_path) == told(whole)
+
+
+def test_a_crash_is_a_result(tmp_path):
+    text = TEXT + '[treatments.fragile]\nflags = { crash_seeds = "0:2:3" }\n'
+    assert run(tmp_path, write(tmp_path, text), "--parallel", "2") == 0
+    assert results(tmp_path)["fragile"]["verdict"] == "diverged"
+    assert "diverged 3 of 4" in (tmp_path / "out" / "small" / "README.md").read_text()
+
+
+def test_a_base_that_fails_ends_the_study(tmp_path, capsys):
+    text = TEXT.replace("noise = 0.01", 'noise = 0.01, crash_seeds = "1"')
+    assert run(tmp_path, write(tmp_path, text)) == 6
+    assert "base/seed-001 failed" in capsys.readouterr().err
+
+
+def test_the_budget_ends_it_and_more_of_it_goes_on(tmp_path):
+    text = TEXT.replace("margin = 0.01", "margin = 0.01\nminutes = 0.0001")
+    path = write(tmp_path, text)
+    assert run(tmp_path, path) == 4
+    assert len(list((tmp_path / "out/small/runs").glob("*/*.txt"))) < 6
+    write(tmp_path)
+    assert run(tmp_path, path) == 0
+    assert results(tmp_path)["better"]["verdict"] == "helps"
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("loss = 0.6", "los = 0.6", "better: unknown argument --los; did you mean"),
+        ("loss = 0.6", "loss = 0.7", "better is the same configuration as base"),
+        ("loss = 0.6", "loss = 0.8", "worse is the same configuration as better"),
+        ("loss = 0.6", "seed = 3", "seed is set by the study"),
+        ("loss = 0.6", "loss = [1]", "no text, number or flag"),
+        ("looks = [4, 6]", "looks = [6, 4]", "growing numbers"),
+        ("looks = [4, 6]", "look = [4, 6]", "unknown look"),
+        ("margin = 0.01", "margin = -1", "margin -1"),
+        ("margin = 0.01", "margin = 0.01\nendpoint = 0", "endpoint 0"),
+        ('preset = "nano"', "", "missing: preset"),
+        ("[treatments.better]", "[treatments.base]", "neither base nor base-again"),
+        ("[design]", "[design", "not TOML"),
+    ],
+)
+def test_refused_before_the_first_run(tmp_path, capsys, old, new, said):
+    assert run(tmp_path, write(tmp_path, TEXT.replace(old, new, 1))) == 2
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/runs/*/*"))
+
+
+def test_a_study_keeps_its_plan(whole, capsys):
+    path = write(whole, TEXT.replace("looks = [4, 6]", "looks = [4, 8]"))
+    assert run(whole, path) == 2
+    assert "began with another looks" in capsys.readouterr().err
+    write(whole)
+
+
+def test_model_sizes_are_stated(tmp_path):
+    """Held against the real trainer: what makes the model smaller says so, or is refused."""
+    text = (
+        'preset = "nano"\nflags = { num_iterations = 5 }\n[design]\nlooks = [2]\nmargin = 0.1\n'
+        "[treatments.one]\nflags = { second_input_embedding = false }\n"
+    )
+    trainer = load_trainer(REPO / "train_gpt.py")
+    with pytest.raises(StudyError, match="one has 245,784 parameters, which it does not state"):
+        check_against(read_plan(write(tmp_path, text)), trainer, study.IGNORED)
+    sizes = check_against(read_plan(write(tmp_path, text + "parameters = 245784\n")), trainer, study.IGNORED)
+    assert sizes == {BASE: 262168, AGAIN: 262168, "one": 245784}
+    with pytest.raises(StudyError, match="states 7"):
+        check_against(read_plan(write(tmp_path, text + "parameters = 7\n")), trainer, study.IGNORED)
