@@ -126,7 +126,8 @@ def after_end(series: Series, run: str, status: str) -> None:
         final_kept = series.identity.overrides.get("save_final", "true" if run == run_name(0) else "false")
         if final_kept.lower() in ("false", "0", "no", "off"):
             shutil.rmtree(series.runs_folder / f"{run}.checkpoints", ignore_errors=True)
-    (series.runs_folder / f".{run}.lock").unlink(missing_ok=True)
+    lock = series.runs_folder / f"{run}.lock"
+    lock.with_name(f".{lock.name}").unlink(missing_ok=True)
 
 
 def other_data(series: Series, run: str) -> str | None:

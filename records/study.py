@@ -29,34 +29,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.launch import Local, slots, visible_gpus
-from records.ledger import Ledger, LedgerError, now
-from records.series import (
+from records.folder import (
     EXIT_CRASHED,
-    EXIT_IO,
     EXIT_MORE_RUNS,
     EXIT_USAGE,
     REPO,
-    RUN_FIELDS,
     SCHEMA,
     Identity,
-    Runner,
     Series,
     SeriesError,
-    Stopped,
-    Task,
-    can_resume,
     code_files,
-    default_nproc,
-    settle_lost,
     sole_start,
-    source_hash,
-    write_whole,
 )
+from records.launch import EXIT_IO, Local, default_nproc, slots, visible_gpus
+from records.ledger import Ledger, LedgerError, now
+from records.logs import source_hash, write_whole
+from records.runner import Runner, Stopped, Task, can_resume, settle_lost
 from records.study_plan import BASE, StudyError, StudyPlan, check_against, load_trainer, read_plan
 from records.study_report import Pairs, read_pairs, told, verdicts, write_report
 from stats.errors import StatsError
 from stats.paired import CONTINUE
+from stats.samples import RUN_FIELDS
 
 # Fields that change neither what a run computes nor with which kernels; the series' own, and the machine's.
 IGNORED = RUN_FIELDS | {"preset"}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from records.launch import read_run_json
+from records.folder import SeriesError
 from records.ledger import Ledger
-from records.series import SeriesError, write_whole
+from records.logs import read_run_json, write_whole
 from records.study_plan import AGAIN, BASE, StudyError, StudyPlan, Treatment
 from stats.errors import StatsError
 from stats.paired import CONTINUE, DIVERGED, HELPS, HURTS, NO_EFFECT, UNDECIDED, Effect, judge, ratio
