@@ -10,6 +10,7 @@ usage() {
                                   again continues it. Flags: --preset --name --nproc --sequential --launcher
                                   --retry-crashed ... (./run.sh series --help); all others go to train_gpt.py
 ./run.sh test [pytest flags]      the test suite, two processes
+./run.sh study FILE.toml [flags]  what is each technique worth? (records/study_plan.py describes the file)
 ./run.sh sample CHECKPOINT ...    write text from a checkpoint
 ./run.sh lab | studio             the tour of small models | train, watch and talk in the browser
 ./run.sh bench first|step|...     measure what a GPU can tell, in four commands; one JSON, one table (--cpu: small)
@@ -171,6 +172,11 @@ setup)
     ;;
 python) shift && run "$PY" "$@" ;;
 series) shift && run "$PY" -m records.series "$@" ;;
+study)
+    shift
+    need $training
+    run "$PY" -m records.study "$@"
+    ;;
 sample) run "$PY" train_gpt.py "$@" ;;
 lab | studio)
     verb=$1

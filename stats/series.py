@@ -97,6 +97,9 @@ class Series:
         return step if isinstance(step, int) else None
 
 
+STUDY = "a study, whose runs are compared with one another: python -m records.study report"
+
+
 def find_series(paths: Iterable[str | Path]) -> list[Series]:
     """One series for each folder that holds one, and one for all the files that are named together.
 
@@ -112,6 +115,7 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
             if not with_runs:
                 raise DataError(_nothing_here(series), path)
             loose = tuple(entry for one in series if one not in with_runs for entry in one.passed_over)
+            loose += tuple(PassedOver(str(folder), STUDY) for folder in _studies(path))
             with_runs[0] = replace(with_runs[0], passed_over=with_runs[0].passed_over + loose)
             found += with_runs
         else:
@@ -123,6 +127,11 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
     if not found:
         raise DataError("no file or folder was named")
     return found
+
+
+def _studies(folder: Path) -> list[Path]:
+    """Folders of studies below `folder`, which the walk for series leaves alone."""
+    return sorted(path.parent for path in folder.rglob("study.json") if path.parent != folder)
 
 
 def reading_of(series: Iterable[Series]) -> Reading:
@@ -343,6 +352,7 @@ def _series_folders(folder: Path) -> Iterator[Path]:
         yield folder
     for child in sorted(folder.iterdir()):
         skipped = child.name.startswith(".") or child.name in NOT_SERIES or child.name.endswith(".checkpoints")
+        skipped = skipped or (child / "study.json").is_file()  # many configurations, compared with one another
         if child.is_dir() and not child.is_symlink() and not skipped and not (own and child.name == "runs"):
             yield from _series_folders(child)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,3 +171,15 @@ def test_model_sizes_are_stated(tmp_path):
     assert sizes == {BASE: 262168, AGAIN: 262168, "one": 245784}
     with pytest.raises(StudyError, match="states 7"):
         check_against(read_plan(write(tmp_path, text + "parameters = 7\n")), trainer, study.IGNORED)
+
+
+def test_a_study_below_a_folder_of_series_is_passed_over_with_the_reason(whole):
+    from stats.series import find_series, reading_of
+
+    below = whole / "mixed"
+    shutil.copytree(whole / "out" / "small", below / "studies" / "small")
+    shutil.copytree(whole / "out" / "small" / "runs" / "better", below / "series")
+    found = find_series([below])
+    assert [one.name for one in found] == ["series"]
+    assert any(entry.reason.startswith("a study") for entry in reading_of(found).passed_over)
+    assert {one.name for one in find_series([below / "studies" / "small"])} >= {"base", "better"}  # named, it is read
