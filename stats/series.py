@@ -347,6 +347,9 @@ def _series_folders(folder: Path) -> Iterator[Path]:
     if folder.name == "runs" and _logs(folder) and (folder.parent / "record.json").exists():
         yield folder.parent
         return
+    if (folder / "study.json").is_file():  # named itself: each of its configurations is a series
+        yield from (arm for arm in sorted((folder / "runs").iterdir()) if arm.is_dir())
+        return
     own = any((folder / name).is_file() for name in ("record.json", "ledger.jsonl")) or _logs(folder / "runs")
     if own or any(child.is_file() for child in folder.iterdir()):
         yield folder
