@@ -15,6 +15,7 @@
     flags = { unet_skips = "none" }
     parameters = 200000         # needed where the treatment's model has another size than the base's
     published = "..."           # optional: what was claimed elsewhere, printed beside the result
+    published_percent = 2.3     # optional: that claim as a change of the steps needed, in percent; positive is worse
     about = "..."               # optional
 
 Every study also holds the treatment `base-again`: the base with other seeds, which must come out as no effect.
@@ -46,7 +47,7 @@ OTHER_SEEDS = 1000  # base-again runs seeds from here on: with the base's own it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 _TOP = {"preset", "about", "flags", "design", "treatments"}
 _DESIGN = {"looks", "alpha", "margin", "endpoint", "minutes"}
-_TREATMENT = {"flags", "parameters", "published", "about"}
+_TREATMENT = {"flags", "parameters", "published", "published_percent", "about"}
 # What a run computes does not depend on these; the study sets some of them itself.
 _SET_BY_STUDY = {"seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash", "preset", "stop_after"}
 
@@ -64,6 +65,7 @@ class Treatment:
     parameters: int | None = None
     published: str = ""
     about: str = ""
+    published_percent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class StudyPlan:
         for open_to_change in ("about", "minutes"):
             told.pop(open_to_change)
         for treatment in told["treatments"]:
-            treatment.pop("about"), treatment.pop("published")
+            for key in ("about", "published", "published_percent"):
+                treatment.pop(key)
         return told
 
     @property
@@ -182,8 +185,11 @@ def _treatment(name: str, told: Any) -> Treatment:
     parameters = told.get("parameters")
     if parameters is not None and (not isinstance(parameters, int) or parameters < 1):
         raise StudyError(f"{where}: parameters = {parameters!r} is no number of parameters")
+    percent = told.get("published_percent")
+    if percent is not None and (isinstance(percent, bool) or not isinstance(percent, (int, float))):
+        raise StudyError(f"{where}: published_percent = {percent!r} is no number")
     flags = _flags(told.get("flags", {}), where)
-    return Treatment(name, flags, parameters, str(told.get("published", "")), str(told.get("about", "")))
+    return Treatment(name, flags, parameters, str(told.get("published", "")), str(told.get("about", "")), percent)
 
 
 def _flags(told: Any, where: str) -> dict[str, str]:

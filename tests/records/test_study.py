@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from records import study
+from records import evidence, study
 from records.study_plan import AGAIN, BASE, StudyError, check_against, load_trainer, read_plan
 
 REPO = Path(__file__).resolve().parents[2]
@@ -183,3 +183,17 @@ def test_a_study_below_a_folder_of_series_is_passed_over_with_the_reason(whole):
     assert [one.name for one in found] == ["series"]
     assert any(entry.reason.startswith("a study") for entry in reading_of(found).passed_over)
     assert {one.name for one in find_series([below / "studies" / "small"])} >= {"base", "better"}  # named, it is read
+
+
+def test_evidence_sets_effects_beside_claims(whole, tmp_path):
+    shutil.copytree(whole / "out" / "small", tmp_path / "small")
+    write(tmp_path, TEXT.replace('published = "-100 steps"', 'published = "-100 steps"\npublished_percent = -2'))
+    write(tmp_path, TEXT, name="never-run")
+    assert evidence.main(["--studies", str(tmp_path), "--out", str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "## small" in text and "never-run" not in text
+    assert "| helps | -100 steps |" in text and "| hurts |  |" in text
+    assert "1 treatments were measured here" in text and "1 of those agree" in text and "a rank correlation" in text
+    write(tmp_path, TEXT.replace('published = "-100 steps"', "published_percent = 2"))
+    evidence.main(["--studies", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    assert "0 of those agree" in (tmp_path / "page.md").read_text()
