@@ -109,8 +109,8 @@ def agreement(rows: Sequence[Row]) -> str:
     decided = [row for row in rows if row.effect.verdict in (HELPS, HURTS)]
     same = sum((row.effect.estimate < 0) == (row.treatment.published_percent < 0) for row in decided)
     text = (
-        f"{head}\n{len(rows)} treatments were measured here and have a published claim in numbers; {len(decided)} of them "
-        f"have a decided sign here, and {same} of those agree with the claim in sign."
+        f"{head}\n{len(rows)} treatments were measured here and have a published claim in numbers; {len(decided)} of "
+        f"them have a decided sign here, and {same} of those agree with the claim in sign."
     )
     if len(rows) < FEWEST:
         return f"{text} With fewer than {FEWEST} of them a rank correlation says nothing, so none is given.\n"
