@@ -38,18 +38,18 @@ from records.folder import (
     Identity,
     Series,
     SeriesError,
-    code_files,
     sole_start,
 )
 from records.launch import EXIT_IO, Local, default_nproc, slots, visible_gpus
 from records.ledger import Ledger, LedgerError, now
-from records.logs import source_hash, write_whole
+from records.logs import write_whole
 from records.runner import Runner, Stopped, Task, can_resume, settle_lost
 from records.study_plan import BASE, StudyError, StudyPlan, check_against, load_trainer, read_plan
 from records.study_report import Pairs, read_pairs, told, verdicts, write_report
 from stats.errors import StatsError
 from stats.paired import CONTINUE
 from stats.samples import RUN_FIELDS
+from trainer.program import program_files, text_hash
 
 # Fields that change neither what a run computes nor with which kernels; the series' own, and the machine's.
 IGNORED = RUN_FIELDS | {"preset"}
@@ -76,7 +76,7 @@ class Study(Series):
 def open_study(folder: Path, plan: StudyPlan, trainer: Path, nproc: int) -> Study:
     """Create the folder and seal the plan in it, or check that it is this study's. Raises StudyError."""
     path = folder / "study.json"
-    code = code_files(trainer)
+    code = program_files(trainer)
     identity = Identity(plan.name, plan.preset, dict(plan.flags), nproc, code)
     sizes = check_against(plan, load_trainer(trainer), IGNORED)
     if not path.exists():
@@ -84,7 +84,7 @@ def open_study(folder: Path, plan: StudyPlan, trainer: Path, nproc: int) -> Stud
             raise StudyError(f"{folder} has a ledger but no study.json; restore it or use another name")
         text = trainer.read_text(encoding="utf-8")
         (folder / "source").mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "source" / f"{source_hash(text)[:16]}.py", text.rstrip("\r\n") + "\n")
+        write_whole(folder / "source" / f"{text_hash(text)[:16]}.py", text.rstrip("\r\n") + "\n")
         record = dict(
             schema=SCHEMA,
             created=now(),
