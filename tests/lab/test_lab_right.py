@@ -173,7 +173,7 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--muon_lr=1", "--muon_lr belongs to gpt, not to mlp, which has context, embedding_dim"),
         ("stray", "'stray' is not a --field=value"),
         ("--steps=nan", "expected int"),
-        ("--learning_rate=inf", "a finite number is needed"),
+        ("--learning_rate=inf", "a finite number"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys):
