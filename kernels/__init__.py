@@ -1,13 +1,13 @@
 """Fused kernels of the trainer, one family a file, its plain-torch reference beside it.
 
-    attention.py      packed documents under a growing causal window, and the layer's input prologue
-    attention_layer.py  projection, prologue and attention as one operator, for fewer bytes
-    cross_entropy.py  the head's product, soft cap and loss in one pass
-    mlp.py            linear, relu squared, linear
-    muon.py           orthogonalisation, momentum and the bfloat16 + mantissa update
-    products8.py      products in 8 bits, with safe scales
-    residual.py       the learned mix of the stream with both input embeddings
-    proof/            one command that proves them on a machine without a GPU: `python -m kernels.proof`
+    attention.py       packed documents under a growing causal window, and the layer's input prologue
+    attention_layer.py projection, prologue and attention as one operator, for fewer bytes
+    cross_entropy.py   the head's product, soft cap and loss in one pass
+    mlp.py             linear, relu squared, linear
+    muon.py            orthogonalisation, momentum and the bfloat16 + mantissa update
+    products8.py       products in 8 bits, with safe scales
+    residual.py        the learned mix of the stream with both input embeddings
+    proof/             one command that proves them on a machine without a GPU: `python -m kernels.proof`
 
 Each public function takes `impl="auto"`: Triton on a GPU (a missing kernel there is an error, never a silent
 fallback), the fast plain-torch path on a CPU. Nothing here needs a GPU to be imported.

@@ -57,8 +57,9 @@ def test_scales_look_at_finite_numbers_only():
 
 def test_conversion_saturates_and_zeros_have_a_scale():
     x = torch.tensor([[1.0, -1e9, 3e38]]).expand(16, 3)
-    eight = in_8_bits(x, E4M3, torch.tensor(1.0))
-    assert eight.values[0, :3].float().tolist() == [1.0, -448.0, 448.0]
+    for dtype, most in ((E4M3, 448.0), (E5M2, 57344.0)):
+        eight = in_8_bits(x, dtype, torch.tensor(1.0))
+        assert eight.values[0, :3].float().tolist() == [1.0, -most, most]
     zero = in_8_bits(torch.zeros(16, 16))
     assert zero.scale > 0 and (product(zero, zero, torch.float32) == 0).all()
     huge, small = torch.zeros(16, 16), torch.eye(16) * 1e-30
