@@ -389,9 +389,10 @@ class GPT(nn.Module):
         rotary = tuple(table[begin:end] for table in self.rotary(end))
         plan_long, plan_short = self.plan(seen_BS, window_blocks), self.plan(seen_BS, window_blocks // 2)
         skip_w_L, lambdas, attention_lambdas = self.scalars.split([L, 3 * L, 2 * L])
-        # Rows of four: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads.
-        lambdas_L3 = F.pad(lambdas.view(L, 3), (0, 1))[:, :3].unbind()
-        attention_lambdas_L2 = F.pad(attention_lambdas.view(L, 2), (0, 2))[:, :2].unbind()
+        # Four a row: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads. It adds the
+        # gradients of rows that were selected in one kernel; those of unbound ones it copies by one kernel each.
+        lambdas_L4 = F.pad(lambdas.view(L, 3), (0, 1))
+        attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
         x00_BTD = norm(self.embed1(tokens_BT))
         x01_BTD = None if self.embed2 is None else norm(self.embed2(tokens_BT))
@@ -402,7 +403,7 @@ class GPT(nn.Module):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
-            scalars = lambdas_L3[layer], attention_lambdas_L2[layer]
+            scalars = lambdas_L4[layer, :3], attention_lambdas_L4[layer, :2]
             x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls, cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD
