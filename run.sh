@@ -53,7 +53,7 @@ choose_python() {
         fi
     done
     OWN=1
-    PY=.venv/bin/python
+    PY=${PLACE}.venv/bin/python
     [ -x "$PY" ] && recent "$PY" && return
     make_venv
 }
@@ -64,8 +64,8 @@ make_venv() {
         if command -v "$candidate" >/dev/null && recent "$candidate"; then
             found=${found:-$candidate}
             if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
-                say "making .venv with $("$candidate" --version)"
-                "$candidate" -m venv --clear .venv
+                say "making ${PLACE}.venv with $("$candidate" --version)"
+                "$candidate" -m venv --clear "${PLACE}.venv"
                 return
             fi
         fi
@@ -80,7 +80,7 @@ install() {
         return
     fi
     local stamp wanted
-    stamp=.venv/.installed-$(basename "$1")
+    stamp=${PLACE}.venv/.installed-$(basename "$1")
     wanted=$("$PY" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), sys.version)' "$1")
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
@@ -139,13 +139,37 @@ main_job() {
     if [ "$count" -gt 0 ]; then
         say "$count GPU(s): one run of the medium preset (many of them: ./run.sh --repeats 19)"
         fetch_fineweb --preset=medium
-        run "$PY" -m records.series --repeats 1 --preset medium --name auto --root local/records --checkpoint_every=500
+        run "$PY" -m records.series --repeats 1 --preset medium --name auto --root "${PLACE}local/records" --checkpoint_every=500
     fi
     say "no GPU: four runs of the nano preset and their verdict, some minutes"
-    run "$PY" -m records.series --repeats 4 --preset nano --name auto --root local/records
+    run "$PY" -m records.series --repeats 4 --preset nano --name auto --root "${PLACE}local/records"
 }
 
-cd "$(dirname "${BASH_SOURCE[0]}")"
+# Sets ROOT to the checkout that this file lies in, through symbolic links, as a prefix: empty if we stand in it.
+# Elsewhere the caller's folder stays ours, so that relative paths mean what the caller means.
+find_root() {
+    local file=${BASH_SOURCE[0]} folder link
+    while [ -L "$file" ]; do
+        link=$(readlink "$file")
+        case $link in
+        /*) file=$link ;;
+        *) file=$(dirname "$file")/$link ;;
+        esac
+    done
+    folder=$(cd "$(dirname "$file")" && pwd -P)
+    ROOT=""
+    [ "$folder" = "$(pwd -P)" ] && return
+    ROOT=$folder/
+    export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# Where .venv and the main job's runs are made: the checkout, or the cache folder if that may not be written to.
+writable() {
+    if [ -w "${ROOT:-.}" ]; then printf '%s' "$ROOT"; else printf '%s' "${XDG_CACHE_HOME:-$HOME/.cache}/speedrun/"; fi
+}
+
+find_root
+PLACE=$(writable)
 case ${1:-} in
 -h | --help | help)
     usage
@@ -153,7 +177,7 @@ case ${1:-} in
     ;;
 esac
 choose_python
-install requirements.txt
+install "${ROOT}requirements.txt"
 training="numpy scipy matplotlib safetensors tqdm"
 case ${1:-} in
 "")
@@ -164,10 +188,11 @@ test)
     shift
     need pytest xdist pytest_timeout hypothesis $training
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two test processes already fill two cores
+    [ -z "$ROOT" ] || cd "$ROOT"
     run "$PY" -m pytest -n 2 "$@"
     ;;
 setup)
-    [ "${2:-}" != lab ] || install requirements-lab.txt
+    [ "${2:-}" != lab ] || install "${ROOT}requirements-lab.txt"
     "$PY" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'
     ;;
 python) shift && run "$PY" "$@" ;;
@@ -177,11 +202,11 @@ study)
     need $training
     run "$PY" -m records.study "$@"
     ;;
-sample) run "$PY" train_gpt.py "$@" ;;
+sample) run "$PY" "${ROOT}train_gpt.py" "$@" ;;
 lab | studio)
     verb=$1
     shift
-    [ ! -f requirements-lab.txt ] || install requirements-lab.txt
+    [ ! -f "${ROOT}requirements-lab.txt" ] || install "${ROOT}requirements-lab.txt"
     if [ "$verb" = lab ]; then run "$PY" -m lab.tour "$@"; fi
     run "$PY" -m lab.studio "$@"
     ;;

@@ -38,6 +38,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from data.paths import cache_folder
 from records import report
 from records.asking import ask_trainer
 from records.folder import (
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preset", help="the trainer's preset (medium with GPUs, nano without)")
     add("--name", help="the series' folder (the preset, with the changed fields); auto: with a hash of the code")
     add("--nproc", type=int, metavar="K", help="processes, that is GPUs, a run (8, 4, 2 or 1, as the machine has)")
-    add("--root", default=str(REPO / "records"), metavar="DIR", help="where series' folders lie (records/)")
+    add("--root", default=str(default_root()), metavar="DIR", help="where series' folders lie (records/)")
     add("--retry-crashed", action="store_true", help="give every crashed run another attempt")
     add("--sequential", action="store_true", help="stop as soon as the sequential test has decided")
     add("--plan", metavar="FILE", help="for --sequential: a plan made by `python -m stats plan`")
@@ -118,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-judge", action="store_true", help="run only; no report and no verdict")
     add("--trainer", default=str(REPO / "train_gpt.py"), help=argparse.SUPPRESS)
     return parser
+
+
+def default_root() -> Path:
+    """records/ of the checkout, or the cache folder where the checkout may not be written to."""
+    own = REPO / "records"
+    return own if os.access(own, os.W_OK) else cache_folder() / "records"
 
 
 def default_name(preset: str, overrides: dict[str, str]) -> str:

@@ -187,3 +187,24 @@ def test_a_broken_environment_is_made_anew(clone):
     python.unlink()
     python.symlink_to("/nonexistent/python")
     assert clone("test")[3][0] == "venv"
+
+
+def test_from_another_folder_and_through_a_link(tmp_path):
+    """Relative paths are the caller's; the checkout is found through a link."""
+    (tmp_path / "bin").mkdir()
+    link = tmp_path / "bin" / "go"
+    link.symlink_to(ROOT / "run.sh")
+    here = str(Path(sys.executable).parent)
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
+    clean |= {"PATH": f"{here}{os.pathsep}{clean['PATH']}"}
+
+    def run(*words, **more):
+        command = [shutil.which("bash"), str(link), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean | more, timeout=120)
+        return done.returncode, done.stdout.strip(), done.stderr
+
+    code, out, err = run("sample", "own/x.safetensors", DRY_RUN="1")
+    assert (code, out) == (0, f"python {ROOT}/train_gpt.py sample own/x.safetensors"), err
+    (tmp_path / "losses.csv").write_text("loss\n2.91\n2.92\n")
+    code, out, err = run("python", "-m", "stats.ttest", "losses.csv", "--no-sensitivity")
+    assert code == 1 and out.startswith("losses.csv: 2 runs"), err

@@ -432,3 +432,22 @@ def test_a_damaged_result_is_named_by_its_field(tmp_path):
     for bad in ({"final_loss": float("nan")}, {"validation": []}, {"validation": [{**point, "loss": "2"}]}):
         with pytest.raises(series.SeriesError, match="absent or damaged"):
             check_result(path, whole | bad)
+
+
+def test_a_mistyped_flag_of_the_trainer_leaves_nothing_behind(run, tmp_path):
+    own = tmp_path / "code" / "train.py"
+    own.parent.mkdir()
+    own.write_text("def parse_config(words):\n    raise ValueError(f'unknown argument {words[-1]}')\n")
+    code, _, err = run("--num_iteration=5", trainer=own)
+    assert code == series.EXIT_USAGE and "unknown argument --num_iteration=5" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_long_names_of_ablations_do_not_collide():
+    long = {f"field_number_{i}": str(i) for i in range(12)}
+    names = {series.default_name("nano", long | {"zeta": text}) for text in ("1", "2")}
+    assert len(names) == 2 and all(len(name) <= 100 for name in names)
+    assert series.default_name("nano", {"train_files": "a/x.bin"}) != series.default_name(
+        "nano", {"train_files": "b/x.bin"}
+    )
+    assert series.default_name("nano", {"num_iterations": "50"}) == "nano-num_iterations-50"
