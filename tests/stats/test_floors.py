@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # stats/, from the ground up; a module imports from its own floor or from below.
 FLOORS = (
     ("errors", "text", "jsonio", "values"),
-    ("correct", "chance", "power", "ttest", "plans", "sequential", "curve", "figures"),
+    ("correct", "chance", "power", "ttest", "plans", "sequential", "curve", "figures", "paired"),
     ("chain", "program", "runs", "tables", "sources", "series", "planfile"),
     ("samples", "compare", "times", "judge", "monitor", "design", "evidence"),
     ("validate", "leaderboard", "report", "importing"),
