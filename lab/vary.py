@@ -59,9 +59,10 @@ def vary(words: Sequence[str], folder: Path, say: Callable[[str], None] = print)
     """Train every combination with every seed, each series into its own folder below `folder`."""
     *_, where, varying = parse(words, None, Varying)
     fields, combinations = choices(varying)
+    others = [word for word in words if word.partition("=")[0].removeprefix("--").replace("-", "_") not in fields]
     # All are read before the first is trained: a wrong value in the last place costs no training.
     settings = [
-        parse([*words, *(f"--{f}={v}" for f, v in zip(fields, values))], None, Varying)[:2] for values in combinations
+        parse([*others, *(f"--{f}={v}" for f, v in zip(fields, values))], None, Varying)[:2] for values in combinations
     ]
     found, corpora = [], {}
     for values, (config, model) in zip(combinations, settings):

@@ -1,8 +1,6 @@
 """Inside a model: attention maps, what each layer would say, and the learned scalars along training."""
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,14 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from kernels.attention import allowed_pairs
-from kernels.attention import attention as attend
-from kernels.attention_layer import projected
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
 from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.models.gpt import GPTRung
+from trainer.sample import Cache
 
 MOST_MAP_TOKENS = 64  # a map of more cannot be read
 MOST_LENS_TOKENS = 24
-_spying = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -34,36 +29,20 @@ class AttentionMap:
     long_window: bool
 
 
-@contextlib.contextmanager
-def _watched_attention(gpt: train_gpt.GPT) -> Iterator[list[AttentionMap]]:
-    """While the block lasts, every attention that `gpt` does in this thread leaves its map in the list. The trainer's
-    own functions still do the work, in two steps: queries and keys are looked at in between."""
-    found: list[AttentionMap] = []
-    own, here, at = train_gpt.attention_layer, threading.get_ident(), [0]
+class _Watching(Cache):
+    """A cache that keeps the map of every attention which passes through it."""
 
-    def layer(*given, heads, width, scale, impl, inputs_impl):
-        *inputs, plan = given
-        q_BTHDh, k_BTKDh, v_BTKDh = projected(*inputs, heads=heads, width=width, impl=inputs_impl)
-        if threading.get_ident() == here:
-            k_BTHDh = k_BTKDh.repeat_interleave(q_BTHDh.shape[2] // k_BTKDh.shape[2], dim=2)
-            score_HTT = torch.einsum("thd,shd->hts", q_BTHDh[0].float(), k_BTHDh[0].float()) * scale
-            allowed_TT = allowed_pairs(plan)[0]
-            weights = score_HTT.masked_fill(~allowed_TT, -torch.inf).softmax(-1)
-            found.append(AttentionMap(at[0], weights, allowed_TT, gpt.blocks[at[0]].long_window))
-        return attend(q_BTHDh, k_BTKDh, v_BTKDh, plan, scale=scale, impl=impl)
+    def __init__(self, gpt: train_gpt.GPT):
+        super().__init__()
+        self.gpt, self.maps = gpt, []
 
-    def entering(number):
-        return lambda module, inputs: at.__setitem__(0, number)
-
-    hooks = [block.register_forward_pre_hook(entering(i)) for i, block in enumerate(gpt.blocks)]
-    try:
-        with _spying:
-            train_gpt.attention_layer = layer
-            yield found
-    finally:
-        train_gpt.attention_layer = own
-        for hook in hooks:
-            hook.remove()
+    def attend(self, layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale):
+        score_HTT = torch.einsum("thd,shd->hts", q_BTHDh[0].float(), k_BTHDh[0].float()) * scale
+        place = torch.arange(self.length)
+        allowed_TT = (place >= first_key_BS[0][:, None]) & (place <= place[:, None])
+        weights = score_HTT.masked_fill(~allowed_TT, -torch.inf).softmax(-1)
+        self.maps.append(AttentionMap(layer, weights, allowed_TT, self.gpt.blocks[layer].long_window))
+        return super().attend(layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale)
 
 
 @torch.no_grad()
@@ -71,9 +50,9 @@ def attention_maps(checkpoint: Checkpoint, ids: Sequence[int]) -> list[Attention
     """Of every layer with attention, for one row of tokens (the mark is not added). LabError for other rungs."""
     if not isinstance(checkpoint.model, GPTRung):
         raise LabError(f"{checkpoint.name} has no attention to look at")
-    with _watched_attention(checkpoint.model.gpt) as found:
-        checkpoint.model.logits(torch.tensor([list(ids)]))
-    return found
+    watching = _Watching(checkpoint.model.gpt)
+    checkpoint.model.gpt(torch.tensor([list(ids)]), cache=watching)
+    return watching.maps
 
 
 def attention(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> Finding:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lab.analyses.__main__ as look
-import train_gpt
 from lab import LabError, cli, duel, page, train, vary
 from lab.analyses.anatomy import attention_maps, lens
 from lab.analyses.curves import noise
@@ -22,22 +21,23 @@ from lab.models import build_model
 from lab.models.initial import different_units, initialise_
 from lab.tokens import ByteTokenizer, CharTokenizer
 from lab.train import TrainConfig, complete, rate_factor
+from trainer.sample import Cache
 
 
 def test_attention_maps_are_what_the_model_attends_with(own, monkeypatch):
     """The weights of the maps, applied to the values that the model itself used, are what its attention gave."""
     checkpoint = load_checkpoint(best_checkpoint(own[0]))
-    used, truth = [], train_gpt.attention
+    used, truth = [], Cache.attend
 
-    def recording(q, k, v, plan, *, scale, **more):
-        out = truth(q, k, v, plan, scale=scale, **more)
+    def recording(cache, layer, q, k, v, first_key, scale):
+        out = truth(cache, layer, q, k, v, first_key, scale)
         used.append((v, out))
         return out
 
-    monkeypatch.setattr(train_gpt, "attention", recording)
+    monkeypatch.setattr(Cache, "attend", recording)
     ids = checkpoint.encode_documents(["ab cd", "efg"])
     maps = attention_maps(checkpoint, ids)
-    assert [m.layer for m in maps] == [0, 1] and train_gpt.attention is recording
+    assert [m.layer for m in maps] == [0, 1]
     for one, (v, out) in zip(maps, used):
         by_hand = torch.einsum("hts,shd->thd", one.weights, v[0].float())
         torch.testing.assert_close(by_hand, out[0].float(), atol=1e-5, rtol=1e-4)
