@@ -23,7 +23,7 @@ WORK: dict[str, Callable[[dict, tuple], float]] = {
     "_product": lambda a, grid: 2.0 * a["M"] * a["N"] * a["K"],
     "_symmetric": lambda a, grid: 1.0 * grid[1] * a["M"] ** 2 * a["K"],  # one triangle of each
 }
-#: Operators that launch nothing: views, allocations, questions.
+#: Operators that launch nothing: views, allocations, questions. (Nor do those that hand back what they were given.)
 _FREE = re.compile(
     r"aten\.(_?(unsafe_)?view|_reshape_alias|reshape|alias|as_strided|transpose|permute|detach|slice|select|split|t\.|"
     r"unsqueeze|squeeze|expand|empty|new_empty|unbind|chunk|narrow|lift|is_|sym_|size|stride|_local_scalar|resize|"
@@ -240,7 +240,9 @@ class Recorder(TorchDispatchMode):
         self.pinned.update(t.untyped_storage() for t in outs if pin)
         if func.namespace not in ("c10d", "_c10d_functional"):
             self._copies(name, tensors, outs, kwargs)
-            if (on_device or any(t.device.type == "cuda" for t in outs)) and not _FREE.search(name):
+            same = {t.untyped_storage()._cdata for t in tensors}
+            alias = not func._schema.is_mutable and all(t.untyped_storage()._cdata in same for t in outs)
+            if (on_device or any(t.device.type == "cuda" for t in outs)) and not alias and not _FREE.search(name):
                 moved = sum(nbytes(t) for t in (*_distinct(tensors), *outs) if t.device.type == "cuda")
                 flops = _product_flops(func, args)
                 bits = 8 * tensors[0].element_size() if tensors else 0
