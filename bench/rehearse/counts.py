@@ -52,8 +52,7 @@ def rehearse(
     from trainer.processes import sequence_length_for
     from trainer.program import choose_assembler
 
-    waits: list[str] = []
-    pretended.install(device, waits)
+    waits = pretended.install(device)
     assembler = choose_assembler().partition(" ")[0]
     torch._dynamo.reset()
     dynamo.counters.clear()
@@ -78,8 +77,7 @@ def rehearse(
 
 def memory_alone(config, device: str) -> float:
     """Peak GiB of warm-up, step and validation of one process. No kernel is assembled, so it is soon there."""
-    waits: list[str] = []
-    pretended.install(device, waits)
+    waits = pretended.install(device)
     torch._dynamo.reset()
     recorder = Recorder(assembles=False)
     with pretended.tensors(), recorder:

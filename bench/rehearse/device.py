@@ -119,19 +119,27 @@ def _properties(told: dict) -> types.SimpleNamespace:
     )
 
 
-def install(name: str, waited: list[str]) -> None:
-    """Believe in one device `name` of DEVICES from here on. Each wait of the host for it is added to `waited`.
+_installed: dict[str, list[str]] = {}  # the device that this process believes in -> the host's waits for it
 
-    Raises: CannotRehearse; ValueError for an unknown name."""
-    if name not in DEVICES:
-        raise ValueError(f"no pretended device {name!r}; there are {', '.join(DEVICES)}")
+
+def install(name: str) -> list[str]:
+    """Believe in one device `name` of DEVICES from here on. Returns the list to which each wait of the host for it is
+    added; the same one if it is called again.
+
+    Raises: CannotRehearse; ValueError for an unknown name, or another one than this process believes in."""
+    if name in _installed:
+        return _installed[name]
+    if name not in DEVICES or _installed:
+        raise ValueError(f"no pretended device {name!r} here; there are {', '.join(_installed or DEVICES)}")
     if reason := why_not():
         raise CannotRehearse(reason)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     _build_guard()
+    waited = _installed[name] = []
     _install_torch(_properties(DEVICES[name]), waited)
     _install_inductor()
     _install_driver(DEVICES[name])
+    return waited
 
 
 def _build_guard() -> None:
