@@ -107,11 +107,16 @@ class Launch(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What a kernel's sm_90 machine code must show. instructions: opcodes that must occur ("HGMMA", "UTMALDG").
-    stack_bytes: the most stack that a thread may use, which is where spilled registers go."""
+    """What a kernel's sm_90 code must show: what the interpreter cannot tell, the compiled code is asked.
+
+    instructions: opcodes that must occur ("HGMMA", "UTMALDG"). stack_bytes: the most stack that a thread may use, which
+    is where spilled registers go. wide: pointer arguments every access of which takes a 64-bit offset. shows: (pattern
+    in Triton's or NVIDIA's intermediate code, "OPTION=value" for which launches, or "" for all)."""
 
     instructions: tuple[str, ...] = ()
     stack_bytes: int = 0
+    wide: tuple[str, ...] = ()
+    shows: tuple[tuple[str, str], ...] = ()
 
 
 class Fault(NamedTuple):
@@ -135,7 +140,7 @@ class Family(NamedTuple):
     launches: tuple[Launch, ...]
     demands: dict[str, Demand]
     faults: tuple[Fault, ...]
-    checks: tuple[tuple[str, Callable[[ModuleType], None]], ...] = ()  # of what no reference tells; raise if it fails
+    checks: tuple[tuple[str, Callable[[ModuleType, str], None]], ...] = ()  # (module, device); raise if it fails
 
 
 def families(chosen: tuple[str, ...] = ()) -> dict[str, Family]:

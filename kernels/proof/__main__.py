@@ -4,6 +4,7 @@
     python -m kernels.proof --quick              the part that the default tests run
     python -m kernels.proof --family attention --part compile --device sm_90
     python -m kernels.proof --part compile --update    rewrite machine_code.json's rows for this Triton
+    python -m kernels.proof --part mutate --minutes 20 go on with the campaign of planted faults (docs/mutations.md)
 
 Exit code 0: all holds. 1: something does not, and the output says what. 2: usage.
 """
@@ -17,22 +18,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernels.proof import DEVICES, families, machine_code
+from kernels.proof import DEVICES, families, machine_code, mutation
 
 PARTS = ("interpret", "faults", "compile")
 
 
-def run_part(part: str, names: list[str], devices: list[str], quick: bool) -> dict:
+def run_part(part: str, names: list[str], devices: list[str], quick: bool, minutes: float | None = None) -> dict:
     """Run one part in its own process and return its results.
 
     Raises: RuntimeError with the end of its error output if it dies."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / ".triton-cache"))
     environment["OMP_NUM_THREADS"] = "1"
-    if part != "compile":
+    if part not in ("compile", "mutate-compiled"):
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "kernels.proof.worker", part, *(["--quick"] * quick)]
     command += [f"--family={n}" for n in names] + [f"--device={d}" for d in devices]
+    command += [] if minutes is None else [f"--minutes={minutes}"]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2]
     )
@@ -91,6 +93,19 @@ def report_faults(result: dict) -> list[str]:
     return wrong
 
 
+def mutate(names: list[str], minutes: float | None, page_only: bool) -> list[str]:
+    """Go on with the campaign of mutation.py, write its page, and return the survivors."""
+    result: dict = {}
+    if not page_only:
+        for part in ("mutate", "mutate-compiled"):
+            result = run_part(part, names, [], False, minutes)
+    mutation.PAGE.write_text(mutation.page())
+    judged = result or mutation.standing(tuple(names))
+    survivors = [f"{name}: {o['old']} -> {o['new']}" for name, o in judged.items() if not o["caught"]]
+    print(f"\n{len(judged) - len(survivors)} of {len(judged)} judged mutants caught; see docs/mutations.md")
+    return [s for s in survivors if s.partition(": ")[0] not in mutation.EXPLAINED]
+
+
 def report_compile(result: dict, update: bool) -> list[str]:
     """Print the machine code table and what the committed files say; return what does not hold."""
     print(f"\ncompiled with triton {result['triton']}")
@@ -129,7 +144,11 @@ def main() -> int:
         prog="python -m kernels.proof", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", action="append", default=[], help="only this kernel family (repeatable)")
-    parser.add_argument("--part", action="append", default=[], choices=PARTS, help="only this part (repeatable)")
+    parser.add_argument(
+        "--part", action="append", default=[], choices=(*PARTS, "mutate"), help="only this part (repeatable)"
+    )
+    parser.add_argument("--minutes", type=float, help="of the mutate part, for each of its two halves")
+    parser.add_argument("--page", action="store_true", help="of the mutate part: only write docs/mutations.md")
     parser.add_argument("--device", action="append", default=[], choices=DEVICES, help="compile for this only")
     parser.add_argument("--quick", action="store_true", help="only what the default tests run")
     parser.add_argument("--update", action="store_true", help="rewrite this Triton's rows of machine_code.json")
@@ -142,6 +161,9 @@ def main() -> int:
     devices = options.device or (["sm_90"] if options.quick else list(DEVICES))
     wrong, found = [], {}
     for part in options.part or PARTS:
+        if part == "mutate":
+            wrong += mutate(options.family, options.minutes, options.page)
+            continue
         found[part] = run_part(part, options.family, devices, options.quick)
         if part == "compile":
             wrong += report_compile(found[part], options.update)

@@ -119,6 +119,42 @@ def unmet_demands(family: Family, kernel: str, row: dict[str, Any]) -> list[str]
     return unmet
 
 
+def narrow_pointers(ttir: str) -> set[str]:
+    """Names of the pointer arguments through which something is read or written without a 64-bit offset on the way.
+
+    A row times a width fits 32 bits until the tensor has 2^31 elements, which logits and activations reach; the
+    interpreter's small cases cannot show a lost cast."""
+    wide: dict[str, tuple[str, bool]] = {}
+    signature = ttir[ttir.index("tt.func") : ttir.index("\n", ttir.index("tt.func"))]
+    for name in re.findall(r"%(\w+): !tt\.ptr", signature):
+        wide[name] = (name, False)
+    narrow = set()
+    for line in ttir.splitlines():
+        made = re.search(r"%(\w+) = tt\.(addptr|splat|broadcast|expand_dims|reshape|trans) %(\w+)", line)
+        if made and made[3] in wide:
+            argument, before = wide[made[3]]
+            by_64 = made[2] == "addptr" and re.search(r", (tensor<[\dx]*xi64|i64)", line.partition(" : ")[2])
+            wide[made[1]] = (argument, before or bool(by_64))
+        used = re.search(r"tt\.(?:load|store) %(\w+)", line)
+        if used and used[1] in wide and not wide[used[1]][1]:
+            narrow.add(wide[used[1]][0])
+    return narrow
+
+
+def unmet_structure(family: Family, compiled: Compiled) -> list[str]:
+    """What the family demands of a kernel's intermediate code and this compilation does not show, in words."""
+    demand, options = family.demands.get(compiled.kernel, Demand()), compiled.options
+    ttir, ptx = compiled.asm["ttir"], compiled.asm.get("ptx", "")
+    unmet = [f"{name} is reached by 32-bit offsets" for name in sorted(narrow_pointers(ttir) & set(demand.wide))]
+    for pattern, where in demand.shows:
+        option, _, value = where.partition("=")
+        if (not where or str(options.get(option)) == value) and not re.search(pattern, ttir + ptx):
+            unmet.append(f"no {pattern} in the code" + f" for {where}" * bool(where))
+    if options.get("PRECISION") == "ieee" and re.search(r"inputPrecision = tf32", ttir):
+        unmet.append("products of float32 numbers are rounded to tf32")
+    return unmet
+
+
 # ---- committed files ---------------------------------------------------------------------------------------
 
 

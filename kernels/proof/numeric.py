@@ -19,7 +19,7 @@ import torch
 
 from kernels.proof import FACTOR, FLOOR, Family, Fault, Numeric
 from kernels.proof.interpreter import KernelFault, Watch, checked, mended, poisoned
-from kernels.proof.operators import LAYOUTS, laid_out, mapped, with_a_nan
+from kernels.proof.operators import LAYOUTS, laid_out, mapped, moved, with_a_nan
 from kernels.runtime import INTERPRETED
 
 
@@ -125,7 +125,7 @@ def check_layout_case(module: ModuleType, case: Numeric, layout: str, device: st
         kept = {n: x for n, x in drawn.items() if n in case.changed or hasattr(x, "_fields")}
         hostile, plain = hostile | kept, plain | kept
     with watched():
-        found, expected = (case.kernel(module, mapped(g, lambda _, x: x.to(device))) for g in (hostile, plain))
+        found, expected = (case.kernel(module, mapped(g, lambda _, x: moved(x, device))) for g in (hostile, plain))
     for key, x in found.items():
         if not torch.equal(x.resolve_neg().nan_to_num(1e9), expected[key].nan_to_num(1e9)):
             raise KernelFault(f"{key} differs if the arguments are {layout}")
@@ -174,20 +174,22 @@ def _result(case: str, dtype: str, fault: str | None, share: float, started: flo
     }
 
 
-def further_checks(family: Family) -> dict[str, Callable[[ModuleType], object]]:
+def further_checks(family: Family, device: str = "cpu") -> dict[str, Callable[[ModuleType], object]]:
     """A family's own checks, and what its cases with `hostile` are put to: a NaN in each input, and every layout."""
-    checks = {name: functools.partial(_watched_check, check=check) for name, check in family.checks}
+    checks = {name: functools.partial(_watched_check, check=check, device=device) for name, check in family.checks}
     for case in family.numeric:
         if case.hostile:
-            checks[f"{case.name}: NaN"] = functools.partial(check_nan_case, case=case)
+            checks[f"{case.name}: NaN"] = functools.partial(check_nan_case, case=case, device=device)
             for layout in LAYOUTS:
-                checks[f"{case.name}: {layout}"] = functools.partial(check_layout_case, case=case, layout=layout)
+                checks[f"{case.name}: {layout}"] = functools.partial(
+                    check_layout_case, case=case, layout=layout, device=device
+                )
     return checks
 
 
-def _watched_check(module: ModuleType, check: Callable[[ModuleType], None]) -> None:
+def _watched_check(module: ModuleType, check: Callable[[ModuleType, str], None], device: str) -> None:
     with watched():
-        check(module)
+        check(module, device)
 
 
 def noticing_checks(family: Family) -> dict[str, Callable[[ModuleType], object]]:

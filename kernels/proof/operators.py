@@ -135,6 +135,17 @@ def laid_out(given: Any, layout: str, only: str | None = None) -> tuple[Any, Any
     return hostile, mapped(hostile, lambda _, x: x.resolve_neg().clone(memory_format=torch.contiguous_format))
 
 
+def moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x on that device, with its strides, offset and gaps, which torch's own copy between devices may straighten."""
+    if x.device.type == torch.device(device).type:
+        return x
+    if x.is_neg():
+        return torch._neg_view(moved(torch._neg_view(x), device))
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device).untyped_storage()
+    there = torch.empty(0, dtype=x.dtype, device=device)
+    return there.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+
 def same_layout(x: torch.Tensor) -> torch.Tensor:
     """A copy of x with x's strides, offset and gaps, in a storage of its own."""
     if x.is_neg():
@@ -185,14 +196,17 @@ def check_values(operator: Operator, impl: str, dtype: torch.dtype, module=None,
         compare(name, x.cpu(), truth[name], same[name], dtype, least_scale=1.0)
 
 
-def check_layout(operator: Operator, impl: str, layout: str, module=None, at_once: bool = False) -> None:
+def check_layout(
+    operator: Operator, impl: str, layout: str, module=None, at_once: bool = False, device: str = "cpu"
+) -> None:
     """Raise AssertionError unless hostile arguments give what dense ones give and leave their neighbours alone.
 
     One argument after the other, or all at once, which is quicker and cannot say which."""
     module = module or module_of(operator)
     drawn = operator.inputs(torch.Generator().manual_seed(0))
     if at_once and layout != "expanded":
-        _compare_layout(operator, impl, layout, module, laid_out(drawn, layout), "all arguments")
+        both = tuple(mapped(g, lambda _, x: moved(x, device)) for g in laid_out(drawn, layout))
+        _compare_layout(operator, impl, layout, module, both, "all arguments")
         return
     for name in every_tensor(drawn):
         if operator.hostile is not None and name not in operator.hostile:
@@ -248,7 +262,7 @@ def with_a_nan(drawn: Given, reference: Callable[[Given], dict]) -> Iterator[tup
         yield name, given, {key: x.isnan() & (plain[key] != moved[key]) for key, x in nan.items()}
 
 
-def check_nan(operator: Operator, impl: str, module=None) -> None:
+def check_nan(operator: Operator, impl: str, module=None, device: str = "cpu") -> None:
     """Raise AssertionError if a NaN that the definition passes on to a result does not reach it."""
     module = module or module_of(operator)
     drawn = operator.inputs(torch.Generator().manual_seed(0))
@@ -257,9 +271,10 @@ def check_nan(operator: Operator, impl: str, module=None) -> None:
         return outcome(operator, lambda g: operator.reference(module, g), in_dtype(given, torch.float64))
 
     for name, given, reached in with_a_nan(drawn, reference):
-        found = outcome(operator, lambda g: operator.run(module, g, impl), given)
+        there = mapped(given, lambda _, x: x.to(device))
+        found = outcome(operator, lambda g: operator.run(module, g, impl), there)
         for key, where in reached.items():
-            assert not (where & ~found[key].isnan()).any(), (
+            assert not (where & ~found[key].cpu().isnan()).any(), (
                 f"{operator.name}, impl={impl}: a NaN in {name} does not reach {key}"
             )
 

@@ -49,6 +49,7 @@ def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -
                     continue
                 for one in compiled:
                     row = machine_code.describe(one)
+                    failures += [f"{where}: {one.kernel}: {u}" for u in machine_code.unmet_structure(family, one)]
                     if device == machine_code.TABLE_DEVICE and launch.demanding:
                         failures += [
                             f"{where}: {one.kernel}: {unmet}"
@@ -69,13 +70,19 @@ def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=("interpret", "faults", "compile"))
+    parser.add_argument("part", choices=("interpret", "faults", "compile", "mutate", "mutate-compiled"))
+    parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--family", action="append", default=[])
     parser.add_argument("--device", action="append", default=[], choices=DEVICES)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     names = tuple(options.family)
-    if options.part == "interpret":
+    if options.part.startswith("mutate"):
+        from kernels.proof.mutation import campaign, standing
+
+        campaign(names, options.minutes, in_interpreter=options.part == "mutate")
+        result = standing(names)
+    elif options.part == "interpret":
         result = interpret(names, options.quick)
     elif options.part == "faults":
         result = faults(names)

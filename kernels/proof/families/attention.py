@@ -218,11 +218,17 @@ FAMILY = Family(
         Launch("float32, 4 heads of 16", _launch(torch.float32, T=4096, H=4, K=4, width=16), demanding=False),
     ),
     demands={
-        "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG")),
-        "_attention_dq": Demand(instructions=("HGMMA", "UTMALDG")),
+        "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_lse")),
+        "_attention_dq": Demand(
+            instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_do", "p_lse", "p_dq", "p_delta")
+        ),
         # two accumulators of 128 x 128 leave no register to spare, and grouped heads add a loop: up to 160 bytes
         # a thread may spill (triton 3.6 spills 24, and 152 with grouped heads; 3.9 none and 40)
-        "_attention_dkdv": Demand(instructions=("HGMMA", "UTMALDG"), stack_bytes=160),
+        "_attention_dkdv": Demand(
+            instructions=("HGMMA", "UTMALDG"),
+            stack_bytes=160,
+            wide=("p_q", "p_k", "p_v", "p_do", "p_lse", "p_delta", "p_dk", "p_dv"),
+        ),
     },
     faults=(
         Fault(

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.proof import Family, Fault, Launch, Numeric
+from kernels.proof import Demand, Family, Fault, Launch, Numeric
 
 NAMES = ("q", "k", "v", "ve", "s", "cos", "sin")
 
@@ -91,7 +91,12 @@ FAMILY = Family(
         Launch("bf16, 8 heads of 64 on 2", _launch(torch.bfloat16, K=2, width=64)),
         Launch("float32, 4 heads of 32", _launch(torch.float32, H=4, K=4, width=32), demanding=False),
     ),
-    demands={},
+    demands={
+        "_inputs_forward": Demand(wide=("p_q", "p_k", "p_v", "p_ve", "p_qo", "p_ko", "p_vo")),
+        "_inputs_backward": Demand(
+            wide=("p_gq", "p_gk", "p_gv", "p_q", "p_k", "p_v", "p_ve", "p_dq", "p_dk", "p_dv", "p_dve")
+        ),
+    },
     faults=(
         Fault(
             "sequences are taken for evenly apart",

@@ -46,27 +46,29 @@ def _numeric(name, N, V, softcap, block=None, quick=True, hostile=False, **optio
     return Numeric(name, _inputs(N, V, **options), *run, quick=quick, hostile=hostile, changed=("z",))
 
 
-def _no_class(module):
+def _no_class(module, device):
     """A target that is no class has NaN for its loss and gradient, and no other row notices."""
     z = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     for block in (None, 16):
         for target in (40, 1 << 40, -1):
-            mine = z.clone()
-            losses = module.launch_rows(mine, torch.tensor([0, 1, target, 39, IGNORED]), "rsqrt", IGNORED, True, block)
+            mine, targets = z.to(device, copy=True), torch.tensor([0, 1, target, 39, IGNORED], device=device)
+            losses = module.launch_rows(mine, targets, "rsqrt", IGNORED, True, block).cpu()
+            mine = mine.cpu()
             bad = torch.tensor([False, False, True, False, False])
             assert torch.equal(losses.isnan(), bad), f"target {target}: losses {losses}"
             assert torch.equal(mine.isnan().all(1), bad) and torch.equal(mine.isnan().any(1), bad)
 
 
-def _minus_infinity(module):
+def _minus_infinity(module, device):
     """Without a cap, a logit of -inf is a class of probability 0 and has no gradient."""
     z = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     z[:, 7] = float("-inf")
     targets = torch.tensor([1, 2, 3])
     truth = torch.nn.functional.cross_entropy(z.double(), targets, reduction="none")
     for block in (None, 16):
-        mine = z.clone()
-        losses = module.launch_rows(mine, targets, None, IGNORED, True, block)
+        mine = z.to(device, copy=True)
+        losses = module.launch_rows(mine, targets.to(device), None, IGNORED, True, block).cpu()
+        mine = mine.cpu()
         torch.testing.assert_close(losses.double(), truth, rtol=1e-6, atol=1e-6)
         assert (mine[:, 7] == 0).all() and torch.isfinite(mine).all()
         assert (mine.sum(1).abs() <= 1e-6).all()
@@ -108,7 +110,12 @@ FAMILY = Family(
         Launch("bf16, no cap, a row in registers", _launch(torch.bfloat16, V=16000, softcap=None)),
         Launch("float32, bytes", _launch(torch.float32, V=256)),
     ),
-    demands={"_row_loss": Demand()},
+    demands={
+        "_row_loss": Demand(
+            wide=("p_z",),
+            shows=((r"max\.NaN", "CAP=1"), (r"min\.NaN", "CAP=1"), (r"barrier all|gpu\.barrier", "GRADIENT=True")),
+        )
+    },
     checks=(("a target that is no class", _no_class), ("a logit of -inf without a cap", _minus_infinity)),
     faults=(
         Fault("the target is not subtracted", "- log_total) - 1) * slope_target", "- log_total)) * slope_target"),

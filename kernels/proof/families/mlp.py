@@ -65,7 +65,13 @@ FAMILY = Family(
         Launch("bf16, ragged", _launch(torch.bfloat16, N=1000, D=100, F=300), demanding=False),
         Launch("float32", _launch(torch.float32, N=1000, D=64, F=256), demanding=False),
     ),
-    demands={"_product": Demand(instructions=("HGMMA", "UTMALDG"))},
+    demands={
+        "_product": Demand(
+            instructions=("HGMMA", "UTMALDG"),
+            wide=("p_a", "p_b", "p_act", "p_out"),
+            shows=((r"max\.NaN", "BACKWARD=False"),),
+        )
+    },
     faults=(
         Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
         Fault("the activation swallows NaN", ", propagate_nan=tl.PropagateNan.ALL", "", by="NaN"),

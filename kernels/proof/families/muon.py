@@ -102,7 +102,11 @@ FAMILY = Family(
         Launch("bf16, ragged", _launch(torch.bfloat16, B=1, M=100, K=50), demanding=False),
         Launch("float32, ragged", _launch(torch.float32, B=1, M=100, K=50), demanding=False),
     ),
-    demands={"_symmetric": Demand(instructions=("HGMMA", "UTMALDG")), "_momentum": Demand(), "_update": Demand()},
+    demands={
+        "_symmetric": Demand(instructions=("HGMMA", "UTMALDG"), wide=("p_x", "p_e", "p_out")),
+        "_momentum": Demand(wide=("p_buffer", "p_grad", "p_update")),
+        "_update": Demand(wide=("p_weight", "p_mantissa", "p_update")),
+    },
     faults=(
         Fault("the factor is taken for dense", "x_BMK = dense(x_BMK)", "x_BMK = x_BMK", by="transposed"),
         Fault("the added matrix is taken for dense", "e_BMM = dense(e_BMM)", "e_BMM = e_BMM", by="transposed"),
