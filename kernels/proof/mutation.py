@@ -69,6 +69,13 @@ RULES = (
     Rule("off by one", r"\+ 1\b", "+ 2"),
 )
 
+#: What a survivor means, by the mutant's name; one without a word here is an open question.
+EXPLAINED: dict[str, str] = {
+    "attention_layer: dropped dense: 289bf31bf5": "the layer's own tensors are dense; no case of the family hands it others yet",
+    "attention_layer: masks: 8f484f4e0c": "what is read where the mask is off is not stored: the same program",
+    "attention_layer: masks: f5f86ff99f": "what is read where the mask is off is not stored: the same program",
+}
+
 
 class Mutant(NamedTuple):
     """One changed place: of `family`'s module, in line `number` (from 0), `old` became `new`."""
@@ -256,7 +263,3 @@ def page() -> str:
             why = EXPLAINED.get(name, "" if "compiled" in o else "not yet compiled")
             lines.append(f"| {o['family']} | {o['kind']} | `{cells[0]}` | `{cells[1]}` | {why} |")
     return "\n".join(lines) + "\n"
-
-
-#: Why a survivor is none to worry about, by the mutant's name; a survivor without a word here is an open question.
-EXPLAINED: dict[str, str] = {}

@@ -372,3 +372,61 @@ def test_table_differences_are_told(tmp_path, monkeypatch):
     assert "not in the committed table" in machine_code.compare({"f / new / k": row})["f / new / k"]
     machine_code.update_table({"f / other / k": row})  # a family's rows are replaced, other families' stay
     assert set(machine_code.committed_table()[triton.__version__]) == {"f / other / k", "g / l / k"}
+
+
+TTIR = """
+  tt.func public @k(%p_x: !tt.ptr<bf16> {tt.divisibility = 16 : i32}, %p_y: !tt.ptr<bf16>, %n: i32) {
+    %0 = tt.addptr %p_x, %row : !tt.ptr<bf16>, i64
+    %1 = tt.splat %0 : !tt.ptr<bf16> -> tensor<64x!tt.ptr<bf16>>
+    %2 = tt.addptr %1, %o : tensor<64x!tt.ptr<bf16>>, tensor<64xi32>
+    %3 = tt.load %2, %m, %other : tensor<64x!tt.ptr<bf16>>
+    %4 = tt.splat %p_y : !tt.ptr<bf16> -> tensor<64x!tt.ptr<bf16>>
+    %5 = tt.addptr %4, %o : tensor<64x!tt.ptr<bf16>>, tensor<64xOFFSET>
+    tt.store %5, %3, %m : tensor<64x!tt.ptr<bf16>>
+"""
+
+
+def test_a_lost_64_bit_cast_is_seen_in_the_intermediate_code():
+    assert machine_code.narrow_pointers(TTIR.replace("OFFSET", "i32")) == {"p_y"}
+    assert machine_code.narrow_pointers(TTIR.replace("OFFSET", "i64")) == set()
+    assert machine_code.narrow_pointers(TTIR.replace("%row : !tt.ptr<bf16>, i64", "%row : !tt.ptr<bf16>, i32")) == {
+        "p_x",
+        "p_y",
+    }
+
+
+def test_demands_on_the_intermediate_code_are_told():
+    from kernels.proof import Demand
+    from kernels.proof.pretend import Compiled
+
+    demand = Demand(wide=("p_y",), shows=((r"max\.NaN", "CAP=1"),))
+    family = Family("x", "kernels.norm", (), (), (), {"k": demand}, ())
+
+    def unmet(cap, ptx, ttir):
+        asm = {"ttir": ttir, "ptx": ptx}
+        options = {"CAP": cap, "PRECISION": "ieee"}
+        return machine_code.unmet_structure(family, Compiled("k", "sm_90", options, (1,), 0, asm))
+
+    wide = TTIR.replace("OFFSET", "i64")
+    assert unmet(1, "max.NaN.f32", wide) == [] and unmet(0, "", wide) == []
+    assert "max" in unmet(1, "max.f32", wide)[0]
+    assert "p_y" in unmet(0, "", TTIR.replace("OFFSET", "i32"))[0]
+    assert "tf32" in unmet(0, "", wide + "inputPrecision = tf32")[0]
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["half-precision sums", "bounds"])
+def test_a_mutant_of_the_campaign_is_caught(kind, tmp_path):
+    """One mutant of two kinds, of the cheapest family; `python -m kernels.proof --part mutate` runs all."""
+    from kernels.proof.mutation import judged, mutants
+
+    found = [m for m in mutants(FAMILIES["mlp"]) if m.kind == kind]
+    assert judged(FAMILIES["mlp"], found[0], 900, tmp_path)["caught"] is not None
+
+
+def test_mutants_are_many_and_always_the_same():
+    from kernels.proof.mutation import mutants
+
+    drawn = {m.name: m for f in FAMILIES.values() for m in mutants(f)}
+    assert len(drawn) >= 60 and len({m.kind for m in drawn.values()}) >= 12
+    assert drawn == {m.name: m for f in FAMILIES.values() for m in mutants(f)}
