@@ -71,7 +71,7 @@ RULES = (
 
 #: What a survivor means, by the mutant's name; one without a word here is an open question.
 EXPLAINED: dict[str, str] = {
-    "attention_layer: dropped dense: 289bf31bf5": "its own tensors are dense; no case of the family hands it others yet",
+    "attention_layer: dropped dense: 289bf31bf5": "its own tensors are dense; no case hands it others yet",
     "attention_layer: masks: 8f484f4e0c": "what is read where the mask is off is not stored: the same program",
     "attention_layer: masks: f5f86ff99f": "what is read where the mask is off is not stored: the same program",
 }
