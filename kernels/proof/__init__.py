@@ -143,6 +143,10 @@ class Family(NamedTuple):
     checks: tuple[tuple[str, Callable[[ModuleType, str], None]], ...] = ()  # (module, device); raise if it fails
 
 
+# Imported before the function of its name is defined: importing a package later would put it in the function's place.
+importlib.import_module("kernels.proof.families")
+
+
 def families(chosen: tuple[str, ...] = ()) -> dict[str, Family]:
     """The families under kernels/proof/families, by name; only the `chosen` ones if any are named.
 

@@ -101,9 +101,9 @@ def mutate(names: list[str], minutes: float | None, page_only: bool) -> list[str
             result = run_part(part, names, [], False, minutes)
     mutation.PAGE.write_text(mutation.page())
     judged = result or mutation.standing(tuple(names))
-    survivors = [f"{name}: {o['old']} -> {o['new']}" for name, o in judged.items() if not o["caught"]]
+    survivors = {name: f"{name}: {o['old']} -> {o['new']}" for name, o in judged.items() if not o["caught"]}
     print(f"\n{len(judged) - len(survivors)} of {len(judged)} judged mutants caught; see docs/mutations.md")
-    return [s for s in survivors if s.partition(": ")[0] not in mutation.EXPLAINED]
+    return [told for name, told in survivors.items() if name not in mutation.EXPLAINED]
 
 
 def report_compile(result: dict, update: bool) -> list[str]:
