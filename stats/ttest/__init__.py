@@ -225,8 +225,8 @@ def rounding_interval(losses: np.ndarray, threshold: float, alpha: float, decima
 def sensitivity_of(losses: np.ndarray, threshold: float, alpha: float, resamples: int, seed: int) -> Sensitivity:
     """Bootstrap bound and sign-flip test; deterministic for one seed.
 
-    BCa bounds of small samples cover too little (a 99 % bound covered the mean of five normal losses in 92 % of 250), so that below
-    FEWEST_FOR_BCA runs the studentised bootstrap takes its place.
+    BCa bounds of small samples cover too little (a 99 % bound covered the mean of five normal losses in 92 % of 250
+    samples), so that below FEWEST_FOR_BCA runs the studentised bootstrap takes its place.
     """
     n = len(losses)
     if n < FEWEST_FOR_BCA:
