@@ -155,7 +155,7 @@ def test_one_page_holds_everything(own, tmp_path, capsys):
     assert "<span tabindex=0" in text and "http" not in text.replace("http-equiv", ""), "nothing is fetched"
     assert "reading" not in text and "step 6" in text
     assert cli.run(page.main, [str(own[0]), f"--out={path}", "--only=atention"]) == 2
-    assert "there are frequency" in capsys.readouterr().err
+    assert "there are curve, frequency" in capsys.readouterr().err
 
 
 def test_every_analysis_of_the_menu_says_whether_it_fits(own, tmp_path, capsys):
