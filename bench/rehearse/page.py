@@ -88,7 +88,10 @@ def page() -> str:
     parts = sorted({part for told in sides.values() for part in told["projection"]["parts"]})
     projected = [{"part": p, **{n: t["projection"]["parts"].get(p, 0.0) for n, t in sides.items()}} for p in parts]
     kinds = [{"launched by": kind, **numbers} for kind, numbers in shown["kinds"].items()]
-    holders = [{"held at the peak, by what makes it": who, "GiB": gib} for who, gib in shown["holders_gib"].items()]
+    holders = [
+        {"held at the peak, by what makes it": who.replace(" | ", " from "), "GiB": gib}
+        for who, gib in shown["holders_gib"].items()
+    ]
     messages = [{k: "+".join(m[k]) if k == "dtypes" else m[k] for k in m} for m in shown["messages"]]
     return TEXT.format(
         what="`{preset}`, one of {world} {device}, {tokens:,} tokens a step".format(**shown),

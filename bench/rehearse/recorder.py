@@ -118,7 +118,7 @@ class Memory:
         number, size = self._count, -(-storage.nbytes() // 512) * 512
         self._seen[storage] = size
         self.live += size
-        self.events.append((number, size, f"{tuple(t.shape)} {str(t.dtype)[6:]} | {_maker('torch')}", phase))
+        self.events.append((number, size, f"{tuple(t.shape)} {str(t.dtype)[6:]} from {_maker('torch')}", phase))
         weakref.finalize(storage, self._freed, number, size)
 
     def _freed(self, number: int, size: int) -> None:
