@@ -5,7 +5,6 @@
 Each fault is one that a GPU would have been the first to show. "none" is the run as it is.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -59,25 +58,6 @@ def spilling():
     return mock.patch.object(muon, "_momentum", starved)
 
 
-@contextlib.contextmanager
-def other_assembler():
-    """Triton's own ptxas, told to optimise less."""
-    import triton
-
-    real = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "ptxas"
-        script.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then exec {real} "$@"; fi\nexec {real} -O1 "$@"\n')
-        script.chmod(0o755)
-        kernels = [v for v in vars(muon).values() if hasattr(v, "device_caches")]
-        for kernel in kernels:
-            kernel.device_caches.clear()
-        with mock.patch.dict(os.environ, TRITON_PTXAS_PATH=str(script), TRITON_CACHE_DIR=folder):
-            yield
-        for kernel in kernels:
-            kernel.device_caches.clear()
-
-
 def window_as_a_number():
     def set_window(self, step):
         self.window = train_gpt.window_blocks_at(step, self.config)
@@ -113,7 +93,6 @@ EAGER = {
     "a kernel that spills": spilling,
     "2 GB more at the peak": lambda: beside_muon(two_gigabytes),
     "50 more launches": lambda: beside_muon(fifty_launches),
-    "another ptxas": other_assembler,
 }
 COMPILED = {"a graph break": broken_graph, "a recompilation by window": window_as_a_number}
 
