@@ -158,7 +158,7 @@ def test_planted_faults_are_seen():
         "a kernel that spills": "spilling_kernels",
         "2 GB more at the peak": "peak_gib",
         "50 more launches": "launches",
-        "a graph break": "graph break",
+        "a graph break": "graph_break",
         "a recompilation by window": "recompil",
     }
     assert said.pop("none") == []
