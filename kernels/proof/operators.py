@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.proof.near import compare
+
 Given = dict[str, Any]
 
 
@@ -184,8 +186,6 @@ def in_dtype(given: Given, dtype: torch.dtype) -> Given:
 
 def check_values(operator: Operator, impl: str, dtype: torch.dtype, module=None, device: str = "cpu") -> None:
     """Raise AssertionError unless every result is as near to float64 as the definition in the same dtype."""
-    from kernels.proof.numeric import compare  # the rule of what is near stands there once
-
     module = module or module_of(operator)
     given = in_dtype(operator.inputs(torch.Generator().manual_seed(0)), dtype)
     truth = outcome(operator, lambda g: operator.reference(module, g), in_dtype(given, torch.float64))
