@@ -39,6 +39,7 @@ from pathlib import Path
 
 from bench.common import RESULTS, read_result, table, write_result
 from bench.fault_injection import PLACES, Fault, arm, damage_shard
+from trainer.checkpoints import checkpoints_of
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = dict(
@@ -190,7 +191,7 @@ class Sandbox:
     @property
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, the newest first."""
-        return sorted((self.out / "run.checkpoints").glob("step-*.safetensors"), reverse=True)
+        return checkpoints_of(self.out / "run.checkpoints")
 
     def arguments(self, *more: str) -> list[str]:
         """The program's command line."""

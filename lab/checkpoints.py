@@ -138,7 +138,8 @@ def find_checkpoints(place: str | Path) -> list[Path]:
     if place.is_file():
         return [place]
     for pattern in ("step-*.safetensors", "*.checkpoints/step-*.safetensors", "runs/*.checkpoints/step-*.safetensors"):
-        if found := sorted(place.glob(pattern)):
+        # by number: step-1000000 is later than step-999999
+        if found := sorted(place.glob(pattern), key=lambda path: (str(path.parent), len(path.name), path.name)):
             return [p for p in found if p.parent == found[0].parent]
     raise LabError(f"no checkpoint at {place}; give a .safetensors file, or a folder that a run wrote")
 

@@ -29,6 +29,7 @@ from lab.runlog import write_json, write_text
 from lab.sweep import draw as draw_sweep
 from lab.sweep import sweep
 from lab.train import Result, TrainConfig, complete, parse_seeds, train_model
+from trainer.checkpoints import checkpoints_of
 
 # Rung -> (training settings, model fields). Steps are for --scale=1.
 LADDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -142,7 +143,7 @@ def read_domains(out: Path, scale: float) -> tuple[dict[str, Result], dict[str, 
 def look_inside(out: Path, results: dict[str, Result], corpora: dict[str, Corpus]) -> list[analyses.Finding]:
     """Every analysis, mostly of the story model."""
     folder = results["text"].checkpoints
-    along = [load_checkpoint(p) for p in sorted(folder.glob("step-*.safetensors"))]
+    along = [load_checkpoint(p) for p in reversed(checkpoints_of(folder))]
     final = load_checkpoint(folder / "best.safetensors")
     split = corpora["text"].documents
     prompt = "Once upon a time"

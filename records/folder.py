@@ -86,7 +86,8 @@ class Series:
 
     def checkpoints(self, run: str) -> list[Path]:
         """Checkpoints that a run left, oldest first."""
-        return sorted((self.runs_folder / f"{run}.checkpoints").glob("*.safetensors"))
+        found = (self.runs_folder / f"{run}.checkpoints").glob("*.safetensors")
+        return sorted(found, key=lambda path: (len(path.name), path.name))  # by number, beyond six digits too
 
     def command(self, run: str, seed: int, *, resume: bool) -> list[str]:
         """The trainer's command line for a run."""

@@ -22,7 +22,8 @@ Sums are taken in the gradient's own dtype, as in the plain way. Messages leave 
 gradients, because Muon can start as soon as its matrices are there: the rest travels behind it. A compiled backward
 pass hands over all gradients at its end, so that under torch.compile the exchange overlaps with the optimizers, and
 only the matrices' reduce-scatter (344 MB a process and step of `medium` on eight) and the head's all-gather (180 MB)
-are waited for. That is why the backward pass is not cut into pieces for the exchange's sake.
+are waited for. These are counts of bytes; whether cutting the backward pass into pieces, so that they start sooner,
+would pay for the kernels that it costs, has not been tried.
 
 Only float types and bytes are sent: the collectives of NCCL and gloo know no 16-bit integers.
 

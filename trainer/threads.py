@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-SPIN_COUNT = 300  # turns of a loop: some microseconds; bench/results/spin-cpu.json has what others cost
+SPIN_COUNT = 300  # turns of a loop: some microseconds; `python -m bench.spin` compares it with other rules
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lab.studio.places import Places, Refused
 from lab.studio.progress import read_progress
 from records.logs import read_run_json
+from trainer.checkpoints import checkpoints_of
 
 if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
@@ -105,7 +106,7 @@ def _product(shape: list[int]) -> int:
 def steps_of(path: Path) -> list[Path]:
     """Every checkpoint of the run that `path` belongs to, the best first, then by step."""
     best = path.parent / "best.safetensors"
-    steps = sorted(path.parent.glob("step-*.safetensors"))
+    steps = checkpoints_of(path.parent)[::-1]
     return ([best] if best.exists() else []) + steps or [path]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lab.studio.places import Refused
 from lab.studio.progress import read_progress
 from records.logs import read_run_json
+from trainer.checkpoints import checkpoints_of
 
 if TYPE_CHECKING:
     from stats.compare import Comparisons
@@ -33,7 +34,7 @@ class Side:
         found = [(read_run_json(run).get("final_loss") or 0.0, run) for run in self.runs]
         for _, run in sorted(found):
             folder = run.with_suffix(".checkpoints")
-            for path in (folder / "best.safetensors", *sorted(folder.glob("step-*.safetensors"), reverse=True)):
+            for path in (folder / "best.safetensors", *checkpoints_of(folder)):
                 if path.is_file():
                     return path
         return None

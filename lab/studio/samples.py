@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.studio.places import Refused
+from trainer.checkpoints import checkpoints_of
 
 if TYPE_CHECKING:
     from lab.studio.catalogue import Models
@@ -27,7 +28,7 @@ class Samples:
         """(step, text) for the checkpoints in a folder that have been sampled, the latest first; the others are
         put on the worker's list."""
         found = []
-        for path in sorted(checkpoints.glob("step-*.safetensors"), reverse=True):
+        for path in checkpoints_of(checkpoints):
             if path not in self._made:
                 self._made[path] = None
                 self._worker.submit(self._make, path)

@@ -18,13 +18,14 @@ from lab.analyses.quality import assess
 from lab.analyses.samples import cosine, profile
 from lab.analyses.scoring import score
 from lab.analyses.tasks import lambada, read_cola, read_hellaswag, read_lambada, read_pairs, wilson
-from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
+from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
 from lab.cleaning import clean_stories, kept_by_share, raw_stories
 from lab.datasets import load_corpus, load_documents, overlap, split_documents
 from lab.models import IGNORE, build_model
 from lab.tokens import ByteTokenizer, WordTokenizer
 from lab.train import evaluate
 from lab.words import split_words
+from trainer.checkpoints import checkpoints_of
 
 
 def test_a_run_is_looked_at_on_its_own_text_and_on_no_other(own, tmp_path, capsys):
@@ -374,3 +375,12 @@ def test_coloured_text_by_hand(own):
         assert [x for _, x in token.top] == pytest.approx(best, abs=1e-5)
     page = as_html(got, spaced=False, before=got)
     assert page.count("<span") == len(ids) and "&lt;CE&gt;" in page and "before" in page
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """From step 1,000,000 on, names sorted as text are in another order."""
+    for step in (999_999, 1_000_000, 20, 2_000_000):
+        (tmp_path / f"step-{step:06d}.safetensors").touch()
+    found = [int(path.stem.removeprefix("step-")) for path in find_checkpoints(tmp_path)]
+    assert found == [20, 999_999, 1_000_000, 2_000_000]
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"step-{n:06d}.safetensors" for n in reversed(found)]
