@@ -11,7 +11,7 @@ usage() {
                                   --retry-crashed ... (./run.sh series --help); all others go to train_gpt.py
 ./run.sh test [pytest flags]      the test suite, two processes
 ./run.sh study FILE.toml [flags]  what is each technique worth? (records/study_plan.py describes the file)
-./run.sh sample CHECKPOINT ...    write text from a checkpoint
+./run.sh sample | evaluate | export CHECKPOINT ...   text from it | its loss | a folder for transformers
 ./run.sh lab | studio             the tour of small models | train, watch and talk in the browser
 ./run.sh bench first|step|...     measure what a GPU can tell, in four commands; one JSON, one table (--cpu: small)
 ./run.sh setup [lab]              install only; with 'lab' also what the lab and the studio need
@@ -202,7 +202,7 @@ study)
     need $training
     run "$PY" -m records.study "$@"
     ;;
-sample) run "$PY" "${ROOT}train_gpt.py" "$@" ;;
+sample | evaluate | export) run "$PY" "${ROOT}train_gpt.py" "$@" ;;
 lab | studio)
     verb=$1
     shift
