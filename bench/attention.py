@@ -26,6 +26,7 @@ from bench.common import RESULTS, compare, device_name, measure, summary, table,
 from data.shards import open_shard
 from kernels import attention as module
 from kernels.attention import AttentionPlan, attention, attention_plan
+from kernels.runtime import device_kind
 
 EOS = 50256
 BLOCK = 128
@@ -152,7 +153,7 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
         about = {"T": len(tokens), "window": window}
         plan = attention_plan(tokens, eos_id=EOS, window_blocks=window // BLOCK)
         flops = pass_flops(allowed_pair_count(plan), heads, width)
-        with pretend.recorded(module.device_kind()) as launched:
+        with pretend.recorded(device_kind()) as launched:
             new = timed_rows(contestants(plan), inputs, flops, repeats, **about)
         rows += new
         for code in {c.kernel: c for c in launched if c.kernel.startswith("_attention")}.values():

@@ -202,7 +202,8 @@ class Sandbox:
             output_dir=str(self.out),
             communication=self.communication,
         )
-        return [f"--{name}={value}" for name, value in fields.items()] + list(more)
+        given = {word.partition("=")[0].removeprefix("--") for word in more}  # a flag may be given once
+        return [f"--{name}={value}" for name, value in fields.items() if name not in given] + list(more)
 
     def begin(self, *more: str, fault: Fault | None = None, restarts: int = 0) -> tuple[int, Path]:
         """Start the run; returns process and output file."""
@@ -611,11 +612,11 @@ def nan_gradient(campaign, box, draw, outcome, stack):
     outcome.fault = asdict(fault)
     if box.nproc > 1:
         end = box.start(*RESUME, fault=fault, restarts=1)
-        if end.code != 0 or not re.search("loss is nan|not finite", end.output):
+        if end.code != 0 or not re.search(r"loss (at step \d+ )?is nan|not finite", end.output):
             raise Unexpected(f"with a restart it ended with {end.code}: {end.message}")
         return
     box.start(fault=fault)
-    if not stopped(outcome, box, {4}, "loss is nan|weight is not finite"):
+    if not stopped(outcome, box, {4}, r"loss (at step \d+ )?is nan|weight is not finite"):
         raise Unexpected("it trained on with NaN")
     goes_on(box)
 

@@ -38,7 +38,7 @@ def test_asking_again_later_ends_the_process_at_once(stop, monkeypatch):
 
 
 def log_in(folder, **named) -> RunLog:
-    environment = dict.fromkeys(("python", "torch", "compute", "triton", "hardware", "world_size"), "x")
+    environment = dict.fromkeys(("python", "torch", "compute", "triton", "hardware", "world_size", "assembler"), "x")
     environment |= {"hashes": {}, "implementations": {}}
     return RunLog(folder, "run", {"num_iterations": 20, "seed": 0}, environment, "source", "hash", **named)
 
@@ -80,7 +80,7 @@ def test_what_rank_0_raises_is_printed_once_and_has_its_exit_code(error, capsys,
     code = train_gpt.main(["--preset=nano"])
     assert code == (2 if isinstance(error, train_gpt.UsageError) else 5)
     assert capsys.readouterr().err.count("train_gpt.py: ") == 1
-    monkeypatch.setattr(train_gpt, "rank", lambda: 1)
+    monkeypatch.setattr("trainer.processes.rank", lambda: 1)
     monkeypatch.setattr(train_gpt, "on_rank_0", lambda work: (_ for _ in ()).throw(error))
     assert train_gpt.main(["--preset=nano"]) == code
     assert capsys.readouterr().err == "", "the other ranks leave the message to rank 0"

@@ -184,7 +184,8 @@ def test_rounding_interval_holds_the_p_of_the_unrounded_losses(n, decimals, seed
     found = rounding_interval(rounded, 2.92, 0.05, decimals)
     p = scipy.stats.ttest_1samp(exact, 2.92, alternative="less").pvalue
     assert found.p_low - 1e-12 <= p <= found.p_high + 1e-12
-    assert found.decisive == (max(found.p_low, found.p_high) < 0.05 or min(found.p_low, found.p_high) >= 0.05)
+    both = (found.p_low, found.p_high)
+    assert found.decisive == all(max(both) < level or min(both) >= level for level in (0.05, 0.01))
 
 
 def test_losses_with_few_digits_are_warned_about():
