@@ -39,7 +39,7 @@ from pathlib import Path
 
 from bench.common import RESULTS, read_result, table, write_result
 from bench.fault_injection import PLACES, Fault, arm, damage_shard
-from trainer.checkpoints import checkpoints_of
+from trainer.files import checkpoints_of
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = dict(

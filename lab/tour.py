@@ -29,7 +29,7 @@ from lab.runlog import write_json, write_text
 from lab.sweep import draw as draw_sweep
 from lab.sweep import sweep
 from lab.train import Result, TrainConfig, complete, parse_seeds, train_model
-from trainer.checkpoints import checkpoints_of
+from trainer.files import checkpoints_of
 
 # Rung -> (training settings, model fields). Steps are for --scale=1.
 LADDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.paths import atomic_file
+from trainer.files import checkpoints_of
 from trainer.log import say
 
 
@@ -153,15 +153,6 @@ class Done(NamedTuple):
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: what it says of its run makes no sense ({error})") from error
         return cls(step, seconds, validation, losses)
-
-
-_NAME = re.compile(r"step-(\d+)\.safetensors")
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, named step-<number>.safetensors, the highest number first."""
-    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*.safetensors")}
-    return sorted((p for p, match in found.items() if match), key=lambda p: int(found[p][1]), reverse=True)  # type: ignore[index]
 
 
 def newest_whole(folder: Path, format: str) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:

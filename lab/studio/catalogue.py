@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lab.studio.places import Places, Refused
 from lab.studio.progress import read_progress
 from records.logs import read_run_json
-from trainer.checkpoints import checkpoints_of
+from trainer.files import checkpoints_of
 
 if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint

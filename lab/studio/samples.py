@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.studio.places import Refused
-from trainer.checkpoints import checkpoints_of
+from trainer.files import checkpoints_of
 
 if TYPE_CHECKING:
     from lab.studio.catalogue import Models

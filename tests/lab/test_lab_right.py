@@ -25,7 +25,7 @@ from lab.models import IGNORE, build_model
 from lab.tokens import ByteTokenizer, WordTokenizer
 from lab.train import evaluate
 from lab.words import split_words
-from trainer.checkpoints import checkpoints_of
+from trainer.files import checkpoints_of
 
 
 def test_a_run_is_looked_at_on_its_own_text_and_on_no_other(own, tmp_path, capsys):
