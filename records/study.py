@@ -45,7 +45,7 @@ from records.ledger import Ledger, LedgerError, now
 from records.logs import write_whole
 from records.runner import Runner, Stopped, Task, can_resume, settle_lost
 from records.study_plan import BASE, StudyError, StudyPlan, check_against, load_trainer, read_plan
-from records.study_report import Pairs, read_pairs, told, verdicts, write_report
+from records.study_report import Pairs, read_pairs, sealed_plan, told, verdicts, write_report
 from stats.errors import StatsError
 from stats.paired import CONTINUE
 from stats.samples import RUN_FIELDS
@@ -127,11 +127,6 @@ def _check_same(path: Path, plan: StudyPlan, code: dict[str, str]) -> None:
 # What to run next
 
 
-def run_of(plan: StudyPlan, arm: str, pair: int) -> str:
-    """The run of an arm in a pair (from 0): ARM/seed-003."""
-    return f"{arm}/seed-{plan.seed(arm, pair):03d}"
-
-
 def next_tasks(study: Study, pairs: Pairs) -> list[Task]:
     """The runs up to the next look of every arm that is not decided, pair by pair, the arms in a turning order."""
     plan, states = study.plan, study.ledger.runs()
@@ -145,10 +140,11 @@ def next_tasks(study: Study, pairs: Pairs) -> list[Task]:
     for pair in range(until):
         turned = arms[pair % len(arms) :] + arms[: pair % len(arms)]
         for arm in turned:
-            run, state = run_of(plan, arm, pair), states.get(run_of(plan, arm, pair))
+            run = plan.run(arm, pair)
+            state = states.get(run)
             if state is None or not state.attempts:
                 tasks.append(Task(run, plan.seed(arm, pair), 1, False))
-            elif state.status in ("interrupted",) or (state.attempts[-1].end or {}).get("lost"):
+            elif state.status == "interrupted" or (state.attempts[-1].end or {}).get("lost"):
                 resume = can_resume(study, state)
                 tasks.append(Task(run, plan.seed(arm, pair), state.attempts[-1].number + 1, resume))
     return tasks
@@ -185,7 +181,7 @@ def run_study(study: Study, launcher, *, quiet: bool) -> int:
     while True:
         pairs = read_pairs(study.folder, study.plan)
         if pairs.base_failed:
-            failed = ", ".join(run_of(study.plan, BASE, pair) for pair in pairs.base_failed)
+            failed = ", ".join(study.plan.run(BASE, pair) for pair in pairs.base_failed)
             raise SeriesError(f"{failed} failed: without the base nothing can be compared", EXIT_CRASHED)
         write_report(study.folder, study.plan, pairs)
         for line in told(study.plan, verdicts(study.plan, pairs)):
@@ -268,18 +264,11 @@ def report_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m records.study report")
     parser.add_argument("folder", type=Path, nargs="+", help="a study's folder")
     for folder in parser.parse_args(argv).folder:
-        plan = plan_of(folder)
+        plan = sealed_plan(folder)
         pairs = read_pairs(folder, plan)
         write_report(folder, plan, pairs)
         print("\n".join(told(plan, verdicts(plan, pairs))))
     return 0
-
-
-def plan_of(folder: Path) -> StudyPlan:
-    """The plan that is sealed in a study's folder. Raises StudyError."""
-    from records.study_report import sealed_plan
-
-    return sealed_plan(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

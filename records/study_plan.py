@@ -98,6 +98,10 @@ class StudyPlan:
         """The seed of an arm's run in a pair (from 0)."""
         return pair + (OTHER_SEEDS if arm == AGAIN else 0)
 
+    def run(self, arm: str, pair: int) -> str:
+        """The run of an arm in a pair (from 0): ARM/seed-003."""
+        return f"{arm}/seed-{self.seed(arm, pair):03d}"
+
     @property
     def sealed(self) -> dict:
         """Everything that must not change once the first run has started, as JSON; `minutes` may be raised."""

@@ -59,7 +59,7 @@ def read_pairs(folder: Path, plan: StudyPlan) -> Pairs:
     curves: dict = {arm: {} for arm in plan.arms}
     for arm in plan.arms:
         for pair in range(plan.looks[-1]):
-            state = states.get(f"{arm}/seed-{plan.seed(arm, pair):03d}")
+            state = states.get(plan.run(arm, pair))
             if state is None or state.status not in ("finished", "crashed"):
                 continue
             if state.status == "crashed":
