@@ -31,6 +31,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 
 from trainer.threads import bound_spinning
 
@@ -54,6 +55,7 @@ from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
 from trainer.log import Clock, Progress, RunLog, unique_name
+from trainer.ngrams import NGramRows
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import choose_assembler, describe_environment, matmul_ceiling, program_files, unproven_versions
@@ -100,6 +102,9 @@ class Config:
     attention_scale: float = setting(0.12, "factor", "on the logits of attention", above=0)
     soft_cap: str = setting("rsqrt", "name", "on the head's logits", choices=("rsqrt", "sigmoid", "none"))
     second_input_embedding: bool = setting(True, "flag", "a second embedding table mixed into every layer")
+    second_embedding_context: int = setting(1, "tokens", "whose hash picks its row; 1: the token's own", at_least=1)
+    value_embedding_context: int = setting(1, "tokens", "likewise, for the value embeddings", at_least=1)
+    context_rows: int = setting(32768, "rows", "of a table whose row several tokens pick", at_least=1)
     value_embeddings: int = setting(5, "tables", "added to values of the first and last so many layers", at_least=0)
     unet_skips: str = setting("6>9,4>10,2>11", "layers", "output of the first added on entering the second; '': off")
     attention_free_layers: str = setting("7", "layers", "with an MLP only; '': none")
@@ -339,8 +344,11 @@ class GPT(nn.Module):
         self.config = c
         self.skips = _skips(c.unet_skips)
         self.embed1 = nn.Embedding(c.vocab_size, c.model_dim, dtype=dtype)
-        self.embed2 = nn.Embedding(c.vocab_size, c.model_dim, dtype=dtype) if c.second_input_embedding else None
-        tables = [nn.Embedding(c.vocab_size, c.model_dim, dtype=dtype) for _ in range(c.value_embeddings)]
+        contexts = 1, c.second_embedding_context, c.value_embedding_context
+        rows = [NGramRows(n, c.context_rows, c.vocab_size, c.eos_id) for n in contexts]
+        self.rows1, self.rows2, self.rows_v = rows
+        self.embed2 = nn.Embedding(len(self.rows2), c.model_dim, dtype=dtype) if c.second_input_embedding else None
+        tables = [nn.Embedding(len(self.rows_v), c.model_dim, dtype=dtype) for _ in range(c.value_embeddings)]
         self.value_embeds = nn.ModuleList(tables)
         self.blocks = nn.ModuleList([Block(c, layer) for layer in range(c.num_layers)])
         # A multiple of 128 keeps the product's tiles whole. The padding classes take part in the softmax.
@@ -363,6 +371,11 @@ class GPT(nn.Module):
         L = self.config.num_layers
         initial = torch.cat([torch.ones(L), torch.tensor([1.0, 0, 0] * L), torch.tensor([0.5, 0.5] * L)])
         self.scalars.copy_(initial.to(self.scalars.device))
+
+    def pickers(self, tables: Iterable[str]) -> dict[str, NGramRows]:
+        """How tokens (..., T) pick the rows of each of the tables, by the tables' names."""
+        kinds = dict(embed1=self.rows1, embed2=self.rows2, value_embeds=self.rows_v)
+        return {name: kinds[name.split(".")[0]] for name in tables}
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions from 0 to length-1 or more. Made once and kept; a compiled graph that finds none
@@ -395,8 +408,9 @@ class GPT(nn.Module):
         attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
         x00_BTD = norm(self.embed1(tokens_BT))
-        x01_BTD = None if self.embed2 is None else norm(self.embed2(tokens_BT))
-        tables = [table(tokens_BT) for table in self.value_embeds]
+        rows2_BT, rows_v_BT = (rows(seen_BS)[:, begin:] for rows in (self.rows2, self.rows_v))
+        x01_BTD = None if self.embed2 is None else norm(self.embed2(rows2_BT))
+        tables = [table(rows_v_BT) for table in self.value_embeds]
         values = dict(enumerate(tables)) | {L - len(tables) + i: ve for i, ve in enumerate(tables)}
         x_BTD, outputs = x00_BTD, {}
         for layer, block in enumerate(self.blocks):
@@ -521,7 +535,7 @@ class Trainer:
         matrices, tables, head, others = self.parameters()
         overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
         exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
-        self.exchange = exchange(matrices, tables, head, others)
+        self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables))
         self.muon = Muon(self.exchange.my_matrices, config, self.model.impls["muon"])
         self.adam = AdamW(self.exchange.my_others, config)
         self.norm: GradientNorm | None = None

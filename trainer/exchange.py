@@ -11,11 +11,12 @@ are the speedrun's, so that orthogonalisation needs no communication of its own)
   the next step or validation begins.
 - the head is summed by one reduce-scatter over its rows; each process updates its rows, and one all-gather brings them
   together.
-- an embedding table's gradient is zero but for the tokens of the batch. Only the rows that the batch touched on any
-  process are packed, all tables side by side, summed and put back, so the result is exactly that of the whole tables.
-  Which rows these are is worked out on the host, from the tokens, before the backward pass: the GPU never waits for
-  it. Untouched rows fill them up to a multiple, so that sizes repeat from step to step. Every process updates the whole
-  table: Adam moves the untouched rows too, and sending all of them would cost more than computing them.
+- an embedding table's gradient is zero but for the rows of the batch. Only the rows that the batch touched on any
+  process are packed, side by side for all tables whose rows are picked alike (by the token, or by a hash of several),
+  summed and put back, so the result is exactly that of the whole tables. Which rows these are is worked out on the
+  host, from the tokens, before the backward pass: the GPU never waits for it. Untouched rows fill them up to a
+  multiple, so that sizes repeat from step to step. Every process updates the whole table: Adam moves the untouched
+  rows too, and sending all of them would cost more than computing them.
 - the few scalars are summed by everyone.
 
 Sums are taken in the gradient's own dtype, as in the plain way. Messages leave in this order, whatever the order of the
@@ -34,7 +35,7 @@ touched/V of what they did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,11 +61,11 @@ def owners(matrices: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
     return {name: owner[name] for name in matrices}
 
 
-def touched_rows(tokens: Iterable[Tensor], vocab_size: int, multiple: int = 1) -> Tensor:
-    """int64 (U,) on the host: the token ids that occur on any process, and as many others as make U a multiple of
-    `multiple` (or all of them). Collective, over host memory; the same on every process."""
-    seen = torch.zeros(vocab_size, dtype=torch.uint8)
-    for part in tokens:
+def touched_rows(picked: Iterable[Tensor], rows: int, multiple: int = 1) -> Tensor:
+    """int64 (U,) on the host: the rows of a table of `rows` that are picked on any process, and as many others as make
+    U a multiple of `multiple` (or all of them). Collective, over host memory; the same on every process."""
+    seen = torch.zeros(rows, dtype=torch.uint8)
+    for part in picked:
         seen[part.to("cpu", torch.int64)] = 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(seen, dist.ReduceOp.MAX)
@@ -116,6 +117,13 @@ class _Shards:
         return found
 
 
+RowPicker = Callable[[Tensor], Tensor]  # tokens (T,) on the host -> the rows of a table that they pick, (T,)
+
+
+def _the_token(tokens: Tensor) -> Tensor:
+    return tokens
+
+
 class PlainExchange:
     """The plain way behind the methods of `GradientExchange`: all gradients are summed over all processes after the
     backward pass, and everyone updates everything. One process sends nothing."""
@@ -126,6 +134,7 @@ class PlainExchange:
         tables: Mapping[str, nn.Parameter],
         head: Mapping[str, nn.Parameter],
         others: Mapping[str, nn.Parameter],
+        picks: Mapping[str, RowPicker] | None = None,
     ):
         self.my_matrices = dict(matrices)
         self.my_others = {**tables, **head, **others}
@@ -167,9 +176,11 @@ class GradientExchange:
 
     Args:
         matrices: parameters that one rank each updates, all of one dtype, by name.
-        tables: embedding weights of one shape and dtype, by name.
+        tables: embedding weights of one dtype, by name.
         head: at most one parameter, sharded by rows where the world size divides them, by name.
         others: small parameters that everyone updates, by name.
+        picks: how tokens pick a table's rows, by its name; tables with equal pickers and shapes travel together. A
+            table without one has a row a token.
 
     `my_matrices` and `my_others` are what this rank updates, by name, with gradients where those have been awaited.
     One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one; `wait_matrices()`, their update,
@@ -183,6 +194,7 @@ class GradientExchange:
         tables: Mapping[str, nn.Parameter],
         head: Mapping[str, nn.Parameter],
         others: Mapping[str, nn.Parameter],
+        picks: Mapping[str, RowPicker] | None = None,
     ):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         divides = all(p.size(0) % self.world_size == 0 for p in head.values())
@@ -194,7 +206,10 @@ class GradientExchange:
         self.my_matrices = {n: p for n, p in matrices.items() if self.owner[n] == self.rank}
         parts = {n: nn.Parameter(p.detach()[self._rows(p)]) for n, p in self.head.items()}  # views, not copies
         self.my_others = {**self.tables, **parts, **self.others}
-        self.rows: Tensor | None = None
+        self.groups: dict[tuple[RowPicker, torch.Size], list[nn.Parameter]] = {}  # of tables, in the order of names
+        for name, p in self.tables.items():
+            self.groups.setdefault(((picks or {}).get(name, _the_token), p.shape), []).append(p)
+        self.rows: list[Tensor] = []  # of each group, those touched in this step
         # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
         self.kinds = {
             "matrices": (self._reduce_matrices, self.matrices),
@@ -215,12 +230,12 @@ class GradientExchange:
 
     def begin(self, tokens: list[Tensor]) -> None:
         """At the start of a step, with all of this process's input tokens of it."""
-        if self.tables:
-            table = next(iter(self.tables.values()))
-            rows = touched_rows(tokens, table.size(0), ROWS_MULTIPLE)
-            if table.is_cuda:
+        self.rows = []
+        for (pick, shape), tables in self.groups.items():
+            rows = touched_rows([pick(part) for part in tokens], shape[0], ROWS_MULTIPLE)
+            if tables[0].is_cuda:
                 rows = rows.pin_memory()  # torch keeps it until the copy has been made
-            self.rows = rows.to(table.device, non_blocking=True)
+            self.rows.append(rows.to(tables[0].device, non_blocking=True))
 
     def arm(self) -> None:
         """Before the last backward pass of the step: from here gradients leave as soon as their kind is complete."""
@@ -253,10 +268,11 @@ class GradientExchange:
         return found
 
     def _sum_tables(self) -> list[tuple[Any, Tensor | None]]:
-        if not self.tables:
-            return []
-        packed = torch.stack([p.grad.index_select(0, self.rows) for p in self.tables.values()])
-        return [(dist.all_reduce(packed, async_op=True), packed)]
+        found = []
+        for rows, tables in zip(self.rows, self.groups.values()):
+            packed = torch.stack([p.grad.index_select(0, rows) for p in tables])
+            found.append((dist.all_reduce(packed, async_op=True), packed))
+        return found
 
     def _sum_others(self) -> list[tuple[Any, Tensor | None]]:
         return [(dist.all_reduce(p.grad, async_op=True), None) for p in self.others.values()]
@@ -283,9 +299,9 @@ class GradientExchange:
         """Gradients of tables, of this rank's rows of the head and of the others are sums."""
         for (name, _), shard in zip(self.head.items(), self._arrived("head")):
             self.my_others[name].grad = shard
-        for packed in self._arrived("tables"):
-            for p, rows in zip(self.tables.values(), packed):
-                p.grad.index_copy_(0, self.rows, rows)
+        for packed, rows, tables in zip(self._arrived("tables"), self.rows, self.groups.values()):
+            for p, sums in zip(tables, packed):
+                p.grad.index_copy_(0, rows, sums)
         self._arrived("others")
 
     def publish_matrices(self) -> None:

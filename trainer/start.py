@@ -31,8 +31,8 @@ from trainer.processes import on_rank_0
 OF_ONE_RUN = "run_name resume overwrite plan_hash config data init_from init_optimizer init_hash stop_after".split()
 OF_A_MACHINE = "device compile kernels communication deterministic".split()
 OF_A_MODEL = """vocab_size eos_id num_layers model_dim num_heads mlp_ratio attention_scale soft_cap
-second_input_embedding value_embeddings unet_skips attention_free_layers half_truncated_rotary block_tokens
-window_max_tokens long_window_layers dtype""".split()
+second_input_embedding second_embedding_context value_embedding_context context_rows value_embeddings unet_skips
+attention_free_layers half_truncated_rotary block_tokens window_max_tokens long_window_layers dtype""".split()
 
 
 #: Names that other trainers (nanoGPT, Hugging Face's, modded-nanogpt) have for things, and ours.

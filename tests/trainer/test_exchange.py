@@ -20,6 +20,7 @@ import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
 from trainer.exchange import GradientExchange, PlainExchange, gather_state, spread_state, touched_rows
+from trainer.ngrams import NGramRows
 
 world, file, steps, vocab, width = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 children = []
@@ -32,17 +33,20 @@ else:
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
 
+pairs_rows = 2 * vocab  # of a table whose rows two tokens pick
+pairs = NGramRows(2, pairs_rows, vocab, 0)
+
 class Little(nn.Module):
     def __init__(self):
         super().__init__()
         random = torch.Generator().manual_seed(0)
         def p(*shape):
             return nn.Parameter(torch.randn(*shape, generator=random) * 0.3)
-        self.e1, self.e2, self.a = p(vocab, width), p(vocab, width), p(2, width, width)
+        self.e1, self.e2, self.a = p(vocab, width), p(pairs_rows, width), p(2, width, width)
         self.b, self.c = p(width, width), p(width, width)
         self.head, self.scale = p(vocab, width), p(3)
     def forward(self, tokens):
-        x = self.e1[tokens] * self.scale[0] + self.e2[tokens] * self.scale[1]
+        x = self.e1[tokens] * self.scale[0] + self.e2[pairs(tokens)] * self.scale[1]
         for w in (self.a[0], self.a[1], self.b, self.c):
             x = x + torch.tanh(x @ w.t()) * self.scale[2]
         return torch.nn.functional.cross_entropy(x @ self.head.t(), tokens.roll(-1))
@@ -54,7 +58,8 @@ def batches(step):
 
 mine, plain = Little(), Little()
 matrices = dict(a=mine.a, b=mine.b, c=mine.c)
-x = GradientExchange(matrices, dict(e1=mine.e1, e2=mine.e2), dict(head=mine.head), dict(scale=mine.scale))
+x = GradientExchange(matrices, dict(e1=mine.e1, e2=mine.e2), dict(head=mine.head), dict(scale=mine.scale),
+                     dict(e2=pairs))
 sums = PlainExchange(dict(a=plain.a, b=plain.b, c=plain.c), dict(e1=plain.e1, e2=plain.e2), dict(head=plain.head),
                      dict(scale=plain.scale))
 assert list(sums.my_matrices) == ["a", "b", "c"] and sums.my_others["head"] is plain.head
@@ -82,10 +87,12 @@ for step in range(steps):
     assert touched_rows(tokens, vocab, 40)[: len(touched)].equal(touched)
     assert len(touched_rows(tokens, vocab, 40)) == min(vocab, -(-len(touched) // 40) * 40)
     other = torch.ones(vocab, dtype=torch.bool); other[touched] = False
-    untouched &= bool(other.any()) and bool((mine.e1.grad[other] == 0).all()) and bool((mine.e2.grad[other] == 0).all())
-    pairs = [(getattr(mine, n).grad, getattr(plain, n).grad) for n in ("e1", "e2", "scale", *x.my_matrices)]
-    pairs.append((x.my_others["head"].grad, plain.head.grad[mine_rows]))
-    worst = max([worst] + [float((g - h).abs().max() / h.abs().max()) for g, h in pairs])
+    others = torch.ones(pairs_rows, dtype=torch.bool); others[touched_rows(map(pairs, tokens), pairs_rows)] = False
+    untouched &= bool(other.any()) and bool((mine.e1.grad[other] == 0).all())
+    untouched &= bool(others.any()) and bool((mine.e2.grad[others] == 0).all())
+    compared = [(getattr(mine, n).grad, getattr(plain, n).grad) for n in ("e1", "e2", "scale", *x.my_matrices)]
+    compared.append((x.my_others["head"].grad, plain.head.grad[mine_rows]))
+    worst = max([worst] + [float((g - h).abs().max() / h.abs().max()) for g, h in compared])
     with torch.no_grad():
         for p in x.my_matrices.values():
             p -= 0.05 * p.grad

@@ -63,6 +63,7 @@ def test_transformers_gives_the_same_logits(done, tmp_path):
     [
         ["--second_input_embedding=false", "--soft_cap=sigmoid", "--half_truncated_rotary=false"],
         ["--soft_cap=none", "--dtype=bfloat16", "--unet_skips=none"],
+        ["--second_embedding_context=3", "--value_embedding_context=2", "--context_rows=500"],
     ],
 )
 @torch.no_grad()

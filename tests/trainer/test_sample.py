@@ -35,6 +35,7 @@ def model_of(*words, seed=0):
         [],
         ["--attention_free_layers=2", "--value_embeddings=2"],
         ["--second_input_embedding=false", "--soft_cap=sigmoid"],
+        ["--second_embedding_context=3", "--value_embedding_context=2", "--context_rows=500"],
     ],
 )
 @torch.no_grad()

@@ -28,6 +28,9 @@ class SpeedrunConfig(PretrainedConfig):
         attention_scale=0.4,
         soft_cap="rsqrt",
         second_input_embedding=True,
+        second_embedding_context=1,
+        value_embedding_context=1,
+        context_rows=32768,
         value_embeddings=1,
         unet_skips="1>3",
         attention_free_layers="",
@@ -42,6 +45,8 @@ class SpeedrunConfig(PretrainedConfig):
         self.num_hidden_layers, self.hidden_size, self.num_attention_heads = num_layers, model_dim, num_heads
         self.attention_scale, self.soft_cap = attention_scale, soft_cap
         self.second_input_embedding, self.value_embeddings = second_input_embedding, value_embeddings
+        self.second_embedding_context, self.value_embedding_context = second_embedding_context, value_embedding_context
+        self.context_rows = context_rows
         self.unet_skips, self.attention_free_layers = unet_skips, attention_free_layers
         self.half_truncated_rotary, self.block_tokens = half_truncated_rotary, block_tokens
         self.window_max_tokens, self.long_window_layers = window_max_tokens, long_window_layers
@@ -111,8 +116,10 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         D, L = config.model_dim, config.num_layers
         self.embed1 = nn.Embedding(config.vocab_size, D)
-        self.embed2 = nn.Embedding(config.vocab_size, D) if config.second_input_embedding else None
-        tables = [nn.Embedding(config.vocab_size, D) for _ in range(config.value_embeddings)]
+        contexts = config.second_embedding_context, config.value_embedding_context
+        rows2, rows_v = (config.vocab_size if length == 1 else config.context_rows for length in contexts)
+        self.embed2 = nn.Embedding(rows2, D) if config.second_input_embedding else None
+        tables = [nn.Embedding(rows_v, D) for _ in range(config.value_embeddings)]
         self.value_embeds = nn.ModuleList(tables)
         self.blocks = nn.ModuleList([SpeedrunBlock(config, layer) for layer in range(L)])
         self.head_w = nn.Parameter(torch.zeros(-(-config.vocab_size // 128) * 128, D))
@@ -141,6 +148,15 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         first = torch.maximum(first, oldest)
         return ((position[None, :] <= position[:, None]) & (position >= first[:, :, None]))[:, None]
 
+    def _rows(self, input_ids, length):
+        """The row that each position's last `length` tokens pick; those before the document count as its first."""
+        mixed, T = input_ids, input_ids.size(1)
+        document = (input_ids == self.config.eos_id).cumsum(-1)
+        for back in range(1, length):
+            earlier, theirs = (F.pad(x, (back, 0), value=-1)[:, :T] for x in (input_ids, document))
+            mixed = (mixed * 1_000_003 + torch.where(theirs == document, earlier, self.config.eos_id)) % (2**31 - 1)
+        return mixed if length == 1 else mixed % self.config.context_rows
+
     def _rotary(self, length, device):
         c = self.config
         width = c.model_dim // c.num_heads
@@ -156,10 +172,12 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         long, short = (self._allowed(input_ids, attention_mask, w) for w in (blocks, blocks // 2))
         rotary = self._rotary(input_ids.size(1), input_ids.device)
         skip_w, mixes, value_mixes = self.scalars.split([L, 3 * L, 2 * L])
-        tables = [table(input_ids) for table in self.value_embeds]
+        rows2 = self._rows(input_ids, c.second_embedding_context)
+        rows_v = self._rows(input_ids, c.value_embedding_context)
+        tables = [table(rows_v) for table in self.value_embeds]
         values = dict(enumerate(tables)) | {L - len(tables) + i: table for i, table in enumerate(tables)}
         x00 = x = _norm(self.embed1(input_ids))
-        x01 = None if self.embed2 is None else _norm(self.embed2(input_ids))
+        x01 = None if self.embed2 is None else _norm(self.embed2(rows2))
         skips, long_layers, outputs = _skips(c.unet_skips), _layers(c.long_window_layers), {}
         for layer, block in enumerate(self.blocks):
             if layer in skips:
