@@ -30,7 +30,6 @@ SOURCE = Path(__file__).read_text()  # read before anything can change it: the l
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 
 from trainer.threads import bound_spinning
@@ -50,7 +49,7 @@ from kernels.mlp import relu_squared_mlp
 from kernels.muon import apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from trainer import checkpoints, evaluate, export, implementations, processes, report, sample
+from trainer import checkpoints, evaluate, export, implementations, processes, report, sample, schedule
 from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
@@ -109,6 +108,19 @@ class Config:
     unet_skips: str = setting("6>9,4>10,2>11", "layers", "output of the first added on entering the second; '': off")
     attention_free_layers: str = setting("7", "layers", "with an MLP only; '': none")
     half_truncated_rotary: bool = setting(True, "flag", "half of the rotary frequencies are zero")
+    # Schedules (trainer/schedule.py). Lists have one value for each twelfth of the run; the last one stays
+    extension_steps: int = setting(0, "steps", "the run's last, after the end of its schedules", at_least=0)
+    batch_schedule: str = setting("", "tokens", "of a step, by twelfths, then tokens_per_step: 131072,262144,393216")
+    lr_schedule: str = setting("1", "factors", "of all learning rates, by twelfths: 1,1.52,1.73,2")
+    lr_floor: float = setting(0.0, "factor", "of all learning rates at the end of the cooldown", at_least=0)
+    window_schedule: str = setting("", "blocks", "the long window by twelfths: 3,7,11; '': as growing_window says")
+    validation_window: int = setting(0, "blocks", "the long window of the last validation; 0: the run's", at_least=0)
+    short_window_max: int = setting(0, "blocks", "that half of the long window is cut to; 0: not cut", at_least=0)
+    yarn_until: int = setting(-1, "blocks", "YaRN as the window grows, up to this one; 0: all; -1: none", at_least=-1)
+    mtp: int = setting(1, "targets", "of a token in the first twelfth, one fewer in each next", at_least=1, at_most=3)
+    muon_momentum_cooldown: int = setting(0, "steps", "the run's last, over which the momentum falls", at_least=0)
+    adam_every: int = setting(1, "steps", "between updates by Adam, on the sum of their gradients", at_least=1)
+    tie_embeddings_frac: float = setting(0.0, "fraction", "of the run: embed1 is the head", at_least=0, below=1)
     # Attention windows
     block_tokens: int = setting(128, "tokens", "windows are counted in blocks of this many", at_least=1)
     window_max_tokens: int = setting(3456, "tokens", "the long window at the end of the run", at_least=1)
@@ -184,7 +196,18 @@ PRESETS: dict[str, dict] = {
         window_growth_frac=0.6,  # later, the learning rate is too low to learn the new distances (docs/LOG.md)
         embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     ),
+    # The fastest merged run of the medium track, record 18 (#188); the fastest proposals since, #252 and #261.
+    "record18": dict(
+        num_iterations=4740, extension_steps=40, val_loss_every=250, batch_schedule="131072,262144,393216",
+        lr_schedule="1,1.52,1.73,2", lr_floor=0.1, muon_momentum_cooldown=50, mtp=3, adam_every=2,
+        tie_embeddings_frac=1 / 6, window_schedule="3,7,11,13,15,17,19,21,23", validation_window=27,
+        short_window_max=11, yarn_until=13, attention_scale=0.1,
+    ),
+    "f2": dict(num_iterations=4620),
+    "f3": dict(num_iterations=4150, extension_steps=25),
 }
+for _name, _base in (("f2", "record18"), ("f3", "f2")):
+    PRESETS[_name] = PRESETS[_base] | PRESETS[_name]
 # fmt: on
 
 
@@ -227,6 +250,7 @@ def check_config(config: Config) -> Config:
         raise UsageError(f"a layer list names layer {max(named)}, but there are only --num_layers={c.num_layers}")
     if any(source >= target for target, source in skips.items()):
         raise UsageError(f"--unet_skips={c.unet_skips}: a skip leads from an earlier to a later layer")
+    schedule.check(c)
     listed("log_words", c.log_words, WORDS), listed("watch", c.watch, WRITERS)
     if c.run_name != Path(c.run_name).name or c.run_name.startswith("."):
         raise UsageError(f"--run_name={c.run_name}: a plain file name, no folder")
@@ -242,29 +266,6 @@ def config_hash(config: Config) -> str:
     """sha256 over the fields that decide what a run computes, the seed left out: one hash a series."""
     told = {name: value for name, value in _decisive(config).items() if name != "seed"}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-# ---- Schedules. Each is a pure function of the step ----------------------------------------------------------
-
-
-def learning_rate_factor(step: int, config: Config) -> float:
-    """1 until the cooldown starts, then linearly to 0 at the end of the run."""
-    remaining = 1 - step / config.num_iterations
-    return min(1.0, remaining / config.cooldown_frac)
-
-
-def window_blocks_at(step: int, config: Config) -> int:
-    """The long window in blocks: window_max_tokens along the cubic 4x^3 - 6x^2 + 3x, which is steep at both ends
-    and flat in the middle of its growth, rounded up to whole blocks; at least one."""
-    x = min(step / (config.window_growth_frac * config.num_iterations), 1.0)
-    factor = 4 * x**3 - 6 * x**2 + 3 * x if config.growing_window else 1.0
-    return max(1, math.ceil(factor * config.window_max_tokens / config.block_tokens))
-
-
-def muon_momentum_at(step: int, config: Config) -> float:
-    """From 0.85 linearly to `muon_momentum` over the warm-up."""
-    fraction = min(step / max(config.muon_momentum_warmup, 1), 1.0)
-    return (1 - fraction) * 0.85 + fraction * config.muon_momentum
 
 
 # ---- Model ---------------------------------------------------------------------------------------------------
@@ -400,7 +401,8 @@ class GPT(nn.Module):
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
         begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
         rotary = tuple(table[begin:end] for table in self.rotary(end))
-        plan_long, plan_short = self.plan(seen_BS, window_blocks), self.plan(seen_BS, window_blocks // 2)
+        windows = window_blocks, schedule.short_window(window_blocks, self.config)
+        plan_long, plan_short = (self.plan(seen_BS, blocks) for blocks in windows)
         skip_w_L, lambdas, attention_lambdas = self.scalars.split([L, 3 * L, 2 * L])
         # Four a row: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads. It adds the
         # gradients of rows that were selected in one kernel; those of unbound ones it copies by one kernel each.
@@ -430,7 +432,7 @@ class GPT(nn.Module):
         `reduction`: mean, sum or none (then (B, T) losses).
         `cache`: a `trainer.sample.Cache` with the tokens before these."""
         if window_blocks is None:
-            window_blocks = window_blocks_at(self.config.num_iterations, self.config)
+            window_blocks = schedule.validation_window_at(self.config.num_iterations, self.config)
         x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
         cap = None if self.config.soft_cap == "none" else self.config.soft_cap
         if targets_BT is None:
@@ -470,7 +472,7 @@ class Muon:
     def step(self, step: int) -> None:
         """One update from the `.grad` of every parameter; `step` sets learning rate and momentum."""
         c = self.config
-        lr, momentum = c.muon_lr * learning_rate_factor(step, c), muon_momentum_at(step, c)
+        lr, momentum = c.muon_lr * schedule.learning_rate_factor(step, c), schedule.muon_momentum_at(step, c)
         for names in self.groups:
             updates = [momentum_(self.momentum[n], self.named[n].grad, momentum, impl=self.impl) for n in names]
             for name, update in zip(names, self.orthogonal(updates)):
@@ -513,7 +515,7 @@ class AdamW:
     def step(self, step: int) -> None:
         """One update from the `.grad` of every parameter; `step` sets the learning rate."""
         for group in self.inner.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(step, self.config)
+            group["lr"] = group["initial_lr"] * schedule.learning_rate_factor(step, self.config)
         self.inner.step()
         self.inner.zero_grad()
 
@@ -578,7 +580,7 @@ class Trainer:
         spread_state(self.exchange, self.state(), layout, whole)
 
     def set_window(self, step: int) -> None:
-        self.window.fill_(window_blocks_at(step, self.config))
+        self.window.fill_(schedule.window_blocks_at(step, self.config))
 
     def step(self, step: int, batches) -> Tensor:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
@@ -794,7 +796,8 @@ class Stretch:
         if self.config.log_train_loss:
             shown = checkpoints.finite(processes.mean_over_ranks(loss), f"training loss at step {step}")
         c, before = self.config, step - 1
-        lr, window = c.muon_lr * learning_rate_factor(before, c), window_blocks_at(before, c) * c.block_tokens
+        lr = c.muon_lr * schedule.learning_rate_factor(before, c)
+        window = schedule.window_blocks_at(before, c) * c.block_tokens
         self.log.trained(step, self.clock.read(), shown, **self.watch.words(lr, window))
         self.progress.update(step, self.clock.read(), loss)
 

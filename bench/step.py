@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import REPO, copy_ceiling, matmul_ceiling, measure, summary, table, write_result
+from trainer import schedule
 
 MEAN_DOCUMENT_TOKENS = 690  # of FineWeb under the GPT-2 BPE; drawn documents are exponential about it
 
@@ -208,7 +209,7 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.mlp import relu_squared_mlp
     from kernels.residual import residual_mix
-    from train_gpt import norm, window_blocks_at
+    from train_gpt import norm
 
     c, model, device = trainer.config, trainer.model, trainer.device
     dtype = getattr(torch, c.dtype)
@@ -249,8 +250,8 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
     )
     yield Part("attention inputs", 0, n * size * T * D * (7 + 11), gradients(prologue, q, k, v, ve, scales), n)
 
-    window = window_blocks_at(step, c)
-    for kind, blocks in (("long", window), ("short", window // 2)):
+    window = schedule.window_blocks_at(step, c)
+    for kind, blocks in (("long", window), ("short", schedule.short_window(window, c))):
         layers = sum(block.long_window == (kind == "long") for block in attending)
         plan = attention_plan(tokens_T[None], eos_id=c.eos_id, window_blocks=blocks, block_tokens=c.block_tokens)
         first = plan.first_key_BT.to(torch.int64)
@@ -348,7 +349,7 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
         whole.append(
             {
                 "at": name,
-                "window_blocks": train_gpt.window_blocks_at(step, config),
+                "window_blocks": schedule.window_blocks_at(step, config),
                 **stats,
                 "tokens_per_s": config.tokens_per_step / seconds,
                 "tflop": flops / 1e12,
@@ -375,10 +376,9 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
 
 def attention_flops(config, inputs: Sequence[Tensor], step: int) -> float:
     """FLOPs of attention, forward (4 a pair and width) and backward (10), over the allowed pairs of these inputs."""
-    import train_gpt
     from kernels.attention import attention_plan
 
-    window = train_gpt.window_blocks_at(step, config)
+    window = schedule.window_blocks_at(step, config)
     long = len([x for x in config.long_window_layers.split(",") if x])
     free = len([x for x in config.attention_free_layers.split(",") if x])
     total = 0.0

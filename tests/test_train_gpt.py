@@ -10,6 +10,7 @@ from spec_model import block_mask, spec_loss
 
 import train_gpt
 from train_gpt import GPT, Config, Trainer, UsageError, parse_config
+from trainer import schedule
 from trainer.processes import sequence_length_for
 
 CPU = torch.device("cpu")
@@ -255,21 +256,21 @@ def test_a_model_that_nothing_prepared_compiles_too():
 def test_schedules_follow_spec():
     config = Config()
     steps = [0, 1, 30, 569, 2845, 5120, 5690]
-    windows = [train_gpt.window_blocks_at(step, config) for step in steps]
+    windows = [schedule.window_blocks_at(step, config) for step in steps]
     literal = []
     for step in steps:
         x = step / 5690
         tokens = 3456 * (4 * x**3 - 6 * x**2 + 3 * x)
         literal.append(max(next(n for n in range(0, 10**6, 128) if n >= tokens - 1e-9) // 128, 1))
     assert windows == literal == [1, 1, 1, 7, 14, 21, 27]
-    assert [train_gpt.learning_rate_factor(s, config) for s in (0, 1700)] == [1, 1]
-    assert train_gpt.learning_rate_factor(5690 * 65 // 100, config) == pytest.approx(0.5, abs=1e-3)
-    assert train_gpt.learning_rate_factor(5690, config) == 0
-    assert train_gpt.muon_momentum_at(0, config) == 0.85
-    assert train_gpt.muon_momentum_at(150, config) == pytest.approx(0.9)
-    assert train_gpt.muon_momentum_at(5000, config) == 0.95
+    assert [schedule.learning_rate_factor(s, config) for s in (0, 1700)] == [1, 1]
+    assert schedule.learning_rate_factor(5690 * 65 // 100, config) == pytest.approx(0.5, abs=1e-3)
+    assert schedule.learning_rate_factor(5690, config) == 0
+    assert schedule.muon_momentum_at(0, config) == 0.85
+    assert schedule.muon_momentum_at(150, config) == pytest.approx(0.9)
+    assert schedule.muon_momentum_at(5000, config) == 0.95
     early = dataclasses.replace(config, window_growth_frac=0.5)
-    assert [train_gpt.window_blocks_at(step, early) for step in (0, 1422, 2845, 4000)] == [1, 14, 27, 27]
+    assert [schedule.window_blocks_at(step, early) for step in (0, 1422, 2845, 4000)] == [1, 14, 27, 27]
 
 
 # --- optimizers ----------------------------------------------------------------------------------------------------

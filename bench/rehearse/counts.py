@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bench.rehearse import device as pretended
 from bench.rehearse.recorder import Recorder
+from trainer import schedule
 
 GIB = 2**30
 
@@ -212,10 +213,8 @@ class Rehearsal:
     def windows(self) -> dict:
         """Windows of the run in turn, all of them for one block, else the first, a middle and the last: none may
         compile anew."""
-        import train_gpt
-
         c = self.config
-        steps = list({train_gpt.window_blocks_at(step, c): step for step in range(c.num_iterations)}.values())
+        steps = list({schedule.window_blocks_at(step, c): step for step in range(c.num_iterations)}.values())
         before = _graphs()
         tried = steps if c.num_layers == 1 else [steps[0], steps[len(steps) // 2], steps[-1]]
         for step in tried:

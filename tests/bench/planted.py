@@ -21,6 +21,7 @@ import torch.distributed as dist
 import train_gpt
 from bench.rehearse import budgets, counts
 from kernels import muon
+from trainer import schedule
 
 CONFIG = train_gpt.parse_config(["--preset=nano", "--dtype=bfloat16", "--num_iterations=3", "--tokens_per_step=2048"])
 CONFIG = counts.one_block(CONFIG)
@@ -60,7 +61,7 @@ def spilling():
 
 def window_as_a_number():
     def set_window(self, step):
-        self.window = train_gpt.window_blocks_at(step, self.config)
+        self.window = schedule.window_blocks_at(step, self.config)
 
     return mock.patch.object(train_gpt.Trainer, "set_window", set_window)
 

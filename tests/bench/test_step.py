@@ -8,6 +8,7 @@ import torch
 
 import train_gpt
 from bench import step
+from trainer import schedule
 
 TINY = (
     "--preset=nano --num_layers=2 --model_dim=32 --num_heads=2 --unet_skips= --long_window_layers=0 "
@@ -45,7 +46,7 @@ def test_attention_is_counted_by_allowed_pairs(config):
     tokens = step.draw_documents(256, 256, 0, seed=3)
     document = (tokens == 0).cumsum(0)
     last = config.num_iterations - 1
-    long = train_gpt.window_blocks_at(last, config)
+    long = schedule.window_blocks_at(last, config)
     total = 0
     for blocks in (long, long // 2):
         for i in range(256):

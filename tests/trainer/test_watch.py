@@ -9,6 +9,7 @@ from small_runs import folder_of, run, small, tokens
 
 import train_gpt
 from stats.series import read_runs
+from trainer import schedule
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def test_words_in_the_lines_and_a_trace(data, tmp_path):
     assert [line[0] for line in lines] == list("123456")
     config = train_gpt.parse_config(small("--num_iterations=6"))
     for step, (_, lr, window, norm) in enumerate(lines):
-        assert float(lr) == pytest.approx(config.muon_lr * train_gpt.learning_rate_factor(step, config), rel=1e-5)
-        assert int(window) == train_gpt.window_blocks_at(step, config) * config.block_tokens and float(norm) > 0
+        assert float(lr) == pytest.approx(config.muon_lr * schedule.learning_rate_factor(step, config), rel=1e-5)
+        assert int(window) == schedule.window_blocks_at(step, config) * config.block_tokens and float(norm) > 0
     (found,) = read_runs(tmp_path / "run.txt")
     assert not found.problems and found.step_lines == 6
     trace = json.loads((tmp_path / "run.trace.json").read_text())
