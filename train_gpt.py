@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention_plan, flex_mask
@@ -358,7 +359,8 @@ class GPT(nn.Module):
         self.scalars = nn.Parameter(torch.empty(c.num_layers * 6, dtype=torch.float32))
         self.impls = implementations.asked(c.kernels, c.device)
         self.rotary_tables: tuple[Tensor, Tensor] | None = None
-        self.reset_parameters()
+        if not self.head_w.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -451,6 +453,11 @@ def flops_per_token(model: GPT) -> float:
 # ---- Optimizers ----------------------------------------------------------------------------------------------
 
 
+def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of the shape and on the device of `like`; of a meta tensor, torch.zeros_like would import the compiler."""
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
 class Muon:
     """Momentum, orthogonalised (Jordan et al. 2024), for the matrices of the blocks.
 
@@ -460,9 +467,9 @@ class Muon:
     def __init__(self, named: dict[str, nn.Parameter], config: Config, impl: str):
         self.config, self.impl, self.named = config, impl, named
         self.dtype = getattr(torch, config.dtype)
-        self.momentum = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
+        self.momentum = {name: zeros(p, torch.float32) for name, p in named.items()}
         halves = {n: p for n, p in named.items() if p.dtype == torch.bfloat16}
-        self.mantissa = {n: torch.zeros_like(p, dtype=torch.int16) for n, p in halves.items()}
+        self.mantissa = {n: zeros(p, torch.int16) for n, p in halves.items()}
         shapes: dict[tuple, list[str]] = {}
         for name in named:
             shapes.setdefault(tuple(sorted(named[name].shape[-2:])), []).append(name)
@@ -498,30 +505,34 @@ class Muon:
 
 
 class AdamW:
-    """torch's AdamW for the head, the embeddings and the scalars, with the run's learning-rate schedule."""
+    """Adam without weight decay for the head, the embeddings and the scalars, with the run's learning-rate schedule.
+
+    torch's own update, called as a function: the class around it would import torch's compiler, a second at every
+    start."""
 
     def __init__(self, named: dict[str, nn.Parameter], config: Config):
         self.config, self.named = config, named
         c = config
-        rates = {n: c.head_lr if n == "head_w" else c.scalar_lr if n == "scalars" else c.embed_lr for n in named}
-        groups = [dict(params=[p], lr=rates[n], initial_lr=rates[n]) for n, p in named.items()]
-        fused = not any(p.is_meta for p in named.values())
-        betas = (c.adam_beta1, c.adam_beta2)
-        self.inner = torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=fused)
-        for p in named.values():  # made now rather than at the first step, so that a checkpoint has them at any
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            self.inner.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        self.rates = {n: c.head_lr if n == "head_w" else c.scalar_lr if n == "scalars" else c.embed_lr for n in named}
+        self.steps = {n: torch.zeros((), dtype=torch.float32, device=p.device) for n, p in named.items()}
+        self.means, self.squares = ({n: zeros(p, p.dtype) for n, p in named.items()} for _ in range(2))
 
+    @torch.no_grad()
     def step(self, step: int) -> None:
-        """One update from the `.grad` of every parameter; `step` sets the learning rate."""
-        for group in self.inner.param_groups:
-            group["lr"] = group["initial_lr"] * schedule.learning_rate_factor(step, self.config)
-        self.inner.step()
-        self.inner.zero_grad()
+        """One update from the `.grad` of every parameter, which it takes away; `step` sets the learning rate."""
+        c, factor = self.config, schedule.learning_rate_factor(step, self.config)
+        how = dict(amsgrad=False, beta1=c.adam_beta1, beta2=c.adam_beta2, weight_decay=0.0, eps=1e-10, maximize=False)
+        for n, p in self.named.items():
+            if p.grad is None:  # a table whose layer has no attention
+                continue
+            given = [p], [p.grad], [self.means[n]], [self.squares[n]], [], [self.steps[n]]
+            adamw(*given, **how, lr=self.rates[n] * factor, fused=True)
+            p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; live, not copies."""
-        return {f"adam.{key}.{n}": t for n, p in self.named.items() for key, t in self.inner.state[p].items()}
+        kinds = dict(step=self.steps, exp_avg=self.means, exp_avg_sq=self.squares)
+        return {f"adam.{key}.{n}": kind[n] for n in self.named for key, kind in kinds.items()}
 
 
 class Trainer:
@@ -656,7 +667,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     if config.num_layers > len(tensors):
         raise CheckpointError(f"{path}: {config.num_layers} layers by its configuration, {len(tensors)} tensors")
     try:
-        with torch.device("meta"):
+        with checkpoints.WithoutValues(), torch.device("meta"):
             model = GPT(config)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all bounds
         raise CheckpointError(f"{path}: its configuration makes no sense ({error})") from error

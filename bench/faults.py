@@ -717,12 +717,7 @@ def campaign(
     seed: int, runs: int, kinds: list[str], folder: Path, show=print, minutes: float = float("inf")
 ) -> list[Outcome]:
     """`runs` runs, or as many as begin within `minutes`, the kinds in turn; every 25th turn is a slow kind's."""
-    import torch
-
-    import train_gpt  # noqa: F401
-
-    # Imported once, here, for every process that is forked; the first optimizer imports the compiler, too.
-    torch.optim.AdamW([torch.zeros(1)])
+    import train_gpt  # noqa: F401  (once, here, for every process that is forked)
 
     quick, slow = [k for k in kinds if k not in SLOW_KINDS], [k for k in kinds if k in SLOW_KINDS]
     work = Campaign(folder)

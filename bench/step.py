@@ -278,8 +278,15 @@ def parts_of(trainer, tokens_T: Tensor, step: int) -> Iterator[Part]:
     yield Part("head and loss", 6.0 * T * D * V, 2 * size * T * V, head)
 
     rest = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    zeros = [torch.zeros_like(p) for p in rest]
+
+    def adam() -> None:
+        for p, zero in zip(rest, zeros):
+            p.grad = zero  # an update takes the gradients away
+        trainer.adam.step(step)
+
     moved = sum(7 * p.numel() * p.element_size() for p in rest)
-    yield Part("AdamW", 0, moved, lambda: trainer.adam.step(step))
+    yield Part("AdamW", 0, moved, adam)
     flops, moved = muon_counts(model, size)
     yield Part("Muon", flops, moved, lambda: trainer.muon.step(step))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 import lab.models.base  # noqa: F401  (its source is part of the log)
 from lab import LabError, cli
@@ -180,24 +181,23 @@ class ScheduledAdamW:
     def __init__(self, model: LanguageModel, config: TrainConfig):
         self.config = config
         self.named = dict(model.named_parameters())
-        groups = [
-            {"params": [p for p in self.named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-        for p in self.named.values():  # created now rather than at the first step, so that state() is complete
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.inner.state[p] = {"step": torch.zeros(()), **moments}
+        self.steps = {n: torch.zeros((), device=p.device) for n, p in self.named.items()}
+        self.means, self.squares = ({n: torch.zeros_like(p) for n, p in self.named.items()} for _ in range(2))
 
+    @torch.no_grad()
     def step(self, step: int) -> None:
-        """One update from the gradients."""
-        for group in self.inner.param_groups:
-            group["lr"] = self.config.learning_rate * rate_factor(step, self.config)
-        self.inner.step()
+        """One update from the gradients; torch's, as a function (train_gpt.AdamW says why)."""
+        c, rate = self.config, self.config.learning_rate * rate_factor(step, self.config)
+        how = dict(amsgrad=False, beta1=0.9, beta2=0.99, eps=1e-8, lr=rate, maximize=False, fused=True)
+        for n, p in self.named.items():
+            if p.grad is not None:
+                given = [p], [p.grad], [self.means[n]], [self.squares[n]], [], [self.steps[n]]
+                adamw(*given, **how, weight_decay=c.weight_decay if p.ndim >= 2 else 0.0)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, live."""
-        return {f"adam.{k}.{n}": t for n, p in self.named.items() for k, t in self.inner.state[p].items()}
+        kinds = {"step": self.steps, "exp_avg": self.means, "exp_avg_sq": self.squares}
+        return {f"adam.{key}.{n}": kind[n] for n in self.named for key, kind in kinds.items()}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from data.paths import atomic_file
 from trainer.files import checkpoints_of
@@ -31,6 +32,16 @@ def finite(value: float, what: str) -> float:
     if not math.isfinite(value):
         raise NonFinite(f"{what} is {value}")
     return value
+
+
+class WithoutValues(TorchFunctionMode):
+    """In this block embeddings are made without the drawing of their first values: on the meta device it would have no
+    effect but to import torch's compiler, which takes a second."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is torch.nn.init.normal_:
+            return named["tensor"] if named else arguments[0]
+        return function(*arguments, **(named or {}))
 
 
 class CheckpointError(ValueError):
