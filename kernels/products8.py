@@ -7,9 +7,10 @@ whose range is wider than their precision matters (Micikevicius et al. 2022, arX
 `torch._scaled_mm`, which a CPU has too: same calls, same scales, same layouts.
 
 Scales are safe: powers of two, so that scaling rounds nothing; over finite numbers only, so that one NaN or infinite
-row stays a row's matter; and never below float32's smallest normal number. Conversion saturates what is finite and
-makes NaN of what is not. Both factors lie along the summed axis, hence a tensor that is summed over both of its axes
-is kept twice, converted once: `Eight.turned`. The conversion is a few passes of plain torch, not yet a kernel.
+row stays a row's matter; and never below float32's smallest normal number. Or they are fixed by a largest number that
+the caller knows, which costs no pass over memory. Conversion saturates what is finite and makes NaN of what is not.
+Both factors lie along the summed axis, hence a tensor that is summed over both of its axes is kept twice, converted
+once: `Eight.turned`. The conversion is a few passes of plain torch, not yet a kernel.
 """
 
 from __future__ import annotations
@@ -44,19 +45,28 @@ class Eight(NamedTuple):
         return Eight(self.values[:, which], self.scale)
 
 
-def scale_for(x: torch.Tensor, dtype: torch.dtype = E4M3) -> torch.Tensor:
-    """float32 (): the least power of two with which x's largest finite number fits into `dtype`."""
-    largest = torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs_().amax().float()
-    least = (largest / torch.finfo(dtype).max).clamp(min=_LEAST_SCALE)
+def _least_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 (): the least power of two with which that number fits into `dtype`."""
+    least = (largest.float() / torch.finfo(dtype).max).clamp(min=_LEAST_SCALE)
     return torch.exp2(torch.log2(least).ceil())
 
 
-def in_8_bits(x: torch.Tensor, dtype: torch.dtype = E4M3, scale: torch.Tensor | None = None) -> Eight:
-    """x (M, K) in 8 bits, with both axes filled up with zeros to multiples of 16. scale: None is `scale_for` x."""
-    scale = scale_for(x, dtype) if scale is None else scale
-    limit = torch.finfo(dtype).max
-    wide = x.float() if x.dtype == torch.float16 else x  # whose range ends before that of scales
-    scaled = (wide / scale.to(wide.dtype)).clamp_(-limit, limit)  # exact, as the scale is a power of two
+def scale_for(x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch.Tensor = 0.0) -> torch.Tensor:
+    """float32 (): the least power of two with which x's largest finite number fits into `dtype`.
+
+    largest: as a number, it is the one that exactly fits, whatever x has, unless it is 0; as a tensor (), it stands in
+    place of x's."""
+    if isinstance(largest, torch.Tensor):
+        return _least_scale(largest, dtype)
+    if largest:
+        return torch.full((), largest / torch.finfo(dtype).max, dtype=torch.float32, device=x.device)
+    return _least_scale(torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs_().amax(), dtype)
+
+
+def in_8_bits(x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch.Tensor = 0.0) -> Eight:
+    """x (M, K) in 8 bits, with both axes filled up with zeros to multiples of 16; largest: see `scale_for`."""
+    scale, limit = scale_for(x, dtype, largest), torch.finfo(dtype).max
+    scaled = (x.float() / scale).clamp_(-limit, limit)
     saturated = scaled.masked_fill_(torch.isinf(x), torch.nan).to(dtype)
     missing = [-size % MULTIPLE for size in x.shape]
     if any(missing):  # as bytes: torch fills up no float8

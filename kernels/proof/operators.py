@@ -310,6 +310,22 @@ def _loss(reduction, softcap):
     )
 
 
+def _targets_inputs(random):
+    given = {**_loss_inputs("sum")(random), "targets": torch.randint(20, (13, 2), generator=random)}
+    given["targets"][3, 1] = given["targets"][4, 0] = -100
+    return {**given, "weights": torch.rand(2, generator=random) + 0.2}
+
+
+def _several_targets(module, g, impl):
+    weights, how = g["weights"], dict(reduction="sum", softcap="sigmoid", impl=impl, chunk_tokens=5)
+    return {"loss": module.linear_cross_entropy(g["x"], g["w"], g["targets"], target_weights=weights, **how)}
+
+
+def _several_targets_reference(module, g):
+    given = g["x"], g["w"], g["targets"], "sigmoid", "sum"
+    return {"loss": module.linear_cross_entropy_reference(*given, target_weights=g["weights"])}
+
+
 def _mlp_inputs(random):
     return _draw(random, x=(2, 5, 8), w_in=(12, 8), w_out=(8, 12), upstream_y=(2, 5, 8))
 
@@ -455,6 +471,15 @@ OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
         *(_loss(reduction, softcap) for reduction, softcap in (("mean", "rsqrt"), ("none", None), ("sum", "sigmoid"))),
+        Operator(
+            "loss, several targets",
+            "kernels.cross_entropy",
+            _targets_inputs,
+            _several_targets,
+            _several_targets_reference,
+            ("x", "w"),
+            implementations=("reference", "triton"),
+        ),
         Operator("mlp", "kernels.mlp", _mlp_inputs, _mlp, _mlp_reference, ("x", "w_in", "w_out")),
         Operator(
             "residual mix",

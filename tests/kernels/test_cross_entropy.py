@@ -17,6 +17,7 @@ from kernels.cross_entropy import (
     SOFTCAPS,
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    next_targets,
     softcapped_logits,
 )
 from kernels.runtime import INTERPRETED
@@ -160,14 +161,72 @@ def test_compiles_without_a_graph_break(impl, reduction):
 @pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 def test_the_operators_keep_their_contracts():
     x, w, targets, upstream = draw(N=6, D=4, V=9)
-    checks = ("test_schema", "test_faketensor")
-    for gradient in (False, True):
-        torch.library.opcheck(
-            module._head_loss, (x, w, targets, "rsqrt", IGNORED, 4, False, gradient), test_utils=checks
+    x, w = x.requires_grad_(), w.requires_grad_()
+    columns, weights, how = next_targets(targets, 2), torch.tensor([1.0, 0.5]), ("rsqrt", IGNORED, 4, ())
+    torch.library.opcheck(module._head_loss, (x, w, columns, weights, *how, True))
+    torch.library.opcheck(module._head_loss, (x.detach(), w.detach(), columns, None, *how, False))
+    torch.library.opcheck(module._head_token_losses, (x, w, columns, weights, *how))
+    torch.library.opcheck(module._head_gradients, (upstream, x.detach(), w.detach(), columns, None, *how))
+
+
+# ---- several targets a token -------------------------------------------------------------------------------
+
+
+def test_next_targets_are_those_of_the_same_stream_and_none_past_its_end():
+    found = next_targets(torch.tensor([[3, 1, 4], [1, 5, 9]]), 3)
+    assert found[0].tolist() == [[3, 1, 4], [1, 4, IGNORED], [4, IGNORED, IGNORED]]
+    assert found[1, 0].tolist() == [1, 5, 9], "nor any of another stream"
+    assert next_targets(torch.tensor([7, 8]), 4, ignore_index=-1)[1].tolist() == [8, -1, -1, -1]
+
+
+@pytest.mark.parametrize("impl", [*WAYS, "eager"])
+def test_several_targets_are_the_weighted_sum_of_the_losses_of_each(impl):
+    """Written out by the losses of one target, in float64; with a class that two columns of a token share."""
+    x, w, targets, upstream = draw(N=14)
+    targets[6:9] = 7
+    columns, weights = next_targets(targets, 3), torch.tensor([1.0, 0.5, 0.25])
+
+    def each(x, w, reduction="none"):
+        losses = [linear_cross_entropy_reference(x, w, t, "sigmoid", "none") for t in columns.unbind(1)]
+        losses = sum(weight * loss for weight, loss in zip(weights.double(), losses))
+        total = losses.sum() / (columns != IGNORED).any(1).sum()
+        return {"none": losses, "sum": losses.sum(), "mean": total}[reduction]
+
+    for reduction in REDUCTIONS:
+        how = dict(target_weights=weights, softcap="sigmoid", reduction=reduction, impl=impl)
+        run = lambda x, w: linear_cross_entropy(x, w, columns, chunk_tokens=8, **how)  # noqa: E731, B023
+        truth = with_gradients(partial(each, reduction=reduction), x.double(), w.double(), upstream.double())
+        for mine, true in zip(with_gradients(run, x, w, upstream), truth):
+            assert (mine - true).abs().max() <= 4e-6 * true.abs().max(), reduction
+
+
+@pytest.mark.parametrize("impl", [*WAYS, "eager"])
+def test_a_column_of_weight_0_or_of_nobody_is_not_there(impl):
+    x, w, targets, upstream = draw(N=14)
+    columns = torch.stack([targets, torch.randint(45, (14,)), torch.full((14,), IGNORED)], 1)
+    run = dict(reduction="sum", impl=impl)
+    weights = torch.tensor([1.0, 0.0, 0.7])
+    for chosen, how in ((columns, weights), (columns[:, ::2], None)):
+        both = with_gradients(
+            lambda x, w, t=chosen, h=how: linear_cross_entropy(x, w, t, target_weights=h, **run), x, w, upstream
         )
-    torch.library.opcheck(
-        module._head_gradients, (upstream[:6], x, w, targets, "rsqrt", IGNORED, 4, False), test_utils=checks
-    )
+        alone = with_gradients(lambda x, w: linear_cross_entropy(x, w, targets, **run), x, w, upstream)
+        for a, b in zip(both, alone):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_changing_weight_compiles_nothing():
+    x, w, targets, upstream = draw()
+    columns, weights = next_targets(targets, 2), torch.tensor([1.0, 0.5])
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = lambda x, w: linear_cross_entropy(x, w, columns, target_weights=weights, reduction="sum")  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for weight in (0.5, 0.2, 0.0):
+        weights[1] = weight
+        for mine, plain in zip(with_gradients(compiled, x, w, upstream), with_gradients(run, x, w, upstream)):
+            torch.testing.assert_close(mine, plain)
+    assert counter.frame_count == 1
 
 
 def test_half_precision_gives_float32_losses_and_a_float32_head():
@@ -197,7 +256,7 @@ def test_gradcheck():
     for reduction in REDUCTIONS:
         for softcap in SOFTCAPS:
             assert torch.autograd.gradcheck(
-                partial(linear_cross_entropy, targets_N=targets, softcap=softcap, reduction=reduction, chunk_tokens=2),
+                partial(linear_cross_entropy, targets=targets, softcap=softcap, reduction=reduction, chunk_tokens=2),
                 (x, w),
             )
 
@@ -223,6 +282,9 @@ def test_wrong_arguments_are_named():
         ((x, w, targets), dict(impl="cuda"), "impl"),
         ((x, w, targets), dict(fp8=True), "fp8"),
         ((x, w, targets), dict(chunk_tokens=0), "chunk_tokens"),
+        ((x, w, targets), dict(target_weights=torch.ones(2)), "target_weights"),
+        ((x, w, targets), dict(target_weights=torch.ones(1, requires_grad=True)), "target_weights"),
+        ((x, w, targets[:, None, None]), {}, "targets"),
     ):
         with pytest.raises(ValueError, match=word):
             linear_cross_entropy(*arguments, **options)
@@ -265,7 +327,7 @@ def test_counted_memory_at_the_size_of_the_run(monkeypatch, gradient):
     x = torch.empty(N, D, dtype=torch.bfloat16, device="meta")
     w, targets = torch.empty(V, D, device="meta"), torch.empty(N, dtype=torch.int64, device="meta")
     with LiveBytes() as counted:
-        module.launch_head(x, w, targets, "rsqrt", IGNORED, module.MOST_CHUNK_TOKENS, False, gradient)
+        module.launch_head(x, w, targets, "rsqrt", IGNORED, module.MOST_CHUNK_TOKENS, (), gradient)
     logits, w_bf16, dw, dx = module.MOST_CHUNK_TOKENS * V * 2, V * D * 2, V * D * 4, N * D * 2
     least = logits + w_bf16 + (dw + dx if gradient else 0)
     assert least <= counted.most <= 1.3e9, f"{counted.most / 1e9:.2f} GB"
@@ -288,7 +350,7 @@ def test_the_head_in_8_bits_trains_nearly_as_in_float64():
     x, w, targets, _ = draw(N=71, D=40, V=90)
     targets[::7] = IGNORED
     try:
-        losses, dx, dw = module.launch_head(x.bfloat16(), w, targets, "rsqrt", IGNORED, 32, True, True)
+        losses, dx, dw = module.launch_head(x.bfloat16(), w, targets, "rsqrt", IGNORED, 32, (0, 0, 0), True)
     except (RuntimeError, NotImplementedError) as missing:
         pytest.skip(f"this torch has no scaled product on the CPU: {missing}")
     x, w = x.double().requires_grad_(), w.double().requires_grad_()

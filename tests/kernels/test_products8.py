@@ -58,7 +58,7 @@ def test_scales_look_at_finite_numbers_only():
 def test_conversion_saturates_and_zeros_have_a_scale():
     x = torch.tensor([[1.0, -1e9, 3e38]]).expand(16, 3)
     for dtype, most in ((E4M3, 448.0), (E5M2, 57344.0)):
-        eight = in_8_bits(x, dtype, torch.tensor(1.0))
+        eight = in_8_bits(x, dtype, most)
         assert eight.values[0, :3].float().tolist() == [1.0, -most, most]
     zero = in_8_bits(torch.zeros(16, 16))
     assert zero.scale > 0 and (product(zero, zero, torch.float32) == 0).all()
@@ -79,20 +79,29 @@ def test_the_head_converts_its_weights_once_and_a_gradient_by_a_known_scale(monk
     """However many chunks there are; and what a chunk's gradient is, another chunk does not change."""
     seen = []
 
-    def noted(x, *rest):
-        seen.append((tuple(x.shape), rest[-1] if len(rest) == 2 else None))
-        return in_8_bits(x, *rest)
+    def noted(x, dtype, largest):
+        seen.append((tuple(x.shape), largest))
+        return in_8_bits(x, dtype, largest)
 
     monkeypatch.setattr(cross_entropy, "in_8_bits", noted)
     x, w = draw(64, 32), draw(96, 32, seed=1).float()
-    products = cross_entropy._Eight(x, w, True)
+    products = cross_entropy._products_for(x, w, True, (0.0, 0.0, 0.0))
     dx, dw = torch.empty_like(x), torch.empty_like(w)
     for start in (0, 32):
         rows = slice(start, start + 32)
         assert products.logits(rows).shape == (32, 96)
-        products.gradients_(draw(32, 96, seed=start).tanh(), rows, dx[rows], dw, True)
-    assert seen[:2] == [((64, 32), None), ((96, 32), None)]
-    assert [(shape, scale.item()) for shape, scale in seen[2:]] == [((32, 96), 2.0**-15)] * 2
+        products.gradients_(draw(32, 96, seed=start).tanh(), rows, dx[rows], dw)
+    assert seen == [((64, 32), 0.0), ((96, 32), 0.0), ((32, 96), 1.0), ((32, 96), 1.0)]
     gradients = torch.cat([draw(32, 96, seed=start).tanh() for start in (0, 32)]).double()
     for found, right in ((dx, gradients @ w.double()), (dw, gradients.t() @ x.double())):
         assert 0 < (found.double() - right).norm() <= 0.07 * right.norm()
+
+
+def test_a_gradients_scale_follows_from_the_targets_weights_and_given_ones_go_first():
+    x, w = draw(16, 16), draw(16, 16, seed=1).float()
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    assert cross_entropy._products_for(x, w, True, (0.0, 0.0, 0.0), weights).of_g == 1.75
+    assert cross_entropy._products_for(x, w, True, (32.0, 2.25, 1.5), weights).of_g == 1.5
+    assert cross_entropy._products_for(x, w, True, (0.0, 0.0, 0.0), weights.expand(16, 3)).of_g == 0
+    assert scale_for(x, E4M3, 32.0).item() == pytest.approx(32 / 448, rel=1e-7)
+    assert scale_for(x, E5M2, torch.tensor(1.75)).item() == 2.0**-15

@@ -1,6 +1,7 @@
 """Proof cases of the rows of logits that become losses and gradients (kernels/cross_entropy.py)."""
 
 import torch
+import torch.nn.functional as F
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
 from kernels.proof.operators import same_layout
@@ -8,21 +9,25 @@ from kernels.proof.operators import same_layout
 IGNORED = -100
 
 
-def _inputs(N, V, scale=3.0):
+def _inputs(N, V, scale=3.0, K=1, weights=None):
     def make(random):
-        targets = torch.randint(V, (N,), generator=random)
-        targets[1::5] = IGNORED
-        targets[-1] = V - 1
-        return {"z": torch.randn(N, V, generator=random) * scale, "targets": targets}
+        targets = torch.randint(V, (N, K), generator=random)
+        targets[1::5, 0] = IGNORED
+        targets[-1] = V - 1  # the last class; with several columns, a class that is the target of all of them
+        given = {"z": torch.randn(N, V, generator=random) * scale, "targets": targets if K > 1 else targets[:, 0]}
+        if weights is None:
+            return given
+        return {**given, "weights": torch.tensor(weights) if weights else torch.rand(N, K, generator=random) + 0.1}
 
     return make
 
 
 def _kernel(softcap, block):
     def run(module, given):
-        z = same_layout(given["z"])
-        alone = module.launch_rows(same_layout(z), given["targets"], softcap, IGNORED, False, block)
-        losses = module.launch_rows(z, given["targets"], softcap, IGNORED, True, block)
+        z, how = same_layout(given["z"]), (softcap, IGNORED)
+        weights = given.get("weights")
+        alone = module.launch_rows(same_layout(z), given["targets"], *how, False, block, weights=weights)
+        losses = module.launch_rows(z, given["targets"], *how, True, block, weights=weights)
         return {"alone": alone, "losses": losses, "dz": z}
 
     return run
@@ -32,9 +37,11 @@ def _reference(softcap):
     def run(module, given):
         z = given["z"].detach().requires_grad_()
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # the kernel's arithmetic is float32
-        losses = torch.nn.functional.cross_entropy(
-            module._apply_softcap(wide, softcap), given["targets"], reduction="none", ignore_index=IGNORED
-        )
+        targets = given["targets"] if given["targets"].ndim == 2 else given["targets"][:, None]
+        weights = given.get("weights", torch.ones(targets.shape[1])).to(wide.dtype).expand(targets.shape)
+        log_p = module._apply_softcap(wide, softcap).log_softmax(1)
+        of_columns = [F.nll_loss(log_p, t, reduction="none", ignore_index=IGNORED) for t in targets.unbind(1)]
+        losses = sum(weight * loss for weight, loss in zip(weights.unbind(1), of_columns))
         (dz,) = torch.autograd.grad(losses.sum(), z)
         return {"alone": losses, "losses": losses, "dz": dz}
 
@@ -43,7 +50,8 @@ def _reference(softcap):
 
 def _numeric(name, N, V, softcap, block=None, quick=True, hostile=False, **options):
     run = _kernel(softcap, block), _reference(softcap)
-    return Numeric(name, _inputs(N, V, **options), *run, quick=quick, hostile=hostile, changed=("z",))
+    how = dict(quick=quick, hostile=hostile, changed=("z",), keep_float32=("weights",))
+    return Numeric(name, _inputs(N, V, **options), *run, **how)
 
 
 def _no_class(module, device):
@@ -57,6 +65,25 @@ def _no_class(module, device):
             bad = torch.tensor([False, False, True, False, False])
             assert torch.equal(losses.isnan(), bad), f"target {target}: losses {losses}"
             assert torch.equal(mine.isnan().all(1), bad) and torch.equal(mine.isnan().any(1), bad)
+
+
+def _ignored_nan(module, device):
+    """A row that counts for nothing has loss 0 whatever its logits are, by the definition."""
+    z = torch.full((2, 40), torch.nan, device=device)
+    losses = module.launch_rows(z, torch.tensor([IGNORED, 1], device=device), "rsqrt", IGNORED, True).cpu()
+    assert losses[0] == 0 and losses[1].isnan(), losses
+
+
+def _weight_of_zero(module, device):
+    """A column whose weight is 0 is not there: a target in it may be no class, or have an infinite loss."""
+    z = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    z[:, 7] = float("-inf")
+    targets = torch.tensor([[1, 7], [2, 99], [3, 4], [IGNORED, 5]])
+    both, alone = z.to(device, copy=True), z.to(device, copy=True)
+    weights = torch.tensor([1.0, 0.0], device=device)
+    losses = module.launch_rows(both, targets.to(device), None, IGNORED, True, weights=weights)
+    assert torch.equal(losses, module.launch_rows(alone, targets[:, 0].to(device), None, IGNORED, True))
+    assert torch.equal(both, alone)
 
 
 def _minus_infinity(module, device):
@@ -74,14 +101,15 @@ def _minus_infinity(module, device):
         assert (mine.sum(1).abs() <= 1e-6).all()
 
 
-def _launch(dtype, N=4096, V=50304, softcap="rsqrt"):
+def _launch(dtype, N=4096, V=50304, softcap="rsqrt", K=0):
     def run():
         import kernels.cross_entropy as module
 
         z = torch.empty(N, V, dtype=dtype, device="meta")
-        targets = torch.empty(N, dtype=torch.int64, device="meta")
-        module.launch_rows(z, targets, softcap, IGNORED, True)
-        module.launch_rows(z, targets, softcap, IGNORED, False)
+        targets = torch.empty((N, K) if K else N, dtype=torch.int64, device="meta")
+        weights = torch.empty(K, device="meta") if K else None
+        module.launch_rows(z, targets, softcap, IGNORED, True, weights=weights)
+        module.launch_rows(z, targets, softcap, IGNORED, False, weights=weights)
 
     return run
 
@@ -97,6 +125,9 @@ FAMILY = Family(
         _numeric("rsqrt, row in blocks", 6, 300, "rsqrt", block=64),
         _numeric("no cap, row in blocks", 6, 130, None, block=64),
         _numeric("rsqrt, row in whole blocks", 6, 256, "rsqrt", block=64),
+        _numeric("sigmoid, three targets of given weights", 7, 130, "sigmoid", block=32, K=3, weights=(1.0, 0.5, 0.25)),
+        _numeric("no cap, two targets, a weight each", 6, 60, None, K=2, weights=()),
+        _numeric("two targets, tiny", 4, 20, "rsqrt", K=2, weights=(), quick=False, hostile=True),
         _numeric("rsqrt, tiny", 4, 40, "rsqrt", block=16, quick=False, hostile=True),
         _numeric("no cap, tiny", 4, 20, None, quick=False, hostile=True),
         _numeric("sigmoid, row in blocks", 4, 200, "sigmoid", block=32, quick=False),
@@ -107,6 +138,7 @@ FAMILY = Family(
     launches=(
         Launch("bf16, a chunk of the head", _launch(torch.bfloat16), quick=True),
         Launch("bf16, sigmoid", _launch(torch.bfloat16, softcap="sigmoid")),
+        Launch("bf16, sigmoid, three targets", _launch(torch.bfloat16, softcap="sigmoid", K=3)),
         Launch("bf16, no cap, a row in registers", _launch(torch.bfloat16, V=16000, softcap=None)),
         Launch("float32, bytes", _launch(torch.float32, V=256)),
     ),
@@ -116,10 +148,15 @@ FAMILY = Family(
             shows=((r"max\.NaN", "CAP=1"), (r"min\.NaN", "CAP=1"), (r"barrier all|gpu\.barrier", "GRADIENT=True")),
         )
     },
-    checks=(("a target that is no class", _no_class), ("a logit of -inf without a cap", _minus_infinity)),
+    checks=(
+        ("a target that is no class", _no_class),
+        ("a logit of -inf without a cap", _minus_infinity),
+        ("an ignored row of NaN", _ignored_nan),
+        ("a weight of 0", _weight_of_zero),
+    ),
     faults=(
-        Fault("the target is not subtracted", "- log_total) - 1) * slope_target", "- log_total)) * slope_target"),
-        Fault("the target's slope is left out", "- 1) * slope_target", "- 1)"),
+        Fault("the target is not subtracted", "* weight - b_own) * b_slope", "* weight) * b_slope"),
+        Fault("the target's slope is left out", "- b_own) * b_slope_target", "- b_own)"),
         Fault("the cap's slope is left out", "* _LOG2_E) * b_slope", "* _LOG2_E)"),
         Fault("classes past the end are counted", 'tl.where(o < V, b_c, float("-inf"))', "b_c"),
         Fault(
@@ -132,25 +169,45 @@ FAMILY = Family(
             "b_g.to(p_z.dtype.element_ty), mask=o < V)",
             "b_g.to(p_z.dtype.element_ty), mask=o < V + 1)",
         ),
-        Fault("ignored rows have a gradient", 'tl.where(counted, log_total, float("inf"))', "log_total"),
-        Fault("ignored rows have a target", "mask=counted & known)", "mask=(counted & known) | (row >= 0))"),
-        Fault("ignored rows have a loss", "tl.where(counted, log_total - c_target, 0.0)", "log_total - c_target"),
-        Fault("the target's logit is not capped", "log_total - c_target", "log_total - tl.load(p_z_target)"),
+        Fault("ignored rows have a gradient", "tl.where(m_counted, b_weight, 0.0), m_counted", "b_weight, m_counted"),
+        Fault("ignored rows have a target", "mask=m_known & (earlier", "mask=(m_known | (row >= 0)) & (earlier"),
+        Fault(
+            "ignored rows have a loss",
+            "tl.where(any_counted == 1, weight * log_total - picked, 0.0)",
+            "weight * log_total - picked",
+            by="ignored row",
+        ),
+        Fault("weights do not reach the softmax", "225 * weight", "225"),
+        Fault("weights do not reach the softmax without a cap", "return b_z, weight", "return b_z, 1.0"),
+        Fault("all columns have the first one's weight", "row * K + o_k if WEIGHTED == 2 else o_k", "0 * o_k"),
+        Fault("all rows have the first one's weights", "row * K + o_k if WEIGHTED == 2 else o_k", "o_k"),
+        Fault(
+            "a class lacks one column's weight only",
+            "tl.where(m_same, b_weight[:",
+            "tl.where(o_k[:, None] == o_k, b_weight[:",
+        ),
+        Fault("a class of several columns is written by all", "mask=m_known & (earlier == 0)", "mask=m_known"),
+        Fault(
+            "a weight of 0 counts", "m_counted = m_counted & (b_weight != 0)", "m_counted = m_counted", by="weight of 0"
+        ),
+        Fault("there is a column too many", "mask=o_k < K, other=ignore_index", "mask=o_k < K + 1, other=ignore_index"),
+        Fault("weights are taken for dense", "dense(weights.float())", "weights.float()", by="two targets, tiny"),
+        Fault("the target's logit is not capped", "b_weight * b_c_target", "b_weight * b_z_target"),
         Fault("the cap swallows NaN", ", propagate_nan=tl.PropagateNan.ALL", "", by="NaN"),
         Fault(
             "a target that is no class is followed",
-            "tl.where(counted & known, target, 0)",
-            "tl.where(counted, target, 0)",
+            "tl.where(m_known, b_target, 0)",
+            "tl.where(m_counted, b_target, 0)",
             by="no class",
         ),
         Fault(
             "a target that is no class has a loss",
-            'tl.where(known, log_total, float("nan"))',
+            'tl.where(all_known == 1, log_total, float("nan"))',
             "log_total",
             by="no class",
         ),
-        Fault("no cap has a slope", "return b_z, 1.0", "return b_z, b_z * 0 + 1", by="-inf"),
-        Fault("targets are taken for dense", "dense(targets_N.long())", "targets_N", by="transposed"),
+        Fault("no cap has a slope", "return b_z, weight", "return b_z, b_z * 0 + weight", by="-inf"),
+        Fault("targets are taken for dense", "dense(targets_NK)", "targets_NK", by="transposed"),
         Fault(
             "logits are taken for dense",
             'in_place("z", z_NV) if gradient else nullcontext(dense(z_NV))',
