@@ -47,20 +47,23 @@ from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
-from kernels.muon import apply_update_, momentum_, orthogonalize
+from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
 from trainer import checkpoints, evaluate, export, implementations, processes, report, sample, schedule
+from trainer.adam import Adam
 from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
 from trainer.log import Clock, Progress, RunLog, unique_name
 from trainer.ngrams import NGramRows
+from trainer.normuon import NorMuon
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import choose_assembler, describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.start import expand, start_from
 from trainer.streams import describe_data, open_streams, to_device
+from trainer.techniques import Techniques, check_techniques, numbers, own_adam, scalar_layout, uses_techniques
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -109,6 +112,28 @@ class Config:
     unet_skips: str = setting("6>9,4>10,2>11", "layers", "output of the first added on entering the second; '': off")
     attention_free_layers: str = setting("7", "layers", "with an MLP only; '': none")
     half_truncated_rotary: bool = setting(True, "flag", "half of the rotary frequencies are zero")
+    # Model: techniques (trainer/techniques.py)
+    attention_init_std: float = setting(0.5, "over sqrt(D)", "standard deviation of q, k and v's weights", at_least=0)
+    value_init_std: float = setting(1.0, "standard deviation", "of the value embeddings at first", at_least=0)
+    tied_init_std: float = setting(0.005, "deviation", "of an input embedding that is the head at first", at_least=0)
+    matrix_dtype: str = setting("", "name", "of the blocks' matrices; '': dtype", choices=("", "bfloat16", "float32"))
+    loss_sum: bool = setting(False, "flag", "a sequence's loss is the sum over its tokens, not their mean")
+    norm_before_attention: bool = setting(False, "flag", "attention reads the normed stream")
+    value_norm: bool = setting(True, "flag", "values of attention are normed")
+    output_scalar: bool = setting(False, "flag", "a layer's two scalars scale its attention's weights: in, out")
+    resid_init: float = setting(1.0, "factor", "on the stream that enters a layer, at first", at_least=0)
+    smear: bool = setting(False, "flag", "a gated part of the token before enters the input embedding")
+    skip_gates: bool = setting(False, "flag", "skips are gated by the input embedding")
+    backout_layer: int = setting(-1, "layer", "whose output is taken out again before the head; -1: none", at_least=-1)
+    value_gates: bool = setting(False, "flag", "value embeddings come in through a gate a head")
+    output_gates: bool = setting(False, "flag", "a gate a head on what attention found")
+    key_offset: str = setting("", "layers", "whose still dimensions of keys are those of the token before; '': none")
+    exact_windows: bool = setting(False, "flag", "a window of W blocks is a distance in tokens, without blocks")
+    bigram_rows: int = setting(0, "rows", "of a table that two tokens pick a row of, mixed into every layer; 0: none")
+    bigram_init_weight: float = setting(0.05, "factor", "on its rows, at first")
+    late_attention_source: int = setting(-1, "layer", "whose output later attention reads; -1: off", at_least=-1)
+    dynamic_skips: str = setting("", "layers", "early and middle one, mixed in at the end by the token: 4,11; '': off")
+    dynamic_hidden: int = setting(64, "width", "of the networks that mix them", at_least=1)
     # Schedules (trainer/schedule.py). Lists have one value for each twelfth of the run; the last one stays
     extension_steps: int = setting(0, "steps", "the run's last, after the end of its schedules", at_least=0)
     batch_schedule: str = setting("", "tokens", "of a step, by twelfths, then tokens_per_step: 131072,262144,393216")
@@ -138,7 +163,22 @@ class Config:
     muon_weight_decay: float = setting(0.01, "rate", "times the learning rate; doubled for the MLP", at_least=0)
     muon_momentum: float = setting(0.95, "factor", "after its warm-up from 0.85", at_least=0, below=1)
     muon_momentum_warmup: int = setting(300, "steps", "over which the momentum grows", at_least=0)
-    muon_coefficients: str = setting("spec", "name", "of the orthogonalisation", choices=("spec", "polar_express"))
+    muon_coefficients: str = setting("spec", "name", "of the orthogonalisation", choices=tuple(COEFFICIENTS))
+    # Optimizers: techniques (trainer/normuon.py, trainer/adam.py)
+    normuon_beta2: float = setting(0.0, "factor", "NorMuon's, over rows' mean squares; 0: Muon", at_least=0, below=1)
+    muon_lr_factors: str = setting("", "factors", "NorMuon's rate by kind: qkvo=2,mlp_in=2,mlp_out=4,gates=0.1")
+    gate_optimizer: str = setting("muon", "name", "of the gates a head", choices=("muon", "adam"))
+    cautious_decay: bool = setting(False, "flag", "decay only with the update's sign, by the rate squared")
+    adam_weight_decay: float = setting(0.0, "rate", "times the factor of the kind and the rate squared", at_least=0)
+    adam_decay: str = setting("", "factors", "by kind: head=150,tables=5; no kind, no decay")
+    adam_betas: str = setting("", "factors", "by kind, where others than the two: scalars=0.9:0.99")
+    adam_eps: float = setting(1e-10, "number", "added to the root of the second moment", above=0)
+    adam_moments: str = setting("weights", "name", "type of Adam's moments", choices=("weights", "float32"))
+    mix_lr: float = setting(0.0, "rate", "both embeddings' factors; 0: they are scalars", at_least=0)
+    input_gate_lr: float = setting(4e-5, "rate", "gates of smear and skips", at_least=0)
+    gate_lr: float = setting(4e-4, "rate", "gates a head, by Adam", at_least=0)
+    bigram_mix_lr: float = setting(4e-3, "rate", "factors of the bigram table", at_least=0)
+    dynamic_lr: float = setting(1e-3, "rate", "networks of dynamic_skips", at_least=0)
     # Machine
     seed: int = setting(0, "number", "of the initial weights; the data order does not depend on it", at_least=0)
     dtype: str = setting("bfloat16", "name", "of all but head and scalars", choices=("bfloat16", "float32"))
@@ -219,7 +259,7 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def _layers(text: str) -> frozenset[int]:
-    return frozenset(int(number) for number in text.split(",") if number.strip())
+    return frozenset(numbers(text))
 
 
 def _skips(text: str) -> dict[int, int]:
@@ -252,6 +292,7 @@ def check_config(config: Config) -> Config:
     if any(source >= target for target, source in skips.items()):
         raise UsageError(f"--unet_skips={c.unet_skips}: a skip leads from an earlier to a later layer")
     schedule.check(c)
+    check_techniques(c, skips)
     listed("log_words", c.log_words, WORDS), listed("watch", c.watch, WRITERS)
     if c.run_name != Path(c.run_name).name or c.run_name.startswith("."):
         raise UsageError(f"--run_name={c.run_name}: a plain file name, no folder")
@@ -272,15 +313,19 @@ def config_hash(config: Config) -> str:
 # ---- Model ---------------------------------------------------------------------------------------------------
 
 
-def rotary_tables(length: int, head_dim: int, truncate_half: bool, device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (length, head_dim / 2), for positions 0..length-1.
+def rotary_frequencies(head_dim: int, truncate_half: bool, device) -> Tensor:
+    """Radians a token, float32 (head_dim / 2).
 
     Half-truncated rotary (@YouJiacheng): the lower half of the frequencies is (1/1024)^u, u from 0 to 1, the
     other half zero, so that half of each head carries no position."""
     rotating = head_dim // 4 if truncate_half else head_dim // 2
     frequencies = (1 / 1024) ** torch.linspace(0, 1, steps=rotating, dtype=torch.float32, device=device)
-    frequencies = torch.cat([frequencies, frequencies.new_zeros(head_dim // 2 - rotating)])
-    angles_TR = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    return torch.cat([frequencies, frequencies.new_zeros(head_dim // 2 - rotating)])
+
+
+def rotary_tables(length: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 (length, head_dim / 2), for positions 0..length-1."""
+    angles_TR = torch.outer(torch.arange(length, dtype=torch.float32, device=frequencies.device), frequencies)
     return angles_TR.cos(), angles_TR.sin()
 
 
@@ -289,7 +334,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        c, dtype = config, getattr(torch, config.dtype)
+        c, dtype = config, getattr(torch, config.matrix_dtype or config.dtype)
         hidden = c.mlp_ratio * c.model_dim
         self.config, self.layer = c, layer
         self.long_window = layer in _layers(c.long_window_layers)
@@ -303,7 +348,8 @@ class Block(nn.Module):
         """Uniform with half of the usual standard deviation; what writes to the residual stream starts at zero."""
         bound = 3**0.5 * 0.5 * self.config.model_dim**-0.5
         if self.has_attention:
-            self.qkvo_w[:3].uniform_(-bound, bound)
+            wide = 3**0.5 * self.config.attention_init_std * self.config.model_dim**-0.5
+            self.qkvo_w[:3].uniform_(-wide, wide)
             self.qkvo_w[3].zero_()
         self.mlp_in_w.uniform_(-bound, bound)
         self.mlp_out_w.zero_()
@@ -338,46 +384,69 @@ class GPT(nn.Module):
     """The model of docs/spec.md 2: two input embeddings mixed into every layer, value embeddings, U-net skips.
 
     All learned scalars live in one float32 vector: L skip weights, then L x 3 residual lambdas (stream, first
-    and second embedding), then L x 2 attention lambdas (value, value embedding)."""
+    and second embedding), then L x 2 attention lambdas (value, value embedding). What a field can add to the model
+    stands in trainer/techniques.py."""
 
     def __init__(self, config: Config):
         super().__init__()
         c, dtype = config, getattr(torch, config.dtype)
         self.config = c
         self.skips = _skips(c.unet_skips)
-        self.embed1 = nn.Embedding(c.vocab_size, c.model_dim, dtype=dtype)
-        contexts = 1, c.second_embedding_context, c.value_embedding_context
-        rows = [NGramRows(n, c.context_rows, c.vocab_size, c.eos_id) for n in contexts]
-        self.rows1, self.rows2, self.rows_v = rows
-        self.embed2 = nn.Embedding(len(self.rows2), c.model_dim, dtype=dtype) if c.second_input_embedding else None
-        tables = [nn.Embedding(len(self.rows_v), c.model_dim, dtype=dtype) for _ in range(c.value_embeddings)]
-        self.value_embeds = nn.ModuleList(tables)
-        self.blocks = nn.ModuleList([Block(c, layer) for layer in range(c.num_layers)])
         # A multiple of 128 keeps the product's tiles whole. The padding classes take part in the softmax.
         classes = -(-c.vocab_size // 128) * 128
-        self.head_w = nn.Parameter(torch.empty(classes, c.model_dim, dtype=torch.float32))
-        self.scalars = nn.Parameter(torch.empty(c.num_layers * 6, dtype=torch.float32))
+        self.tied = c.tie_embeddings_frac > 0  # at first: then tables have the head's rows, and the head their type
+        rows = lambda picker: classes if self.tied and picker.length == 1 else len(picker)  # noqa: E731
+        contexts = 1, c.second_embedding_context, c.value_embedding_context
+        pickers = [NGramRows(n, c.context_rows, c.vocab_size, c.eos_id) for n in contexts]
+        self.rows1, self.rows2, self.rows_v = pickers
+        self.embed1 = nn.Embedding(rows(self.rows1), c.model_dim, dtype=dtype)
+        self.embed2 = nn.Embedding(rows(self.rows2), c.model_dim, dtype=dtype) if c.second_input_embedding else None
+        tables = [nn.Embedding(rows(self.rows_v), c.model_dim, dtype=dtype) for _ in range(c.value_embeddings)]
+        self.value_embeds = nn.ModuleList(tables)
+        self.blocks = nn.ModuleList([Block(c, layer) for layer in range(c.num_layers)])
+        self.head_w = nn.Parameter(torch.empty(classes, c.model_dim, dtype=dtype if self.tied else torch.float32))
+        layout = scalar_layout(c, len(self.skips))
+        self.scalar_sizes = {kind: len(values) for kind, values in layout.items()}
+        self.scalars = nn.Parameter(torch.empty(sum(self.scalar_sizes.values()), dtype=torch.float32))
         self.impls = implementations.asked(c.kernels, c.device)
         self.rotary_tables: tuple[Tensor, Tensor] | None = None
+        self.query_factor: Tensor | None = None  # on queries, where YaRN changes the scale of attention
+        self.yarn: list[float] | None = None  # rotary frequencies, where it changes those
+        with_values = [*range(len(tables)), *range(c.num_layers - len(tables), c.num_layers)]
+        self.techniques = Techniques(c, self.skips, with_values) if uses_techniques(c) else None
         if not self.head_w.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values, drawn from torch's generator of the parameters' device in the order of construction."""
+        c = self.config
         for table in (self.embed1, self.embed2, *self.value_embeds):
             if table is not None:
                 table.weight.normal_()
+        for table in self.value_embeds:
+            table.weight.mul_(c.value_init_std)
         for block in self.blocks:
             block.reset_parameters()
         self.head_w.zero_()
-        L = self.config.num_layers
-        initial = torch.cat([torch.ones(L), torch.tensor([1.0, 0, 0] * L), torch.tensor([0.5, 0.5] * L)])
+        if self.tied:
+            self.head_w.copy_(self.embed1.weight.mul_(c.tied_init_std))
+        initial = torch.cat(list(scalar_layout(c, len(self.skips)).values()))
         self.scalars.copy_(initial.to(self.scalars.device))
+        if self.techniques is not None:
+            self.techniques.reset_parameters()
+
+    def scalars_by_kind(self) -> dict[str, Tensor]:
+        """The learned scalars as `scalar_layout` names them, those of layers with an axis for the layer."""
+        parts = dict(zip(self.scalar_sizes, self.scalars.split(list(self.scalar_sizes.values()))))
+        rows = {kind: parts[kind].view(self.config.num_layers, -1) for kind in ("mixes", "values")}
+        return parts | rows
 
     def pickers(self, tables: Iterable[str]) -> dict[str, NGramRows]:
         """How tokens (..., T) pick the rows of each of the tables, by the tables' names."""
         kinds = dict(embed1=self.rows1, embed2=self.rows2, value_embeds=self.rows_v)
+        if self.techniques is not None:
+            kinds["techniques"] = self.techniques.bigram_rows
         return {name: kinds[name.split(".")[0]] for name in tables}
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
@@ -386,19 +455,43 @@ class GPT(nn.Module):
         c, kept = self.config, self.rotary_tables
         if kept is None or kept[0].size(0) < length or kept[0].device != self.head_w.device:
             length = -(-length // 1024) * 1024  # a text that grows does not make them anew with every token
-            kept = rotary_tables(length, c.model_dim // c.num_heads, c.half_truncated_rotary, self.head_w.device)
+            frequencies = rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, self.head_w.device)
+            kept = rotary_tables(length, frequencies if self.yarn is None else frequencies.new_tensor(self.yarn))
             if not torch.compiler.is_compiling():
                 self.rotary_tables = kept
         return kept
 
+    @torch.no_grad()
+    def at_step(self, step: int) -> None:
+        """Rotary and the scale of attention as YaRN (`yarn_until`) has them at a step; in place, so that nothing
+        compiles anew."""
+        c, device = self.config, self.head_w.device
+        if c.yarn_until < 0:
+            return
+        given = rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, "cpu").tolist()
+        frequencies, factor = schedule.yarn_at(step, c, given)
+        if self.query_factor is None:
+            self.query_factor = torch.ones((), device=device)
+        self.query_factor.fill_(factor)
+        if frequencies != self.yarn:
+            self.yarn = frequencies
+            for table in self.rotary_tables or ():
+                new = rotary_tables(table.size(0), torch.tensor(frequencies, device=device))
+                table.copy_(new[0] if table is self.rotary_tables[0] else new[1])
+
     def plan(self, tokens_BT: Tensor, window_blocks):
         """Which keys each query sees, for all layers with that window."""
         c = self.config
-        plan = attention_plan(tokens_BT, window_blocks=window_blocks, eos_id=c.eos_id, block_tokens=c.block_tokens)
+        window = dict(window_blocks=window_blocks, block_tokens=c.block_tokens)
+        if c.exact_windows:  # a key at most so many tokens back
+            window = dict(window_tokens=window_blocks * c.block_tokens + 1)
+        plan = attention_plan(tokens_BT, eos_id=c.eos_id, **window)
         return plan._replace(block_mask=flex_mask(plan)) if self.impls["attention"] == "flex" else plan
 
     def hidden(self, tokens_BT: Tensor, window_blocks, cache=None) -> Tensor:
         """Final hidden states, normed: (B, T, D). With a `trainer.sample.Cache` the tokens follow those it has seen."""
+        if self.techniques is not None:
+            return self.techniques.hidden(self, tokens_BT, window_blocks, cache)
         L = self.config.num_layers
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
         begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
@@ -427,12 +520,15 @@ class GPT(nn.Module):
                 outputs[layer] = x_BTD
         return norm(x_BTD)
 
-    def forward(self, tokens_BT, targets_BT=None, *, window_blocks=None, reduction="mean", cache=None):
+    def forward(
+        self, tokens_BT, targets_BT=None, *, window_blocks=None, reduction="mean", cache=None, target_weights=None
+    ):
         """Cross-entropy in nats per token if targets are given, else float32 logits (B, T, V).
 
         `window_blocks`: the long window, an int or a 0-d int tensor; by default the full window.
         `reduction`: mean, sum or none (then (B, T) losses).
-        `cache`: a `trainer.sample.Cache` with the tokens before these."""
+        `cache`: a `trainer.sample.Cache` with the tokens before these.
+        `target_weights`: float32 (K,), `mtp`: the loss is their sum over the next K targets of each token."""
         if window_blocks is None:
             window_blocks = schedule.validation_window_at(self.config.num_iterations, self.config)
         x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
@@ -441,13 +537,26 @@ class GPT(nn.Module):
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]
             return logits.view(*tokens_BT.shape, -1)
         how = dict(softcap=cap, reduction=reduction, fp8=self.config.fp8_head, impl=self.impls["loss"])
+        if target_weights is not None:
+            return several_targets_loss(x_ND, self.head_w, targets_BT, target_weights, **how)
         loss = linear_cross_entropy(x_ND, self.head_w, targets_BT.flatten(), **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
 
+def several_targets_loss(x_ND, head_w, targets_BT, weights_K, *, reduction, **how) -> Tensor:
+    """`mtp` (#178; after Gloeckle et al. 2024, arXiv:2404.19737): sum over k of w_k times the cross-entropy of the
+    target k tokens further, all from the same logits; none past a sequence's end, and no division by the sum of w."""
+    total = 0.0
+    for k, weight in enumerate(weights_K.unbind()):
+        later_BT = F.pad(targets_BT[:, k:], (0, k), value=-100)
+        total = total + weight * linear_cross_entropy(x_ND, head_w, later_BT.flatten(), reduction="sum", **how)
+    return total / (targets_BT.numel() if reduction == "mean" else 1)
+
+
 def flops_per_token(model: GPT) -> float:
     """Training FLOPs a token in matrix products, forward and backward: 6 a weight; attention not counted."""
-    return 6.0 * (sum(p.numel() for p in model.blocks.parameters()) + model.head_w.numel())
+    networks = [p for n, p in model.named_parameters() if "dynamic" in n]
+    return 6.0 * (sum(p.numel() for p in (*model.blocks.parameters(), *networks)) + model.head_w.numel())
 
 
 # ---- Optimizers ----------------------------------------------------------------------------------------------
@@ -543,17 +652,20 @@ class Trainer:
         torch.manual_seed(config.seed)
         with device:
             self.model = GPT(config)
+        self.model.at_step(0)
         self.model.rotary(max(config.train_seq_len, config.val_seq_len))  # kept, before anything is compiled
         self.world_size = world_size()
         matrices, tables, head, others = self.parameters()
+        self.matrices = list(matrices.values())
         overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
         exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
         self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables))
-        self.muon = Muon(self.exchange.my_matrices, config, self.model.impls["muon"])
-        self.adam = AdamW(self.exchange.my_others, config)
+        compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+        optimizers = self.optimizers(self.exchange.my_matrices, self.exchange.my_others, compiles)
+        self.muon, self.adam = optimizers
         self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
-        compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+        self.targets: dict[int, Tensor] = {}  # weights of so many of them, likewise
         how = dict(dynamic=False, fullgraph=True, options=dict(coordinate_descent_tuning=config.tune))
         self.forward = torch.compile(self.model, **how) if compiles else self.model
         if self.world_size > 1:
@@ -561,11 +673,19 @@ class Trainer:
                 dist.broadcast(as_bytes(p), 0)
 
     def parameters(self) -> tuple[dict[str, nn.Parameter], ...]:
-        """The model's parameters by name: matrices of the blocks, embedding tables, head, scalars."""
+        """The model's parameters by name: matrices of the blocks, embedding tables, head, scalars and all else."""
         kinds: dict[str, dict[str, nn.Parameter]] = dict(blocks={}, embed={}, head_w={}, scalars={})
         for name, p in self.model.named_parameters():
-            kinds[next(kind for kind in kinds if kind in name)][name] = p
+            gates = "_gates" in name and self.config.gate_optimizer == "muon"
+            kinds["blocks" if gates else next((kind for kind in kinds if kind in name), "scalars")][name] = p
         return tuple(kinds.values())
+
+    def optimizers(self, matrices: dict, others: dict, compiled: bool = False):
+        """(of matrices, of all else): Muon and AdamW, or those of trainer/normuon.py and trainer/adam.py where a field
+        asks for them."""
+        c, impl = self.config, self.model.impls["muon"]
+        muon = (NorMuon if c.normuon_beta2 else Muon)(matrices, c, impl)
+        return muon, Adam(others, c, self.exchange, compiled) if own_adam(c) else AdamW(others, c)
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes and that this process holds: parameters, its share of the optimizers' state; by
@@ -579,7 +699,8 @@ class Trainer:
         matrices, *others = [{n: nn.Parameter(p.to("meta")) for n, p in kind.items()} for kind in self.parameters()]
         named = {n: p for kind in others for n, p in kind.items()}
         parameters = {f"model.{n}": p.detach().to("meta") for n, p in self.model.named_parameters()}
-        return parameters | Muon(matrices, self.config, "reference").state() | AdamW(named, self.config).state()
+        muon, others = self.optimizers(matrices, named)
+        return parameters | muon.state() | others.state()
 
     def whole_state(self) -> dict[str, Tensor]:
         """On rank 0 all processes' state together, elsewhere nothing. Collective."""
@@ -592,34 +713,57 @@ class Trainer:
 
     def set_window(self, step: int) -> None:
         self.window.fill_(schedule.window_blocks_at(step, self.config))
+        self.model.at_step(step)
+
+    def loss_at(self, step: int) -> dict[str, Any]:
+        """What `forward` is told of a training step's loss: how it is summed, and the weights of several targets."""
+        how: dict[str, Any] = dict(reduction="sum") if self.config.loss_sum else {}
+        if self.config.mtp > 1:
+            weights = schedule.target_weights(step, self.config)
+            kept = self.targets.setdefault(len(weights), torch.ones(len(weights), device=self.device))
+            for number, weight in enumerate(weights):
+                kept[number].fill_(weight)
+            how["target_weights"] = kept
+        return how
 
     def step(self, step: int, batches) -> Tensor:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
         mean loss, detached."""
         sequences = self.config.tokens_per_step // self.config.train_seq_len
+        all_update = schedule.adam_steps(step, self.config)  # else the matrices alone
         self.set_window(step)
         self.exchange.wait_weights()
-        self.exchange.begin([inputs_T for inputs_T, _ in batches])
-        losses = []
+        self.exchange.begin([inputs_T for inputs_T, _ in batches], others=all_update)
+        losses, how = [], self.loss_at(step)
         for number, batch in enumerate(batches, 1):
             inputs_T, targets_T = to_device(batch, self.device)
-            loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window)
+            loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window, **how)
             if number == len(batches):
                 self.exchange.arm()
             (loss / sequences).backward()
-            losses.append(loss.detach())
+            losses.append(loss.detach() / (len(inputs_T) if self.config.loss_sum else 1))
         self.exchange.wait_matrices()  # sums: each process has already divided by the sequences of the whole step
         if self.norm:
             self.norm.add(self.exchange.my_matrices)
         self.muon.step(step)
         self.exchange.publish_matrices()
+        for p in self.matrices:
+            p.grad = None
+        if all_update:
+            self.update_others(step)
+        return torch.stack(losses).mean()
+
+    def update_others(self, step: int) -> None:
+        """Update all but the matrices; their gradients are those since the last time."""
         self.exchange.wait_others()
         if self.norm:
             self.norm.add(self.exchange.my_others)
         self.adam.step(step)
         self.exchange.publish_head()
         self.model.zero_grad(set_to_none=True)
-        return torch.stack(losses).mean()
+        if step <= schedule.split_step(self.config):
+            self.exchange.wait_weights()
+            self.adam.follow(step, self.model.head_w, self.model.embed1.weight)
 
 
 # ---- Data and evaluation -------------------------------------------------------------------------------------
@@ -674,7 +818,8 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     checkpoints.check_tensors(path, weights, model.state_dict())
     model.load_state_dict(weights, strict=False, assign=True)
-    return model.to(device).eval(), config
+    model.to(device).eval().at_step(int(told.get("step", config.num_iterations)))
+    return model, config
 
 
 def set_up(config: Config) -> torch.device:
@@ -709,6 +854,7 @@ def warm_up(trainer: Trainer, stop: StopRequest) -> None:
         trainer.exchange.wait_weights()
         tokens, targets = to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
         trainer.forward(tokens[None], targets[None], window_blocks=trainer.window)
+    trainer.model.zero_grad(set_to_none=True)
     for name, live in trainer.state().items():
         live.copy_(before[name])
     if device.type == "cuda":
@@ -759,7 +905,7 @@ class Stretch:
         self.clock.start()
         try:
             for step in range(self.start, end + 1):
-                last, asked = step == end, stop.heard()
+                last, asked = step == end, stop.heard() if step % c.adam_every == 0 else 0  # no gradient waits
                 if not asked and (last or (c.val_loss_every and step % c.val_loss_every == 0)):
                     self.validate(step)
                 if asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0):

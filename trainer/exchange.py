@@ -138,10 +138,12 @@ class PlainExchange:
     ):
         self.my_matrices = dict(matrices)
         self.my_others = {**tables, **head, **others}
+        self.sends_others = True
         self.pending: list[Any] = []
 
-    def begin(self, tokens: list[Tensor]) -> None:
-        """Nothing to do: no gradient leaves early, no weight is somewhere else."""
+    def begin(self, tokens: list[Tensor], others: bool = True) -> None:
+        """No gradient leaves early, no weight is somewhere else; `others` as in `GradientExchange.begin`."""
+        self.sends_others = others
 
     def arm(self) -> None:
         """Nothing to do."""
@@ -150,7 +152,8 @@ class PlainExchange:
         """After the last backward pass: gradients of matrices are sums, and the others are on their way."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             matrices = [dist.all_reduce(p.grad, async_op=True) for p in self.my_matrices.values()]
-            self.pending = [dist.all_reduce(p.grad, async_op=True) for p in self.my_others.values()]
+            others = self.my_others.values() if self.sends_others else ()
+            self.pending = [dist.all_reduce(p.grad, async_op=True) for p in others]
             for work in matrices:
                 work.wait()
 
@@ -170,6 +173,10 @@ class PlainExchange:
         """Rows of a parameter's state that each rank holds, rank by rank; None: all of them."""
         return None
 
+    def whole(self, parameter: str, held: Tensor) -> Tensor:
+        """All rows of something of which each rank holds its rows of a parameter. Collective."""
+        return held
+
 
 class GradientExchange:
     """The way of a model's gradients and weights between processes. All ranks call its methods in the same order.
@@ -185,7 +192,8 @@ class GradientExchange:
     `my_matrices` and `my_others` are what this rank updates, by name, with gradients where those have been awaited.
     One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one; `wait_matrices()`, their update,
     `publish_matrices()`; `wait_others()`, their update, `publish_head()`; and before weights are read,
-    `wait_weights()`.
+    `wait_weights()`. A step that began with `others=False` ends with `publish_matrices()`: the gradients of all else
+    stay where they are, and leave with those of the next steps, to which they have been added.
     """
 
     def __init__(
@@ -209,7 +217,9 @@ class GradientExchange:
         self.groups: dict[tuple[RowPicker, torch.Size], list[nn.Parameter]] = {}  # of tables, in the order of names
         for name, p in self.tables.items():
             self.groups.setdefault(((picks or {}).get(name, _the_token), p.shape), []).append(p)
-        self.rows: list[Tensor] = []  # of each group, those touched in this step
+        self.rows: list[Tensor] = []  # of each group, those touched since they were last sent
+        self.tokens: list[Tensor] = []  # that touched them
+        self.sends_others = True
         # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
         self.kinds = {
             "matrices": (self._reduce_matrices, self.matrices),
@@ -228,9 +238,14 @@ class GradientExchange:
         share = p.size(0) // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def begin(self, tokens: list[Tensor]) -> None:
-        """At the start of a step, with all of this process's input tokens of it."""
-        self.rows = []
+    def begin(self, tokens: list[Tensor], others: bool = True) -> None:
+        """At the start of a step, with all of this process's input tokens of it. `others`: whether anything but
+        matrices is sent and updated in this step."""
+        self.sends_others = others
+        self.tokens += tokens
+        if not others:
+            return
+        tokens, self.tokens, self.rows = self.tokens, [], []
         for (pick, shape), tables in self.groups.items():
             rows = touched_rows([pick(part) for part in tokens], shape[0], ROWS_MULTIPLE)
             if tables[0].is_cuda:
@@ -239,12 +254,13 @@ class GradientExchange:
 
     def arm(self) -> None:
         """Before the last backward pass of the step: from here gradients leave as soon as their kind is complete."""
-        self.missing = {kind: len(parameters) for kind, (_, parameters) in self.kinds.items()}
+        kinds = self.kinds if self.sends_others else ["matrices"]
+        self.missing = {kind: len(self.kinds[kind][1]) for kind in kinds}
         self.pending = {}
 
     def _ready(self, kind: str) -> None:
         """Called by autograd when a gradient is complete for this backward pass."""
-        if not self.missing:
+        if kind not in self.missing:
             return
         self.missing[kind] -= 1
         for name, left in self.missing.items():  # a kind that is complete waits for those before it
@@ -335,6 +351,14 @@ class GradientExchange:
     def rows_of(self, parameter: str) -> int | None:
         """Rows of a parameter's state that each rank holds, rank by rank; None: all of them."""
         return self.head[parameter].size(0) // self.world_size if parameter in self.head else None
+
+    def whole(self, parameter: str, held: Tensor) -> Tensor:
+        """All rows of something of which each rank holds its rows of a parameter. Collective."""
+        if parameter not in self.head:
+            return held
+        found = held.new_empty(self.head[parameter].shape)
+        dist.all_gather_into_tensor(found, held)
+        return found
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -1,0 +1,110 @@
+"""NorMuon: Muon whose updates are brought to one size row by row (Li et al. 2025, arXiv:2510.05491; #144).
+
+    m <- m + (1 - mu)(g - m),   u = g + mu (m - g),   X = orthogonalised u
+    v <- v + (1 - beta2)(mean of squares of X's rows - v),   X <- X / sqrt(max(v, 1e-10)), of the same norm as before
+    p <- p - l X - (decay * lr f) l p where X p >= 0,   l = lr f * the factor of its kind
+
+The last is cautious decay (#154; after Chen et al. 2025, arXiv:2510.12402): it never works against the update, and it
+is quadratic in the rate. A row is one of the matrix as the reference stores it: of the MLP's second matrix, which
+lies transposed there, it is a column of ours. Each D x D part of the attention's weight is a matrix of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.muon import join_master, momentum_, orthogonalize, split_master
+from trainer.schedule import learning_rate_factor, muon_momentum_at
+
+LEAST_SQUARE = 1e-10  # of a row's running mean of squares; and of a norm that is divided by
+
+
+def kind_of(name: str) -> str:
+    """Of a matrix by its parameter's name: qkvo, mlp_in, mlp_out or gates."""
+    return next(kind for kind in ("qkvo", "mlp_in", "mlp_out", "gates") if kind in name)
+
+
+def factors(text: str) -> dict[str, float]:
+    """{kind: factor} from 'qkvo=2,mlp_out=4'. Raises ValueError."""
+    pairs = (word.partition("=") for word in text.split(",") if word.strip())
+    found = {name.strip(): float(value) for name, _, value in pairs}
+    if unknown := found.keys() - {"qkvo", "mlp_in", "mlp_out", "gates"}:
+        raise ValueError(f"no matrices are called {', '.join(sorted(unknown))}")
+    return found
+
+
+def balance_(second: Tensor, update: Tensor, beta2: float) -> Tensor:
+    """NorMuon's second line: `update` (..., M, N) with rows of one size; `second` (..., M, 1), or (..., 1, N) for the
+    columns, changes in place. float32."""
+    along = -1 if second.size(-1) == 1 else -2
+    before = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+    second.lerp_(update.square().mean(along, keepdim=True), 1 - beta2)
+    scaled = update * second.clamp(min=LEAST_SQUARE).rsqrt()
+    after = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    return scaled * (before / after.clamp(min=LEAST_SQUARE))
+
+
+def apply_cautious_(weight: Tensor, mantissa: Tensor | None, update: Tensor, lr: float, decay: float) -> None:
+    """weight <- weight - lr update - decay weight where update and weight agree in sign (or one is 0), in place; with a
+    mantissa on the float32 master that both together are."""
+    master = weight if mantissa is None else join_master(weight, mantissa)
+    agree = (update * master >= 0).to(master.dtype)
+    new = master - lr * update.to(master.dtype) - decay * master * agree
+    if mantissa is None:
+        weight.copy_(new)
+        return
+    for half, value in zip((weight, mantissa), split_master(new)):
+        half.view(torch.int16).copy_(value.view(torch.int16))
+
+
+class NorMuon:
+    """The optimizer of the blocks' matrices where `normuon_beta2` is given; the interface of train_gpt.Muon.
+
+    A bfloat16 weight keeps the lower 16 bits of its float32 master beside it; a float32 weight is its own."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], config: Any, impl: str):
+        self.config, self.impl, self.named = config, impl, dict(named)
+        self.dtype, self.factors = getattr(torch, config.dtype), factors(config.muon_lr_factors)
+        self.momentum = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+        halves = {n: p for n, p in named.items() if p.dtype == torch.bfloat16}
+        self.mantissa = {n: torch.zeros_like(p, dtype=torch.int16) for n, p in halves.items()}
+        self.second = {n: torch.zeros_like(self._row_sums(n, m)) for n, m in self.momentum.items()}
+        shapes: dict[tuple, list[str]] = {}
+        for name, p in named.items():
+            shapes.setdefault(tuple(sorted(p.shape[-2:])), []).append(name)
+        self.groups = list(shapes.values())
+
+    @staticmethod
+    def _row_sums(name: str, x: Tensor) -> Tensor:
+        return x[..., :1, :] if kind_of(name) == "mlp_out" else x[..., :1]
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """One update from the `.grad` of every parameter; `step` sets rate and momentum."""
+        c = self.config
+        lr, momentum = c.muon_lr * learning_rate_factor(step, c), muon_momentum_at(step, c)
+        for names in self.groups:
+            updates = [momentum_(self.momentum[n], self.named[n].grad, momentum, impl=self.impl) for n in names]
+            for name, update in zip(names, self.orthogonal(updates)):
+                update = balance_(self.second[name], update.float(), c.normuon_beta2)
+                rate = lr * self.factors.get(kind_of(name), 1.0)
+                decay = c.muon_weight_decay * lr * rate
+                apply_cautious_(self.named[name], self.mantissa.get(name), update, rate, decay)
+
+    def orthogonal(self, updates: list[Tensor]) -> list[Tensor]:
+        """Each update orthogonalised; tall matrices are turned so that one batch holds all of a group."""
+        flat = [u.view(-1, *u.shape[-2:]) for u in updates]
+        wide = [u.mT if u.size(-2) > u.size(-1) else u for u in flat]
+        batch = torch.cat(wide) if len(wide) > 1 else wide[0]
+        batch = orthogonalize(batch, coefficients=self.config.muon_coefficients, dtype=self.dtype, impl=self.impl)
+        parts = batch.split([u.size(0) for u in flat])
+        return [(o.mT if u.size(-2) > u.size(-1) else o).view_as(u) for o, u in zip(parts, updates)]
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, for checkpoints; live, not copies."""
+        kinds = dict(momentum=self.momentum, mantissa=self.mantissa, second=self.second)
+        return {f"muon.{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()}

@@ -1,0 +1,396 @@
+"""What fields of the configuration add to the plain model of train_gpt.py: each technique in one place.
+
+A technique is found by its field's name. Off, as in `medium`, it has no parameters and no line of it runs; `Techniques`
+is made only for a model that has one of them (`uses_techniques`), and its `hidden` is then the model's. Sources are
+pull requests of the speedrun (https://github.com/KellerJordan/modded-nanogpt) unless said otherwise; formulas are those
+of its record 18 on the medium track (#188) and of the proposals #252 and #261. Shapes as in train_gpt.py:
+B batch, T time, D width, H heads, Dh head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.mlp import relu_squared_mlp
+from kernels.norm import rms_norm as norm
+from trainer import adam
+from trainer.normuon import factors
+from trainer.options import UsageError
+from trainer.schedule import short_window
+
+GATE_INPUTS = 16  # a gate reads so many dimensions of its input
+
+#: Fields and their values in the plain model: where one differs, the model has techniques.
+PLAIN = dict(
+    norm_before_attention=False, value_norm=True, output_scalar=False, mix_lr=0.0, smear=False, skip_gates=False,
+    backout_layer=-1, value_gates=False, output_gates=False, key_offset="", exact_windows=False, bigram_rows=0,
+    late_attention_source=-1, dynamic_skips="", matrix_dtype="",
+)  # fmt: skip
+
+
+def uses_techniques(config: Any) -> bool:
+    """Whether a configuration has anything that the plain model does not."""
+    return any(getattr(config, name) != plain for name, plain in PLAIN.items())
+
+
+def own_adam(config: Any) -> bool:
+    """Whether a configuration needs the Adam of trainer/adam.py: AdamW has one pair of betas and knows no kinds."""
+    c = config
+    fields = c.adam_decay, c.adam_betas, c.cautious_decay, c.tie_embeddings_frac, c.adam_moments != "weights"
+    return c.adam_every > 1 or any(fields) or uses_techniques(c)
+
+
+def check_techniques(config: Any, skips: dict[int, int]) -> None:
+    """Raise UsageError for techniques that do not go together, naming the field."""
+    c = config
+    for field in ("backout_layer", "late_attention_source"):
+        if getattr(c, field) >= c.num_layers:
+            raise UsageError(f"--{field}={getattr(c, field)}: there are only --num_layers={c.num_layers}")
+    if c.skip_gates and not skips:
+        raise UsageError("--skip_gates: there are no skips; see --unet_skips")
+    if c.value_gates and not c.value_embeddings:
+        raise UsageError("--value_gates: there are no value embeddings; see --value_embeddings")
+    if (c.smear or c.skip_gates or c.value_gates or c.output_gates) and c.model_dim < GATE_INPUTS:
+        raise UsageError(f"--model_dim={c.model_dim}: gates read {GATE_INPUTS} dimensions")
+    if c.key_offset and not c.half_truncated_rotary:
+        raise UsageError("--key_offset moves the dimensions that --half_truncated_rotary leaves still; it is off")
+    if c.bigram_rows == 1:
+        raise UsageError("--bigram_rows=1: the first token has a row of its own, so at least 2")
+    for field in ("num_iterations", "checkpoint_every", "stop_after"):  # else gradients would wait in between
+        if getattr(c, field) % c.adam_every:
+            raise UsageError(f"--{field}={getattr(c, field)}: a multiple of --adam_every={c.adam_every}")
+    for field, read in (
+        ("muon_lr_factors", factors),
+        ("adam_decay", lambda text: adam.by_kind(text, 1)),
+        ("adam_betas", lambda text: adam.by_kind(text, 2)),
+        ("dynamic_skips", lambda text: dynamic_layers(text, c.num_layers)),
+        ("key_offset", lambda text: known_layers(text, c.num_layers)),
+    ):
+        try:
+            read(getattr(c, field))
+        except ValueError as error:
+            raise UsageError(f"--{field}={getattr(c, field)}: {error}") from error
+
+
+def known_layers(text: str, layers: int) -> list[int]:
+    """Layers of a field. Raises ValueError for what is none."""
+    found = numbers(text)
+    if any(not 0 <= layer < layers for layer in found):
+        raise ValueError(f"layers from 0 to {layers - 1}")
+    return found
+
+
+def dynamic_layers(text: str, layers: int) -> list[int]:
+    """(early, middle) of `dynamic_skips`. Raises ValueError."""
+    found = known_layers(text, layers - 1)
+    if text and (len(found) != 2 or found[0] > found[1]):
+        raise ValueError("an early layer and a later one, before the last one: 4,11")
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """Layers of a field that is written 0,4,11."""
+    return [int(word) for word in text.split(",") if word.strip()]
+
+
+def scalar_layout(config: Any, skips: int) -> dict[str, Tensor]:
+    """Initial values of the learned numbers in the one float32 vector `scalars`, by kind, in their order.
+
+    mixes: (L, 3) factors of stream, first and second embedding on entering a layer (`resid_init`, 0, 0); with
+    `mix_lr` only the first of them. values: (L, 2) factors of value and value embedding, or, with `output_scalar`, of
+    the projections to q, k, v and back. `skips`: how many there are of them."""
+    c, L = config, config.num_layers
+    plain = torch.tensor([c.resid_init, 0, 0] * L)
+    found = {
+        "skips": torch.full((skips,), -1.5) if c.skip_gates else torch.ones(L),
+        "mixes": plain[::3] if c.mix_lr else plain,
+        "values": torch.tensor([0.5, 1.0 if c.output_scalar else 0.5] * L),
+    }
+    if c.smear:
+        found["smear"] = torch.zeros(1)
+    if c.backout_layer >= 0:
+        found["backout"] = torch.tensor([0.5])
+    if uses_techniques(c):  # a multiple of 8, as wide reads like it
+        found["unused"] = torch.zeros(-sum(map(len, found.values())) % 8)
+    return found
+
+
+def summed(x: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """x's like: the sum of factor times tensor over the terms, in at least float32 and rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = sum(factor.to(wide) * tensor.to(wide) for factor, tensor in terms)
+    return total.to(x.dtype)
+
+
+def gate(x_BTD: Tensor, weight_G: Tensor) -> Tensor:
+    """sigmoid(w . x[:16]) in (0, 1), for each of the gates in w (G, 16): (B, T, G)."""
+    return torch.sigmoid(F.linear(x_BTD[..., :GATE_INPUTS], weight_G))
+
+
+# ---- smear -----------------------------------------------------------------------------------------------------
+
+
+def smeared(e_BTD: Tensor, before_B1D: Tensor | None, weight_1G: Tensor, amount: Tensor) -> Tensor:
+    """`smear` (#130): e[t] + a sigmoid(g . e[t, :16]) e[t-1], from the raw embedding; not cut at documents.
+
+    before: the embedding of the token before the first one, or None: there is none."""
+    first = torch.zeros_like(e_BTD[:, :1]) if before_B1D is None else before_B1D
+    earlier_BTD = torch.cat([first, e_BTD[:, :-1]], 1)
+    return e_BTD + amount * gate(e_BTD, weight_1G) * earlier_BTD
+
+
+# ---- bigram_rows -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BigramRows:
+    """`bigram_rows` (#201, #252): the row of a table of so many that a token and the one before it pick.
+
+    ((36313 x[t]) xor (27191 x[t-1])) modulo one less than the rows, in int32 with wrap-around; the first token of a
+    sequence picks the last row. Crosses documents."""
+
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """int64 (..., T). tokens: (..., T), of any integer type."""
+        tokens = tokens.to(torch.int32)
+        hashed = (36313 * tokens[..., 1:]) ^ (27191 * tokens[..., :-1])
+        return F.pad(hashed.remainder(self.rows - 1), (1, 0), value=self.rows - 1).long()
+
+
+# ---- key_offset ------------------------------------------------------------------------------------------------
+
+
+def offset_keys(k_BTHDh: Tensor, before_B1HDh: Tensor | None = None) -> Tensor:
+    """`key_offset` (#169): the dimensions of every key that rotary leaves alone (the second and the last quarter) come
+    from the position before, so that a query finds what followed its like. Not cut at documents.
+
+    before: the keys before the first ones, or None: the first one keeps its own."""
+    first = k_BTHDh[:, :1] if before_B1HDh is None else before_B1HDh
+    moved = torch.cat([first, k_BTHDh[:, :-1]], 1)
+    own, theirs = (x.unflatten(-1, (2, 2, -1)) for x in (k_BTHDh, moved))  # halves, then turning and still ones
+    return torch.stack([own[..., 0, :], theirs[..., 1, :]], -2).flatten(-3)
+
+
+# ---- dynamic_skips ---------------------------------------------------------------------------------------------
+
+
+class DynamicSkips(nn.Module):
+    """`dynamic_skips` (#261; dense connections by the token: Xiao et al. 2025, arXiv:2502.12170): two networks of
+    `dynamic_hidden` units give for every token the factors with which earlier outputs enter the last layer and the
+    head.
+
+    m = sc (W2 gelu(W1 x) + b), eight factors in each of two rows. The biases hold what the plain model would do; they
+    are float32, as in bfloat16 most of them are too large for a step of their optimizer to move."""
+
+    SCALE = 0.2 / 3**0.5
+
+    def __init__(self, config: Any):
+        super().__init__()
+        c, dtype = config, getattr(torch, config.dtype)
+        self.early, self.middle = numbers(c.dynamic_skips)
+        self.in_w = nn.Parameter(torch.empty(2, c.dynamic_hidden, c.model_dim, dtype=dtype))
+        self.out_w = nn.Parameter(torch.empty(2, 16, c.dynamic_hidden, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(2, 2, 8, dtype=torch.float32))
+        self.config = c
+
+    def reset_parameters(self) -> None:
+        c = self.config
+        self.in_w.uniform_(-(c.model_dim**-0.5), c.model_dim**-0.5)
+        self.out_w.zero_()
+        self.bias.zero_()
+        self.bias[0, :, 4] = c.resid_init / self.SCALE
+        self.bias[0, :, 5] = 1 / self.SCALE
+        self.bias[0, 0, 7] = c.bigram_init_weight / self.SCALE
+        self.bias[1, 1, 1] = -4.34  # the old backout
+
+    def forward(self, network: int, x_BTD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Both rows of factors of each token, (B, T, 1) each, in at least float32."""
+        h_BTF = F.gelu(F.linear(x_BTD, self.in_w[network]))
+        m = F.linear(h_BTF, self.out_w[network]).to(torch.promote_types(x_BTD.dtype, torch.float32))
+        m = (m + self.bias[network].flatten()) * self.SCALE
+        return tuple(row.split(1, dim=-1) for row in m.chunk(2, dim=-1))
+
+    def before_last(self, x_BTD: Tensor, x0: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, tuple]:
+        """Before the last layer: (stream, what its values get, the factors that it goes by)."""
+        m = first, second = self(0, x_BTD)
+        values = summed(x_BTD, (1.15 * first[0], x0), (1.15 * first[1], middle), (1.15 * first[2], x_BTD))
+        return summed(x_BTD, (1 + second[2], x_BTD), (second[0], x0), (second[1], middle)), values, m
+
+    def before_head(self, x_BTD: Tensor, x0: Tensor, outputs: dict[int, Tensor], last: int, table: Tensor | None):
+        """After the last layer; `table`: the rows of the first value embedding."""
+        _, second = self(1, x_BTD)
+        terms = [(second[0], x0), (second[1], outputs[self.middle]), (second[2], outputs[last - 1])]
+        terms += [(second[4], outputs[self.early])] + ([] if table is None else [(second[3], table)])
+        return summed(x_BTD, (torch.ones_like(second[0]), x_BTD), *terms)
+
+
+# ---- all of them together --------------------------------------------------------------------------------------
+
+
+class Techniques(nn.Module):
+    """The parameters that techniques add, and the pass through the layers that has room for each of them."""
+
+    def __init__(self, config: Any, skips: dict[int, int], value_layers: list[int]):
+        super().__init__()
+        c, L, D, H = config, config.num_layers, config.model_dim, config.num_heads
+        self.config, self.skips = c, skips
+        dtype = getattr(torch, config.dtype)
+        gate_dtype = getattr(torch, c.matrix_dtype or c.dtype) if c.gate_optimizer == "muon" else dtype
+        empty = lambda *shape, dtype=dtype: nn.Parameter(torch.empty(*shape, dtype=dtype))  # noqa: E731
+        self.long, self.offset = numbers(c.long_window_layers), numbers(c.key_offset)
+        self.gated = [i for i in value_layers if not (c.dynamic_skips and i == L - 1)]  # whose gate is a network's
+        self.mixes = empty(L, 2, dtype=torch.float32) if c.mix_lr else None
+        self.smear_w = empty(1, GATE_INPUTS) if c.smear else None
+        self.skip_w = empty(len(skips), GATE_INPUTS) if c.skip_gates else None
+        self.value_gates = empty(len(self.gated), H, GATE_INPUTS, dtype=gate_dtype) if c.value_gates else None
+        self.output_gates = empty(L, H, GATE_INPUTS, dtype=gate_dtype) if c.output_gates else None
+        self.bigram_embed = nn.Embedding(c.bigram_rows, D, dtype=dtype) if c.bigram_rows else None
+        self.bigram_mixes = empty(L, dtype=torch.float32) if c.bigram_rows else None
+        self.dynamic = DynamicSkips(c) if c.dynamic_skips else None
+        self.bigram_rows = BigramRows(c.bigram_rows)
+
+    def reset_parameters(self) -> None:
+        """Zeros, but for the weight of the bigram table and the dynamic skips: at first nothing changes much."""
+        for p in self.parameters():
+            p.zero_()
+        if self.bigram_mixes is not None:
+            self.bigram_mixes.fill_(self.config.bigram_init_weight)
+        if self.dynamic is not None:
+            self.dynamic.reset_parameters()
+
+    def hidden(self, gpt: Any, tokens_BT: Tensor, window_blocks, cache=None) -> Tensor:
+        """`train_gpt.GPT.hidden` with techniques: the same steps, and beside each what fields add to it."""
+        c, last = self.config, self.config.num_layers - 1
+        seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
+        begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
+        rotary = tuple(table[begin:end] for table in gpt.rotary(end))
+        plans = gpt.plan(seen_BS, window_blocks), gpt.plan(seen_BS, short_window(window_blocks, c))
+        scalars = gpt.scalars_by_kind()
+        tables = [table(gpt.rows_v(seen_BS)[:, begin:]) for table in gpt.value_embeds]
+        values = dict(enumerate(tables)) | {last + 1 - len(tables) + i: ve for i, ve in enumerate(tables)}
+        x0 = self.entered(gpt, seen_BS, begin, scalars)
+        x2 = None if gpt.embed2 is None else norm(gpt.embed2(gpt.rows2(seen_BS)[:, begin:]))
+        bigram = None if self.bigram_embed is None else self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])
+        x_BTD, outputs, factors, more_values = x0, {}, None, None
+        for layer, block in enumerate(gpt.blocks):
+            if layer in self.skips:
+                x_BTD = self.skipped(x_BTD, x0, layer, outputs, scalars)
+            if factors is None:
+                x_BTD = self.mixed(x_BTD, x0, x2, bigram, layer, scalars)
+            late = 0 <= c.late_attention_source < layer
+            source = outputs[c.late_attention_source] if late else x_BTD
+            given = rotary, plans[layer not in self.long], gpt, cache, (factors, more_values)
+            a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
+            x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
+            h_ND = norm(x_BTD).flatten(0, 1)
+            y_ND = relu_squared_mlp(h_ND, block.mlp_in_w, block.mlp_out_w, impl=gpt.impls["mlp"])
+            if factors is None:
+                x_BTD = x_BTD + y_ND.view_as(x_BTD)
+            else:
+                x_BTD = summed(x_BTD, (factors[1][4], x_BTD), (factors[1][5], y_ND.view_as(x_BTD)))
+            outputs[layer] = x_BTD
+            if self.dynamic is not None and layer == last - 1:
+                middle = outputs[self.dynamic.middle]
+                x_BTD, more_values, factors = self.dynamic.before_last(x_BTD, x0, middle)
+        if c.backout_layer >= 0:  # #140: what the head does not need of the middle
+            x_BTD = x_BTD - scalars["backout"][0] * outputs[c.backout_layer]
+        if self.dynamic is not None:
+            x_BTD = self.dynamic.before_head(x_BTD, x0, outputs, last, tables[0] if tables else None)
+        return norm(x_BTD)
+
+    def entered(self, gpt: Any, seen_BS: Tensor, begin: int, scalars: dict[str, Tensor]) -> Tensor:
+        """The stream at its beginning: norm of the (smeared) embedding."""
+        e_BTD = gpt.embed1(seen_BS[:, begin:])
+        if self.smear_w is not None:
+            before = gpt.embed1(seen_BS[:, begin - 1 : begin]) if begin else None
+            e_BTD = smeared(e_BTD, before, self.smear_w, scalars["smear"][0])
+        return norm(e_BTD)
+
+    def skipped(self, x_BTD: Tensor, x0: Tensor, layer: int, outputs: dict[int, Tensor], scalars: dict[str, Tensor]):
+        """x + w output; with `skip_gates` (#151) w = 2 sigmoid(b) sigmoid(h . x0[:16])."""
+        output = outputs[self.skips[layer]]
+        if self.skip_w is None:
+            return x_BTD + scalars["skips"][layer] * output
+        number = list(self.skips).index(layer)
+        opened = 2 * torch.sigmoid(scalars["skips"][number])
+        return x_BTD + opened * gate(x0, self.skip_w[number : number + 1]) * output
+
+    def mixed(self, x_BTD: Tensor, x0: Tensor, x2, bigram, layer: int, scalars: dict[str, Tensor]) -> Tensor:
+        """r x + p x0 + q x2 + beta B[row]: `resid_init` is r at first, `bigram_init_weight` beta."""
+        if self.mixes is None:
+            r, p, q = scalars["mixes"][layer]
+        else:
+            (r,), (p, q) = scalars["mixes"][layer], self.mixes[layer]
+        terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
+        if bigram is not None:
+            terms.append((self.bigram_mixes[layer], bigram))
+        return summed(x_BTD, *terms)
+
+    def added(self, x_BTD: Tensor, a_BTD, x0: Tensor, bigram, factors) -> Tensor:
+        """Stream plus attention; in the last layer of `dynamic_skips`, the factors' mixture."""
+        if factors is None:
+            return x_BTD if a_BTD is None else x_BTD + a_BTD
+        m = factors[0]
+        terms = [(m[4], x_BTD), (m[6], x0)] + ([] if a_BTD is None else [(m[5], a_BTD)])
+        return summed(x_BTD, *terms, *([] if bigram is None else [(m[7], bigram)]))
+
+    def attend(self, block: Any, x_BTD: Tensor, ve_BTD, scalars_2: Tensor, rotary, plan, gpt, cache, dynamic):
+        """Attention of a layer, from what it reads to what it adds to the stream; None for a layer without."""
+        if not block.has_attention:
+            return None
+        c, layer, (B, T, D), H = self.config, block.layer, x_BTD.shape, self.config.num_heads
+        y_BTD = norm(x_BTD) if c.norm_before_attention else x_BTD
+        w_ED = block.qkvo_w[:3].flatten(0, 1).to(y_BTD.dtype)
+        if c.output_scalar:
+            w_ED = scalars_2[0] * w_ED
+        q, k, v = F.linear(y_BTD, w_ED).view(B, T, 3, H, D // H).unbind(2)
+        q, k = rotated(norm(q), rotary), rotated(norm(k), rotary)
+        v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
+        if gpt.query_factor is not None:
+            q = q * gpt.query_factor
+        if layer in self.offset:
+            k = offset_keys(k, None if cache is None else cache.last_key(layer, k))
+        if cache is None:
+            o_BTHDh = attention(q, k, v, plan, scale=c.attention_scale, impl=gpt.impls["attention"])
+        else:
+            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, c.attention_scale)
+        if self.output_gates is not None:  # #117
+            o_BTHDh = o_BTHDh * gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))[..., None]
+        w_o_DD = block.qkvo_w[3].to(y_BTD.dtype)
+        return F.linear(o_BTHDh.reshape(B, T, D), scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD)
+
+    def valued(self, v: Tensor, ve_BTD, y_BTD: Tensor, layer: int, scalars_2: Tensor, dynamic) -> Tensor:
+        """The values of a layer: normed unless `value_norm` is off, then what is added to them. With `value_gates`
+        (#186) the value embedding comes with a factor 2 sigmoid(G y[:16]) a head."""
+        c, (factors, more_values) = self.config, dynamic
+        v = norm(v) if c.value_norm else v
+        v = v if c.output_scalar else scalars_2[0] * v
+        if more_values is not None:
+            v = v + more_values.view_as(v)
+        if ve_BTD is None:
+            return v
+        ve = ve_BTD.view_as(v)
+        if factors is not None:
+            halves = [2 + row[3].to(v.dtype).expand(-1, -1, v.size(2) // 2) for row in factors]
+            return v + torch.cat(halves, -1)[..., None] * ve
+        if self.value_gates is not None:
+            weight = self.value_gates[self.gated.index(layer)].to(y_BTD.dtype)
+            return v + 2 * gate(y_BTD, weight)[..., None] * ve
+        return v + (ve if c.output_scalar else scalars_2[1] * ve)
+
+
+def rotated(x_BTHDh: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary with its tables rounded to x's dtype."""
+    cos, sin = (table.to(x_BTHDh.dtype)[:, None] for table in rotary)
+    x1, x2 = x_BTHDh.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], -1)
