@@ -59,6 +59,7 @@ from trainer.log import Clock, Progress, RunLog, unique_name
 from trainer.ngrams import NGramRows
 from trainer.normuon import NorMuon
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
+from trainer.presets import frontier_presets
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import choose_assembler, describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.start import expand, start_from
@@ -237,18 +238,8 @@ PRESETS: dict[str, dict] = {
         window_growth_frac=0.6,  # later, the learning rate is too low to learn the new distances (docs/LOG.md)
         embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     ),
-    # The fastest merged run of the medium track, record 18 (#188); the fastest proposals since, #252 and #261.
-    "record18": dict(
-        num_iterations=4740, extension_steps=40, val_loss_every=250, batch_schedule="131072,262144,393216",
-        lr_schedule="1,1.52,1.73,2", lr_floor=0.1, muon_momentum_cooldown=50, mtp=3, adam_every=2,
-        tie_embeddings_frac=1 / 6, window_schedule="3,7,11,13,15,17,19,21,23", validation_window=27,
-        short_window_max=11, yarn_until=13, attention_scale=0.1,
-    ),
-    "f2": dict(num_iterations=4620),
-    "f3": dict(num_iterations=4150, extension_steps=25),
 }
-for _name, _base in (("f2", "record18"), ("f3", "f2")):
-    PRESETS[_name] = PRESETS[_base] | PRESETS[_name]
+PRESETS |= frontier_presets(PRESETS)  # record18, f2, f3, frontier, nano-frontier
 # fmt: on
 
 
@@ -730,10 +721,9 @@ class Trainer:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
         mean loss, detached."""
         sequences = self.config.tokens_per_step // self.config.train_seq_len
-        all_update = schedule.adam_steps(step, self.config)  # else the matrices alone
         self.set_window(step)
         self.exchange.wait_weights()
-        self.exchange.begin([inputs_T for inputs_T, _ in batches], others=all_update)
+        self.exchange.begin([inputs_T for inputs_T, _ in batches], others=schedule.adam_steps(step, self.config))
         losses, how = [], self.loss_at(step)
         for number, batch in enumerate(batches, 1):
             inputs_T, targets_T = to_device(batch, self.device)
@@ -742,19 +732,20 @@ class Trainer:
                 self.exchange.arm()
             (loss / sequences).backward()
             losses.append(loss.detach() / (len(inputs_T) if self.config.loss_sum else 1))
+        self.update(step)
+        return torch.stack(losses).mean()
+
+    def update(self, step: int) -> None:
+        """Update the matrices, and on steps of `adam_every` all else, on the gradients since its last time."""
         self.exchange.wait_matrices()  # sums: each process has already divided by the sequences of the whole step
         if self.norm:
             self.norm.add(self.exchange.my_matrices)
         self.muon.step(step)
         self.exchange.publish_matrices()
-        for p in self.matrices:
-            p.grad = None
-        if all_update:
-            self.update_others(step)
-        return torch.stack(losses).mean()
-
-    def update_others(self, step: int) -> None:
-        """Update all but the matrices; their gradients are those since the last time."""
+        if not schedule.adam_steps(step, self.config):
+            for p in self.matrices:
+                p.grad = None
+            return
         self.exchange.wait_others()
         if self.norm:
             self.norm.add(self.exchange.my_others)
