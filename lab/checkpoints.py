@@ -115,9 +115,12 @@ def load_checkpoint(path: str | Path, vocab_folder: str | None = None) -> Checkp
 def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None) -> Checkpoint:
     import train_gpt
     from lab.models.gpt import GPTRung
+    from trainer.techniques import techniques_of
 
     with _told():
         gpt, config = train_gpt.load_model(path)
+    if unknown := techniques_of(config):
+        raise LabError(f"{path}: the lab knows the plain model, and this one has {', '.join(unknown)}")
     if config.vocab_size == 256:
         tokenizer: Tokenizer = ByteTokenizer()
     elif config.vocab_size == GPT2Tokenizer.vocab_size:

@@ -1,5 +1,5 @@
-"""The runs behind presets record18 (F0) and f3 (F3) once more, in the slowest and most literal way: float64, one loop or
-einsum a sentence of their description.
+"""The runs behind presets record18 (F0) and f3 (F3) once more, in the slowest and most literal way: float64, one loop
+or einsum a sentence of their description.
 
 Nothing here is shared with train_gpt.py, trainer/ or kernels/ but the names of the parameters. `loss` is the model,
 `Literal` a run: schedules, gradients by autograd, NorMuon and Adam, one matrix after the other."""

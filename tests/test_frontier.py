@@ -1,13 +1,16 @@
 """Presets record18, f2, f3 and frontier against their description read literally (tests/frontier_model.py)."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from frontier_model import Literal
+from frontier_model import Literal, adam_rule, multiplier
 
 import train_gpt
-from train_gpt import Trainer, parse_config
+from kernels.norm import rms_norm as norm
+from train_gpt import GPT, Trainer, parse_config
+from trainer import adam, normuon, techniques
 
 CPU = torch.device("cpu")
 NAMES = ("record18", "f3")
@@ -15,11 +18,13 @@ NAMES = ("record18", "f3")
 
 def small(preset, **changes):
     """All techniques of a preset at a size that a float64 twin can follow: 16 layers, D = 32."""
+    # fmt: off
     fields = dict(
         model_dim=32, num_heads=2, vocab_size=200, eos_id=7, dtype="float32", matrix_dtype="", device="cpu",
         num_iterations=12, extension_steps=0, tokens_per_step=64, train_seq_len=32, batch_schedule="",
         val_seq_len=32, val_tokens=32, block_tokens=4, muon_momentum_cooldown=0,
-    )  # fmt: skip
+    )
+    # fmt: on
     fields |= dict(bigram_rows=640, dynamic_hidden=8) if preset != "record18" else {}
     return train_gpt.check_config(dataclasses.replace(parse_config([f"--preset={preset}"]), **(fields | changes)))
 
@@ -127,3 +132,230 @@ def test_three_steps_equal_the_literal_run(trainer, preset):
         assert ours.item() == pytest.approx(loss, rel=2e-5)
         literal.update(step, gradients)
         agree(trainer.model, literal, step)
+
+
+def nano(**changes):
+    fields = dict(num_iterations=12, tokens_per_step=64, train_seq_len=32, val_seq_len=32, val_tokens=32, device="cpu")
+    return train_gpt.check_config(dataclasses.replace(parse_config(["--preset=nano-frontier"]), **(fields | changes)))
+
+
+# --- numbers of the presets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "frontier"])
+def test_parameters_are_those_of_the_description(preset):
+    later, f3 = preset != "record18", preset in ("f3", "frontier")
+    config = parse_config([f"--preset={preset}"])
+    with torch.device("meta"):
+        model = GPT(config)
+    D, V = 1024, 50304
+    expected = {"head_w": (V, D), "embed1.weight": (V, D), "embed2.weight": (V, D)}
+    expected |= {f"value_embeds.{i}.weight": (V, D) for i in range(5)}
+    for i in range(16):
+        expected |= {f"blocks.{i}.qkvo_w": (4, D, D), f"blocks.{i}.mlp_in_w": (4 * D, D)}
+        expected[f"blocks.{i}.mlp_out_w"] = (D, 4 * D)
+    more = {"mixes": (16, 2), "smear_w": (1, 16), "skip_w": (3, 16), "output_gates": (16, 8, 16)}
+    more["value_gates"] = (9 if f3 else 10, 8, 16)  # layer 15's gate is a network's
+    more |= {"bigram_embed.weight": (251520, D), "bigram_mixes": (16,)} if later else {}
+    more |= {"dynamic.in_w": (2, 64, D), "dynamic.out_w": (2, 16, 64), "dynamic.bias": (2, 2, 8)} if f3 else {}
+    expected |= {"scalars": (56,)} | {f"techniques.{name}": shape for name, shape in more.items()}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
+    assert sum(model.scalar_sizes.values()) - model.scalar_sizes["unused"] == (52 if f3 else 53)
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    numbers = {"scalars", "techniques.mixes", "techniques.bigram_mixes", "techniques.dynamic.bias"} & expected.keys()
+    matrices = {name for name in expected if name.startswith("blocks.") or "_gates" in name}
+    assert wide == numbers | (set() if later else matrices)
+    assert model.skips == {9: 6, 10: 4, 11: 2} and model.techniques.long == model.techniques.offset == [0, 4, 11, 15]
+    assert all(block.has_attention for block in model.blocks)
+
+
+def test_initial_values_are_those_of_the_description():
+    torch.manual_seed(0)
+    model = GPT(small("f3", model_dim=128, num_heads=2, vocab_size=1000))
+    D, t, w = 128, model.techniques, {name: p.detach() for name, p in model.named_parameters()}
+    zeros = {name for name, p in w.items() if not p.any()}
+    free = {"mixes", "smear_w", "skip_w", "output_gates", "value_gates", "bigram_embed.weight", "dynamic.out_w"}
+    expected = {f"techniques.{name}" for name in free} | {f"value_embeds.{i}.weight" for i in range(5)}
+    assert zeros == expected | {f"blocks.{i}.mlp_out_w" for i in range(16)}
+    assert torch.equal(w["head_w"], w["embed1.weight"]) and w["head_w"].std().item() == pytest.approx(0.005, rel=0.02)
+    assert w["embed2.weight"].std().item() == pytest.approx(1, rel=0.02)
+    for i in range(16):
+        assert not w[f"blocks.{i}.qkvo_w"][3].any()
+        assert w[f"blocks.{i}.qkvo_w"][:3].std().item() == pytest.approx(D**-0.5, rel=0.02)
+        assert w[f"blocks.{i}.mlp_in_w"].std().item() == pytest.approx(0.5 * D**-0.5, rel=0.02)
+    assert w["techniques.bigram_mixes"].eq(0.05).all() and w["techniques.dynamic.in_w"].abs().max() <= D**-0.5
+    assert w["techniques.dynamic.in_w"].std().item() == pytest.approx(D**-0.5 / 3**0.5, rel=0.05)
+    kinds = model.scalars_by_kind()
+    assert kinds["skips"].eq(-1.5).all() and kinds["mixes"].eq(torch.tensor(1.05)).all() and kinds["smear"].eq(0).all()
+    assert kinds["values"].eq(torch.tensor([0.5, 1.0])).all() and "backout" not in kinds
+    assert GPT(small("record18")).scalars_by_kind()["backout"].tolist() == [0.5]
+    sc, bias = 0.2 / 3**0.5, torch.zeros(2, 2, 8)
+    bias[0, :, 4], bias[0, :, 5], bias[0, 0, 7], bias[1, 1, 1] = 1.05 / sc, 1 / sc, 0.05 / sc, -4.34
+    torch.testing.assert_close(t.dynamic.bias.detach(), bias)
+    gate = 2 * torch.sigmoid(kinds["skips"][0]) * torch.sigmoid(torch.zeros(()))
+    assert gate.item() == pytest.approx(0.18, abs=0.003)
+
+
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3"])
+def test_optimizers_have_the_rates_of_the_description(preset):
+    trainer, f3 = Trainer(small(preset), CPU), preset != "record18"
+    c = trainer.config
+    for name, (rate, b1, b2, decay) in trainer.adam.constants.items():
+        expected = adam_rule(name, f3)
+        assert (rate, b1, b2, decay) == (*expected[:3], pytest.approx(0.005 * expected[3])), name
+    assert c.adam_eps == 1e-8 and c.adam_every == 2 and c.adam_moments == ("float32" if f3 else "weights")
+    assert (c.muon_lr, c.muon_weight_decay, c.normuon_beta2) == (0.015, 1.2, 0.95)
+    gates = {name for name in trainer.muon.named if "gates" in name}
+    assert gates == (set() if f3 else {"techniques.output_gates", "techniques.value_gates"})
+    for name in trainer.muon.named:
+        assert trainer.muon.factors.get(normuon.kind_of(name), 1) == multiplier(name, f3), name
+    assert {*trainer.muon.named, *trainer.adam.named} == {name for name, _ in trainer.model.named_parameters()}
+
+
+def test_the_first_loss_is_that_of_almost_equal_classes():
+    """ln 50304 + 0.01, as published: the tied head is not quite zero."""
+    c = small("record18", vocab_size=50257, eos_id=50256, model_dim=64, num_heads=1)
+    torch.manual_seed(0)
+    tokens, targets = documents(33, 1, 50257, 50256)[:-1], documents(33, 1, 50257, 50256)[1:]
+    with torch.no_grad():
+        loss = GPT(c)(tokens[None], targets[None], window_blocks=3).item()
+    assert loss == pytest.approx(math.log(50304), abs=0.02)
+
+
+# --- planted faults: each turns one of the comparisons red -----------------------------------------------------------
+
+
+def smear_reads_the_normed_embedding(monkeypatch):
+    whole = techniques.smeared
+    monkeypatch.setattr(techniques, "smeared", lambda e, *rest: whole(norm(e), *rest))
+
+
+def gates_read_other_dimensions(monkeypatch):
+    monkeypatch.setattr(techniques, "gate", lambda x, w: torch.sigmoid(x[..., 1:17] @ w.T))
+
+
+def keys_alias(monkeypatch):
+    def offset_keys(k, before=None):
+        k = k.clone()
+        quarter = k.size(-1) // 4
+        for d in (slice(quarter, 2 * quarter), slice(3 * quarter, None)):
+            k[..., d] = k[:, :1, :, d]  # what copying position by position in place ends in
+        return k
+
+    monkeypatch.setattr(techniques, "offset_keys", offset_keys)
+
+
+def bigram_of_the_next_token(monkeypatch):
+    picks = techniques.BigramRows.__call__
+    monkeypatch.setattr(techniques.BigramRows, "__call__", lambda self, t: picks(self, t.roll(-1, -1)))
+
+
+def values_scaled_twice(monkeypatch):
+    valued = techniques.Techniques.valued
+    monkeypatch.setattr(techniques.Techniques, "valued", lambda self, v, *rest: valued(self, 0.5 * v, *rest))
+
+
+FAULTS = dict(
+    record18=[smear_reads_the_normed_embedding, gates_read_other_dimensions, keys_alias, values_scaled_twice],
+    f3=[bigram_of_the_next_token],
+)
+
+
+@pytest.mark.parametrize("preset, plant", [(preset, plant) for preset, plants in FAULTS.items() for plant in plants])
+def test_a_fault_in_the_model_is_seen(preset, plant, monkeypatch):
+    trainer = Trainer(small(preset), CPU)
+    randomised(trainer.model)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        model_agrees(trainer, preset)
+
+
+def decay_without_the_rate(monkeypatch):
+    apply = normuon.apply_cautious_
+    monkeypatch.setattr(normuon, "apply_cautious_", lambda w, m, u, lr, decay: apply(w, m, u, lr, decay / lr))
+
+
+def decay_against_the_weight(monkeypatch):
+    apply = normuon.apply_cautious_
+    monkeypatch.setattr(normuon, "apply_cautious_", lambda w, m, u, lr, decay: apply(w, m, u, lr, -decay))
+
+
+def columns_for_rows(monkeypatch):
+    monkeypatch.setattr(normuon.NorMuon, "_row_sums", staticmethod(lambda name, x: x[..., :1]))
+
+
+def the_split_forgets_the_moments(monkeypatch):
+    follow = adam.Adam.follow
+    monkeypatch.setattr(adam.Adam, "follow", lambda self, step, *rest: follow(self, min(step, 2), *rest))
+
+
+def the_split_comes_late(monkeypatch):
+    monkeypatch.setattr(adam.Adam, "tied", lambda self, step: step <= self.split + 2)
+
+
+def adam_forgets_the_even_step(monkeypatch):
+    update = Trainer.update
+
+    def forgetful(self, step):
+        update(self, step)
+        self.model.zero_grad(set_to_none=True)
+
+    monkeypatch.setattr(Trainer, "update", forgetful)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        decay_without_the_rate,
+        decay_against_the_weight,
+        columns_for_rows,
+        the_split_forgets_the_moments,
+        the_split_comes_late,
+        adam_forgets_the_even_step,
+    ],
+)
+def test_a_fault_in_an_optimizer_is_seen(plant, monkeypatch):
+    plant(monkeypatch)
+    trainer = Trainer(small("record18"), CPU)
+    randomised(trainer.model)
+    with pytest.raises(AssertionError):
+        optimizers_agree(trainer, "record18")
+
+
+# --- causality ------------------------------------------------------------------------------------------------------
+
+
+def causal_case(preset, **changes):
+    """(model, tokens of two documents, the same with other ones after `at`, where the second document opens, at)."""
+    model = Trainer(nano(**changes) if preset == "nano-frontier" else small(preset, **changes), CPU).model
+    T, opened, at, vocab, eos = 64, 30, 40, model.config.vocab_size, model.config.eos_id
+    tokens = documents(T, 5, vocab=vocab, eos=eos)
+    tokens[opened] = eos
+    tokens[opened + 1 : at + 1] = torch.arange(50, 50 + at - opened)
+    other = torch.cat([tokens[: at + 1], documents(T - at - 1, 6, vocab=vocab, eos=eos)])
+    return randomised(model), tokens, other, opened, at
+
+
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "frontier", "nano-frontier"])
+def test_no_logit_depends_on_a_later_token(preset):
+    model, tokens, other, _, at = causal_case(preset)
+    with torch.no_grad():
+        logits, others = (model(t[None], window_blocks=20)[0] for t in (tokens, other))
+    torch.testing.assert_close(logits[: at + 1], others[: at + 1], rtol=0, atol=1e-6)
+    assert not torch.allclose(logits[at + 1 :], others[at + 1 :], atol=1e-2)
+
+
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "nano-frontier"])
+def test_documents_do_not_see_each_other(preset):
+    """A position's logits have a gradient by its own document's embeddings, and by that of the one token before it,
+    which smear lets through. Moved keys let more through, as they are told to: at a border they are another
+    document's."""
+    for offset, first in (("", lambda opened: opened - 1), (None, lambda opened: 0)):
+        model, tokens, _, opened, at = causal_case(preset, **({} if offset is None else {"key_offset": offset}))
+        seen = []
+        hook = model.embed1.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+        logits = model(tokens[None], window_blocks=20)[0, at]
+        hook.remove()
+        (gradient,) = torch.autograd.grad(logits.square().sum(), seen[0])
+        moved = (gradient[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
+        assert moved == list(range(first(opened), at + 1))

@@ -20,15 +20,19 @@ from torch import Tensor, nn
 from trainer.schedule import learning_rate_factor, split_step
 
 #: Kinds of parameters, and the field with their rate.
+# fmt: off
 RATES = dict(
     head="head_lr", tables="embed_lr", bigram="embed_lr", mixes="mix_lr", bigram_mixes="bigram_mix_lr",
     inputs="input_gate_lr", gates="gate_lr", dynamic="dynamic_lr", dynamic_bias="dynamic_lr", scalars="scalar_lr",
-)  # fmt: skip
+)
+# fmt: on
+# fmt: off
 _PARTS = {  # of a parameter's name, the first that fits, and its kind
     "head_w": "head", "bigram_embed": "bigram", "embed": "tables", "bigram_mixes": "bigram_mixes", "mixes": "mixes",
     "smear_w": "inputs", "skip_w": "inputs", "gates": "gates", "dynamic.bias": "dynamic_bias", "dynamic": "dynamic",
     "scalars": "scalars",
-}  # fmt: skip
+}
+# fmt: on
 
 
 def kind_of(name: str, tied: bool) -> str:
@@ -75,7 +79,7 @@ class Adam:
         c = config
         self.config, self.named, self.exchange = c, dict(named), exchange
         self.split = split_step(c)
-        kinds = {n: kind_of(n, self.split >= 0) for n in named}
+        kinds = {n: kind_of(n, c.tie_embeddings_frac > 0) for n in named}
         betas, decay = by_kind(c.adam_betas, 2), by_kind(c.adam_decay, 1)
         both, none = (c.adam_beta1, c.adam_beta2), [0.0]
         self.constants = {  # rate, b1, b2, decay
@@ -86,8 +90,9 @@ class Adam:
         self.table_P4 = torch.tensor(list(self.constants.values()), dtype=torch.float32, device=device)
         self.count = torch.zeros((), dtype=torch.float32, device=device)
         self.factor = torch.zeros((), dtype=torch.float32, device=device)
-        like = lambda p: torch.zeros_like(p, dtype=torch.float32 if c.adam_moments == "float32" else p.dtype)  # noqa: E731
-        self.exp_avg, self.exp_avg_sq = ({n: like(p.detach()) for n, p in named.items()} for _ in range(2))
+        kept = lambda p: torch.float32 if c.adam_moments == "float32" else p.dtype  # noqa: E731
+        zeros = lambda p: torch.zeros(p.shape, dtype=kept(p), device=p.device)  # noqa: E731
+        self.exp_avg, self.exp_avg_sq = ({n: zeros(p) for n, p in named.items()} for _ in range(2))
         self.update = torch.compile(adam_, dynamic=True, fullgraph=True) if compiled else adam_
 
     def tied(self, step: int) -> bool:

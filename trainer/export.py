@@ -21,6 +21,7 @@ from trainer.checkpoints import CheckpointError, read_tensors, read_texts, save_
 from trainer.options import UsageError, fields_text, fill, read_words, setting
 from trainer.sample import find_checkpoint
 from trainer.start import OF_A_MODEL, starting_layout
+from trainer.techniques import techniques_of
 
 CODE = Path(__file__).with_name("exported")
 
@@ -51,6 +52,11 @@ def export_folder(path: Path, model: Any, config: Any, folder: Path, vocab: str)
     """Write a model and its configuration to `folder`. Returns what the user should know. UsageError, OSError."""
     from safetensors.torch import save_file
 
+    if unknown := techniques_of(config):
+        raise UsageError(
+            f"{path}: the exported code has only the plain model, and this one has {', '.join(unknown)}; its weights "
+            "alone can be exported, as FILE.safetensors"
+        )
     tokenizer, remark = _tokenizer(config, vocab)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -69,10 +69,11 @@ class NorMuon:
     def __init__(self, named: Mapping[str, nn.Parameter], config: Any, impl: str):
         self.config, self.impl, self.named = config, impl, dict(named)
         self.dtype, self.factors = getattr(torch, config.dtype), factors(config.muon_lr_factors)
-        self.momentum = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
+        zeros = lambda p, dtype: torch.zeros(p.shape, dtype=dtype, device=p.device)  # noqa: E731
+        self.momentum = {n: zeros(p, torch.float32) for n, p in named.items()}
         halves = {n: p for n, p in named.items() if p.dtype == torch.bfloat16}
-        self.mantissa = {n: torch.zeros_like(p, dtype=torch.int16) for n, p in halves.items()}
-        self.second = {n: torch.zeros_like(self._row_sums(n, m)) for n, m in self.momentum.items()}
+        self.mantissa = {n: zeros(p, torch.int16) for n, p in halves.items()}
+        self.second = {n: zeros(self._row_sums(n, m), torch.float32) for n, m in self.momentum.items()}
         shapes: dict[tuple, list[str]] = {}
         for name, p in named.items():
             shapes.setdefault(tuple(sorted(p.shape[-2:])), []).append(name)

@@ -33,6 +33,7 @@ class Cache:
     def __init__(self):
         self.tokens_BT: Tensor | None = None
         self.layers: dict[int, tuple[Tensor, Tensor, int]] = {}  # keys, values, position of the first one
+        self.keys: dict[int, Tensor] = {}  # of layers with `key_offset`, the last one as it was
 
     @property
     def length(self) -> int:
@@ -44,6 +45,11 @@ class Cache:
         seen = tokens_BT if self.tokens_BT is None else torch.cat([self.tokens_BT, tokens_BT], 1)
         self.tokens_BT = seen
         return seen
+
+    def last_key(self, layer: int, k_BTHDh: Tensor) -> Tensor | None:
+        """The key (B, 1, H, Dh) of the token before these, None before the first; the last of these is kept."""
+        before, self.keys[layer] = self.keys.get(layer), k_BTHDh[:, -1:].clone()
+        return before
 
     def attend(self, layer: int, q_BTHDh: Tensor, k_BTHDh: Tensor, v_BTHDh: Tensor, first_key_BS: Tensor, scale: float):
         """Attention of the new queries over old and new keys, (B, T, H, Dh); query i sees keys first_key[i] .. i."""

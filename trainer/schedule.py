@@ -191,8 +191,9 @@ def yarn_at(step: int, config: Any, frequencies: Sequence[float]) -> tuple[list[
 
 def split_step(config: Any) -> int:
     """The step after whose update the input embedding leaves the head and goes on alone: the first on which Adam
-    updates, `tie_embeddings_frac` of the schedule done. -1: they are two from the start."""
-    if not config.tie_embeddings_frac:
+    updates, `tie_embeddings_frac` of the schedule done. -1: they are two from the start, as in a run that begins with
+    the weights of another one."""
+    if not config.tie_embeddings_frac or config.init_from:
         return -1
     first = math.ceil(config.tie_embeddings_frac * scheduled(config) - 1e-9)
     return next(step for step in range(first, first + config.adam_every) if adam_steps(step, config))

@@ -33,6 +33,10 @@ OF_A_MACHINE = "device compile kernels communication deterministic".split()
 OF_A_MODEL = """vocab_size eos_id num_layers model_dim num_heads mlp_ratio attention_scale soft_cap
 second_input_embedding second_embedding_context value_embedding_context context_rows value_embeddings unet_skips
 attention_free_layers half_truncated_rotary block_tokens window_max_tokens long_window_layers dtype""".split()
+#: Of a model with techniques (trainer/techniques.py), beside those.
+OF_TECHNIQUES = """norm_before_attention value_norm output_scalar mix_lr smear skip_gates backout_layer value_gates
+output_gates key_offset exact_windows bigram_rows late_attention_source dynamic_skips dynamic_hidden matrix_dtype
+tie_embeddings_frac window_schedule validation_window short_window_max yarn_until gate_optimizer""".split()
 
 
 #: Names that other trainers (nanoGPT, Hugging Face's, modded-nanogpt) have for things, and ours.
@@ -187,7 +191,7 @@ def from_model(path: str, kind: type, schedule: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path}: without a digest; it was not written by train_gpt.py")
     found = _told(kind, config, {*OF_ONE_RUN, *OF_A_MACHINE, "output_dir"})
     if not schedule:
-        found = {name: value for name, value in found.items() if name in OF_A_MODEL}
+        found = {name: value for name, value in found.items() if name in {*OF_A_MODEL, *OF_TECHNIQUES}}
     return found | {"init_hash": texts["digest"]}
 
 

@@ -27,16 +27,26 @@ from trainer.schedule import short_window
 GATE_INPUTS = 16  # a gate reads so many dimensions of its input
 
 #: Fields and their values in the plain model: where one differs, the model has techniques.
+# fmt: off
 PLAIN = dict(
     norm_before_attention=False, value_norm=True, output_scalar=False, mix_lr=0.0, smear=False, skip_gates=False,
     backout_layer=-1, value_gates=False, output_gates=False, key_offset="", exact_windows=False, bigram_rows=0,
     late_attention_source=-1, dynamic_skips="", matrix_dtype="",
-)  # fmt: skip
+    yarn_until=-1,
+)
+# fmt: on
 
 
 def uses_techniques(config: Any) -> bool:
     """Whether a configuration has anything that the plain model does not."""
     return any(getattr(config, name) != plain for name, plain in PLAIN.items())
+
+
+def techniques_of(config: Any) -> list[str]:
+    """Fields with which a trained model differs from a plain one, whose code therefore cannot run it."""
+    others = "tie_embeddings_frac", "window_schedule", "validation_window", "short_window_max"  # tables, windows
+    found = [name for name, plain in PLAIN.items() if getattr(config, name) != plain]
+    return found + [name for name in others if getattr(config, name)]
 
 
 def own_adam(config: Any) -> bool:
