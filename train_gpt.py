@@ -45,7 +45,7 @@ from torch.optim.adamw import adamw
 from data.shards import ShardError, TokenStream
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
-from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
+from kernels.cross_entropy import linear_cross_entropy, next_targets, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
@@ -184,6 +184,7 @@ class Config:
     seed: int = setting(0, "number", "of the initial weights; the data order does not depend on it", at_least=0)
     dtype: str = setting("bfloat16", "name", "of all but head and scalars", choices=("bfloat16", "float32"))
     fp8_head: bool = setting(False, "flag", "the head's products in 8 bits, on GPUs that have them")
+    fp8_scales: str = setting("", "numbers", "largest ones of its input, weight, gradient: 32,2.25,1.5; '': measured")
     device: str = setting("auto", "name", "to train on", choices=("auto", "cuda", "cpu"))
     compile: str = setting("auto", "name", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
     tune: bool = setting(True, "flag", "coordinate-descent tuning of what torch.compile makes for GPUs")
@@ -519,7 +520,7 @@ class GPT(nn.Module):
         `window_blocks`: the long window, an int or a 0-d int tensor; by default the full window.
         `reduction`: mean, sum or none (then (B, T) losses).
         `cache`: a `trainer.sample.Cache` with the tokens before these.
-        `target_weights`: float32 (K,), `mtp`: the loss is their sum over the next K targets of each token."""
+        `target_weights`: float32 (K,), `mtp`: a token's loss is their sum over its next K targets."""
         if window_blocks is None:
             window_blocks = schedule.validation_window_at(self.config.num_iterations, self.config)
         x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
@@ -527,21 +528,19 @@ class GPT(nn.Module):
         if targets_BT is None:
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]
             return logits.view(*tokens_BT.shape, -1)
-        how = dict(softcap=cap, reduction=reduction, fp8=self.config.fp8_head, impl=self.impls["loss"])
+        how = dict(softcap=cap, reduction=reduction, fp8=self.fp8(), impl=self.impls["loss"])
+        targets = targets_BT.flatten()
         if target_weights is not None:
-            return several_targets_loss(x_ND, self.head_w, targets_BT, target_weights, **how)
-        loss = linear_cross_entropy(x_ND, self.head_w, targets_BT.flatten(), **how)
+            targets = next_targets(targets_BT, len(target_weights)).flatten(0, 1)
+        loss = linear_cross_entropy(x_ND, self.head_w, targets, target_weights=target_weights, **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
-
-def several_targets_loss(x_ND, head_w, targets_BT, weights_K, *, reduction, **how) -> Tensor:
-    """`mtp` (#178; after Gloeckle et al. 2024, arXiv:2404.19737): sum over k of w_k times the cross-entropy of the
-    target k tokens further, all from the same logits; none past a sequence's end, and no division by the sum of w."""
-    total = 0.0
-    for k, weight in enumerate(weights_K.unbind()):
-        later_BT = F.pad(targets_BT[:, k:], (0, k), value=-100)
-        total = total + weight * linear_cross_entropy(x_ND, head_w, later_BT.flatten(), reduction="sum", **how)
-    return total / (targets_BT.numel() if reduction == "mean" else 1)
+    def fp8(self) -> bool | tuple[float, ...]:
+        """The head's products in 8 bits: no, with measured scales, or with those of `fp8_scales`, in training only."""
+        scales = tuple(float(size) for size in self.config.fp8_scales.split(",") if size)
+        if not self.config.fp8_head or not scales:
+            return self.config.fp8_head
+        return scales if torch.is_grad_enabled() else False
 
 
 def flops_per_token(model: GPT) -> float:
