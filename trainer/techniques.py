@@ -77,6 +77,7 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
             raise UsageError(f"--{field}={getattr(c, field)}: a multiple of --adam_every={c.adam_every}")
     for field, read in (
         ("muon_lr_factors", factors),
+        ("fp8_scales", three_numbers),
         ("adam_decay", lambda text: adam.by_kind(text, 1)),
         ("adam_betas", lambda text: adam.by_kind(text, 2)),
         ("dynamic_skips", lambda text: dynamic_layers(text, c.num_layers)),
@@ -86,6 +87,12 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
             read(getattr(c, field))
         except ValueError as error:
             raise UsageError(f"--{field}={getattr(c, field)}: {error}") from error
+
+
+def three_numbers(text: str) -> None:
+    """Raises ValueError for what is neither empty nor three positive numbers."""
+    if text and (len(text.split(",")) != 3 or not all(float(word) > 0 for word in text.split(","))):
+        raise ValueError("three positive numbers: 32,2.25,1.5")
 
 
 def known_layers(text: str, layers: int) -> list[int]:
