@@ -1,16 +1,23 @@
 """Presets record18, f2, f3 and frontier against their description read literally (tests/frontier_model.py)."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
-from frontier_model import Literal, adam_rule, multiplier
+from frontier_model import Literal, adam_rule, multiplier, plain_frequencies, yarn
+from small_runs import folder_of, in_worlds, losses, tokens
 
 import train_gpt
 from kernels.norm import rms_norm as norm
+from lab import LabError
+from lab.checkpoints import load_checkpoint
+from train_gpt import CHECKPOINT_FORMAT as FORMAT
 from train_gpt import GPT, Trainer, parse_config
 from trainer import adam, normuon, techniques
+from trainer.checkpoints import load_tensors
+from trainer.sample import Cache
 
 CPU = torch.device("cpu")
 NAMES = ("record18", "f3")
@@ -359,3 +366,109 @@ def test_documents_do_not_see_each_other(preset):
         (gradient,) = torch.autograd.grad(logits.square().sum(), seen[0])
         moved = (gradient[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
         assert moved == list(range(first(opened), at + 1))
+
+
+# --- what a run does with them ---------------------------------------------------------------------------------------
+
+
+def test_text_token_by_token_is_that_of_the_whole_sequence():
+    """With a cache: smear, bigram and moved keys need the token before; so do borders of documents."""
+    model = randomised(Trainer(nano(), CPU).model).eval()
+    tokens, cache = documents(40, 8, vocab=256, eos=0)[None], Cache()
+    with torch.no_grad():
+        whole = model(tokens)
+        parts = [model(part, cache=cache) for part in tokens.split([17, 1, 1, 1, 7, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_and_yarn_of_a_step_are_those_of_the_run():
+    """At every step the model's tables are the step's, in place; a last validation changes the window alone."""
+    trainer = Trainer(small("f3", yarn_until=0), CPU)
+    tables, model = trainer.model.rotary_tables, trainer.model
+    for step in (0, 1, 5, 12, 2):
+        trainer.set_window(step)
+        frequencies, scale = yarn(min(step, 11), 12, plain_frequencies(16), until=0, block=4)
+        angles = torch.arange(40)[:, None].double() * torch.tensor(frequencies, dtype=torch.float64)
+        torch.testing.assert_close(model.rotary(32)[0][:40].double(), angles.cos(), rtol=0, atol=1e-4)
+        assert model.rotary(32)[0] is tables[0] and model.query_factor.item() == pytest.approx(scale / 0.1)
+
+
+RUN = """--preset=nano-frontier --num_iterations=8 --tokens_per_step=256 --train_seq_len=64 --val_seq_len=64
+--val_tokens=128 --val_loss_every=2 --checkpoint_every=2 --keep_checkpoints=0 --warmup_steps=2 --num_layers=3
+--model_dim=32 --unet_skips=0>1 --long_window_layers=0,2 --key_offset=0,2 --late_attention_source=0 --dynamic_skips=0,1
+--bigram_rows=512 --device=cpu --run_name=run""".split()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return folder_of(tmp_path_factory.mktemp("frontier") / "data", tokens(9000), val=tokens(600, 1))
+
+
+def words(shards, out, *more):
+    files = [f"--train_files={shards}/train_*.bin", f"--val_files={shards}/val_*.bin", f"--output_dir={out}"]
+    return list({word.partition("=")[0]: word for word in [*RUN, *files, *more]}.values())
+
+
+def test_a_run_resumes_bit_for_bit_before_and_after_the_split(shards, tmp_path):
+    """Warm-up leaves no trace, either: of gradients that wait for the next step, above all."""
+    assert train_gpt.main(words(shards, tmp_path)) == 0
+    first, folder = losses(tmp_path / "run.txt"), tmp_path / "run.checkpoints"
+    states = {step: load_tensors(folder / f"step-{step:06d}.safetensors", FORMAT)[1] for step in (2, 4, 8)}
+    assert torch.equal(states[2]["model.embed1.weight"], states[2]["model.head_w"])
+    assert not torch.equal(states[8]["model.embed1.weight"], states[8]["model.head_w"])
+    for step in (2, 6):
+        for path in folder.glob("*.safetensors"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        assert train_gpt.main(words(shards, tmp_path, "--resume=auto", "--warmup_steps=0")) == 0
+        assert losses(tmp_path / "run.txt") == first
+        again = load_tensors(folder / "step-000008.safetensors", FORMAT)[1]
+        assert all(torch.equal(again[name], tensor) for name, tensor in states[8].items())
+
+
+def test_two_processes_train_as_one_does(shards, tmp_path):
+    """Plain and overlapped; what waits for the next step is sent with it, the rows of both steps' tokens."""
+    plain, overlap = ["--communication=plain", "--run_name=plain"], ["--communication=overlap", "--run_name=overlap"]
+    in_worlds(words(shards, tmp_path), [[1, "--run_name=one"], [2, *plain], [2, *overlap]])
+    one, plain, overlap = (losses(tmp_path / f"{name}.txt") for name in ("one", "plain", "overlap"))
+    assert plain == overlap and [row[:2] for row in one] == [row[:2] for row in plain]
+    assert max(abs(float(a[2]) - float(b[2])) for a, b in zip(one, plain)) <= 2e-4
+    states = [
+        load_tensors(tmp_path / f"{n}.checkpoints/step-000008.safetensors", FORMAT)[1] for n in ("plain", "overlap")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_what_knows_only_the_plain_model_says_so(shards, tmp_path, capsys):
+    assert train_gpt.main(words(shards, tmp_path, "--num_iterations=2", "--warmup_steps=0")) == 0
+    path = str(next((tmp_path / "run.checkpoints").glob("*.safetensors")))
+    assert train_gpt.main(["export", path, str(tmp_path / "folder")]) == 2
+    assert "smear" in capsys.readouterr().err
+    assert train_gpt.main(["export", path, str(tmp_path / "weights.safetensors")]) == 0
+    assert train_gpt.main(["sample", path, "--max_new_tokens=4", "--device=cpu"]) == 0
+    capsys.readouterr()
+    assert train_gpt.main(["evaluate", path, "--json", "--device=cpu"]) == 0
+    told, run = json.loads(capsys.readouterr().out), json.loads((tmp_path / "run.json").read_text())
+    assert told["loss"] == pytest.approx(run["final_loss"], abs=1e-5)
+    with pytest.raises(LabError, match="smear"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--skip_gates", "--unet_skips="], "there are no skips"),
+        (["--value_gates", "--value_embeddings=0"], "there are no value embeddings"),
+        (["--key_offset=99"], "layers from 0 to 15"),
+        (["--dynamic_skips=4"], "an early layer and a later one"),
+        (["--adam_every=2", "--num_iterations=5689"], "num_iterations=5689: a multiple of --adam_every=2"),
+        (["--muon_lr_factors=qk=2"], "no matrices are called qk"),
+        (["--adam_betas=head=0.9"], "KIND=NUMBER:NUMBER"),
+        (["--fp8_scales=1,2"], "three positive numbers"),
+        (["--backout_layer=16"], "only --num_layers=16"),
+    ],
+)
+def test_techniques_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(train_gpt.UsageError, match=message):
+        parse_config(arguments)
