@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 
+import frontier_model
 import pytest
 import torch
 from frontier_model import Literal, adam_rule, multiplier, plain_frequencies, yarn
 from small_runs import folder_of, in_worlds, losses, tokens
 
 import train_gpt
+from kernels.muon import join_master, split_master
 from kernels.norm import rms_norm as norm
 from lab import LabError
 from lab.checkpoints import load_checkpoint
@@ -144,6 +146,56 @@ def test_three_steps_equal_the_literal_run(trainer, preset):
 def nano(**changes):
     fields = dict(num_iterations=12, tokens_per_step=64, train_seq_len=32, val_seq_len=32, val_tokens=32, device="cpu")
     return train_gpt.check_config(dataclasses.replace(parse_config(["--preset=nano-frontier"]), **(fields | changes)))
+
+
+@pytest.mark.parametrize("preset", NAMES)
+def test_in_bfloat16_the_masters_lose_nothing(preset):
+    """NorMuon with 16 more bits beside each weight: three steps against float32 masters, each orthogonalised in
+    bfloat16; the weights that the model sees are the masters' upper halves."""
+    trainer = Trainer(small(preset, dtype="bfloat16"), CPU)
+    muon, generator = randomised(trainer.model) and trainer.muon, torch.Generator().manual_seed(2)
+    masters = {n: p.detach().float().clone() for n, p in muon.named.items()}
+    literal = Literal({n: p.clone() for n, p in masters.items()}, 12, f3=preset == "f3", heads=2, eos=7)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = frontier_model.orthogonal
+        patch.setattr(frontier_model, "orthogonal", lambda u: whole(u.bfloat16()).float())
+        for step in range(3):
+            for name, p in muon.named.items():
+                p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+                f = frontier_model.rate_factor(step, 12)
+                with torch.no_grad():
+                    literal.normuon(name, p.grad.float(), 0.015 * f, 0.85 + 0.1 * step / 300)
+            muon.step(step)
+    for name, p in muon.named.items():
+        high = p.detach().view(torch.int16).int() << 16
+        ours = (high | (muon.mantissa[name].view(torch.int16).int() & 0xFFFF)).view(torch.float32)
+        moved = (literal.w[name] - masters[name]).norm()
+        assert (ours - literal.w[name]).norm() <= 0.03 * moved, name  # of bfloat16's products, in another order
+        assert torch.equal(p.detach(), (ours.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16))
+
+
+def test_the_update_of_a_split_master_is_that_of_the_whole_one():
+    """Bit for bit, and the formula: decay where the signs agree, by the weight before the update."""
+    generator = torch.Generator().manual_seed(1)
+    master, update = (torch.randn(40, 24, generator=generator) for _ in range(2))
+    update[0], master[1] = 0, 0
+    weight, mantissa = split_master(master)
+    whole = master.clone()
+    normuon.apply_cautious_(whole, None, update, 0.03, 0.01)
+    normuon.apply_cautious_(weight, mantissa, update, 0.03, 0.01)
+    assert torch.equal(join_master(weight, mantissa), whole)
+    for p, u, new in zip(master.flatten().tolist(), update.flatten().tolist(), whole.flatten().tolist()):
+        assert new == pytest.approx(p - 0.03 * u - (0.01 * p if u * p >= 0 else 0), abs=1e-6)
+
+
+def test_rows_of_one_size_and_the_norm_as_before():
+    """A gradient of zeros stays zeros: a value gate has one as long as its table is zero."""
+    update, second = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(2, 6, 1)
+    out = normuon.balance_(second, update, 0.95)
+    torch.testing.assert_close(out.norm(dim=(1, 2)), update.norm(dim=(1, 2)))
+    torch.testing.assert_close(out.norm(dim=2), out.norm(dim=2).mean(1, keepdim=True).expand(2, 6))
+    torch.testing.assert_close(second[..., 0], 0.05 * update.square().mean(2))
+    assert not normuon.balance_(torch.zeros(1, 3, 1), torch.zeros(1, 3, 4), 0.95).any()
 
 
 # --- numbers of the presets ------------------------------------------------------------------------------------------
