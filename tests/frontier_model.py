@@ -161,7 +161,7 @@ def loss(
 
 def orthogonal(u):
     x = u.T if u.shape[0] > u.shape[1] else u
-    x = x / (1.02 * x.norm() + 1e-6)
+    x = x / (1.02 * x.double().norm() + 1e-6).to(x.dtype)
     for a, b, c in POLAR:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
