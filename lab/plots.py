@@ -1,5 +1,11 @@
-"""One look for all pictures of the lab."""
+"""One look for all pictures of the lab, in any alphabet.
 
+Every text of a picture is drawn with the fonts of this machine that have its characters; a character that none of them
+has stands as its code, <U+4E2D>, so that no label is an empty box.
+"""
+
+import functools
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +15,15 @@ import matplotlib
 matplotlib.use("Agg")  # pictures are files; no window system is needed
 
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
+from matplotlib.text import Text
 
 from data.paths import atomic_file
 
 # Okabe and Ito's palette, which most colour-blind readers can tell apart, without its yellow.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
-MONO = "DejaVu Sans Mono"
+SANS, MONO = "DejaVu Sans", "DejaVu Sans Mono"  # they come with matplotlib
+_NO_LETTERS = ("last resort", "lastresort", "adobe blank", "cm", "stixsize")  # boxes, or signs under wrong codes
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -28,7 +37,7 @@ _STYLE = {
     "font.size": 10,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 110,
-    "font.family": "DejaVu Sans",
+    "font.family": SANS,
 }
 
 
@@ -57,9 +66,57 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) 
     return fig, list(axes[0]) if rows == 1 else [list(r) for r in axes]
 
 
+@functools.cache
+def fonts() -> list[tuple[str, str]]:
+    """(family, file) of the machine's fonts with letters: those of our style first, then upright and regular ones."""
+
+    def rank(font: Any) -> tuple[bool, ...]:
+        regular = font.weight in (400, "normal", "regular")
+        return font.name != SANS, font.name != MONO, font.style != "normal", not regular
+
+    known = [f for f in font_manager.fontManager.ttflist if not f.name.lower().startswith(_NO_LETTERS)]
+    return [(f.name, f.fname) for f in sorted(known, key=rank)]
+
+
+@functools.cache
+def family_with(character: str) -> str:
+    """The family of a font on this machine that has a glyph for `character`; '' if there is none."""
+    for family, path in fonts():
+        try:
+            if font_manager.get_font(path).get_char_index(ord(character)):
+                return family
+        except (OSError, RuntimeError):  # a font that is gone, or broken
+            continue
+    return ""
+
+
+def legible(text: str) -> str:
+    """`text` with a dot for every control character, and its code for every character that no font here has."""
+    if text.isascii() and text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c == "\n" else "·" for c in text)
+    return "".join(c if c == "\n" or family_with(c) else f"<U+{ord(c):04X}>" for c in shown)
+
+
 def plain(text: str) -> str:
-    """`text` for a picture: matplotlib would read dollars as mathematics, and has no glyphs for control characters."""
-    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text).replace("$", r"\$")
+    """`text` for a picture: `legible`, and dollars as dollars, which matplotlib would read as mathematics."""
+    return legible(text).replace("$", r"\$")
+
+
+def columns(text: str) -> int:
+    """How many letters of a typewriter `text` is wide: Chinese ones count two, accents none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def short(text: str, most: int) -> str:
+    """The first characters of `text` that are at most so many columns wide (one at least), as `plain` has them."""
+    shown = ""
+    for character in text:
+        if shown and columns(shown + legible(character)) > most:
+            break
+        shown += legible(character)
+    return plain(shown)
 
 
 def bars(ax: Any, names: Sequence[str], values: Sequence[float], color_number: int = 0) -> None:
@@ -86,8 +143,24 @@ def note(ax: Any, text: str) -> None:
     ax.grid(False)
 
 
+def _give_fonts(fig: Any) -> None:
+    """Every text of a figure, whoever wrote it: legible, and drawn with fonts that have its characters."""
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        names = [label.get_text() for label in axis.get_ticklabels()]
+        if names != (shown := [legible(name) for name in names]):
+            axis.set_ticklabels(shown)  # these are written anew with every drawing, so changing the texts is in vain
+    for text in fig.findobj(Text):
+        text.set_text(words := legible(text.get_text()))
+        if words.isascii():
+            continue
+        own = text.get_fontfamily()
+        more = dict.fromkeys(family_with(c) for c in words if c != "\n")
+        text.set_fontfamily([*own, *(family for family in more if family not in own)])
+
+
 def save(fig: Any, path: Path) -> Path:
     """Write the picture, all or nothing, and free its memory."""
+    _give_fonts(fig)
     with plt.rc_context(_STYLE), atomic_file(path) as file:
         fig.savefig(file, format="png")
     plt.close(fig)

@@ -144,10 +144,10 @@ def logit_lens(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> 
     for i in range(len(said)):
         for j in range(len(ids)):
             colour = "white" if best.values[i, j] > 0.6 else "black"
-            word = plots.plain(piece(int(best.indices[i, j])))[:7]
+            word = plots.short(piece(int(best.indices[i, j])), 7)
             ax.text(j, i, word, ha="center", va="center", fontsize=7, color=colour)
     ax.set_yticks(range(len(said)), [s.layer for s in said])
-    ax.set_xticks(range(len(ids)), [plots.plain(piece(i))[:7] for i in ids], fontsize=7)
+    ax.set_xticks(range(len(ids)), [plots.short(piece(i), 7) for i in ids], fontsize=7)
     ax.set_xlabel("token read")
     ax.grid(False)
     ax.set_title("what each layer would say next (darker: surer)")

@@ -202,7 +202,7 @@ def _picture(found: Attribution) -> Any:
             ax.grid(False)
             if at == 0:
                 cut = f" ({rest} tokens before are not drawn)" if rest else ""
-                ax.set_title(f"{name}: blue pushed towards {found.target!r}, red away from it{cut}")
+                ax.set_title(f"{name}: blue pushed towards {plots.plain(repr(found.target))}, red away from it{cut}")
     return fig
 
 
@@ -243,10 +243,11 @@ def attribution_layers(checkpoint: Checkpoint, prompt: str, out: Path) -> Findin
     fig, ax = plots.figure(size=(max(7, 0.32 * len(pieces) + 2), 0.5 * len(found) + 1.4))
     reach = max(abs(v) for row in found.values() for v in row) or 1.0
     ax.imshow(list(found.values()), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
-    ax.set_xticks(range(len(pieces)), [plots.plain(p) for p in pieces], fontsize=8)
+    names = [plots.plain(p) for p in pieces]
+    ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if max(map(len, names[1:]), default=1) > 1 else 0)
     ax.set_yticks(range(len(found)), list(found))
     ax.grid(False)
-    ax.set_title(f"blue pushed towards {plots.plain(piece(target))!r}, red away from it")
+    ax.set_title(f"blue pushed towards {plots.plain(repr(piece(target)))}, red away from it")
     ends = {name: abs(row[-1]) / (sum(map(abs, row)) or 1.0) for name, row in found.items()}
     told = ", ".join(f"{name} {share:.0%}" for name, share in ends.items())
     summary = f"Share of the attribution that has reached the last place: {told}."

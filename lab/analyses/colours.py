@@ -125,11 +125,12 @@ def _picture(rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Any:
         lines: list[list[tuple[int, str, str]]] = [[]]
         at = 0
         for piece, colour in cells:
-            if at + len(piece) > COLUMNS:
+            piece = plots.legible(piece)
+            if at + plots.columns(piece) > COLUMNS:
                 lines.append([])
                 at = 0
             lines[-1].append((at, piece, colour))
-            at += len(piece)
+            at += plots.columns(piece)
             if piece == "\u21b5":
                 lines.append([])
                 at = 0
@@ -146,7 +147,8 @@ def _picture(rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Any:
         for line in lines:
             y -= 1
             for at, piece, colour in line:
-                ax.add_patch(plots.rectangle(at, y - 0.25, len(piece), 0.95, colour))
-                ax.text(at + len(piece) / 2, y, plots.plain(piece), fontsize=8, ha="center", family=plots.MONO)
+                wide = plots.columns(piece)
+                ax.add_patch(plots.rectangle(at, y - 0.25, wide, 0.95, colour))
+                ax.text(at + wide / 2, y, plots.plain(piece), fontsize=8, ha="center", family=plots.MONO)
         y -= 1.5
     return fig

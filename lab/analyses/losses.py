@@ -192,10 +192,10 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
     steps = [max(1, r["step"]) for r in table]
     final = distributions[-1].topk(min(top, len(distributions[-1]))).indices.tolist()
     for i, t in enumerate(final):
-        label = tokenizer.piece(t).replace("$", r"\$")
+        label = plots.plain(tokenizer.piece(t))
         axes[0].plot(steps, [float(p[t]) for p in distributions], "o-", color=plots.color(i), label=label)
     axes[0].set_ylabel("probability")
-    axes[0].set_title(f"next token after {prompt[-40:]!r}".replace("$", r"\$"))
+    axes[0].set_title(f"next token after {plots.plain(repr(prompt[-40:]))}")
     axes[0].legend(ncols=2)
     axes[1].plot(steps, [r["entropy_nats"] for r in table], "o-", color=plots.color(0))
     axes[1].axhline(math.log(tokenizer.vocab_size), color="0.6", linestyle="--", label="uniform")

@@ -35,7 +35,9 @@ def text_figure(rows: Sequence[tuple[str, str]], title: str, width: int = 100, m
     """A picture of labelled texts, wrapped."""
     blocks = []
     for label, text in rows:
-        lines = textwrap.wrap(text.replace("\n", " ↵ "), width) or [""]
+        text = plots.legible(text.replace("\n", " ↵ "))
+        letters = max(1, width * len(text) // max(1, plots.columns(text)))  # fewer of those that are wide
+        lines = textwrap.wrap(text, letters) or [""]
         cut = lines[:most_lines]
         blocks.append((label, "\n".join([*cut[:-1], cut[-1] + " ..."] if len(lines) > most_lines else cut)))
     heights = [b.count("\n") + 1.7 for _, b in blocks]
@@ -46,7 +48,7 @@ def text_figure(rows: Sequence[tuple[str, str]], title: str, width: int = 100, m
     y = 0.0
     for (label, block), height in zip(blocks, heights):
         ax.text(0, y, label, va="top", fontsize=9, color=plots.color(0), weight="bold")
-        ax.text(0.11, y, plots.plain(block), va="top", fontsize=9, family="DejaVu Sans Mono")
+        ax.text(0.11, y, plots.plain(block), va="top", fontsize=9, family=plots.MONO)
         y -= height
     ax.set_title(plots.plain(title))
     return fig
@@ -155,14 +157,14 @@ def positions(checkpoint: Checkpoint, prompt: str, out: Path, *, count: int = 12
     for j, r in enumerate(table):
         for k, (name, p) in enumerate(r["top"]):
             weight = "bold" if name == r["drawn"] else "normal"
-            text = f"{plots.plain(name)[:8]}\n{p:.0%}"
+            text = f"{plots.short(name, 8)}\n{p:.0%}"
             colour = "white" if p > 0.6 else "black"
             ax.text(j, k, text, ha="center", va="center", fontsize=7, color=colour, weight=weight)
     ax.set_xticks(range(len(table)), [f"{plots.plain(r['drawn'])}\n{r['entropy_nats']:.2f}" for r in table], fontsize=8)
     ax.set_yticks([])
     ax.set_xlabel("token drawn, and the entropy before it")
     ax.grid(False)
-    ax.set_title(f"after {plots.plain(prompt[-40:])!r}, place by place")
+    ax.set_title(f"after {plots.plain(repr(prompt[-40:]))}, place by place")
     surest = min(table, key=lambda r: r["entropy_nats"])
     summary = f"{len(table)} places after {prompt!r}: surest before {surest['drawn']!r}."
     return write_finding(out, "positions", summary, {"prompt": prompt, "table": table}, fig)

@@ -170,6 +170,20 @@ def _next_token(data: dict) -> str:
     return table(head, rows, f"What is expected after {data['prompt']!r}")
 
 
+def _positions(data: dict) -> str:
+    rows = [
+        [row["drawn"], f"{row['entropy_nats']:.2f}", *(f"{piece} {p:.0%}" for piece, p in row["top"])]
+        for row in data["table"]
+    ]
+    head = ["drawn", "entropy (nats)", *(f"{n}." for n in range(1, len(data["table"][0]["top"]) + 1))]
+    return table(head, rows, f"Place by place after {data['prompt']!r}")
+
+
+def _logit_lens(data: dict) -> str:
+    rows = [[row["layer"], *(f"{piece} {p:.0%}" for piece, p in row["likeliest"])] for row in data["table"]]
+    return table(["after reading", *data["tokens"]], rows, "What each layer would say next")
+
+
 def _coloured(data: dict) -> str:
     from lab.analyses.colours import DARK_NATS, STYLE
 
@@ -184,5 +198,7 @@ _AS_TEXT = {
     "variability": _variability,
     "attribution": _attribution,
     "next_token": _next_token,
+    "positions": _positions,
+    "logit_lens": _logit_lens,
     "coloured": _coloured,
 }

@@ -382,6 +382,12 @@ def test_texts_of_any_alphabet_are_shown_as_text(trained):
     row = {"step": 3, "text": "你好, नमस्ते", "ended": True}
     shown = markup.finding(replace(found, data={"prompt": "", "samples": [row]}))
     assert "你好, नमस्ते" in shown and "<img" not in shown
+    top = {"prompt": "", "table": [{"drawn": "你", "entropy_nats": 0.5, "top": [["好", 0.75]]}]}
+    shown = markup.finding(replace(found, name="positions", data=top))
+    assert "<th scope='row'>你</th><td>0.50</td><td>好 75%</td>" in shown and "<img" not in shown
+    said = {"tokens": ["न"], "table": [{"layer": "block 0", "likeliest": [["म", 0.5]]}]}
+    shown = markup.finding(replace(found, name="logit_lens", data=said))
+    assert "<th scope='col'>न</th>" in shown and "<th scope='row'>block 0</th><td>म 50%</td>" in shown
 
 
 def test_a_long_prompt_makes_no_endless_picture(trained):

@@ -1,0 +1,101 @@
+"""Pictures in any alphabet: a label is drawn with a font that has its characters, or says which they are."""
+
+import warnings
+
+import pytest
+from matplotlib import font_manager
+
+import lab.analyses.__main__ as look
+from lab import cli, plots, train
+
+CHINESE = "中文\n文中国\n国中\n中中文\n文国\n"
+
+
+def font_with(path, characters):
+    """A font file with a black square for each of `characters`, and its family."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for move, place in ((pen.moveTo, (0, 0)), (pen.lineTo, (0, 900)), (pen.lineTo, (900, 900)), (pen.lineTo, (900, 0))):
+        move(place)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(c): "square" for c in characters})
+    builder.setupGlyf({".notdef": pen.glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics({name: (1000, 0) for name in (".notdef", "square")})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return "Squares", str(path)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets the fonts that the machine has besides matplotlib's own; what matplotlib cannot draw is an error."""
+    own = [font for font in plots.fonts() if font[0] in (plots.SANS, plots.MONO)]
+
+    def has(*more):
+        monkeypatch.setattr(plots, "fonts", lambda: [*own, *more])
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+        for _, path in more:
+            font_manager.fontManager.addfont(path)
+        plots.family_with.cache_clear()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Glyph .* missing")
+        yield has
+    plots.family_with.cache_clear()
+
+
+def labelled():
+    fig, ax = plots.figure()
+    ax.set_xticks([0, 1], [plots.plain("中"), "αb"])
+    ax.set_yscale("log")
+    ax.plot([0, 1], [1, 10], label="中 $5")
+    ax.text(0.5, 5, "日\t中", family=plots.MONO)
+    ax.legend()
+    return fig, ax
+
+
+def words_of(ax):
+    return [label.get_text() for label in (*ax.get_xticklabels(), *ax.texts, *ax.get_legend().get_texts())]
+
+
+def test_a_font_of_the_machine_is_found_for_what_matplotlibs_own_lack(machine, tmp_path):
+    machine(font_with(tmp_path / "squares.ttf", "中"))
+    fig, ax = labelled()
+    plots.save(fig, tmp_path / "a.png")
+    assert words_of(ax) == ["中", "αb", "<U+65E5>·中", "中 $5"]
+    (text,) = ax.texts
+    assert text.get_fontfamily() == [plots.MONO, plots.SANS, "Squares"], "in the text's own font as far as that goes"
+    assert "Squares" in ax.get_xticklabels()[0].get_fontfamily()
+
+
+def test_what_no_font_has_is_shown_by_its_code(machine, tmp_path):
+    machine()
+    fig, ax = labelled()
+    plots.save(fig, tmp_path / "a.png")
+    assert words_of(ax) == ["<U+4E2D>", "αb", "<U+65E5>·<U+4E2D>", "<U+4E2D> $5"]
+    assert plots.columns("a中é\u0301") == 4 and plots.columns("<U+4E2D>") == 8
+    assert plots.short("abcdef", 3) == "abc" and plots.short("中文", 7) == "<U+4E2D>" and plots.short("$a", 2) == r"\$a"
+    machine(font_with(tmp_path / "squares.ttf", "中文"))
+    assert plots.short("中文中文", 7) == "中文中"
+
+
+DRAWN = "frequency,pairs,embeddings,samples,symbols,next_token,positions,coloured,attention,logit_lens,attribution"
+
+
+@pytest.mark.parametrize("there, drawn", [("", DRAWN), ("中文国", "frequency,coloured,positions")])
+def test_analyses_draw_a_chinese_text(machine, there, drawn, tmp_path):
+    machine(*([font_with(tmp_path / "squares.ttf", there)] if there else []))
+    path = tmp_path / "names.txt"
+    path.write_text(CHINESE * 4, encoding="utf-8")
+    words = "--model=gpt --model_dim=8 --num_heads=1 --num_layers=2 --steps=2 --row_tokens=16 --batch_tokens=32"
+    more = f"--checkpoints=1 --data=names --path={path} --output_dir={tmp_path / 'run'}"
+    assert cli.run(train.main, f"{words} {more}".split()) == 0
+    assert cli.run(look.main, [str(tmp_path / "run"), f"--out={tmp_path / 'look'}", f"--only={drawn}"]) == 0
+    assert {png.stem for png in (tmp_path / "look").glob("*.png")} == set(drawn.split(","))
