@@ -132,6 +132,9 @@ class Config:
     exact_windows: bool = setting(False, "flag", "a window of W blocks is a distance in tokens, without blocks")
     bigram_rows: int = setting(0, "rows", "of a table that two tokens pick a row of, mixed into every layer; 0: none")
     bigram_init_weight: float = setting(0.05, "factor", "on its rows, at first")
+    untied_values: bool = setting(False, "flag", "the last layers have value embeddings of their own")
+    xsa: bool = setting(False, "flag", "what attention found loses its part along the token's own value")
+    paired_heads: str = setting("", "layers", "in which two heads each attend to the keys of both; '': none")
     late_attention_source: int = setting(-1, "layer", "whose output later attention reads; -1: off", at_least=-1)
     dynamic_skips: str = setting("", "layers", "early and middle one, mixed in at the end by the token: 4,11; '': off")
     dynamic_hidden: int = setting(64, "width", "of the networks that mix them", at_least=1)
@@ -167,6 +170,8 @@ class Config:
     muon_coefficients: str = setting("spec", "name", "of the orthogonalisation", choices=tuple(COEFFICIENTS))
     # Optimizers: techniques (trainer/normuon.py, trainer/adam.py)
     normuon_beta2: float = setting(0.0, "factor", "NorMuon's, over rows' mean squares; 0: Muon", at_least=0, below=1)
+    two_rate_from: float = setting(0.0, "fraction", "of the run, then NorMuon has two momenta; 0: never", at_least=0)
+    muon_head_pairs: bool = setting(False, "flag", "NorMuon takes q and k by two heads each, not whole")
     muon_lr_factors: str = setting("", "factors", "NorMuon's rate by kind: qkvo=2,mlp_in=2,mlp_out=4,gates=0.1")
     gate_optimizer: str = setting("muon", "name", "of the gates a head", choices=("muon", "adam"))
     cautious_decay: bool = setting(False, "flag", "decay only with the update's sign, by the rate squared")
@@ -393,7 +398,8 @@ class GPT(nn.Module):
         self.rows1, self.rows2, self.rows_v = pickers
         self.embed1 = nn.Embedding(rows(self.rows1), c.model_dim, dtype=dtype)
         self.embed2 = nn.Embedding(rows(self.rows2), c.model_dim, dtype=dtype) if c.second_input_embedding else None
-        tables = [nn.Embedding(rows(self.rows_v), c.model_dim, dtype=dtype) for _ in range(c.value_embeddings)]
+        count = c.value_embeddings * (2 if c.untied_values else 1)
+        tables = [nn.Embedding(rows(self.rows_v), c.model_dim, dtype=dtype) for _ in range(count)]
         self.value_embeds = nn.ModuleList(tables)
         self.blocks = nn.ModuleList([Block(c, layer) for layer in range(c.num_layers)])
         self.head_w = nn.Parameter(torch.empty(classes, c.model_dim, dtype=dtype if self.tied else torch.float32))
@@ -404,7 +410,7 @@ class GPT(nn.Module):
         self.rotary_tables: tuple[Tensor, Tensor] | None = None
         self.query_factor: Tensor | None = None  # on queries, where YaRN changes the scale of attention
         self.yarn: list[float] | None = None  # rotary frequencies, where it changes those
-        with_values = [*range(len(tables)), *range(c.num_layers - len(tables), c.num_layers)]
+        with_values = [*range(c.value_embeddings), *range(c.num_layers - c.value_embeddings, c.num_layers)]
         self.techniques = Techniques(c, self.skips, with_values) if uses_techniques(c) else None
         if not self.head_w.is_meta:
             self.reset_parameters()
@@ -643,7 +649,8 @@ class Trainer:
         with device:
             self.model = GPT(config)
         self.model.at_step(0)
-        self.model.rotary(max(config.train_seq_len, config.val_seq_len))  # kept, before anything is compiled
+        positions = max(config.train_seq_len, config.val_seq_len) * (2 if config.paired_heads else 1)
+        self.model.rotary(positions)  # kept, before anything is compiled
         self.world_size = world_size()
         matrices, tables, head, others = self.parameters()
         self.matrices = list(matrices.values())

@@ -5,9 +5,10 @@ import json
 import math
 
 import frontier_model
+import numpy as np
 import pytest
 import torch
-from frontier_model import Literal, adam_rule, multiplier, plain_frequencies, yarn
+from frontier_model import Literal, adam_rule, multiplier, plain_frequencies, rms, rotate, yarn
 from small_runs import folder_of, in_worlds, losses, tokens
 
 import train_gpt
@@ -58,7 +59,8 @@ def randomised(model, seed=3):
         for name, p in model.named_parameters():
             scale = 0.1 if p.dim() == 1 or "bias" in name or "mixes" in name else 0.5 * model.config.model_dim**-0.5
             p.add_(torch.randn(p.shape, generator=generator), alpha=1.0 if "value_embeds" in name else scale)
-        model.embed1.weight.copy_(model.head_w)
+        if model.tied:
+            model.embed1.weight.copy_(model.head_w)
     return model
 
 
@@ -217,12 +219,20 @@ def test_parameters_are_those_of_the_description(preset):
     more = {"mixes": (16, 2), "smear_w": (1, 16), "skip_w": (3, 16), "output_gates": (16, 8, 16)}
     more["value_gates"] = (9 if f3 else 10, 8, 16)  # layer 15's gate is a network's
     more |= {"bigram_embed.weight": (251520, D), "bigram_mixes": (16,)} if later else {}
+    more |= {"xsa_w": (16, 8)} if preset == "frontier" else {}
+    expected |= {f"value_embeds.{i}.weight": (V, D) for i in range(5, 10)} if preset == "frontier" else {}
     more |= {"dynamic.in_w": (2, 64, D), "dynamic.out_w": (2, 16, 64), "dynamic.bias": (2, 2, 8)} if f3 else {}
     expected |= {"scalars": (56,)} | {f"techniques.{name}": shape for name, shape in more.items()}
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
     assert sum(model.scalar_sizes.values()) - model.scalar_sizes["unused"] == (52 if f3 else 53)
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    numbers = {"scalars", "techniques.mixes", "techniques.bigram_mixes", "techniques.dynamic.bias"} & expected.keys()
+    numbers = {
+        "scalars",
+        "techniques.xsa_w",
+        "techniques.mixes",
+        "techniques.bigram_mixes",
+        "techniques.dynamic.bias",
+    } & expected.keys()
     matrices = {name for name in expected if name.startswith("blocks.") or "_gates" in name}
     assert wide == numbers | (set() if later else matrices)
     assert model.skips == {9: 6, 10: 4, 11: 2} and model.techniques.long == model.techniques.offset == [0, 4, 11, 15]
@@ -387,7 +397,9 @@ def test_a_fault_in_an_optimizer_is_seen(plant, monkeypatch):
 
 def causal_case(preset, **changes):
     """(model, tokens of two documents, the same with other ones after `at`, where the second document opens, at)."""
-    model = Trainer(nano(**changes) if preset == "nano-frontier" else small(preset, **changes), CPU).model
+    made = nano if preset.startswith("nano") else lambda **more: small(preset, **more)
+    more = dict(paired_heads="1,2", xsa=True, untied_values=True) if preset == "nano-more" else {}
+    model = Trainer(made(**changes, **more), CPU).model
     T, opened, at, vocab, eos = 64, 30, 40, model.config.vocab_size, model.config.eos_id
     tokens = documents(T, 5, vocab=vocab, eos=eos)
     tokens[opened] = eos
@@ -396,7 +408,7 @@ def causal_case(preset, **changes):
     return randomised(model), tokens, other, opened, at
 
 
-@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "frontier", "nano-frontier"])
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "frontier", "nano-frontier", "nano-more"])
 def test_no_logit_depends_on_a_later_token(preset):
     model, tokens, other, _, at = causal_case(preset)
     with torch.no_grad():
@@ -405,7 +417,7 @@ def test_no_logit_depends_on_a_later_token(preset):
     assert not torch.allclose(logits[at + 1 :], others[at + 1 :], atol=1e-2)
 
 
-@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "nano-frontier"])
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "nano-frontier", "nano-more"])
 def test_documents_do_not_see_each_other(preset):
     """A position's logits have a gradient by its own document's embeddings, and by that of the one token before it,
     which smear lets through. Moved keys let more through, as they are told to: at a border they are another
@@ -421,12 +433,148 @@ def test_documents_do_not_see_each_other(preset):
         assert moved == list(range(first(opened), at + 1))
 
 
+# --- past the published runs ----------------------------------------------------------------------------------------
+
+
+def plain_small(**changes):
+    """Medium's architecture at the size of `small`, four layers."""
+    fields = dict(
+        num_layers=4, unet_skips="1>3", long_window_layers="0,3", attention_free_layers="", value_embeddings=1
+    )
+    fields |= dict(model_dim=32, num_heads=4, vocab_size=200, eos_id=7, dtype="float32", device="cpu", block_tokens=8)
+    fields |= dict(num_iterations=12, tokens_per_step=32, train_seq_len=32, val_seq_len=32, val_tokens=32)
+    return train_gpt.check_config(dataclasses.replace(train_gpt.Config(), **(fields | changes)))
+
+
+def test_techniques_that_do_nothing_leave_the_plain_model():
+    """The pass with room for techniques, told to do what medium does, is medium's."""
+    plain, other = (randomised(Trainer(plain_small(**more), CPU).model) for more in ({}, {"xsa": True}))
+    other.techniques.xsa_w.data.zero_()
+    other.load_state_dict(plain.state_dict(), strict=False)
+    tokens = documents(50, 1)[None]
+    found = [model(tokens, tokens, window_blocks=2) for model in (plain, other)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    for loss in found:
+        loss.backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(p.grad, other.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_exclusive_attention_is_its_formula():
+    o, v = (torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2))
+    alpha, found = torch.tensor([0.0, 0.7, -2.0], dtype=torch.float64), o.clone()
+    for b, t, h in np.ndindex(2, 5, 3):
+        share = float(o[b, t, h] @ v[b, t, h]) / float(v[b, t, h] @ v[b, t, h])
+        found[b, t, h] = o[b, t, h] - math.tanh(alpha[h]) * share * v[b, t, h]
+    torch.testing.assert_close(techniques.exclusive(o, v, alpha), found)
+    everything = techniques.exclusive(o, v, torch.full((3,), 30.0, dtype=torch.float64))
+    assert (everything * v).sum(-1).abs().max() < 1e-12, "nothing along the own value is left"
+
+
+def test_paired_heads_are_one_head_over_twice_the_positions():
+    """One layer against a loop over pairs, positions and keys."""
+    config = plain_small(num_layers=1, unet_skips="", long_window_layers="", paired_heads="0", value_embeddings=0)
+    model = randomised(Trainer(config, CPU).model)
+    tokens, H, Dh, T = documents(40, 3, mean=12), 4, 8, 40
+    with torch.no_grad():
+        x = torch.randn(1, T, 32, generator=torch.Generator().manual_seed(1))
+        cos, sin = (table[: 2 * T] for table in model.rotary(2 * T))
+        plan = model.plan(techniques.doubled(tokens[None], 7), 2)
+        given = (cos, sin), plan, model, None, (None, None)
+        ours = model.techniques.attend(model.blocks[0], x, None, model.scalars_by_kind()["values"][0], *given)
+    w = model.blocks[0].qkvo_w.detach().double()
+    q, k, v = (rms((x[0].double() @ part.T).view(T, H, Dh)) for part in w[:3])
+    found, document = torch.zeros(T, H, Dh, dtype=torch.float64), (tokens == 7).cumsum(0)
+    turn = lambda z, place: rotate(z[None, None].expand(place + 1, 1, Dh), plain_frequencies(Dh))[-1, 0]  # noqa: E731
+    for t, h in np.ndindex(T, H):
+        place, logits, values = 2 * t + h % 2, [], []
+        for s, other in np.ndindex(t + 1, 2):
+            key = 2 * s + other
+            if key <= place and key // 8 > place // 8 - 2 and document[s] == document[t]:
+                one, two = turn(q[t, h], place), turn(k[s, h - h % 2 + other], key)
+                logits.append(config.attention_scale * (one @ two))
+                values.append(v[s, h - h % 2 + other])
+        found[t, h] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    expected = float(model.scalars_by_kind()["values"][0, 0]) * found.view(T, 32) @ w[3].T
+    torch.testing.assert_close(ours[0].double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_untied_values_give_each_layer_a_table_of_its_own():
+    c = plain_small(num_layers=5, value_embeddings=2, untied_values=True)
+    model = randomised(Trainer(c, CPU).model)
+    assert len(model.value_embeds) == 4
+    seen, real = {}, techniques.Techniques.valued
+    with pytest.MonkeyPatch.context() as patch:
+
+        def valued(self, v, ve, y, layer, *rest):
+            seen[layer] = ve
+            return real(self, v, ve, y, layer, *rest)
+
+        patch.setattr(techniques.Techniques, "valued", valued)
+        tokens = documents(20, 1)[None]
+        model(tokens)
+    for layer, table in {0: 0, 1: 1, 3: 2, 4: 3}.items():
+        assert torch.equal(seen[layer], model.value_embeds[table](tokens))
+    assert seen[2] is None
+
+
+def normuon_of(**changes):
+    config = plain_small(normuon_beta2=0.95, muon_coefficients="record18", cautious_decay=True, **changes)
+    trainer = Trainer(config, CPU)
+    return randomised(trainer.model) and trainer.muon
+
+
+def test_two_rate_momentum_starts_from_the_old_one():
+    muon, generator = normuon_of(two_rate_from=0.25), torch.Generator().manual_seed(1)
+    name, fast, slow = "blocks.1.mlp_in_w", None, None
+    old = torch.zeros(128, 32, dtype=torch.float64)
+    for step in range(6):
+        for p in muon.named.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        g, mu = muon.named[name].grad.double(), 0.85 + 0.1 * step / 300
+        if step < 3:
+            old = old + (1 - mu) * (g - old)
+            m = old
+        else:
+            fast, slow = (old, old) if step == 3 else (fast, slow)
+            fast, slow = fast + 0.15 * (g - fast), slow + 0.02 * (g - slow)
+            m = 0.4385 * fast + 0.5615 * slow
+        found = {n: muon.momentum_of(n, step, mu) for n in muon.named}
+        torch.testing.assert_close(found[name].double(), g + mu * (m - g), rtol=1e-5, atol=1e-6)
+
+
+def test_head_pairs_are_orthogonalised_apart():
+    muon, whole = normuon_of(muon_head_pairs=True), normuon_of()
+    for one in (muon, whole):
+        generator = torch.Generator().manual_seed(1)
+        for p in one.named.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+    name, before = "blocks.2.qkvo_w", muon.named["blocks.2.qkvo_w"].detach().clone().double()
+    g = muon.named[name].grad.double()
+    muon.step(0), whole.step(0)
+    u = 0.15 * g + 0.85 * 0.0 + (0.15 * 0.85) * g  # mu 0.85, from zero momentum: g + mu ((1 - mu) g - g)
+    for part in range(4):
+        pieces = [u[part][:16], u[part][16:]] if part < 2 else [u[part]]  # two heads of eight rows each
+        rows = []
+        for piece in pieces:
+            X = frontier_model.orthogonal(piece)
+            v = 0.05 * X.square().mean(1, keepdim=True)
+            scaled = X / v.sqrt()
+            rows.append(scaled * X.norm() / scaled.norm())
+        X, lr = torch.cat(rows), muon.config.muon_lr
+        decay = muon.config.muon_weight_decay * lr * lr
+        expected = before[part] - lr * X - decay * before[part] * (X * before[part] >= 0)
+        torch.testing.assert_close(muon.named[name][part].double(), expected, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(muon.named[name][0], whole.named[name][0])
+    torch.testing.assert_close(muon.named[name][3], whole.named[name][3], rtol=1e-4, atol=1e-6)
+
+
 # --- what a run does with them ---------------------------------------------------------------------------------------
 
 
 def test_text_token_by_token_is_that_of_the_whole_sequence():
     """With a cache: smear, bigram and moved keys need the token before; so do borders of documents."""
-    model = randomised(Trainer(nano(), CPU).model).eval()
+    model = randomised(Trainer(nano(paired_heads="1,2", xsa=True), CPU).model).eval()
     tokens, cache = documents(40, 8, vocab=256, eos=0)[None], Cache()
     with torch.no_grad():
         whole = model(tokens)
@@ -449,7 +597,7 @@ def test_windows_and_yarn_of_a_step_are_those_of_the_run():
 RUN = """--preset=nano-frontier --num_iterations=8 --tokens_per_step=256 --train_seq_len=64 --val_seq_len=64
 --val_tokens=128 --val_loss_every=2 --checkpoint_every=2 --keep_checkpoints=0 --warmup_steps=2 --num_layers=3
 --model_dim=32 --unet_skips=0>1 --long_window_layers=0,2 --key_offset=0,2 --late_attention_source=0 --dynamic_skips=0,1
---bigram_rows=512 --device=cpu --run_name=run""".split()
+--bigram_rows=512 --paired_heads=1 --device=cpu --run_name=run""".split()
 
 
 @pytest.fixture(scope="module")

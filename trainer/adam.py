@@ -30,7 +30,7 @@ RATES = dict(
 _PARTS = {  # of a parameter's name, the first that fits, and its kind
     "head_w": "head", "bigram_embed": "bigram", "embed": "tables", "bigram_mixes": "bigram_mixes", "mixes": "mixes",
     "smear_w": "inputs", "skip_w": "inputs", "gates": "gates", "dynamic.bias": "dynamic_bias", "dynamic": "dynamic",
-    "scalars": "scalars",
+    "scalars": "scalars", "xsa_w": "scalars",
 }
 # fmt: on
 

@@ -11,6 +11,7 @@ lies transposed there, it is a column of ours. Each D x D part of the attention'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.muon import join_master, momentum_, orthogonalize, split_master
-from trainer.schedule import learning_rate_factor, muon_momentum_at
+from trainer.schedule import learning_rate_factor, muon_momentum_at, scheduled
 
+FAST, SLOW, SHARE = 0.85, 0.98, 0.4385  # momenta of `two_rate_from`, and the share of the fast one
 LEAST_SQUARE = 1e-10  # of a row's running mean of squares; and of a norm that is divided by
 
 
@@ -35,6 +37,15 @@ def factors(text: str) -> dict[str, float]:
     if unknown := found.keys() - {"qkvo", "mlp_in", "mlp_out", "gates"}:
         raise ValueError(f"no matrices are called {', '.join(sorted(unknown))}")
     return found
+
+
+def two_rates_(fast: Tensor, slow: Tensor, grad: Tensor, momentum: float) -> Tensor:
+    """`two_rate_from` (#340): momentum that is the mean of a fast and a slow one, which change in place. Returns the
+    update, as `kernels.muon.momentum_` does."""
+    grad = grad.to(fast.dtype)
+    fast.lerp_(grad, 1 - FAST)
+    slow.lerp_(grad, 1 - SLOW)
+    return grad.lerp(SHARE * fast + (1 - SHARE) * slow, momentum)
 
 
 def balance_(second: Tensor, update: Tensor, beta2: float) -> Tensor:
@@ -67,12 +78,16 @@ class NorMuon:
     A bfloat16 weight keeps the lower 16 bits of its float32 master beside it; a float32 weight is its own."""
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: Any, impl: str):
-        self.config, self.impl, self.named = config, impl, dict(named)
-        self.dtype, self.factors = getattr(torch, config.dtype), factors(config.muon_lr_factors)
+        c = self.config = config
+        self.impl, self.named = impl, dict(named)
+        self.dtype, self.factors = getattr(torch, c.dtype), factors(c.muon_lr_factors)
         zeros = lambda p, dtype: torch.zeros(p.shape, dtype=dtype, device=p.device)  # noqa: E731
         self.momentum = {n: zeros(p, torch.float32) for n, p in named.items()}
         halves = {n: p for n, p in named.items() if p.dtype == torch.bfloat16}
         self.mantissa = {n: zeros(p, torch.int16) for n, p in halves.items()}
+        begin = c.two_rate_from * scheduled(c)
+        self.two_rates_from = math.ceil(begin) if begin else -1
+        self.slow = {n: zeros(p, torch.float32) for n, p in named.items()} if begin else {}
         self.second = {n: zeros(self._row_sums(n, m), torch.float32) for n, m in self.momentum.items()}
         shapes: dict[tuple, list[str]] = {}
         for name, p in named.items():
@@ -89,23 +104,46 @@ class NorMuon:
         c = self.config
         lr, momentum = c.muon_lr * learning_rate_factor(step, c), muon_momentum_at(step, c)
         for names in self.groups:
-            updates = [momentum_(self.momentum[n], self.named[n].grad, momentum, impl=self.impl) for n in names]
-            for name, update in zip(names, self.orthogonal(updates)):
-                update = balance_(self.second[name], update.float(), c.normuon_beta2)
+            pieces = [piece for n in names for piece in self.cut(n, self.momentum_of(n, step, momentum))]
+            orthogonal = iter(self.orthogonal(pieces))
+            for name in names:
+                p, seconds = self.named[name], self.cut(name, self.second[name])
+                balanced = [balance_(second, next(orthogonal).float(), c.normuon_beta2) for second in seconds]
+                update = torch.cat([piece.reshape(-1, *p.shape[-2:]) for piece in balanced]).view(p.shape)
                 rate = lr * self.factors.get(kind_of(name), 1.0)
                 decay = c.muon_weight_decay * lr * rate
-                apply_cautious_(self.named[name], self.mantissa.get(name), update, rate, decay)
+                apply_cautious_(p, self.mantissa.get(name), update, rate, decay)
 
-    def orthogonal(self, updates: list[Tensor]) -> list[Tensor]:
-        """Each update orthogonalised; tall matrices are turned so that one batch holds all of a group."""
-        flat = [u.view(-1, *u.shape[-2:]) for u in updates]
-        wide = [u.mT if u.size(-2) > u.size(-1) else u for u in flat]
-        batch = torch.cat(wide) if len(wide) > 1 else wide[0]
-        batch = orthogonalize(batch, coefficients=self.config.muon_coefficients, dtype=self.dtype, impl=self.impl)
-        parts = batch.split([u.size(0) for u in flat])
-        return [(o.mT if u.size(-2) > u.size(-1) else o).view_as(u) for o, u in zip(parts, updates)]
+    def momentum_of(self, name: str, step: int, momentum: float) -> Tensor:
+        """The update of a parameter before it is orthogonalised."""
+        fast, grad = self.momentum[name], self.named[name].grad
+        if not 0 <= self.two_rates_from <= step:
+            return momentum_(fast, grad, momentum, impl=self.impl)
+        if step == self.two_rates_from:
+            self.slow[name].copy_(fast)
+        return two_rates_(fast, self.slow[name], grad, momentum)
+
+    def cut(self, name: str, x: Tensor) -> list[Tensor]:
+        """The matrices that a parameter consists of, as batches of one shape each; x: its update, or one that has one
+        number a row. With `muon_head_pairs` (#253) q and k are matrices of two heads each."""
+        if self.config.muon_head_pairs and kind_of(name) == "qkvo":
+            rows = 2 * x.size(-2) // self.config.num_heads
+            return [x[:2].reshape(-1, rows, x.size(-1)), x[2:]]
+        return [x.view(-1, *x.shape[-2:])]
+
+    def orthogonal(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Each batch of matrices orthogonalised; tall ones are turned, so that one batch holds all of a shape."""
+        how = dict(coefficients=self.config.muon_coefficients, dtype=self.dtype, impl=self.impl)
+        wide = [x.mT if x.size(-2) > x.size(-1) else x for x in pieces]
+        found = list(wide)
+        for shape in dict.fromkeys(x.shape[-2:] for x in wide):
+            places = [i for i, x in enumerate(wide) if x.shape[-2:] == shape]
+            batch = torch.cat([wide[i] for i in places]) if len(places) > 1 else wide[places[0]]
+            for i, out in zip(places, orthogonalize(batch, **how).split([wide[i].size(0) for i in places])):
+                found[i] = out
+        return [out.mT if x.size(-2) > x.size(-1) else out for x, out in zip(pieces, found)]
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; live, not copies."""
-        kinds = dict(momentum=self.momentum, mantissa=self.mantissa, second=self.second)
+        kinds = dict(momentum=self.momentum, mantissa=self.mantissa, second=self.second, slow=self.slow)
         return {f"muon.{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()}

@@ -1,8 +1,9 @@
 """The presets of the frontier: the fastest runs of the medium track, each as fields over the one it came from.
 
 `record18` is the fastest merged one (#188 of https://github.com/KellerJordan/modded-nanogpt), `f2` and `f3` the
-proposals since (#252: bigram table; #261: dynamic skips), `frontier` what is put together here: f3 with the safe scales
-of the 8-bit head and YaRN at every window, which another proposal (#248) has and f3 has not. `nano-frontier` is
+proposals since (#252: bigram table; #261: dynamic skips). `frontier` is f3 with the safe scales of the 8-bit head and
+YaRN at every window, which another proposal (#248) has and f3 has not, and with techniques of the short track and the
+optimizer track that no run of the medium track has combined: a guess until it is measured. `nano-frontier` is
 `frontier` for a laptop. `medium`, `small` and `nano`, which they start from, stand in train_gpt.py.
 """
 
@@ -39,7 +40,9 @@ _OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it sta
         adam_betas="scalars=0.9:0.99,mixes=0.9:0.99,inputs=0.9:0.99,gates=0.9:0.99,bigram=0.75:0.95,"
         "bigram_mixes=0.9:0.95,dynamic=0.9:0.99,dynamic_bias=0.9:0.99",
     )),
-    "frontier": ("f3", dict(yarn_until=0)),
+    "frontier": ("f3", dict(
+        yarn_until=0, xsa=True, two_rate_from=0.3, muon_head_pairs=True, untied_values=True, paired_heads="1,5,9",
+    )),
     "nano-frontier": ("frontier", dict(
         train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0, drop_shard_tail=False,
         num_iterations=700, extension_steps=0, tokens_per_step=1024, train_seq_len=1024, val_seq_len=8192,
@@ -47,8 +50,8 @@ _OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it sta
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_scale=0.35,
         block_tokens=32, long_window_layers="0,3", window_schedule="1,2,3,4,5,6,7,8", validation_window=0,
         short_window_max=4, key_offset="0,3", late_attention_source=1, dynamic_skips="0,1", dynamic_hidden=16,
-        bigram_rows=4096, embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32",
-        log_train_loss=True,
+        bigram_rows=4096, paired_heads="1,2", embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100,
+        dtype="float32", log_train_loss=True,
     )),
 }
 # fmt: on

@@ -51,9 +51,20 @@ class Cache:
         before, self.keys[layer] = self.keys.get(layer), k_BTHDh[:, -1:].clone()
         return before
 
-    def attend(self, layer: int, q_BTHDh: Tensor, k_BTHDh: Tensor, v_BTHDh: Tensor, first_key_BS: Tensor, scale: float):
-        """Attention of the new queries over old and new keys, (B, T, H, Dh); query i sees keys first_key[i] .. i."""
-        T, end = q_BTHDh.size(1), self.length
+    def attend(
+        self,
+        layer: int,
+        q_BTHDh: Tensor,
+        k_BTHDh: Tensor,
+        v_BTHDh: Tensor,
+        first_key_BS: Tensor,
+        scale: float,
+        per_token: int = 1,
+    ) -> Tensor:
+        """Attention of the new queries over old and new keys, (B, T, H, Dh); query i sees keys first_key[i] .. i.
+
+        per_token: positions of q, k and v that a token has in that layer (2: `paired_heads`)."""
+        T, end = q_BTHDh.size(1), self.length * per_token
         if layer in self.layers:
             old_k, old_v, begin = self.layers[layer]
             k_BTHDh, v_BTHDh = torch.cat([old_k, k_BTHDh], 1), torch.cat([old_v, v_BTHDh], 1)

@@ -36,7 +36,8 @@ attention_free_layers half_truncated_rotary block_tokens window_max_tokens long_
 #: Of a model with techniques (trainer/techniques.py), beside those.
 OF_TECHNIQUES = """norm_before_attention value_norm output_scalar mix_lr smear skip_gates backout_layer value_gates
 output_gates key_offset exact_windows bigram_rows late_attention_source dynamic_skips dynamic_hidden matrix_dtype
-tie_embeddings_frac window_schedule validation_window short_window_max yarn_until gate_optimizer""".split()
+tie_embeddings_frac window_schedule validation_window short_window_max yarn_until gate_optimizer untied_values xsa
+paired_heads""".split()
 
 
 #: Names that other trainers (nanoGPT, Hugging Face's, modded-nanogpt) have for things, and ours.

@@ -32,7 +32,7 @@ PLAIN = dict(
     norm_before_attention=False, value_norm=True, output_scalar=False, mix_lr=0.0, smear=False, skip_gates=False,
     backout_layer=-1, value_gates=False, output_gates=False, key_offset="", exact_windows=False, bigram_rows=0,
     late_attention_source=-1, dynamic_skips="", matrix_dtype="",
-    yarn_until=-1,
+    yarn_until=-1, untied_values=False, xsa=False, paired_heads="",
 )
 # fmt: on
 
@@ -70,6 +70,12 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError(f"--model_dim={c.model_dim}: gates read {GATE_INPUTS} dimensions")
     if c.key_offset and not c.half_truncated_rotary:
         raise UsageError("--key_offset moves the dimensions that --half_truncated_rotary leaves still; it is off")
+    if c.paired_heads and (c.num_heads % 2 or set(numbers(c.paired_heads)) & set(numbers(c.key_offset))):
+        raise UsageError(f"--paired_heads={c.paired_heads}: of an even --num_heads, in layers without --key_offset")
+    if (c.two_rate_from or c.muon_head_pairs) and not c.normuon_beta2:
+        raise UsageError("--two_rate_from and --muon_head_pairs are NorMuon's: give --normuon_beta2")
+    if c.muon_head_pairs and c.num_heads % 2:
+        raise UsageError(f"--muon_head_pairs: of an even --num_heads, not {c.num_heads}")
     if c.bigram_rows == 1:
         raise UsageError("--bigram_rows=1: the first token has a row of its own, so at least 2")
     for field in ("num_iterations", "checkpoint_every", "stop_after"):  # else gradients would wait in between
@@ -82,6 +88,7 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         ("adam_betas", lambda text: adam.by_kind(text, 2)),
         ("dynamic_skips", lambda text: dynamic_layers(text, c.num_layers)),
         ("key_offset", lambda text: known_layers(text, c.num_layers)),
+        ("paired_heads", lambda text: known_layers(text, c.num_layers)),
     ):
         try:
             read(getattr(c, field))
@@ -198,6 +205,37 @@ def offset_keys(k_BTHDh: Tensor, before_B1HDh: Tensor | None = None) -> Tensor:
     return torch.stack([own[..., 0, :], theirs[..., 1, :]], -2).flatten(-3)
 
 
+# ---- xsa -------------------------------------------------------------------------------------------------------
+
+
+def exclusive(o_BTHDh: Tensor, v_BTHDh: Tensor, alpha_H: Tensor) -> Tensor:
+    """`xsa` (#264): o - tanh(alpha) (o . v / |v|^2) v with the token's own value v: what attention found in others."""
+    wide = torch.promote_types(o_BTHDh.dtype, torch.float32)
+    o, v = o_BTHDh.to(wide), v_BTHDh.to(wide)
+    along = (o * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    return (o - torch.tanh(alpha_H)[:, None] * along * v).to(o_BTHDh.dtype)
+
+
+# ---- paired_heads ----------------------------------------------------------------------------------------------
+
+
+def interleaved(x_BTHDh: Tensor) -> Tensor:
+    """`paired_heads` (#191): heads 2j and 2j + 1 as one head over 2 T positions, 2t and 2t + 1: (B, 2 T, H / 2, Dh).
+
+    So each sees the keys of both, in half the window; rotary counts the new positions."""
+    return x_BTHDh.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)
+
+
+def separated(x_BSHDh: Tensor) -> Tensor:
+    """The way back from `interleaved`: (B, S / 2, 2 H, Dh)."""
+    return x_BSHDh.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+
+
+def doubled(tokens_BT: Tensor, eos_id: int) -> Tensor:
+    """Tokens for the plan of interleaved positions, (B, 2 T): a document opens at the first of two."""
+    return torch.stack([tokens_BT, torch.full_like(tokens_BT, eos_id + 1)], -1).flatten(-2)
+
+
 # ---- dynamic_skips ---------------------------------------------------------------------------------------------
 
 
@@ -264,7 +302,10 @@ class Techniques(nn.Module):
         dtype = getattr(torch, config.dtype)
         gate_dtype = getattr(torch, c.matrix_dtype or c.dtype) if c.gate_optimizer == "muon" else dtype
         empty = lambda *shape, dtype=dtype: nn.Parameter(torch.empty(*shape, dtype=dtype))  # noqa: E731
-        self.long, self.offset = numbers(c.long_window_layers), numbers(c.key_offset)
+        self.long, self.offset, self.paired = (
+            numbers(text) for text in (c.long_window_layers, c.key_offset, c.paired_heads)
+        )
+        self.xsa_w = empty(L, H, dtype=torch.float32) if c.xsa else None
         self.gated = [i for i in value_layers if not (c.dynamic_skips and i == L - 1)]  # whose gate is a network's
         self.mixes = empty(L, 2, dtype=torch.float32) if c.mix_lr else None
         self.smear_w = empty(1, GATE_INPUTS) if c.smear else None
@@ -291,10 +332,15 @@ class Techniques(nn.Module):
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
         begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
         rotary = tuple(table[begin:end] for table in gpt.rotary(end))
-        plans = gpt.plan(seen_BS, window_blocks), gpt.plan(seen_BS, short_window(window_blocks, c))
+        windows = window_blocks, short_window(window_blocks, c)
+        plans = [gpt.plan(seen_BS, window) for window in windows]
+        if self.paired:
+            turned = [table[2 * begin : 2 * end] for table in gpt.rotary(2 * end)]
+            pairs = [(turned, gpt.plan(doubled(seen_BS, c.eos_id), window)) for window in windows]
         scalars = gpt.scalars_by_kind()
         tables = [table(gpt.rows_v(seen_BS)[:, begin:]) for table in gpt.value_embeds]
-        values = dict(enumerate(tables)) | {last + 1 - len(tables) + i: ve for i, ve in enumerate(tables)}
+        first, late_tables = tables[: c.value_embeddings], tables[-c.value_embeddings :] if tables else []
+        values = dict(enumerate(first)) | {last + 1 - len(first) + i: ve for i, ve in enumerate(late_tables)}
         x0 = self.entered(gpt, seen_BS, begin, scalars)
         x2 = None if gpt.embed2 is None else norm(gpt.embed2(gpt.rows2(seen_BS)[:, begin:]))
         bigram = None if self.bigram_embed is None else self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])
@@ -306,7 +352,9 @@ class Techniques(nn.Module):
                 x_BTD = self.mixed(x_BTD, x0, x2, bigram, layer, scalars)
             late = 0 <= c.late_attention_source < layer
             source = outputs[c.late_attention_source] if late else x_BTD
-            given = rotary, plans[layer not in self.long], gpt, cache, (factors, more_values)
+            short = layer not in self.long
+            where = pairs[short] if layer in self.paired else (rotary, plans[short])
+            given = *where, gpt, cache, (factors, more_values)
             a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
             h_ND = norm(x_BTD).flatten(0, 1)
@@ -371,8 +419,11 @@ class Techniques(nn.Module):
         if c.output_scalar:
             w_ED = scalars_2[0] * w_ED
         q, k, v = F.linear(y_BTD, w_ED).view(B, T, 3, H, D // H).unbind(2)
-        q, k = rotated(norm(q), rotary), rotated(norm(k), rotary)
-        v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
+        v = own_v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
+        q, k, pair = norm(q), norm(k), layer in self.paired
+        if pair:
+            q, k, v = interleaved(q), interleaved(k), interleaved(v)
+        q, k = rotated(q, rotary), rotated(k, rotary)
         if gpt.query_factor is not None:
             q = q * gpt.query_factor
         if layer in self.offset:
@@ -380,7 +431,11 @@ class Techniques(nn.Module):
         if cache is None:
             o_BTHDh = attention(q, k, v, plan, scale=c.attention_scale, impl=gpt.impls["attention"])
         else:
-            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, c.attention_scale)
+            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, c.attention_scale, per_token=2 if pair else 1)
+        if pair:
+            o_BTHDh = separated(o_BTHDh)
+        elif self.xsa_w is not None:
+            o_BTHDh = exclusive(o_BTHDh, own_v, self.xsa_w[layer])
         if self.output_gates is not None:  # #117
             o_BTHDh = o_BTHDh * gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))[..., None]
         w_o_DD = block.qkvo_w[3].to(y_BTD.dtype)
