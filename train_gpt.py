@@ -52,6 +52,7 @@ from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
 from trainer import checkpoints, evaluate, export, implementations, processes, report, sample, schedule
 from trainer.adam import Adam
+from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
@@ -172,6 +173,11 @@ class Config:
     normuon_beta2: float = setting(0.0, "factor", "NorMuon's, over rows' mean squares; 0: Muon", at_least=0, below=1)
     two_rate_from: float = setting(0.0, "fraction", "of the run, then NorMuon has two momenta; 0: never", at_least=0)
     muon_head_pairs: bool = setting(False, "flag", "NorMuon takes q and k by two heads each, not whole")
+    gram_newton_schulz: bool = setting(False, "flag", "NorMuon takes matrices of the MLP by their products X X^T")
+    tail_ema: float = setting(0.0, "factor", "a step, of the weights' average at the end; 0: none", at_least=0, below=1)
+    tail_ema_steps: int = setting(300, "steps", "the run's last, that the average is over", at_least=1)
+    tail_ema_tables: float = setting(0.65, "share", "of it in head and input embedding", at_least=0, at_most=1)
+    tail_ema_matrices: float = setting(0.5, "share", "of it in the blocks' matrices", at_least=0, at_most=1)
     muon_lr_factors: str = setting("", "factors", "NorMuon's rate by kind: qkvo=2,mlp_in=2,mlp_out=4,gates=0.1")
     gate_optimizer: str = setting("muon", "name", "of the gates a head", choices=("muon", "adam"))
     cautious_decay: bool = setting(False, "flag", "decay only with the update's sign, by the rate squared")
@@ -658,8 +664,8 @@ class Trainer:
         exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
         self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables))
         compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-        optimizers = self.optimizers(self.exchange.my_matrices, self.exchange.my_others, compiles)
-        self.muon, self.adam = optimizers
+        mine = self.exchange.my_matrices, self.exchange.my_others
+        self.muon, self.adam, self.average = self.optimizers(*mine, compiles)
         self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         self.targets: dict[int, Tensor] = {}  # weights of so many of them, likewise
@@ -678,26 +684,28 @@ class Trainer:
         return tuple(kinds.values())
 
     def optimizers(self, matrices: dict, others: dict, compiled: bool = False):
-        """(of matrices, of all else): Muon and AdamW, or those of trainer/normuon.py and trainer/adam.py where a field
-        asks for them."""
+        """(of matrices, of all else, average of the weights): Muon and AdamW, or those of trainer/normuon.py and
+        trainer/adam.py where a field asks for them; None, or that of trainer/averages.py."""
         c, impl = self.config, self.model.impls["muon"]
         muon = (NorMuon if c.normuon_beta2 else Muon)(matrices, c, impl)
-        return muon, Adam(others, c, self.exchange, compiled) if own_adam(c) else AdamW(others, c)
+        other = Adam(others, c, self.exchange, compiled) if own_adam(c) else AdamW(others, c)
+        return muon, other, TailAverage(c, matrices, others, muon.mantissa) if c.tail_ema else None
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes and that this process holds: parameters, its share of the optimizers' state; by
         name, live, not copies."""
         self.exchange.wait_weights()
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return parameters | self.muon.state() | self.adam.state()
+        averages = self.average.state() if self.average else {}
+        return parameters | self.muon.state() | self.adam.state() | averages
 
     def layout(self) -> dict[str, Tensor]:
         """Shapes and types of all processes' state together, as tensors without memory."""
         matrices, *others = [{n: nn.Parameter(p.to("meta")) for n, p in kind.items()} for kind in self.parameters()]
         named = {n: p for kind in others for n, p in kind.items()}
         parameters = {f"model.{n}": p.detach().to("meta") for n, p in self.model.named_parameters()}
-        muon, others = self.optimizers(matrices, named)
-        return parameters | muon.state() | others.state()
+        states = [part.state() for part in self.optimizers(matrices, named) if part is not None]
+        return {name: t for state in (parameters, *states) for name, t in state.items()}
 
     def whole_state(self) -> dict[str, Tensor]:
         """On rank 0 all processes' state together, elsewhere nothing. Collective."""
@@ -739,7 +747,17 @@ class Trainer:
             (loss / sequences).backward()
             losses.append(loss.detach() / (len(inputs_T) if self.config.loss_sum else 1))
         self.update(step)
+        if self.average is not None:
+            self.take_average(step)
         return torch.stack(losses).mean()
+
+    def take_average(self, step: int) -> None:
+        """`tail_ema`: the weights enter their average, and after the last step it enters them."""
+        if step == self.average.last:
+            self.exchange.wait_weights()  # what is on its way would overwrite the new ones
+        if self.average.after(step):
+            self.exchange.publish_matrices()
+            self.exchange.publish_head()
 
     def update(self, step: int) -> None:
         """Update the matrices, and on steps of `adam_every` all else, on the gradients since its last time."""

@@ -75,12 +75,42 @@ def orthogonalize_reference(
     return (x.mT if tall else x).to(g_BMN.dtype)
 
 
+def orthogonalize_gram(
+    g_BMN: torch.Tensor, coefficients: str = "spec", dtype: torch.dtype = torch.float16, *, anew_after: int = 2
+) -> torch.Tensor:
+    """The same through products of the shorter side's size: with A = X X^T, B = a + b A + c A A, a step is X <- B X,
+    hence A <- B A B, and all Bs are gathered in Q, which meets X at the end and once after `anew_after` steps, when A
+    is computed anew (Gram Newton-Schulz, Tri Dao et al. 2026; the speedrun's as #360 has it). For N = 4 M it takes 60 %
+    of the products.
+
+    dtype: float16 has three bits more than bfloat16, and A's entries stay within a few units. Plain torch throughout:
+    three library products a step, on GPUs too."""
+    x = g_BMN.to(_wide(g_BMN.dtype))
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    rows = (x / _divisor(x, coefficients)).reshape(-1, *x.shape[-2:]).to(dtype)
+    gathered = None
+    for number, (a, b, c) in enumerate(COEFFICIENTS[coefficients]):
+        if number in (0, anew_after):
+            rows = rows if gathered is None else gathered @ rows
+            gram, gathered = rows @ rows.mT, None
+        step = b * gram + c * (gram @ gram)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        gathered = step if gathered is None else step @ gathered
+        gram = step @ gram @ step
+    x = (gathered @ rows).view(x.shape)
+    return (x.mT if tall else x).to(g_BMN.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _divisor(x_BMN: torch.Tensor, coefficients: str) -> torch.Tensor:
     """What each matrix is divided by first, (..., 1, 1): a little more than its Frobenius norm, which is summed in at
     least float32."""
     factor, added = DIVISORS.get(coefficients, (1.0, 1e-7))
-    wide = torch.promote_types(x_BMN.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True, dtype=wide)
+    norm = torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True, dtype=_wide(x_BMN.dtype))
     return ((norm if factor == 1 else factor * norm) + added).to(x_BMN.dtype)
 
 

@@ -12,7 +12,7 @@ from frontier_model import Literal, adam_rule, multiplier, plain_frequencies, rm
 from small_runs import folder_of, in_worlds, losses, tokens
 
 import train_gpt
-from kernels.muon import join_master, split_master
+from kernels.muon import join_master, orthogonalize, orthogonalize_gram, split_master
 from kernels.norm import rms_norm as norm
 from lab import LabError
 from lab.checkpoints import load_checkpoint
@@ -569,6 +569,42 @@ def test_head_pairs_are_orthogonalised_apart():
     torch.testing.assert_close(muon.named[name][3], whole.named[name][3], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 64), (1, 64, 16), (8, 8)])
+def test_steps_through_the_gram_matrix_are_the_same_steps(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for coefficients in ("record18", "spec"):
+        plain = orthogonalize(g, coefficients=coefficients, dtype=torch.float64)
+        torch.testing.assert_close(orthogonalize_gram(g, coefficients, torch.float64), plain, rtol=1e-9, atol=1e-9)
+        half = orthogonalize_gram(g.bfloat16(), coefficients)
+        assert half.dtype == torch.bfloat16 and (half.double() - plain).norm() <= 0.1 * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_last_weights_are_mixed_with_their_average(dtype):
+    """Six steps, the average over the last four; what the optimizers left after each is written down beside it."""
+    trainer = Trainer(nano(tail_ema=0.9, tail_ema_steps=4, num_iterations=6, dtype=dtype), CPU)
+    randomised(trainer.model)
+    names, after = ["head_w", "embed1.weight", "blocks.2.qkvo_w", "blocks.3.mlp_out_w"], []
+    whole, average = trainer.average.after, trainer.average
+    trainer.average.after = lambda step: after.append({n: average.master(n).double() for n in names}) or whole(step)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        batch = [torch.randint(200, (33,), generator=generator) for _ in range(2)]
+        trainer.step(step, [(tokens[:-1].int(), tokens[1:]) for tokens in batch])
+    for name in names:
+        mean = after[2][name]
+        for later in after[3:]:
+            mean = 0.9 * mean + 0.1 * later[name]
+        share, axes = (0.65, -1) if name in names[:2] else (0.5, (-2, -1))
+        last = after[5][name]
+        new = (1 - share) * last + share * mean
+        new = new * last.norm(dim=axes, keepdim=True) / new.norm(dim=axes, keepdim=True)
+        near = 1e-5 if dtype == "float32" or name not in names[:2] else 4e-3  # tables have no bits below
+        torch.testing.assert_close(average.master(name).double(), new, rtol=near, atol=1e-6)
+        assert not torch.equal(last, new)
+    assert {n for n in trainer.state() if n.startswith("ema.")} == {n for n in trainer.layout() if n.startswith("ema.")}
+
+
 # --- what a run does with them ---------------------------------------------------------------------------------------
 
 
@@ -597,7 +633,7 @@ def test_windows_and_yarn_of_a_step_are_those_of_the_run():
 RUN = """--preset=nano-frontier --num_iterations=8 --tokens_per_step=256 --train_seq_len=64 --val_seq_len=64
 --val_tokens=128 --val_loss_every=2 --checkpoint_every=2 --keep_checkpoints=0 --warmup_steps=2 --num_layers=3
 --model_dim=32 --unet_skips=0>1 --long_window_layers=0,2 --key_offset=0,2 --late_attention_source=0 --dynamic_skips=0,1
---bigram_rows=512 --paired_heads=1 --device=cpu --run_name=run""".split()
+--bigram_rows=512 --paired_heads=1 --tail_ema=0.9 --tail_ema_steps=3 --device=cpu --run_name=run""".split()
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,14 @@ def adam_(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, numbers: Tensor) -> Non
     p.copy_(old - u - decay * old * (u * old > 0))
 
 
+def _compiled() -> Any:
+    """`adam_` by torch.compile, one graph for all lengths; but one for each combination of types and views."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(adam_, dynamic=True, fullgraph=True)
+
+
 class Adam:
     """The optimizer of everything but the blocks' matrices where `adam_every` or a field of its kind asks for it; the
     interface of train_gpt.AdamW.
@@ -93,7 +101,7 @@ class Adam:
         kept = lambda p: torch.float32 if c.adam_moments == "float32" else p.dtype  # noqa: E731
         zeros = lambda p: torch.zeros(p.shape, dtype=kept(p), device=p.device)  # noqa: E731
         self.exp_avg, self.exp_avg_sq = ({n: zeros(p) for n, p in named.items()} for _ in range(2))
-        self.update = torch.compile(adam_, dynamic=True, fullgraph=True) if compiled else adam_
+        self.update = _compiled() if compiled else adam_
 
     def tied(self, step: int) -> bool:
         """Whether the input table still is the head, when step `step` updates."""

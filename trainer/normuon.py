@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.muon import join_master, momentum_, orthogonalize, split_master
+from kernels.muon import join_master, momentum_, orthogonalize, orthogonalize_gram, split_master
 from trainer.schedule import learning_rate_factor, muon_momentum_at, scheduled
 
 FAST, SLOW, SHARE = 0.85, 0.98, 0.4385  # momenta of `two_rate_from`, and the share of the fast one
@@ -139,7 +139,12 @@ class NorMuon:
         for shape in dict.fromkeys(x.shape[-2:] for x in wide):
             places = [i for i, x in enumerate(wide) if x.shape[-2:] == shape]
             batch = torch.cat([wide[i] for i in places]) if len(places) > 1 else wide[places[0]]
-            for i, out in zip(places, orthogonalize(batch, **how).split([wide[i].size(0) for i in places])):
+            if self.config.gram_newton_schulz and shape[-1] >= 2 * shape[-2] and shape[-1] > self.config.model_dim:
+                half = torch.float16 if self.dtype == torch.bfloat16 else self.dtype
+                turned = orthogonalize_gram(batch, self.config.muon_coefficients, half)
+            else:
+                turned = orthogonalize(batch, **how)
+            for i, out in zip(places, turned.split([wide[i].size(0) for i in places])):
                 found[i] = out
         return [out.mT if x.size(-2) > x.size(-1) else out for x, out in zip(pieces, found)]
 

@@ -72,10 +72,12 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError("--key_offset moves the dimensions that --half_truncated_rotary leaves still; it is off")
     if c.paired_heads and (c.num_heads % 2 or set(numbers(c.paired_heads)) & set(numbers(c.key_offset))):
         raise UsageError(f"--paired_heads={c.paired_heads}: of an even --num_heads, in layers without --key_offset")
-    if (c.two_rate_from or c.muon_head_pairs) and not c.normuon_beta2:
-        raise UsageError("--two_rate_from and --muon_head_pairs are NorMuon's: give --normuon_beta2")
+    if (c.two_rate_from or c.muon_head_pairs or c.gram_newton_schulz) and not c.normuon_beta2:
+        raise UsageError("--two_rate_from, --muon_head_pairs, --gram_newton_schulz are NorMuon's: give --normuon_beta2")
     if c.muon_head_pairs and c.num_heads % 2:
         raise UsageError(f"--muon_head_pairs: of an even --num_heads, not {c.num_heads}")
+    if c.tail_ema and c.tail_ema_steps > c.num_iterations:
+        raise UsageError(f"--tail_ema_steps={c.tail_ema_steps}: there are only --num_iterations={c.num_iterations}")
     if c.bigram_rows == 1:
         raise UsageError("--bigram_rows=1: the first token has a row of its own, so at least 2")
     for field in ("num_iterations", "checkpoint_every", "stop_after"):  # else gradients would wait in between
