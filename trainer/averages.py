@@ -1,8 +1,8 @@
 """The weights' average over the end of a run, `tail_ema` (#347, #325; averages of weights: Polyak and Juditsky 1992).
 
-Over the last `tail_ema_steps` steps  a <- decay a + (1 - decay) w,  begun with the weights after the first of them;
-after the last one  w <- (1 - share) w + share a,  brought back to the norm that w had: of each matrix of the blocks, and
-row by row of head and input embedding, as their rows may lie on several processes. float32.
+Over the last `tail_ema_steps` steps  a <- decay a + (1 - decay) w,  begun with the weights after the first of them.
+After the last one  w <- (1 - share) w + share a,  brought back to the norm that w had: of each matrix of the blocks,
+and row by row of head and input embedding, as their rows may lie on several processes. float32.
 """
 
 from __future__ import annotations
