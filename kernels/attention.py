@@ -105,7 +105,8 @@ def attention_plan(
         window_blocks: W of docs/spec.md 2.7: a query sees its own block of `block_tokens` and W - 1 earlier ones.
             0 (what W // 2 may be) keeps the diagonal block, as 1 does. An int or a 0-d integer tensor; under
             torch.compile give a tensor, so that a growing window is data and never recompiles.
-        window_tokens: instead: a query sees itself and `window_tokens` - 1 tokens before it. Neither: causal.
+        window_tokens: instead, exact and without blocks: a query sees itself and `window_tokens` - 1 tokens before it,
+            so "at most w tokens back" is w + 1. An int or a 0-d integer tensor, as above. Neither: causal.
         device: where the plan is made when no tokens say so; by default that of `document_starts`, else the CPU.
 
     Raises:

@@ -4,6 +4,9 @@
     X = u / (|u| + 1e-7), transposed if tall; five times  X <- a X + (b A + c A A) X,  A = X X^T
     weight <- weight (1 - weight_decay) - lr X
 
+With two options: the rows of X are brought to one size by their mean squares over the steps (`normalize_rows_`), and
+a weight decays only where the update moves it towards zero (cautious decay).
+
 A bfloat16 weight with a 16-bit mantissa beside it is a float32 master cut in two: the weight holds the upper
 16 bits (so it is the master rounded towards zero), the mantissa the lower 16.
 """
@@ -53,6 +56,8 @@ COEFFICIENTS = {
 }
 #: (factor on the Frobenius norm, what is added to that) before the first step, where not (1, 1e-7).
 DIVISORS = {"record18": (1.02, 1e-6)}
+#: A row's mean square counts as at least this much.
+_LEAST_MEAN_SQUARE = 1e-10
 
 
 # ---- reference --------------------------------------------------------------------------------------------
@@ -211,7 +216,18 @@ def _momentum(p_buffer, p_grad, p_update, N, momentum, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def _kept(b_master, b_update, keep, CAUTIOUS: tl.constexpr):
+    """master * keep; if CAUTIOUS, only where the update leads towards zero."""
+    if CAUTIOUS:
+        return b_master * tl.where(b_update * b_master >= 0, keep, 1.0)
+    else:
+        return b_master * keep
+
+
+@triton.jit
+def _update(
+    p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, CAUTIOUS: tl.constexpr, BLOCK: tl.constexpr
+):
     """master <- master * keep - lr * update. If SPLIT, weight and mantissa are the int16 halves of the master."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
@@ -219,12 +235,14 @@ def _update(p_weight, p_mantissa, p_update, N, lr, keep, SPLIT: tl.constexpr, BL
     if SPLIT:
         b_high = tl.load(p_weight + o, mask=m, other=0).to(tl.int32) << 16
         b_low = tl.load(p_mantissa + o, mask=m, other=0).to(tl.int32) & 0xFFFF
-        b_master = (b_high | b_low).to(tl.float32, bitcast=True) * keep - lr * b_update
+        b_master = (b_high | b_low).to(tl.float32, bitcast=True)
+        b_master = _kept(b_master, b_update, keep, CAUTIOUS) - lr * b_update
         b_bits = b_master.to(tl.int32, bitcast=True)
         tl.store(p_weight + o, (b_bits >> 16).to(tl.int16), mask=m)
         tl.store(p_mantissa + o, b_bits.to(tl.int16), mask=m)
     else:
-        b_master = tl.load(p_weight + o, mask=m, other=0.0) * keep - lr * b_update
+        b_master = tl.load(p_weight + o, mask=m, other=0.0)
+        b_master = _kept(b_master, b_update, keep, CAUTIOUS) - lr * b_update
         tl.store(p_weight + o, b_master, mask=m)
 
 
@@ -278,7 +296,7 @@ def launch_momentum(buffer, grad, momentum: float):
     return update
 
 
-def launch_update(weight, mantissa, update, lr: float, weight_decay: float) -> None:
+def launch_update(weight, mantissa, update, lr: float, weight_decay: float, cautious: bool = False) -> None:
     """`apply_update_`, in place."""
     split = mantissa is not None
     expect_floats("weight", weight, (torch.bfloat16 if split else torch.float32,))
@@ -287,8 +305,8 @@ def launch_update(weight, mantissa, update, lr: float, weight_decay: float) -> N
     numbers = weight.numel(), lr, 1 - weight_decay
     with in_place("weight", weight) as high, in_place("mantissa", mantissa) if split else nullcontext(high) as low:
         halves = (high.view(torch.int16), low.view(torch.int16)) if split else (high, low)
-        programs = (triton.cdiv(weight.numel(), _ELEMENTS),)
-        launch(_update, programs, *halves, dense(update), *numbers, SPLIT=split, BLOCK=_ELEMENTS, num_warps=8)
+        programs, how = (triton.cdiv(weight.numel(), _ELEMENTS),), dict(SPLIT=split, CAUTIOUS=cautious)
+        launch(_update, programs, *halves, dense(update), *numbers, **how, BLOCK=_ELEMENTS, num_warps=8)
 
 
 def orthogonalize_triton(g_BMN, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16):
@@ -336,6 +354,36 @@ def orthogonalize(
 
 
 @without_autocast
+def normalize_rows_(x_BMN: torch.Tensor, mean_squares_BM: torch.Tensor, *, beta2: float = 0.95) -> torch.Tensor:
+    """x (..., M, N) in float32, its rows brought to one size, each matrix as large as before.
+
+    v <- beta2 v + (1 - beta2) mean(x^2) of each row, in place in `mean_squares_BM` (..., M) float32; the rows are
+    divided by sqrt(v), then each matrix is scaled to its Frobenius norm before. NorMuon: Li, Liu, Liang, Chen, Zhao
+    2025, arXiv:2510.05491. For the columns' sizes hand in x.mT.
+
+    Plain torch on every device, by count of bytes: both norms follow from the row's sums, so x is read once for these
+    and once for the product, which is all that a kernel could do; for what Muon holds of medium's matrices on one of 8
+    GPUs that is 0.2 GB.
+
+    Errors: ValueError for mean squares of another shape or device, or expanded; TypeError for dtypes."""
+    expect_floats("x", x_BMN)
+    if x_BMN.dim() < 2:
+        raise ValueError(f"normalize_rows_ needs matrices (..., M, N), got shape {tuple(x_BMN.shape)}")
+    expect("mean_squares", mean_squares_BM, x_BMN.shape[:-1], x_BMN)
+    wide = torch.promote_types(x_BMN.dtype, torch.float32)
+    expect_floats("mean_squares", mean_squares_BM, (wide,))
+    if x_BMN.numel() == 0:
+        return x_BMN.to(wide)
+    squares_BM = torch.linalg.vector_norm(x_BMN, dim=-1, dtype=wide).square() / x_BMN.shape[-1]
+    with in_place("mean_squares", mean_squares_BM) as v_BM:
+        v_BM.lerp_(squares_BM, 1 - beta2)
+        scale_BM = v_BM.clamp(min=_LEAST_MEAN_SQUARE).rsqrt()
+    before, after = squares_BM.sum(-1, keepdim=True), (squares_BM * scale_BM.square()).sum(-1, keepdim=True)
+    scale_BM = scale_BM * (before / after.clamp(min=torch.finfo(wide).tiny)).sqrt()
+    return x_BMN * scale_BM.unsqueeze(-1)
+
+
+@without_autocast
 def momentum_(buffer: torch.Tensor, grad: torch.Tensor, momentum: float, *, impl: str = "auto") -> torch.Tensor:
     """buffer <- m buffer + (1 - m) grad in place (float32); returns m buffer + (1 - m) grad, float32.
 
@@ -351,6 +399,15 @@ def momentum_(buffer: torch.Tensor, grad: torch.Tensor, momentum: float, *, impl
         return grad.lerp(walked, momentum)
 
 
+def _apply_plain_(master, update, lr: float, weight_decay: float, cautious: bool) -> None:
+    """`apply_update_` of a float32 master, in plain torch."""
+    if cautious:
+        master.mul_(torch.where(update * master >= 0, 1 - weight_decay, 1.0))
+    else:
+        master.mul_(1 - weight_decay)
+    master.add_(update, alpha=-lr)
+
+
 @without_autocast
 def apply_update_(
     weight: torch.Tensor,
@@ -359,9 +416,13 @@ def apply_update_(
     *,
     lr: float,
     weight_decay: float,
+    cautious: bool = False,
     impl: str = "auto",
 ) -> None:
     """master <- master (1 - weight_decay) - lr update, in place.
+
+    cautious: the decay only where update * master >= 0, where both lead the same way (Chen, Li et al. 2025,
+    arXiv:2510.12402).
 
     weight_decay is the whole factor: lr x 0.01, x 2 for MLP matrices (docs/spec.md 3.4). lr is the effective
     one, with its sqrt(max(1, rows / columns)). With `mantissa` (uint16 or int16) the weight is the bfloat16
@@ -380,13 +441,14 @@ def apply_update_(
         if mantissa.dtype not in (torch.int16, torch.uint16):
             raise TypeError(f"mantissa has dtype {mantissa.dtype}; it is the lower 16 bits: int16 or uint16")
     if implementation(impl, weight) == "triton":
-        launch_update(weight, mantissa, update, lr, weight_decay)
+        launch_update(weight, mantissa, update, lr, weight_decay, cautious)
         return
     if mantissa is None:
         with in_place("weight", weight) as walked:
-            walked.mul_(1 - weight_decay).add_(update, alpha=-lr)
+            _apply_plain_(walked, update, lr, weight_decay, cautious)
         return
-    master = join_master(weight, mantissa).mul_(1 - weight_decay).add_(update, alpha=-lr)
+    master = join_master(weight, mantissa)
+    _apply_plain_(master, update, lr, weight_decay, cautious)
     with in_place("weight", weight) as high, in_place("mantissa", mantissa) as low:
         for half, new in zip((high, low), split_master(master)):
             half.view(torch.int16).copy_(new.view(torch.int16))

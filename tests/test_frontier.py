@@ -342,12 +342,14 @@ def test_a_fault_in_the_model_is_seen(preset, plant, monkeypatch):
 
 def decay_without_the_rate(monkeypatch):
     apply = normuon.apply_cautious_
-    monkeypatch.setattr(normuon, "apply_cautious_", lambda w, m, u, lr, decay: apply(w, m, u, lr, decay / lr))
+    monkeypatch.setattr(
+        normuon, "apply_cautious_", lambda w, m, u, lr, decay, *how: apply(w, m, u, lr, decay / lr, *how)
+    )
 
 
 def decay_against_the_weight(monkeypatch):
     apply = normuon.apply_cautious_
-    monkeypatch.setattr(normuon, "apply_cautious_", lambda w, m, u, lr, decay: apply(w, m, u, lr, -decay))
+    monkeypatch.setattr(normuon, "apply_cautious_", lambda w, m, u, lr, decay, *how: apply(w, m, u, lr, -decay, *how))
 
 
 def columns_for_rows(monkeypatch):

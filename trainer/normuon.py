@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.muon import join_master, momentum_, orthogonalize, orthogonalize_gram, split_master
+from kernels.muon import apply_update_, momentum_, normalize_rows_, orthogonalize, orthogonalize_gram
 from trainer.schedule import learning_rate_factor, muon_momentum_at, scheduled
 
 FAST, SLOW, SHARE = 0.85, 0.98, 0.4385  # momenta of `two_rate_from`, and the share of the fast one
-LEAST_SQUARE = 1e-10  # of a row's running mean of squares; and of a norm that is divided by
 
 
 def kind_of(name: str) -> str:
@@ -51,25 +50,17 @@ def two_rates_(fast: Tensor, slow: Tensor, grad: Tensor, momentum: float) -> Ten
 def balance_(second: Tensor, update: Tensor, beta2: float) -> Tensor:
     """NorMuon's second line: `update` (..., M, N) with rows of one size; `second` (..., M, 1), or (..., 1, N) for the
     columns, changes in place. float32."""
-    along = -1 if second.size(-1) == 1 else -2
-    before = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
-    second.lerp_(update.square().mean(along, keepdim=True), 1 - beta2)
-    scaled = update * second.clamp(min=LEAST_SQUARE).rsqrt()
-    after = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    return scaled * (before / after.clamp(min=LEAST_SQUARE))
+    if second.size(-1) == 1:
+        return normalize_rows_(update, second.squeeze(-1), beta2=beta2)
+    return normalize_rows_(update.mT, second.squeeze(-2), beta2=beta2).mT
 
 
-def apply_cautious_(weight: Tensor, mantissa: Tensor | None, update: Tensor, lr: float, decay: float) -> None:
+def apply_cautious_(
+    weight: Tensor, mantissa: Tensor | None, update: Tensor, lr: float, decay: float, impl: str = "auto"
+) -> None:
     """weight <- weight - lr update - decay weight where update and weight agree in sign (or one is 0), in place; with a
     mantissa on the float32 master that both together are."""
-    master = weight if mantissa is None else join_master(weight, mantissa)
-    agree = (update * master >= 0).to(master.dtype)
-    new = master - lr * update.to(master.dtype) - decay * master * agree
-    if mantissa is None:
-        weight.copy_(new)
-        return
-    for half, value in zip((weight, mantissa), split_master(new)):
-        half.view(torch.int16).copy_(value.view(torch.int16))
+    apply_update_(weight, mantissa, update, lr=lr, weight_decay=decay, cautious=True, impl=impl)
 
 
 class NorMuon:
@@ -108,11 +99,11 @@ class NorMuon:
             orthogonal = iter(self.orthogonal(pieces))
             for name in names:
                 p, seconds = self.named[name], self.cut(name, self.second[name])
-                balanced = [balance_(second, next(orthogonal).float(), c.normuon_beta2) for second in seconds]
+                balanced = [balance_(second, next(orthogonal), c.normuon_beta2) for second in seconds]
                 update = torch.cat([piece.reshape(-1, *p.shape[-2:]) for piece in balanced]).view(p.shape)
                 rate = lr * self.factors.get(kind_of(name), 1.0)
                 decay = c.muon_weight_decay * lr * rate
-                apply_cautious_(p, self.mantissa.get(name), update, rate, decay)
+                apply_cautious_(p, self.mantissa.get(name), update, rate, decay, self.impl)
 
     def momentum_of(self, name: str, step: int, momentum: float) -> Tensor:
         """The update of a parameter before it is orthogonalised."""

@@ -430,6 +430,32 @@ def _update_reference(module, g):
     return {}
 
 
+def _cautious(module, g, impl):
+    module.apply_update_(g["weight"], None, g["update"], lr=0.3, weight_decay=0.1, cautious=True, impl=impl)
+    return {}
+
+
+def _cautious_reference(module, g):
+    same_way = g["weight"].sign() * g["update"].sign() >= 0
+    g["weight"].copy_(g["weight"] * (1 - 0.1 * same_way) - 0.3 * g["update"])
+    return {}
+
+
+def _rows_inputs(random):
+    given = _draw(random, g=(2, 6, 9), v=(2, 6))
+    return {**given, "v": given["v"].square()}
+
+
+def _rows(module, g, impl):
+    return {"y": module.normalize_rows_(g["g"], g["v"], beta2=0.9)}
+
+
+def _rows_reference(module, g):
+    g["v"].copy_(0.9 * g["v"] + 0.1 * g["g"].square().mean(-1))
+    y = g["g"] / g["v"].sqrt()[..., None]
+    return {"y": y * g["g"].norm(dim=(-2, -1), keepdim=True) / y.norm(dim=(-2, -1), keepdim=True)}
+
+
 def _split_inputs(random):
     from kernels.muon import split_master
 
@@ -545,6 +571,25 @@ OPERATORS: dict[str, Operator] = {
             half=False,
         ),
         Operator("update", "kernels.muon", _update_inputs, _update, _update_reference, changed=("weight",), half=False),
+        Operator(
+            "cautious update",
+            "kernels.muon",
+            _update_inputs,
+            _cautious,
+            _cautious_reference,
+            changed=("weight",),
+            half=False,
+        ),
+        Operator(
+            "rows of one size",
+            "kernels.muon",
+            _rows_inputs,
+            _rows,
+            _rows_reference,
+            changed=("v",),
+            implementations=("auto",),
+            half=False,
+        ),
         Operator(
             "update of a split weight",
             "kernels.muon",

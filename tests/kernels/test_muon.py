@@ -10,6 +10,7 @@ from kernels.muon import (
     apply_update_,
     join_master,
     momentum_,
+    normalize_rows_,
     orthogonalize,
     orthogonalize_reference,
     split_master,
@@ -47,7 +48,9 @@ def test_singular_values_move_as_the_polynomials_say_and_vectors_stay(impl, coef
     assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("coefficients, least, most", [("spec", 0.95, 1.05), ("polar_express", 0.85, 1.15)])
+@pytest.mark.parametrize(
+    "coefficients, least, most", [("spec", 0.95, 1.05), ("polar_express", 0.85, 1.15), ("record18", 0.85, 1.15)]
+)
 def test_singular_values_come_near_one(coefficients, least, most):
     """Those of at least 1/50 of the norm; smaller ones are still on their way."""
     s = torch.linspace(0.02, 1.0, 2000, dtype=torch.float64)
@@ -56,6 +59,14 @@ def test_singular_values_come_near_one(coefficients, least, most):
     g = draw(2, 64, 96)
     values = torch.linalg.svdvals(orthogonalize(g, coefficients=coefficients).double())
     assert least - 0.05 <= values.min() and values.max() <= most + 0.05
+
+
+def test_the_start_of_record_18_leaves_room_above_one():
+    """A matrix of rank one starts at 1 / (margin + eps / norm), by the polynomials of that record."""
+    g = 1e-5 * torch.nn.functional.normalize(draw(6, 1).double(), dim=0) @ torch.ones(1, 4, dtype=torch.float64) / 2
+    x = orthogonalize(g, coefficients="record18", dtype=torch.float64, impl="reference")
+    start = torch.tensor(1e-5 / (1.02e-5 + 1e-6), dtype=torch.float64)
+    torch.testing.assert_close(torch.linalg.matrix_norm(x, 2), scalar_steps(start, "record18"), rtol=1e-9, atol=0)
 
 
 def test_polar_express_is_the_best_odd_quintic_on_its_first_interval():
@@ -138,6 +149,42 @@ def test_updates_of_a_split_master_are_those_of_the_whole(impl, mantissa_dtype):
     assert torch.equal(join_master(weight, mantissa), whole)
     torch.testing.assert_close(whole.double(), exact, rtol=1e-6, atol=2e-6)
     assert (whole - start).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_cautious_decay_with_a_split_master_is_that_of_the_whole(impl):
+    """Zeros decay (to zero), and signs are those of the master, not of its upper half."""
+    whole = torch.cat([draw(200), torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    update = torch.cat([draw(200, seed=1), torch.tensor([0.0, 1.0, 0.0, 0.0])])
+    exact, start = whole.double(), whole.clone()
+    weight, mantissa = split_master(whole)
+    how = dict(lr=1e-3, weight_decay=0.05, cautious=True, impl=impl)
+    for _ in range(3):
+        apply_update_(weight, mantissa, update, **how)
+        apply_update_(whole, None, update, **how)
+        exact = exact * torch.where(update * exact >= 0, 0.95, 1.0) - 1e-3 * update.double()
+    assert torch.equal(join_master(weight, mantissa), whole)
+    torch.testing.assert_close(whole.double(), exact, rtol=1e-6, atol=1e-7)
+    against = (update * start < 0) & (start.abs() > 0.1)
+    assert against.sum() > 50 and (whole.abs() > start.abs())[against].all(), "what grows does not decay"
+
+
+def test_rows_of_one_size_over_steps_in_float64():
+    """Three steps against NorMuon written out row by row; the matrix keeps its size, the state its place."""
+    v, truth = torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.float64)
+    for step in range(3):
+        x = draw(2, 5, 7, seed=step) * torch.tensor([1.0, 10, 0.1, 1, 0])[:, None]
+        found = normalize_rows_(x.bfloat16(), v)
+        assert found.dtype == torch.float32
+        for b in range(2):
+            wide = x.bfloat16()[b].double()
+            for row in range(5):
+                truth[b, row] += 0.05 * (wide[row].square().mean() - truth[b, row])
+            scaled = torch.stack([wide[row] * max(truth[b, row].item(), 1e-10) ** -0.5 for row in range(5)])
+            scaled *= wide.norm() / scaled.norm()
+            torch.testing.assert_close(found[b].double(), scaled, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(v.double(), truth, rtol=1e-5, atol=1e-9)
+    assert (normalize_rows_(torch.zeros(2, 3, 4), torch.zeros(2, 3)) == 0).all()
 
 
 def test_a_mantissa_beside_a_float32_weight_is_refused():

@@ -45,14 +45,19 @@ def _vector_kernel(module, given):
     step = module.launch_momentum(buffer, given["grad"], MOMENTUM)
     module.launch_update(weight, None, given["update"], LR, DECAY)
     module.launch_update(high, low, given["update"], LR, DECAY)
-    return {"buffer": buffer, "step": step, "weight": weight, "master": module.join_master(high, low)}
+    careful = same_layout(given["weight"])
+    module.launch_update(careful, None, given["update"], LR, DECAY, cautious=True)
+    found = {"buffer": buffer, "step": step, "weight": weight, "careful": careful}
+    return {**found, "master": module.join_master(high, low)}
 
 
 def _vector_reference(module, given):
     buffer = MOMENTUM * given["buffer"] + (1 - MOMENTUM) * given["grad"]
     weight = given["weight"] * (1 - DECAY) - LR * given["update"]
     step = MOMENTUM * buffer + (1 - MOMENTUM) * given["grad"]
-    return {"buffer": buffer, "step": step, "weight": weight, "master": weight}
+    towards_zero = given["weight"].sign() * given["update"].sign() >= 0
+    careful = given["weight"] * (1 - DECAY * towards_zero) - LR * given["update"]
+    return {"buffer": buffer, "step": step, "weight": weight, "careful": careful, "master": weight}
 
 
 def _launch(dtype, B=60, M=1024, K=1024):
@@ -67,6 +72,7 @@ def _launch(dtype, B=60, M=1024, K=1024):
         if dtype == torch.bfloat16:
             low = torch.empty(M, K, dtype=torch.int16, device="meta")
             module.launch_update(x[0], low, torch.empty(M, K, dtype=dtype, device="meta"), LR, DECAY)
+            module.launch_update(x[0], low, wide, LR, DECAY, cautious=True)
         else:
             module.launch_update(wide, None, wide, LR, DECAY)
 
@@ -153,6 +159,8 @@ FAMILY = Family(
         Fault("Nesterov's step is the plain buffer", "b_grad + (b_buffer - b_grad) * momentum", "b_buffer"),
         Fault("the mantissa's sign is spread", ".to(tl.int32) & 0xFFFF", ".to(tl.int32)"),
         Fault("the mantissa is not kept", "tl.store(p_mantissa + o, b_bits.to(tl.int16), mask=m)", "pass"),
+        Fault("everything decays, whichever way it moves", "tl.where(b_update * b_master >= 0, keep, 1.0)", "keep"),
+        Fault("what moves away from zero decays", "b_update * b_master >= 0", "b_update * b_master < 0"),
         Fault("vectors are written past the end", "m = o < N", "m = o < N + 1"),
     ),
 )
