@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import io
@@ -316,7 +317,6 @@ def _write_text(path: Path) -> None:
 
 def _go_on(trainer, path: Path) -> None:
     """Resume from the checkpoint, as `--resume=PATH` does."""
-    import dataclasses
 
     import train_gpt
     from trainer.checkpoints import find_run, read_run
@@ -447,7 +447,6 @@ def trainer_arguments_check(folder: Path):
 
 def trainer_arguments() -> st.SearchStrategy:
     """Fields of the trainer with all sorts of values, now and then words of another kind."""
-    import dataclasses
 
     import train_gpt
 
@@ -460,8 +459,9 @@ def trainer_arguments() -> st.SearchStrategy:
 
 def other_arguments_check(folder: Path):
     """Command lines of the statistics and of the series runner: their exit codes, nothing else."""
+    from records.flags import SeriesFlags, read_flags
     from records.folder import SeriesError
-    from records.series import build_parser, check_flags, parse_overrides, series_from
+    from records.series import series_from
     from stats.cli import main as stats_main
 
     (folder / "runs").mkdir(exist_ok=True)
@@ -473,16 +473,12 @@ def other_arguments_check(folder: Path):
         words = [str(folder) if word == "FOLDER" else word for word in words]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             if program == "series":
-                parser = build_parser()
+                overrides: dict[str, str] = {}
                 try:
-                    options, rest = parser.parse_known_args(words)
-                    check_flags(rest, parser)
-                    options.root = str(folder)
-                    series_from(options, parse_overrides(rest))
+                    _, flags = read_flags(SeriesFlags, words, 0, overrides)
+                    series_from(dataclasses.replace(flags, root=str(folder)), overrides)
                 except SeriesError:
                     return "error"
-                except SystemExit as stop:
-                    return "error" if stop.code else "answer"
                 return "answer"
             code = stats_main([program, *words])
         if code not in (0, 1, 2, 3, 4):

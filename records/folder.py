@@ -19,7 +19,7 @@ from pathlib import Path
 
 from records.ledger import Ledger, now
 from records.logs import write_whole
-from trainer.program import text_hash
+from trainer.program import changed_files, text_hash
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
@@ -59,8 +59,7 @@ class Identity:
             mine, theirs = self.overrides.get(key, "not given"), other.overrides.get(key, "not given")
             if mine != theirs:
                 found.append(f"--{key} was {mine}, now {theirs}")
-        changed = sorted(k for k in self.code.keys() | other.code.keys() if self.code.get(k) != other.code.get(k))
-        if changed:
+        if changed := changed_files(self.code, other.code):
             found.append("changed code: " + ", ".join(changed))
         return found
 
@@ -91,12 +90,15 @@ class Series:
 
     def command(self, run: str, seed: int, *, resume: bool) -> list[str]:
         """The trainer's command line for a run."""
-        identity = self.identity
+        return self.command_of(self.identity, self.runs_folder, run, seed, resume=resume)
+
+    def command_of(self, identity: Identity, into: Path, run: str, seed: int, *, resume: bool) -> list[str]:
+        """The trainer's command line for a run of that configuration, which writes into that folder."""
         launch = [sys.executable]
         if identity.nproc > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={identity.nproc}"]
         # Relative, since the log prints it and logs are published.
-        output = os.path.relpath(self.runs_folder)
+        output = os.path.relpath(into)
         command = [*launch, str(self.trainer), f"--preset={identity.preset}"]
         command += [f"--{key}={text}" for key, text in identity.overrides.items()]
         command += [f"--seed={seed}", f"--output_dir={output}", f"--run_name={run}"]

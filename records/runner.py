@@ -21,7 +21,7 @@ from records.folder import EXIT_CRASHED, Series, SeriesError, set_aside
 from records.launch import EXIT_BAD_INPUT, EXIT_IO, Job, Local, seal
 from records.ledger import RunState, now
 from records.logs import read_run_json
-from trainer.program import program_files
+from trainer.program import changed_files, program_files
 
 # -----------------------------------------------------------------------------------------------------------
 # Which runs to start
@@ -234,11 +234,7 @@ class Runner:
 
     def _start(self, task: Task) -> None:
         series = self.series
-        now_code = program_files(series.trainer)
-        changed = sorted(
-            k for k in now_code.keys() | series.identity.code.keys() if now_code.get(k) != series.identity.code.get(k)
-        )
-        if changed:
+        if changed := changed_files(series.identity.code, program_files(series.trainer)):
             self.give_up = (
                 f"{', '.join(changed)} changed while the series was running: {task.run} was not started. "
                 "Put the code back to continue, or start a new series with another --name"

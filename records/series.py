@@ -26,8 +26,6 @@ by a signal. A single run has no verdict: 0 if it finished.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import errno
 import hashlib
 import json
@@ -38,13 +36,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from data.paths import cache_folder
 from records import report
 from records.asking import ask_trainer
+from records.flags import AmendFlags, SeriesFlags, default_root, make_launcher, read_flags, wants_help
 from records.folder import (
     EXIT_CRASHED,
-    EXIT_USAGE,
-    REPO,
     Identity,
     Series,
     SeriesError,
@@ -53,78 +49,14 @@ from records.folder import (
     sole_start,
     write_record,
 )
-from records.launch import EXIT_IO, EXIT_NON_FINITE, Local, default_nproc, slots, visible_gpus
+from records.launch import EXIT_IO, EXIT_NON_FINITE, default_nproc, visible_gpus
 from records.ledger import Ledger, LedgerError
 from records.runner import Runner, Stopped, choose, copy_away, settle_lost
-from records.slurm import SlurmError
 from stats.errors import StatsError
 from stats.plans import Plan
 from trainer.program import fingerprint, program_files
 
-SET_BY_SERIES = ("seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash", "preset")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """Trainer flags as {field: text}: `--a=1`, `--a 1` and a bare `--a` (true). Raises SeriesError."""
-    overrides: dict[str, str] = {}
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise SeriesError(f"unexpected word {word!r}: flags are written --field=value")
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        if name in SET_BY_SERIES:
-            raise SeriesError(f"--{name} is set by the series itself: leave it out")
-        overrides[name] = text
-    return overrides
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The series' own flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m records.series",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--repeats", type=int, metavar="N", help="runs in all, seeds 0..N-1 (1; with --sequential the plan's)")
-    add("--preset", help="the trainer's preset (medium with GPUs, nano without)")
-    add("--name", help="the series' folder (the preset, with the changed fields); auto: with a hash of the code")
-    add("--nproc", type=int, metavar="K", help="processes, that is GPUs, a run (8, 4, 2 or 1, as the machine has)")
-    add("--root", default=str(default_root()), metavar="DIR", help="where series' folders lie (records/)")
-    add("--retry-crashed", action="store_true", help="give every crashed run another attempt")
-    add("--sequential", action="store_true", help="stop as soon as the sequential test has decided")
-    add("--plan", metavar="FILE", help="for --sequential: a plan made by `python -m stats plan`")
-    add("--margin", type=float, metavar="NATS", help="for --sequential: true distance below the threshold")
-    add("--sigma", type=float, metavar="NATS", help="for --sequential: noise of the loss between runs")
-    add("--timeout-s", type=float, metavar="S", help="a run that takes longer is stopped and counts as crashed")
-    add("--launcher", choices=("local", "slurm"), help="local: side by side on this machine; slurm: a job array")
-    add("--parallel", type=int, default=0, metavar="P", help="runs side by side (as many as the machine holds)")
-    add("--partition", help="for slurm: where to queue")
-    add("--minutes", type=int, default=60, help="for slurm: time limit of a run (60)")
-    add("--gpus", type=int, help="for slurm: GPUs a run (--nproc with GPUs on this machine or --preset=medium, else 0)")
-    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="for slurm: any other sbatch option")
-    add("--cluster", choices=("slurm", "local"), help="for slurm: submitit's executor; local tries it without SLURM")
-    add("--alpha", type=float, default=0.01, help="significance level of the verdict (0.01, the track's)")
-    add("--copy-to", metavar="URL", help="copy the series there after every run (s3://..., any fsspec URL, a folder)")
-    add("--no-judge", action="store_true", help="run only; no report and no verdict")
-    add("--trainer", default=str(REPO / "train_gpt.py"), help=argparse.SUPPRESS)
-    return parser
-
-
-def default_root() -> Path:
-    """records/ of the checkout, or the cache folder where the checkout may not be written to."""
-    own = REPO / "records"
-    return own if os.access(own, os.W_OK) else cache_folder() / "records"
 
 
 def default_name(preset: str, overrides: dict[str, str]) -> str:
@@ -138,51 +70,33 @@ def default_name(preset: str, overrides: dict[str, str]) -> str:
     return f"{name[:91].rstrip('-.')}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def series_from(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Path, Identity]:
+def series_from(options: SeriesFlags, overrides: dict[str, str]) -> tuple[Path, Identity]:
     """(folder, wanted identity); a name alone continues that series with the flags it was started with."""
-    if options.repeats is not None and options.repeats < 1:
-        raise SeriesError(f"--repeats {options.repeats}: at least 1")
-    trainer = Path(options.trainer)
-    if not trainer.is_file():
-        raise SeriesError(f"no trainer at {trainer}")
     gpus = visible_gpus()
     preset = options.preset or ("medium" if gpus else "nano")
     nproc = options.nproc or default_nproc(gpus)
-    if nproc < 1:
-        raise SeriesError(f"--nproc {nproc}: at least 1")
-    code = program_files(trainer)
+    code = program_files(options.program)
     name = options.name or default_name(preset, overrides)
     if name == "auto":  # another program is another series: changed code never meets old runs
         name = f"{default_name(preset, overrides)}-{fingerprint(code)[:8]}"
     if not NAME_PATTERN.fullmatch(name):
         raise SeriesError(f"--name {name!r}: letters, digits, '.', '_' and '-', at most 100, no leading sign")
-    folder = Path(options.root) / name
+    folder = Path(options.root or default_root()) / name
     if options.name and not overrides and options.preset is None and (record := read_record(folder)):
         was = Identity(**record["identity"])
         preset, overrides, nproc = was.preset, was.overrides, options.nproc or was.nproc
     return folder, Identity(name, preset, overrides, nproc, code)
 
 
-def check_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Catch a mistyped flag of ours before it travels to the trainer as one of its own."""
-    own = [flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    for word in words:
-        name = word[2:].partition("=")[0] if word.startswith("--") else ""
-        near = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
-        if near and near[0].replace("-", "_") != name:
-            raise SeriesError(f"unknown flag --{name}; did you mean --{near[0]}?")
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Start or continue a series, then report and judge."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(argv)
-    check_flags(rest, parser)
-    folder, wanted = series_from(options, parse_overrides(rest))
+    overrides: dict[str, str] = {}
+    _, options = read_flags(SeriesFlags, argv, 0, overrides)
+    folder, wanted = series_from(options, overrides)
     check_room(folder)
-    threshold = None if read_record(folder) else checked_words(wanted, Path(options.trainer))
+    threshold = None if read_record(folder) else checked_words(wanted, options.program)
     with sole_start(folder):
-        series = open_series(folder, wanted, Path(options.trainer))
+        series = open_series(folder, wanted, options.program)
         settle_lost(series)
         series, plan = with_plan(series, options, threshold)
         return run_and_judge(series, options, plan, plan.threshold if plan else threshold)
@@ -214,7 +128,7 @@ def begin(series: Series, threshold: float | None, plan: Plan | None) -> None:
     print(f"{series.folder.name}: head {series.ledger.head()} (publish it before the first run: stats/README.md)")
 
 
-def with_plan(series: Series, options: argparse.Namespace, threshold: float | None):
+def with_plan(series: Series, options: SeriesFlags, threshold: float | None):
     """(series, its plan or None). A series is sequential from its first run on or never. Raises SeriesError."""
     if not options.sequential:
         if any(value is not None for value in (options.plan, options.margin, options.sigma)):
@@ -237,38 +151,12 @@ def with_plan(series: Series, options: argparse.Namespace, threshold: float | No
     return replace(series, plan_hash=plan.hash), plan
 
 
-def make_launcher(series: Series, options: argparse.Namespace):
-    """Where the runs go: one after the other, side by side, or to a cluster. Raises SeriesError."""
-    nproc = series.identity.nproc
-    try:
-        if options.launcher != "slurm":
-            return Local(slots(options.parallel if options.launcher == "local" else None, nproc))
-        from records.slurm import Request, Slurm
-
-        gpus = options.gpus
-        if gpus is None:
-            gpus = nproc if visible_gpus() or series.identity.preset != "nano" else 0
-        more = dict(word.partition("=")[::2] for word in options.slurm)
-        request = Request(
-            minutes=options.minutes,
-            partition=options.partition,
-            gpus=gpus,
-            cores=max(1, nproc if not gpus else 4 * nproc),
-            at_once=options.parallel or 256,
-            cluster=options.cluster,
-            more=more,
-        )
-        return Slurm(series.folder, request)
-    except ValueError as error:
-        raise SeriesError(str(error)) from None
-
-
-def run_and_judge(series: Series, options: argparse.Namespace, plan: Plan | None, threshold: float | None) -> int:
+def run_and_judge(series: Series, options: SeriesFlags, plan: Plan | None, threshold: float | None) -> int:
     """The series' work, with the folder held."""
     repeats = options.repeats or (plan.cap if plan else 1)
     if plan and repeats > plan.cap:
         raise SeriesError(f"--repeats {repeats}: the plan allows {plan.cap} runs at most")
-    launcher = make_launcher(series, options)
+    launcher = make_launcher(series.folder, options, series.identity.nproc, series.identity.preset)
     begin(series, threshold, plan)
     adopted = launcher.adopt() if options.launcher == "slurm" else set()
     tasks, crashed = choose(series, repeats, options.retry_crashed, adopted)
@@ -310,13 +198,8 @@ def run_and_judge(series: Series, options: argparse.Namespace, plan: Plan | None
 def amend_command(verb: str, argv: Sequence[str]) -> int:
     """`drop`: leave an unfinished run out of the verdict. `lost`: note that a run ended unrecorded. With
     a reason."""
-    parser = argparse.ArgumentParser(prog=f"python -m records.series {verb}", description=amend_command.__doc__)
-    parser.add_argument("name", help="the series")
-    parser.add_argument("run", help="seed-003, say")
-    parser.add_argument("--reason", required=True, help="why; published with the series")
-    parser.add_argument("--root", default=str(REPO / "records"), metavar="DIR")
-    options = parser.parse_args(argv)
-    folder, run, reason = Path(options.root) / options.name, options.run, options.reason.strip()
+    (name, run), options = read_flags(AmendFlags, argv, 2)
+    folder, reason = Path(options.root or default_root()) / name, (options.reason or "").strip()
     if read_record(folder) is None:
         raise SeriesError(f"no series at {folder}")
     state = Ledger(folder).runs().get(run)
@@ -348,6 +231,8 @@ def amend_command(verb: str, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(argv, __doc__, SeriesFlags, AmendFlags):
+        return 0
     try:
         if argv[:1] in (["drop"], ["lost"]):
             return amend_command(argv[0], argv[1:])
@@ -355,9 +240,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SeriesError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except SlurmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except StatsError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from records.folder import SeriesError
 from records.launch import Job, Slot, seal
 from records.ledger import Attempt, Ledger
 from records.logs import read_run_json
@@ -30,7 +31,7 @@ SILENT_S = 15.0  # a job that left SLURM's queue so long ago and wrote no end ha
 QUEUE_EVERY_S = 5.0
 
 
-class SlurmError(Exception):
+class SlurmError(SeriesError):
     """SLURM or submitit cannot be used as asked; the message says why."""
 
 

@@ -21,7 +21,6 @@ first, 2 usage, 5 input or output failed, 6 a run of the base failed, 130 and 14
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -29,18 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.folder import (
-    EXIT_CRASHED,
-    EXIT_MORE_RUNS,
-    EXIT_USAGE,
-    REPO,
-    SCHEMA,
-    Identity,
-    Series,
-    SeriesError,
-    sole_start,
-)
-from records.launch import EXIT_IO, Local, default_nproc, slots, visible_gpus
+from records.flags import StudyFlags, default_root, make_launcher, read_flags, wants_help
+from records.folder import EXIT_CRASHED, EXIT_MORE_RUNS, EXIT_USAGE, SCHEMA, Identity, Series, SeriesError, sole_start
+from records.launch import EXIT_IO, default_nproc, visible_gpus
 from records.ledger import Ledger, LedgerError, now
 from records.logs import write_whole
 from records.runner import Runner, Stopped, Task, can_resume, settle_lost
@@ -49,7 +39,7 @@ from records.study_report import Pairs, read_pairs, sealed_plan, told, verdicts,
 from stats.errors import StatsError
 from stats.paired import CONTINUE
 from stats.samples import RUN_FIELDS
-from trainer.program import program_files, text_hash
+from trainer.program import changed_files, program_files, text_hash
 
 # Fields that change neither what a run computes nor with which kernels; the series' own, and the machine's.
 IGNORED = RUN_FIELDS | {"preset"}
@@ -66,11 +56,7 @@ class Study(Series):
         arm, _, name = run.partition("/")
         flags = {"save_final": "false", "log_train_loss": "false"} | self.plan.arms[arm]
         one = dataclasses.replace(self.identity, overrides=flags)
-        series = Series(self.folder, one, self.trainer, self.plan_hash)
-        command = series.command(name, seed, resume=resume)
-        at = next(i for i, word in enumerate(command) if word.startswith("--output_dir="))
-        command[at] += f"/{arm}"
-        return command
+        return self.command_of(one, self.runs_folder / arm, name, seed, resume=resume)
 
 
 def open_study(folder: Path, plan: StudyPlan, trainer: Path, nproc: int) -> Study:
@@ -118,8 +104,7 @@ def _check_same(path: Path, plan: StudyPlan, code: dict[str, str]) -> None:
             f"{path}: this study began with another {', '.join(changed)}. A study keeps the plan it began with: "
             "put the file back, or give it another name"
         )
-    files = sorted(k for k in code.keys() | was_code.keys() if code.get(k) != was_code.get(k))
-    if files:
+    if files := changed_files(was_code, code):
         raise StudyError(f"{path}: the code has changed since ({', '.join(files)}): put it back, or use another name")
 
 
@@ -212,58 +197,23 @@ def _within(tasks: Sequence[Task], budget: Budget) -> list[Task]:
 # Command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The study's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m records.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", type=Path, help="the study's TOML file; or the word report, then a folder")
-    parser.add_argument("--root", type=Path, default=REPO / "records" / "studies", help="where studies' folders lie")
-    parser.add_argument("--nproc", type=int, help="processes, that is GPUs, a run (as the machine has)")
-    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    parser.add_argument("--parallel", type=int, default=1, help="runs side by side; 0: as many as the machine holds")
-    parser.add_argument("--partition", help="for slurm: where to queue")
-    parser.add_argument("--minutes", type=int, default=60, help="for slurm: time limit of a run (60)")
-    parser.add_argument("--gpus", type=int, default=0, help="for slurm: GPUs a run")
-    parser.add_argument("--cluster", choices=("slurm", "local"), help="for slurm: local tries it without SLURM")
-    parser.add_argument("--trainer", type=Path, default=REPO / "train_gpt.py", help=argparse.SUPPRESS)
-    return parser
-
-
 def run_command(argv: Sequence[str]) -> int:
     """Start or continue a study."""
-    options = build_parser().parse_args(argv)
-    plan = read_plan(options.file)
-    nproc = options.nproc or default_nproc(visible_gpus())
-    folder = options.root / plan.name
+    (file,), flags = read_flags(StudyFlags, argv, 1)
+    plan = read_plan(Path(file))
+    nproc = flags.nproc or default_nproc(visible_gpus())
+    folder = Path(flags.root or default_root() / "studies") / plan.name
     with sole_start(folder):
-        study = open_study(folder, plan, options.trainer, nproc)
+        study = open_study(folder, plan, flags.program, nproc)
         settle_lost(study)
-        return run_study(study, _launcher(study, options, nproc), quiet=True)
+        return run_study(study, make_launcher(study.folder, flags, nproc, plan.preset), quiet=True)
 
 
-def _launcher(study: Study, options: argparse.Namespace, nproc: int):
-    if options.launcher == "slurm":
-        from records.slurm import Request, Slurm
-
-        cores = max(1, nproc if not options.gpus else 4 * nproc)
-        request = Request(
-            minutes=options.minutes,
-            partition=options.partition,
-            gpus=options.gpus,
-            cores=cores,
-            at_once=options.parallel or 256,
-            cluster=options.cluster,
-        )
-        return Slurm(study.folder, request)
-    return Local(slots(None if options.parallel == 1 else options.parallel, nproc))
-
-
-def report_command(argv: Sequence[str]) -> int:
-    """Write a study's table and picture anew from its logs."""
-    parser = argparse.ArgumentParser(prog="python -m records.study report")
-    parser.add_argument("folder", type=Path, nargs="+", help="a study's folder")
-    for folder in parser.parse_args(argv).folder:
+def report_command(folders: Sequence[str]) -> int:
+    """Write the tables and pictures of studies anew from their logs."""
+    if not folders or folders[0].startswith("-"):
+        raise StudyError("records.study report: name the folders of studies")
+    for folder in map(Path, folders):
         plan = sealed_plan(folder)
         pairs = read_pairs(folder, plan)
         write_report(folder, plan, pairs)
@@ -274,6 +224,8 @@ def report_command(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code of the module's docstring."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(argv, __doc__, StudyFlags):
+        return 0
     try:
         return report_command(argv[1:]) if argv[:1] == ["report"] else run_command(argv)
     except (StudyError, StatsError) as error:

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import operator
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -30,8 +31,8 @@ def setting(
     choices: Iterable[str] = (),
 ) -> Any:
     """A dataclass field with the unit and the sentence that `help_text` prints, and the values that `check_limits`
-    lets pass. Its type must be a real one (bool, int, float or str), not a string: the module must not postpone
-    annotations."""
+    lets pass. Its type must be a real one (bool, int, float, str, one of these or None for "not given", or tuple for
+    texts that may be given again and again), not a string: the module must not postpone annotations."""
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     told = {"limits": {words: limit for words, limit in limits.items() if limit is not None}}
     return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "choices": tuple(choices), **told})
@@ -41,13 +42,20 @@ MOST = 2**31 - 1  # of a whole number without a lower limit of its own: sizes an
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
+def kind_of(field: dataclasses.Field) -> type:
+    """The type of a field's values where they are given: of `int | None`, int."""
+    return next((kind for kind in typing.get_args(field.type) if kind is not type(None)), field.type)
+
+
 def check_limits(options: Any) -> None:
     """Raise UsageError for the first field of a dataclass whose value its `setting` does not let pass. Whole numbers
-    are at most `MOST`, others finite."""
+    are at most `MOST`, others finite; None is no value."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         limits, choices = dict(field.metadata.get("limits", {})), field.metadata.get("choices", ())
-        if field.type is int:
+        if value is None:
+            continue
+        if kind_of(field) is int:
             limits.setdefault("below", MOST + 1)
         held = all(_HOLDS[words](value, limit) for words, limit in limits.items())
         if not held or (isinstance(value, float) and not math.isfinite(value)):
@@ -79,14 +87,20 @@ def parse_options(
 
 
 def read_words(
-    kinds: Sequence[type], arguments: Iterable[str], bare: Mapping[str, str], foreign: Mapping[str, str] | None = None
+    kinds: Sequence[type],
+    arguments: Iterable[str],
+    bare: Mapping[str, str],
+    foreign: Mapping[str, str] | None = None,
+    others: dict[str, str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """(words that belong to no field, {field: its text}) of a command line over the fields of several dataclasses.
 
     A bare `--field` means the text in `bare`, else "true"; a flag takes the next word for its own only if that
-    is a yes or a no. `foreign`: what to say of names that other programs have for things. Raises UsageError for a
-    field that none of `kinds` has, or that is given twice."""
-    types = {field.name: field.type for kind in kinds for field in dataclasses.fields(kind)}
+    is a yes or a no. `foreign`: what to say of names that other programs have for things. `others`: where the flags of
+    another program that is started or asked go, {name: text}; a name nearly one of ours is a misspelling all the same.
+    The texts of a field of tuples stand in lines. Raises UsageError for a field that none of `kinds` has, or that is
+    given twice."""
+    types = {field.name: kind_of(field) for kind in kinds for field in dataclasses.fields(kind)}
     words: list[str] = []
     given: dict[str, str] = {}
     queue = list(arguments)
@@ -97,22 +111,28 @@ def read_words(
             continue
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if name not in types:
+        if name not in types and (others is None or not name or _near(name, kinds, 0.85)):
             raise UsageError(f"unknown argument {word!r}; {(foreign or {}).get(name) or _hint(name, kinds)}")
         if not equals:
             next_word = queue[0] if queue else "--"
-            takes = not next_word.startswith("--") and (types[name] is not bool or next_word.lower() in YES + NO)
+            takes = not next_word.startswith("--") and (types.get(name) is not bool or next_word.lower() in YES + NO)
             text = queue.pop(0) if takes else bare.get(name, "true")
-        if name in given:
-            raise UsageError(f"--{name} is given twice, as {given[name]!r} and as {text!r}: leave one out")
-        given[name] = text
+        home = given if name in types else others
+        if name in home and types.get(name) is not tuple:
+            raise UsageError(f"--{name} is given twice, as {home[name]!r} and as {text!r}: leave one out")
+        home[name] = f"{home[name]}\n{text}" if name in home else text
     return words, given
 
 
-def _hint(name: str, kinds: Sequence[type]) -> str:
+def _near(name: str, kinds: Sequence[type], cutoff: float = 0.6) -> str | None:
+    """The field whose name is most like `name`, if any is like it."""
     known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-    near = difflib.get_close_matches(name.removeprefix("--").partition("=")[0], known, n=1)
-    return f"did you mean --{near[0]}?" if near else "see --help"
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def _hint(name: str, kinds: Sequence[type]) -> str:
+    near = _near(name.removeprefix("--").partition("=")[0], kinds)
+    return f"did you mean --{near}?" if near else "see --help"
 
 
 def fill(kind: type[Options], given: Mapping[str, str], start: Mapping[str, Any] | None = None) -> Options:
@@ -127,24 +147,26 @@ def from_json(kind: type[Options], text: str) -> Options:
     """An instance of the dataclass `kind` from JSON of its fields; fields that it has no longer are left out.
 
     Raises ValueError, TypeError, AttributeError, OverflowError or RecursionError for what is no such JSON."""
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    types = {field.name: kind_of(field) for field in dataclasses.fields(kind)}
     return kind(**{name: types[name](value) for name, value in json.loads(text).items() if name in types})
 
 
 def _typed(field: dataclasses.Field, text: str) -> Any:
     """`text` as the field's type; a number is switched off (0) by the words that switch off a flag."""
-    word = text.lower()
-    if field.type is bool:
+    word, kind = text.lower(), kind_of(field)
+    if kind is bool:
         if word not in YES + NO:
             raise UsageError(f"--{field.name}={text}: a flag is true or false")
         return word in YES
-    if field.type is int and word in ("false", "off", "no"):
+    if kind is tuple:
+        return tuple(text.split("\n"))
+    if kind is int and word in ("false", "off", "no"):
         return 0
     try:
-        return field.type(text)
+        return kind(text)
     except ValueError:
         unit = field.metadata["unit"]
-        raise UsageError(f"--{field.name}={text}: expected {field.type.__name__} ({unit})") from None
+        raise UsageError(f"--{field.name}={text}: expected {kind.__name__} ({unit})") from None
 
 
 def help_text(kind: type, presets: Mapping[str, Mapping[str, Any]], beside: str) -> str:
@@ -159,8 +181,10 @@ def fields_text(kind: type, beside: Mapping[str, Mapping[str, Any]] | None = Non
     lines = []
     for field in dataclasses.fields(kind):
         choices = f": {', '.join(field.metadata['choices'])}" if field.metadata.get("choices") else ""
-        lines.append(f"  --{field.name}={field.default}")
-        lines.append(f"        {field.metadata['help']} ({field.type.__name__}, {field.metadata['unit']}{choices})")
+        kind = kind_of(field)
+        told = {tuple: "text, may be given again"}.get(kind, kind.__name__)
+        lines.append(f"  --{field.name}" + ("" if field.default in (None, ()) else f"={field.default}"))
+        lines.append(f"        {field.metadata['help']} ({told}, {field.metadata['unit']}{choices})")
         for name, values in (beside or {}).items():
             if field.name in values:
                 lines.append(f"        {name}: {values[field.name]}")

@@ -72,6 +72,11 @@ def text_hash(text: str) -> str:
     return hashlib.sha256((text.rstrip("\r\n") + "\n").encode()).hexdigest()
 
 
+def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names of the files that differ between two answers of `program_files`, or are in one of them only."""
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
 def fingerprint(files: Mapping[str, str]) -> str:
     """One hash of `program_files`: sha256 of its JSON with sorted keys."""
     return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from records import launch, logs, report, series
+from records.folder import EXIT_USAGE
 from records.ledger import Ledger, LedgerError
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
@@ -198,7 +199,7 @@ def test_two_starts_at_once(run, tmp_path):
     process = start(tmp_path, "--hang_seeds=0", repeats=1)
     wait_for(lambda: events(tmp_path / "s", "start"), "the first start runs")
     code, _, err = run("--hang_seeds=0", repeats=1)
-    assert code == series.EXIT_USAGE and f"in use by another start (process {process.pid})" in err
+    assert code == EXIT_USAGE and f"in use by another start (process {process.pid})" in err
     process.terminate()
     process.communicate(timeout=20)
     assert not (tmp_path / "s" / ".lock").exists()
@@ -212,12 +213,12 @@ def test_the_same_name_with_another_configuration_or_code(run, tmp_path):
     (own.parent / "kernels" / "apart.py").write_text("1\n")
     assert run("--noise=0.1", trainer=own, repeats=1)[0] == 0
     code, _, err = run("--noise=0.2", trainer=own, repeats=1)
-    assert code == series.EXIT_USAGE and "--noise was 0.1, now 0.2" in err and "another --name" in err
+    assert code == EXIT_USAGE and "--noise was 0.1, now 0.2" in err and "another --name" in err
     assert "--loss was not given, now 3" in run("--noise=0.1", "--loss=3", trainer=own)[2]
     (own.parent / "kernels" / "apart.py").write_text("no part of the program\n")
     (own.parent / "kernels" / "a.py").write_text("2\n")
     code, _, err = run("--noise=0.1", trainer=own, repeats=2)
-    assert code == series.EXIT_USAGE and "changed code: kernels/a.py" in err
+    assert code == EXIT_USAGE and "changed code: kernels/a.py" in err
     assert len(events(tmp_path / "s", "launch")) == 1
 
 
@@ -262,15 +263,15 @@ def test_drop_needs_a_reason_and_never_takes_a_finished_run(run, tmp_path, capfd
 def test_bad_command_lines(run, tmp_path):
     for flags, words in (
         (["--seed=3"], "--seed is set by the series itself"),
-        (["--retry-crash"], "did you mean --retry-crashed"),
-        (["--repeats", "0"], "--repeats 0: at least 1"),
+        (["--retry-crash"], "did you mean --retry_crashed"),
+        (["--repeats", "0"], "--repeats=0: at least 1"),
         (["stray"], "unexpected word 'stray'"),
         (["--name", "../x"], "--name '../x'"),
         (["--trainer", str(tmp_path / "none.py")], "no trainer at"),
         (["--launcher=local", "--parallel=4096"], "this machine has"),
     ):
         code, _, err = run(*flags)
-        assert code == series.EXIT_USAGE and words in err, (flags, err)
+        assert code == EXIT_USAGE and words in err, (flags, err)
     assert not [e for p in tmp_path.glob("*/ledger.jsonl") for e in events(p.parent)]
 
 
@@ -342,7 +343,7 @@ def test_a_broken_record_is_named(run, tmp_path):
     run(repeats=1)
     (tmp_path / "s" / "record.json").write_text("{")
     code, _, err = run(repeats=1)
-    assert code == series.EXIT_USAGE and "record.json: not a series' record" in err
+    assert code == EXIT_USAGE and "record.json: not a series' record" in err
 
 
 def test_ledger_errors_carry_the_folder(tmp_path):
@@ -404,7 +405,7 @@ def test_a_series_is_sequential_from_the_start_or_never(run, tmp_path):
     assert "began without a plan" in run("--sequential", "--sigma=0.01", "--margin=0.05")[2]
     assert "belong to --sequential" in run("--margin=0.05")[2]
     code, _, err = run("--sequential", name="other")
-    assert code == series.EXIT_USAGE and "does not tell its target_loss; give --plan FILE" in err
+    assert code == EXIT_USAGE and "does not tell its target_loss; give --plan FILE" in err
     code, out, _ = run("--sequential", "--target_loss=0.75", "--sigma=0.01", "--margin=0.05", name="third", judge=True)
     assert code == 4 and "CONTINUE: 3 runs are too few" in out
 
@@ -439,7 +440,7 @@ def test_a_mistyped_flag_of_the_trainer_leaves_nothing_behind(run, tmp_path):
     own.parent.mkdir()
     own.write_text("def parse_config(words):\n    raise ValueError(f'unknown argument {words[-1]}')\n")
     code, _, err = run("--num_iteration=5", trainer=own)
-    assert code == series.EXIT_USAGE and "unknown argument --num_iteration=5" in err
+    assert code == EXIT_USAGE and "unknown argument --num_iteration=5" in err
     assert not (tmp_path / "s").exists()
 
 
