@@ -10,6 +10,7 @@ usage() {
                                   again continues it. Flags: --preset --name --nproc --sequential --launcher
                                   --retry-crashed ... (./run.sh series --help); all others go to train_gpt.py
 ./run.sh test [pytest flags]      the test suite, two processes
+./run.sh lint                     style, form and types: ruff and mypy; exit 3 where they are not installed
 ./run.sh study FILE.toml [flags]  what is each technique worth? (records/study_plan.py describes the file)
 ./run.sh sample | evaluate | export CHECKPOINT ...   text from it | its loss | a folder for transformers
 ./run.sh lab | studio             the tour of small models | train, watch and talk in the browser
@@ -102,6 +103,20 @@ need() {
     die "or deactivate that environment and run.sh makes its own"
 }
 
+# Style, form and types; everything that is wrong is told before the exit.
+lint() {
+    [ -z "$ROOT" ] || cd "$ROOT"
+    if ! has "$PY" ruff || ! has "$PY" mypy; then
+        say "lint: skipped: $PY has no ruff or no mypy (./run.sh setup lab installs them; requirements-lab.txt)"
+        exit 3
+    fi
+    local wrong=0
+    "$PY" -m ruff check . || wrong=1
+    "$PY" -m ruff format --check . || wrong=1
+    "$PY" -m mypy || wrong=1
+    exit "$wrong"
+}
+
 run() {
     if [ -n "${DRY_RUN:-}" ]; then
         printf '%s\n' "$*"
@@ -191,6 +206,7 @@ test)
     [ -z "$ROOT" ] || cd "$ROOT"
     run "$PY" -m pytest -n 2 "$@"
     ;;
+lint) lint ;;
 setup)
     [ "${2:-}" != lab ] || install "${ROOT}requirements-lab.txt"
     "$PY" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'

@@ -109,9 +109,10 @@ def _syllable_rule(name: str, onsets: Rule, vowels: Rule) -> Rule:
     return Rule(
         name,
         [
-            Option(f"{name}/{o.text}{v.text}", o.weight * v.weight, (o.text + v.text,), {})
+            Option(f"{name}/{onset}{vowel}", o.weight * v.weight, (onset + vowel,), {})
             for o in onsets.options
             for v in vowels.options
+            if (onset := o.text) is not None and (vowel := v.text) is not None
         ],
     )
 
@@ -189,7 +190,7 @@ def iter_documents(
     start: tuple = (Choice("document", None),)
     if domain is not None:
         start = _domain_option(domain).parts
-    for draw in _draws(seed, _STREAMS.get(stream, stream), first):
+    for draw in _draws(seed, _STREAMS[stream] if isinstance(stream, str) else stream, first):
         yield known.write(start, draw)[: -len(END)]
 
 

@@ -6,10 +6,10 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Encoding:
     encode(text) -> token ids. stream_decoder() -> a function that takes one token after the other and returns the
     text that is complete so far: a character of several bytes comes with the token that ends it."""
 
-    def __init__(self, encode: Callable[[str], object], piece: Callable[[int], bytes]):
+    def __init__(self, encode: Callable[[str], Iterable[int]], piece: Callable[[int], bytes]):
         self._encode, self.piece = encode, piece
 
     def encode(self, text: str) -> list[int]:
@@ -52,7 +52,7 @@ class Encoding:
 
     def raw(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character."""
-        return self._piece(token)
+        return self.piece(token)
 
     def decode(self, tokens: list[int]) -> str:
         return b"".join(self.piece(token) for token in tokens).decode("utf-8", errors="replace")
@@ -131,7 +131,7 @@ def _without_long_blanks(text: str) -> list[str]:
     return [text[begin:end] for begin, end in zip([0, *ends], [*ends, len(text)])] if ends else [text]
 
 
-def _gpt2_encoding(vocab: str | None):
+def _gpt2_encoding(vocab: str | None) -> Any:
     import tiktoken
 
     if vocab is None:
@@ -146,7 +146,7 @@ def _gpt2_encoding(vocab: str | None):
 
 
 @cache
-def _offline_gpt2(vocab: str):
+def _offline_gpt2(vocab: str) -> Any:
     import tiktoken
 
     return tiktoken.Encoding(

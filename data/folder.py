@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def tokens_of(path: str, encoding: str, say: Callable[[str], None] = print, voca
     digest, marked = _digest(local)
     text = file_kind(path) == "text"
     single = text and not marked
-    settings = dict(
+    settings: dict[str, Any] = dict(
         encoding=encoding,
         documents="marker" if marked and text else "file",
         split="characters" if single else "documents",

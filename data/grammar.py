@@ -17,7 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 END = "\0"  # `$` in the notation
 
@@ -58,6 +58,10 @@ class Recall(NamedTuple):
     column: str
 
 
+# What a text remembers: a variable's option, and under `_written` of its name the text that was written for it.
+Memory = dict[str, Any]
+
+
 class Arithmetic(NamedTuple):
     """`<=a+b>`: the result of an operation on the columns "value" of two variables."""
 
@@ -67,6 +71,7 @@ class Arithmetic(NamedTuple):
 
     def text(self, left: Option, right: Option) -> str:
         a, b = left.value, right.value
+        assert a is not None and b is not None, "the grammar was checked: both have a column `value`"
         return str(a + b if self.operator == "+" else a - b if self.operator == "-" else a * b)
 
 
@@ -132,7 +137,7 @@ def _parts(text: str, where: str) -> tuple:
 
 
 def _option(rule: str, names: list[str], line: str) -> Option:
-    weight, text = re.fullmatch(r"(?:(\d+)x(?: |$))?(.*)", line.strip()).groups()
+    weight, text = re.findall(r"\A(?:(\d+)x(?: |$))?(.*)\Z", line.strip())[0]
     text, *cells = (cell.strip() for cell in text.split(" | "))
     where = f"rule {rule}, option {text!r}"
     if len(cells) != len(names):
@@ -149,7 +154,9 @@ def _option(rule: str, names: list[str], line: str) -> Option:
 def read_grammar(text: str) -> dict[str, Rule]:
     """Rules from the grammar's notation. Raises GrammarError."""
     rules: dict[str, Rule] = {}
-    name, names, options = "", [], []
+    name = ""
+    names: list[str] = []
+    options: list[Option] = []
     for line in [*text.splitlines(), "end_of_file"]:
         if not line.strip() or line.startswith("#"):
             continue
@@ -191,7 +198,7 @@ class Grammar:
         self._write(parts, {}, draw, out)
         return "".join(out)
 
-    def _write(self, parts: tuple, memory: dict[str, Option], draw: Callable, out: list[str]) -> None:
+    def _write(self, parts: tuple, memory: Memory, draw: Callable, out: list[str]) -> None:
         for part in parts:
             kind = part.__class__
             if kind is str:
@@ -324,7 +331,7 @@ class Grammar:
                 inside = ((*option.parts, *bind), 0, memory, after)
                 agenda.append((place, inside, log_p + p, (choices, (rule.name, number))))
 
-    def _fixed(self, part, memory: dict[str, Option]) -> str:
+    def _fixed(self, part: Any, memory: Memory) -> str:
         """The text of a part that makes no choice."""
         if isinstance(part, str):
             return part
@@ -358,7 +365,8 @@ class Grammar:
         is reported); something recalled, because it was the same when the options were chosen, unless they
         bind it themselves.
         """
-        agenda, seen = [(one.parts, two.parts, frozenset())], set()
+        agenda: list[tuple[tuple, tuple, frozenset]] = [(one.parts, two.parts, frozenset())]
+        seen: set[tuple[tuple, tuple, frozenset]] = set()
         while agenda:
             pair = agenda.pop()
             if pair in seen:
@@ -373,8 +381,8 @@ class Grammar:
             elif isinstance(a, str) and isinstance(b, str):
                 size = min(len(a), len(b))
                 if a[:size] == b[:size]:
-                    rests = ((side[0][size:], *side[1:]) if side[0][size:] else side[1:] for side in (left, right))
-                    agenda.append((*rests, own))
+                    left, right = ((s[0][size:], *s[1:]) if s[0][size:] else s[1:] for s in (left, right))
+                    agenda.append((left, right, own))
             else:
                 agenda.extend(self._expansions(left, right, own))
         return False
@@ -390,7 +398,7 @@ class Grammar:
                 yield parts + left[1:], right, own.union(_binds(left[0]), binds)
 
     @cache  # noqa: B019
-    def _possible(self, part) -> tuple[tuple, ...]:
+    def _possible(self, part: Any) -> tuple[tuple, ...]:
         """All rows of parts that `part`, which is not a str, may stand for."""
         if isinstance(part, Choice):
             return tuple(option.parts for option in self.rules[part.rule].options)
@@ -425,13 +433,13 @@ class Grammar:
         return bound
 
 
-def _binds(part) -> tuple[str, ...]:
+def _binds(part: Any) -> tuple[str, ...]:
     """The variable that a part binds, if any."""
     bind = getattr(part, "bind", None)
     return (bind,) if bind else ()
 
 
-def _recalls(part) -> tuple[str, ...]:
+def _recalls(part: Any) -> tuple[str, ...]:
     """The variables that a part reads."""
     return (part.left, part.right) if isinstance(part, Arithmetic) else (part.var,)
 
@@ -448,7 +456,7 @@ def _mean(cases: list[tuple[float, Measure]], nats: float = 0.0) -> Measure:
     return Measure(nats + math.fsum(p * m.nats for p, m in cases), math.fsum(p * m.size_bytes for p, m in cases))
 
 
-def _unlink(choices) -> tuple:
+def _unlink(choices: Any) -> tuple:
     flat = []
     while choices is not None:
         choices, choice = choices

@@ -56,9 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.look", description="Say what is in token shards.")
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="files, globs or URLs")
-    shown = dict(type=int, metavar="N")
-    parser.add_argument("--documents", default=2, help="of each shard, as text; default: %(default)s", **shown)
-    parser.add_argument("--characters", default=400, help="of each document; default: %(default)s", **shown)
+    parser.add_argument("--documents", type=int, default=2, metavar="N", help="of each shard, as text (%(default)s)")
+    parser.add_argument("--characters", type=int, default=400, metavar="N", help="of each document (%(default)s)")
     parser.add_argument("--encoding", choices=ENCODINGS, help="default: what lies beside the shard says, else a guess")
     parser.add_argument("--vocab", metavar="DIR", help="folder with GPT-2's encoder.json, for machines without network")
     options = parser.parse_args(argv)

@@ -23,6 +23,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 _COPY_BYTES = 4 << 20  # one read of a download
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+)(::|://)")  # two letters or more: C:\ is a drive, not a scheme
@@ -49,7 +50,7 @@ def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
         text = os.fspath(patterns)
         patterns = [text] if os.path.exists(text) else [part.strip() for part in text.split(",") if part.strip()]
     files: list[str] = []
-    for pattern in map(os.fspath, patterns):
+    for pattern in (os.fspath(one) for one in patterns):
         matches = _matches(pattern)
         if not matches:
             raise PathError(f"{pattern}: no such file, or no file matches this pattern (searched from {os.getcwd()})")
@@ -146,9 +147,11 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
         os.close(handle)
-        with open(temporary, mode, **text) as file:  # by name, so that file.name can be handed to other writers
+        with open(
+            temporary, mode, encoding=encoding, newline=newline
+        ) as file:  # by name, so that file.name can be handed to other writers
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -196,7 +199,7 @@ def local_path(path: str) -> str:
     return os.path.expanduser(path[7:] if path.startswith("file://") else path)
 
 
-def _file_system(url: str):
+def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(url)

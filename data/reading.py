@@ -24,7 +24,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import paths
 from data.encoding import MARKER, TokenizeError
@@ -144,7 +144,8 @@ class Reader:
             yield chunk
 
     def _text_documents(self, source: Source) -> Iterator[tuple[str, str]]:
-        first, lines = 1, []
+        first = 1
+        lines: list[str] = []
         for number, line in _lines(source):
             if self.documents == "line":
                 yield f"{source.label}, line {number}", line
@@ -283,7 +284,7 @@ def _sources(path: str) -> Iterator[Source]:
         yield Source(f"{path}, {name}", name if _suffix(name) else _unpacked_name(path), True, opened)
 
 
-def _open_raw(path: str):
+def _open_raw(path: str) -> Any:
     """A local or remote file as it is."""
     if paths.is_remote(path):
         import fsspec
@@ -334,10 +335,10 @@ class _Zstandard:
             raise EOFError("it ends inside a zstandard frame")
         return b""
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held = b""
 
 
@@ -347,7 +348,7 @@ class _Pipe:
     A read that blocks would not end if the kernel gave the signal to another thread (numpy's library has some).
     """
 
-    def __init__(self, file):
+    def __init__(self, file: Any):
         self._file = file
 
     def read(self, size: int) -> bytes:
@@ -355,10 +356,10 @@ class _Pipe:
             pass
         return self._file.read(size)
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

@@ -25,7 +25,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             self.close()
         else:
@@ -404,7 +404,7 @@ class TokenStream:
         ready: queue.Queue = queue.Queue(maxsize=max(depth, 1))
         stop = threading.Event()
 
-        def put(item) -> None:
+        def put(item: Any) -> None:
             while not stop.is_set():
                 with contextlib.suppress(queue.Full):
                     return ready.put(item, timeout=0.1)
@@ -455,7 +455,7 @@ def _inputs_and_targets(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def window_digest(window: np.ndarray) -> bytes:
     """16 bytes: blake2b of the tokens of one sequence, its last target included, as little-endian 16-bit numbers."""
-    return hashlib.blake2b(np.ascontiguousarray(window, dtype=TOKEN), digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(window, dtype=TOKEN).data, digest_size=16).digest()
 
 
 def data_hash(shards: Iterable[ShardInfo]) -> str:

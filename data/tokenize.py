@@ -33,13 +33,13 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -98,10 +98,13 @@ def _start_worker(name: str, vocab: str | None) -> None:
 
 
 def _work(batch: list[tuple[str, Piece]]) -> list[Encoded]:
+    assert _worker is not None, "_start_worker comes first in every process of the pool"
     return _worker(batch)
 
 
-def encode_all(pieces: Iterable[tuple[str, Piece]], name: str, vocab: str | None, workers: int) -> Iterator[Encoded]:
+def encode_all(
+    pieces: Iterable[tuple[str, Piece]], name: str, vocab: str | None, workers: int
+) -> Generator[Encoded, None, None]:
     """Encode pieces on `workers` processes (1: in this one), in order, at most two batches a worker ahead."""
     encoder = make_encoder(name, vocab)  # here first: its errors are plain, and tiktoken's cache is filled once
     if workers == 1:
@@ -248,7 +251,7 @@ class ShufflingWriter(PartWriter):
     def __init__(self, folder: Path, part: str, shard_tokens: int, end_of_text: int, seed: int):
         super().__init__(folder, part, shard_tokens)
         self.end_of_text, self.random = end_of_text, np.random.default_rng([seed, part == "val"])
-        self.buckets: dict[int, object] = {}
+        self.buckets: dict[int, BinaryIO] = {}
         self.bucket = 0
 
     def append(self, tokens: np.ndarray) -> None:
@@ -261,7 +264,7 @@ class ShufflingWriter(PartWriter):
                 self._bucket(bucket).write(tokens[begin:end].tobytes())
             self.bucket = bucket
 
-    def _bucket(self, number: int):
+    def _bucket(self, number: int) -> BinaryIO:
         if number not in self.buckets:
             self.buckets[number] = open(self.folder / f".{self.part}-{number}", "w+b")
         return self.buckets[number]
@@ -343,7 +346,7 @@ def tokenize(inputs: list[str], settings: Settings) -> dict:
 
     Raises TokenizeError, and leaves no file behind then.
     """
-    inputs = _expanded(inputs, settings)
+    files = _expanded(inputs, settings)
     out = Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -351,7 +354,7 @@ def tokenize(inputs: list[str], settings: Settings) -> dict:
         if old and not settings.overwrite:
             raise TokenizeError(f"{out}: holds shards already ({old[0].name}); give another --out, or --overwrite")
         with tempfile.TemporaryDirectory(dir=out, prefix=".tokenize-", ignore_cleanup_errors=True) as folder:
-            facts = _write_parts(inputs, settings, Path(folder))
+            facts = _write_parts(files, settings, Path(folder))
             for file in old:
                 file.unlink()
             for name in facts["shards"]:
@@ -428,7 +431,7 @@ def _write_parts(inputs: list[list[str]], settings: Settings, folder: Path) -> d
         for writer in writers.values():
             writer.abandon()
     met = dict(reader.counts) | ({"first_bad": reader.first_bad} if reader.first_bad else {})
-    if settings.weights:
+    if isinstance(pieces, Mixture):
         met["characters_by_input"], met["ended"] = pieces.characters, pieces.ended
     return _facts(inputs, settings, writers, met)
 

@@ -50,7 +50,7 @@ def nearest_pairs(curves: Sequence[Sequence[float]]) -> list[Nearness]:
     squares = (z * z).mean(axis=1)
     chances = np.minimum(1.0, scipy.stats.chi2.cdf(freedom * squares, freedom) * len(pairs))
     order = np.argsort(squares)
-    return [Nearness(*pairs[i], float(np.sqrt(squares[i])), float(chances[i])) for i in order]
+    return [Nearness(pairs[i][0], pairs[i][1], float(np.sqrt(squares[i])), float(chances[i])) for i in order]
 
 
 def independent_points(z: np.ndarray) -> float:

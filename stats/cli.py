@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from stats.errors import Exit, StatsError, UsageError
+
+Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m stats") -> int:
@@ -108,7 +111,7 @@ def _find(options: argparse.Namespace, paths: Sequence[str]) -> list:
     return series
 
 
-def _tell_reading(reading) -> None:
+def _tell_reading(reading: Any) -> None:
     """One line on standard error, where something was passed over."""
     passed = reading.passed_over
     if passed:
@@ -127,7 +130,7 @@ def _drops(options: argparse.Namespace) -> dict[str, str]:
     return drops
 
 
-def _show(options: argparse.Namespace, result: object, render: Callable[[object], str]) -> None:
+def _show(options: argparse.Namespace, result: Result, render: Callable[[Result], str]) -> None:
     if options.json:
         _print_json(result, getattr(options, "reading", None))
     else:
@@ -180,17 +183,18 @@ def _run_ttest(options: argparse.Namespace) -> int:
     if options.pooled_sigma == -1.0:
         settings |= {"pooled_sigma": POOLED_SIGMA, "pooled_sigma_df": POOLED_SIGMA_DF}
     losses, decimals = _losses_on_command_line(options.paths)
+    errors: tuple[str, ...] = ()
     if losses:
         threshold = {} if options.threshold is None else {"threshold": options.threshold}
-        results, errors = [ttest(losses, decimals=decimals, **threshold, **settings)], ()
+        results = [ttest(losses, decimals=decimals, **threshold, **settings)]
     else:
         selection = (options.stop_step, _drops(options), options.allow_mixed)
         series = _find(options, options.paths)
         if len(series) == 1:
-            results, errors = [judge(series[0], options.threshold, *selection, **settings)], ()
+            results = [judge(series[0], options.threshold, *selection, **settings)]
         else:
             every = judge_each(series, options.threshold, *selection, **settings)
-            results, errors = every.results, every.errors
+            results, errors = list(every.results), every.errors
     if options.json:
         _print_json(results[0] if len(results) == 1 and not errors else every, getattr(options, "reading", None))
     else:
@@ -271,12 +275,14 @@ def _run_compare_sequentially(samples: list, options: argparse.Namespace) -> int
 
     if len(samples) != 2:
         raise UsageError("--sequential compares one candidate with the baseline")
-    result = compare_sequentially(*samples, *options.sequential, options.alpha)
+    baseline, candidate = samples
+    margin, sigma = options.sequential
+    result = compare_sequentially(baseline, candidate, margin, sigma, options.alpha)
     _show(options, result, lambda one: one.words)
     return {"CONTINUE": Exit.CONTINUE, "FUTILE": Exit.NOT_SIGNIFICANT}.get(result.verdict, Exit.PASS)
 
 
-def _sample(path: str, options: argparse.Namespace):
+def _sample(path: str, options: argparse.Namespace) -> Any:
     """The sample of the one series at `path`; drops apply where a run of that name is."""
     from stats.errors import DataError
     from stats.samples import sample_of

@@ -146,6 +146,7 @@ def compare(
     slope = _end_slope(baseline)
     found = []
     for candidate, group, loss, time_s in zip(candidates, groups[1:], losses, times):
+        assert loss is not None, "checked_losses: every side has losses that scatter"
         one = Comparison(
             baseline=groups[0],
             candidate=group,
@@ -156,7 +157,7 @@ def compare(
             paired_time_s=_paired(baseline, candidate, alpha, "time_s"),
             loss_equivalence=_equivalence(candidate.losses, baseline.losses, loss_margin, alpha),
             time_equivalence=_equivalence(candidate.times_s, baseline.times_s, time_margin_s, alpha),
-            loss_in_steps=loss.estimate / abs(slope) if loss and slope else None,
+            loss_in_steps=loss.estimate / abs(slope) if slope else None,
             conclusions=(),
         )
         found.append(replace(one, conclusions=_conclusions(one)))
@@ -220,9 +221,9 @@ def compare_sequentially(
         by, pairs = "seed", [(seeds[0][seed][0], seeds[1][seed][0]) for seed in seeds[0] if seed in seeds[1]]
     else:
         by, pairs = "order", list(zip(baseline.losses, candidate.losses))
-    differences = np.array([after - before for before, after in pairs])
+    differences = [after - before for before, after in pairs]
     plan = make_plan(0.0, margin, sigma * math.sqrt(2), "sigma of one run, times sqrt 2", alpha=alpha / 2)
-    below, above = (decide(sign * differences[: plan.cap], plan) for sign in (1.0, -1.0))
+    below, above = (decide([sign * one for one in differences[: plan.cap]], plan) for sign in (1.0, -1.0))
     verdict = "LOWER" if below.verdict == ACCEPT else "HIGHER" if above.verdict == ACCEPT else FUTILE
     if verdict == FUTILE and CONTINUE in (below.verdict, above.verdict):
         verdict = CONTINUE
@@ -386,12 +387,12 @@ def community_table(groups: Sequence[Group], comparisons: Sequence[Comparison]) 
                 group.loss.n,
                 group.steps or "-",
                 f"{time.mean:.3f}" if time else "-",
-                _digits(time and time.sample_std, ".3f"),
-                _digits(time_difference and time_difference.estimate, "+.3f"),
-                _digits(time_difference and time_difference.p_value, ".3g"),
+                _digits(time.sample_std if time else None, ".3f"),
+                _digits(time_difference.estimate if time_difference else None, "+.3f"),
+                _digits(time_difference.p_value if time_difference else None, ".3g"),
                 f"{group.loss.mean:.6f}",
                 _digits(group.loss.sample_std, ".6f"),
-                _digits(one and one.loss.estimate, "+.6f"),
+                _digits(one.loss.estimate if one else None, "+.6f"),
                 _digits(group.threshold_p, ".3g"),
             ]
         )

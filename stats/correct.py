@@ -27,9 +27,9 @@ def dunnett_p(candidates: Sequence[Sequence[float]], control: Sequence[float]) -
 
 def tost_p(a: Sequence[float], b: Sequence[float], margin: float) -> float:
     """p of two one-sided Welch tests that the means of `a` and `b` lie within `margin` of each other."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    low = scipy.stats.ttest_ind(a + margin, b, equal_var=False, alternative="greater").pvalue
-    high = scipy.stats.ttest_ind(a - margin, b, equal_var=False, alternative="less").pvalue
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    low = scipy.stats.ttest_ind(x + margin, y, equal_var=False, alternative="greater").pvalue
+    high = scipy.stats.ttest_ind(x - margin, y, equal_var=False, alternative="less").pvalue
     return float(max(low, high))
 
 

@@ -130,7 +130,8 @@ def _common_steps(runs: Sequence[Run], target: float) -> tuple[CommonStep, ...]:
     found = []
     for step in sorted(set.intersection(*(set(points) for points in by_step))):
         at = [points[step] for points in by_step]
-        losses, times = [point.loss for point in at], [point.time_s for point in at]
+        losses = [point.loss for point in at]
+        times = [point.time_s for point in at if point.time_s is not None]
         several = len(losses) > 1 and np.ptp(losses) > 0
         p_value = float(scipy.stats.ttest_1samp(losses, target, alternative="less").pvalue) if several else None
         found.append(
@@ -138,7 +139,7 @@ def _common_steps(runs: Sequence[Run], target: float) -> tuple[CommonStep, ...]:
                 step,
                 statistics.fmean(losses),
                 statistics.stdev(losses) if len(losses) > 1 else None,
-                None if None in times else statistics.fmean(times),
+                statistics.fmean(times) if len(times) == len(at) else None,
                 p_value,
             )
         )

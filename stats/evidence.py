@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from stats.chain import HEAD, check_links, cut_at, link
 from stats.chance import ACCUSED_BELOW, nearest_pairs
@@ -246,8 +247,9 @@ def _fingerprints(run: Run) -> Iterator[tuple]:
     points = [point for point in run.validations if point.step]
     if len(points) >= 2:
         yield ("loss", *((point.step, point.loss) for point in points))
-        times = [point.time_s for point in points]
-        if len(points) >= 3 and None not in times and len(set(times)) > 2 and any(t % 1 for t in times):
+        times = [point.time_s for point in points if point.time_s is not None]
+        told = len(times) == len(points) >= 3
+        if told and len(set(times)) > 2 and any(t % 1 for t in times):
             yield ("time", *zip((point.step for point in points), times))
 
 
@@ -297,15 +299,17 @@ def clocks(series: Series, sample: Sample | None) -> Iterator[Finding]:
             yield Finding("clocks", "D", f"{run.name} trained for {last:g} s in a process that lived for {lived:g} s")
         beside = run.sidecar or {}
         start, end = _moment(beside.get("start_time")), _moment(beside.get("end_time"))
-        if None not in (start, end, last) and run.name not in resumed and last > end - start + 2:
+        if run.name in resumed or start is None:
+            continue
+        if end is not None and last is not None and last > end - start + 2:
             yield Finding("clocks", "D", f"{run.name} trained for {last:g} s between {start:g} and {end:g}")
         begun = launched.get(run.name)
-        if None not in (start, begun) and run.name not in resumed and start < begun - CLOCK_TOLERANCE_S:
+        if begun is not None and start < begun - CLOCK_TOLERANCE_S:
             text = f"its JSON says that it began {begun - start:.0f} s before the ledger launched it"
             yield Finding("clocks", "D", f"{run.name}: {text}")
 
 
-def _average_fits(point) -> bool:
+def _average_fits(point: Any) -> bool:
     """step_avg is the time over all steps, or over all but the first ten (some programs leave those out)."""
     steps = [point.step - skipped for skipped in (0, 10) if point.step - skipped > 0]
     wanted = [point.time_s * 1e3 / n for n in steps] or [point.step_avg_ms]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from stats.values import Run
 BLUE, RED, GRAY = "#2563a8", "#b3372f", "#6b7280"
 
 
-def _axes(width: float = 6.4, height: float = 3.4):
+def _axes(width: float = 6.4, height: float = 3.4) -> tuple[Any, Any]:
     """(figure, axes) in the report's style; drawn without pyplot, so that nothing global changes."""
     from matplotlib.figure import Figure
 
@@ -28,7 +29,7 @@ def _axes(width: float = 6.4, height: float = 3.4):
     return figure, axes
 
 
-def _svg(figure, label: str) -> str:
+def _svg(figure: Any, label: str) -> str:
     """The figure as one <svg> element with a text for those who cannot see it."""
     import html
 
@@ -46,7 +47,7 @@ def _svg(figure, label: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
-def _line_name(axes, text: str, height: float) -> None:
+def _line_name(axes: Any, text: str, height: float) -> None:
     """Names a horizontal line, on its left end."""
     place = ("axes fraction", "data")
     axes.annotate(text, (0.01, height), xycoords=place, ha="left", va="bottom", color=RED, fontsize=8)
@@ -80,7 +81,7 @@ def distribution(test: TTest, losses: Sequence[float], label: str) -> str:
     return _svg(figure, f"final losses of {label}")
 
 
-def _draw_losses(axes, test: TTest, losses: Sequence[float]) -> None:
+def _draw_losses(axes: Any, test: TTest, losses: Sequence[float]) -> None:
     # A fixed pattern of heights keeps equal losses apart; it means nothing.
     heights = [((i * 0.618034) % 1) for i in range(len(losses))]
     axes.plot(losses, heights, "o", color=BLUE, alpha=0.65, markersize=6, markeredgewidth=0)

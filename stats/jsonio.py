@@ -41,7 +41,7 @@ def schema(kind: type) -> dict:
 
 def _schema_of(kind: Any, definitions: dict[str, dict]) -> dict:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if kind.__name__ not in definitions:
             definitions[kind.__name__] = {}  # before its fields, which may mention it
             hints = typing.get_type_hints(kind)

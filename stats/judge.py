@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stats.errors import DataError, StatsError
 from stats.planfile import read_plan
@@ -26,7 +27,7 @@ def judge(
     stop_step: int | None = None,
     drop: Mapping[str, str] | None = None,
     allow_mixed: bool = False,
-    **settings,
+    **settings: Any,
 ) -> TTest:
     """`ttest` on the runs of a series that count, against `threshold` or else the series' own or the track's.
 
@@ -36,7 +37,7 @@ def judge(
     return judge_sample(series, sample_of(series, stop_step, drop, allow_mixed), threshold, **settings)
 
 
-def judge_sample(series: Series, sample: Sample, threshold: float | None = None, **settings) -> TTest:
+def judge_sample(series: Series, sample: Sample, threshold: float | None = None, **settings: Any) -> TTest:
     """`judge` where the sample of the series is at hand."""
     if threshold is None:
         threshold = TRACK_THRESHOLD if series.threshold is None else series.threshold
@@ -63,7 +64,7 @@ def _plan_note(series: Series) -> tuple[str, ...]:
     return (f"this series has a {plan.method} plan: the verdict of `python -m stats monitor` counts, not this p",)
 
 
-def judge_each(series: Sequence[Series], *arguments, **settings) -> TTests:
+def judge_each(series: Sequence[Series], *arguments: Any, **settings: Any) -> TTests:
     """`judge` for every series; one that cannot be judged does not hide the others."""
     results, errors = [], []
     for one in series:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from stats.compare import Difference, compare, holm
 from stats.errors import StatsError
@@ -53,14 +54,18 @@ class Leaderboard:
 
 
 def leaderboard(
-    series: Sequence[Series], alpha: float = STRICT_ALPHA, assessments: Sequence[Assessment] | None = None, **selection
+    series: Sequence[Series],
+    alpha: float = STRICT_ALPHA,
+    assessments: Sequence[Assessment] | None = None,
+    **selection: Any,
 ) -> Leaderboard:
     """The board over `series`; one that cannot be judged stands at its end with the reason.
 
     `assessments`: the series' grades where they are known. `selection`: threshold, stop_step, drop and allow_mixed,
     as for `stats.validate.validate_each`.
     """
-    entries, samples = [], {}
+    entries: list[Entry] = []
+    samples: dict[str, Sample | None] = {}
     if assessments is None:
         assessments = validate_each(series, alpha, **selection).assessments
     for one, assessment in zip(series, assessments):
@@ -72,8 +77,8 @@ def leaderboard(
         entries.append(_entry(one, sample, assessment, error))
         samples[one.path] = sample
     entries.sort(key=_rank)
-    judged = [entry for entry in entries if entry.error is None]
-    pairs = _pairs([(a, b, samples[a.path], samples[b.path]) for a, b in combinations(judged, 2)])
+    judged = [(entry, sample) for entry in entries if entry.error is None and (sample := samples[entry.path])]
+    pairs = _pairs([(a, b, x, y) for (a, x), (b, y) in combinations(judged, 2)])
     return Leaderboard(
         tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha, _machines(entries, samples))
     )
@@ -133,7 +138,8 @@ def _machines(entries: Sequence[Entry], samples: dict[str, Sample | None]) -> st
     """A line on times of different machines, or nothing."""
     machines: dict[tuple, list[str]] = {}
     for entry in entries:
-        for run in samples[entry.path].runs if samples[entry.path] else ():
+        sample = samples[entry.path]
+        for run in sample.runs if sample else ():
             names = machines.setdefault((run.hardware, run.world_size), [])
             if run.hardware and entry.series not in names:
                 names.append(entry.series)
@@ -150,7 +156,8 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float, mac
     def cell(value: float | None, style: str) -> str:
         return "-" if value is None else format(value, style)
 
-    rows, above, by_names = [], None, {(pair.first, pair.second): pair for pair in pairs}
+    rows, above = [], ""
+    by_names = {(pair.first, pair.second): pair for pair in pairs}
     for entry in entries:
         pair = by_names.get((above, entry.path))
         above = entry.path
@@ -164,11 +171,11 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float, mac
                 "yes" if entry.passes else "no",
                 cell(entry.n, "d"),
                 cell(entry.steps, "d"),
-                cell(time and time.mean, ".2f"),
-                cell(time and time.sample_std, ".2f"),
+                cell(time.mean if time else None, ".2f"),
+                cell(time.sample_std if time else None, ".2f"),
                 time_p,
-                cell(loss and loss.mean, ".6f"),
-                cell(loss and loss.sample_std, ".6f"),
+                cell(loss.mean if loss else None, ".6f"),
+                cell(loss.sample_std if loss else None, ".6f"),
                 loss_p,
                 cell(entry.threshold, "g"),
                 "-" if entry.p_value is None else p_text(entry.p_value),

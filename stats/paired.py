@@ -201,7 +201,7 @@ def pairs_to_see(effect: float, sd: float, design: Design, power: float = 0.8, s
     right = HELPS if effect < 0 else HURTS
     spent, found = [], 0
     for row in noise:
-        told = judge(np.zeros(design.cap), row, design)
+        told = judge([0.0] * design.cap, row.tolist(), design)
         spent.append(told.launched)
         found += told.verdict == right
     return float(np.mean(spent)) if found >= power * simulations else math.inf

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from stats.errors import DataError, UsageError
 from stats.plans import Plan, check
@@ -55,7 +56,7 @@ _INTEGERS = ("cap", "first_look", "nodes", "schema")
 _TEXTS = ("sigma_source", "method", "bounds", "note")
 
 
-def _typed(name: str, value: object) -> object:
+def _typed(name: str, value: Any) -> Any:
     """A JSON value as the field's type, or TypeError."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_integer = isinstance(value, int) and not isinstance(value, bool)

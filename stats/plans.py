@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from stats.errors import UsageError
 from stats.power import MOST_RUNS, check_sizes, runs_for_power
@@ -76,7 +77,7 @@ def make_plan(
     *,
     cap: int | None = None,
     looks: Sequence[int] = (),
-    **others,
+    **others: Any,
 ) -> Plan:
     """A checked plan. Without `cap`: the runs of a fixed sample of power 1 - beta, twice that for
     sequential-t (which ends long before, as a rule). Raises UsageError for a design that makes no sense."""

@@ -96,10 +96,10 @@ def program_key(run: Run) -> str | None:
 
 def differing_lines(a: Run, b: Run, most: int = 2) -> str:
     """The first lines in which two programs differ, as a sentence; empty if they cannot be shown."""
-    texts = [essence(source) if (source := source_of(run)) else None for run in (a, b)]
-    if None in texts:
+    before, after = (essence(source) if (source := source_of(run)) else None for run in (a, b))
+    if before is None or after is None:
         return ""
-    changed = difflib.unified_diff(texts[0].splitlines(), texts[1].splitlines(), lineterm="", n=0)
+    changed = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
     lines = [line for line in changed if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     shown = "; ".join(f"{line[0]} {line[1:].strip()[:90]}" for line in lines[:most])
     return f"they differ in {len(lines)} lines: {shown}" if lines else ""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import scipy
 
@@ -76,7 +77,7 @@ def make_report(
     alpha: float = STRICT_ALPHA,
     threshold: float | None = None,
     plan: Plan | None = None,
-    **selection,
+    **selection: Any,
 ) -> Report:
     """Judge, grade and, where there is a plan, test sequentially. What fails for one series stands in its section.
 
@@ -137,7 +138,7 @@ def _section_markdown(section: Section) -> list[str]:
     grade = f"Evidence: grade **{section.assessment.grade}**"
     parts.append(grade + "\n\n" + "\n".join(f"- {f.grade}, {f.check}: {f.text}" for f in reasons))
     if section.sample:
-        parts.append(_runs_table(section))
+        parts.append(_runs_table(section.sample))
     left_out = section.test.left_out if section.test else section.assessment.left_out
     if left_out:
         parts.append("Left out:\n\n" + "\n".join(f"- {entry.run}: {entry.reason}" for entry in left_out))
@@ -165,14 +166,14 @@ def _verdict_words(section: Section) -> str:
 def _summary_table(test: TTest) -> str:
     from stats.text import number, table
 
-    rows = [["final loss (nats)", test.loss]] + ([["time (s)", test.time_s]] if test.time_s else [])
+    rows = [("final loss (nats)", test.loss)] + ([("time (s)", test.time_s)] if test.time_s else [])
     return table(
         ["", "runs", "mean", "median", "std (population)", "std (sample)", "min", "max"],
         [[what, s.n, *map(number, (s.mean, s.median, s.std, s.sample_std, s.min, s.max))] for what, s in rows],
     )
 
 
-def _runs_table(section: Section) -> str:
+def _runs_table(sample: Sample) -> str:
     from stats.text import table
 
     rows = [
@@ -183,7 +184,7 @@ def _runs_table(section: Section) -> str:
             f"{point.loss:.6f}",
             "-" if point.time_s is None else f"{point.time_s:.3f}",
         ]
-        for run, point in zip(section.sample.runs, section.sample.finals)
+        for run, point in zip(sample.runs, sample.finals)
     ]
     return table(["run", "seed", "step", "final loss", "time (s)"], rows)
 
@@ -203,13 +204,13 @@ def to_html(report: Report) -> str:
         label, pictures = f"{section.series} {index}", []
         runs = section.sample.runs if section.sample else section.source.runs
         curves = [run for run in runs if run.validations]
-        if curves and section.test:
+        if curves and section.test and section.sample:
             pictures.append(figures.loss_curves(curves, section.test.threshold, label))
             pictures.append(figures.distribution(section.test, section.sample.losses, label))
         if len(section.p_path) > 1:
             path = [(point.n, point.p_value) for point in section.p_path]
             pictures.append(figures.p_path(path, report.alpha, label))
-        if section.monitoring and section.monitoring.decision.path:
+        if section.plan and section.monitoring and section.monitoring.decision.path:
             pictures.append(figures.sequential_path(section.monitoring.decision, section.plan, label))
         sections.append({"section": section, "pictures": pictures})
     judged = [section.test.p_value for section in report.sections if section.test]

@@ -251,8 +251,8 @@ class _LogReader:
         elif match := _RESUMED.match(line):
             self.run.resume(int(match[1]))
             return
-        elif match := _PEAK_MEMORY.match(line[:200].decode("utf-8", "replace")):
-            self.run.peak_memory_mib = int(match[1])
+        elif memory := _PEAK_MEMORY.match(line[:200].decode("utf-8", "replace")):
+            self.run.peak_memory_mib = int(memory[1])
             return
         elif len(self.between) < 500:
             self.between.append(line[:20_000].decode("utf-8", "replace"))
@@ -322,9 +322,11 @@ class _RunBuilder:
                 self.problem(number, f"a second validation for step {step}")
             if None not in (point.decimals, before.decimals) and point.decimals != before.decimals:
                 self.problem(number, f"a loss with {point.decimals} decimals, {before.decimals} in the lines before")
-            if point.time_s is None and before.time_s is not None:
+            if before.time_s is None:
+                pass
+            elif point.time_s is None:
                 self.problem(number, "no train_time, unlike the validations before")
-            elif None not in (point.time_s, before.time_s) and point.time_s < before.time_s:
+            elif point.time_s < before.time_s:
                 self.problem(number, f"train_time runs backwards, from {before.time_s:g} s to {point.time_s:g} s")
         if self.last_step_line is not None and step - self.last_step_line >= (self.step_gap or step + 1):
             self.problem(number, f"step lines between {self.last_step_line} and {step} are missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from stats.errors import DataError
@@ -40,8 +41,8 @@ class Sample:
     def decimals(self) -> int | None:
         """Digits after the point to which the losses are rounded: the most that any of them shows (a table
         may drop zeros at the end); None if some have full precision."""
-        digits = [point.decimals for point in self.finals]
-        return None if None in digits or not digits else max(digits)
+        digits = [point.decimals for point in self.finals if point.decimals is not None]
+        return max(digits) if digits and len(digits) == len(self.finals) else None
 
 
 def sample_of(
@@ -161,7 +162,7 @@ def mixture(runs: Sequence[Run], stop_step: int | None = None) -> list[str]:
     """
     found = []
     for what, key in _CONFIGURATION:
-        groups = grouped(runs, lambda run, key=key: key(run, stop_step))
+        groups = grouped(runs, partial(_asked, key, stop_step))
         if len(groups) > 1:
             parts = [f"{_value_text(value)} in {_names(group)}" for value, group in groups.items()]
             found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
@@ -169,7 +170,7 @@ def mixture(runs: Sequence[Run], stop_step: int | None = None) -> list[str]:
         found += _programs([group[0] for group in groups.values()], runs)
     for what in ("world_size", "val_files"):
         known = [run for run in runs if _told(run, what) is not None]
-        groups = grouped(known, lambda run, what=what: _told(run, what))
+        groups = grouped(known, partial(_told, what=what))
         if len(groups) > 1:
             parts = [f"{value} in {_names(group)}" for value, group in groups.items()]
             found.append(f"{len(groups)} different {what}: {', '.join(parts)}")
@@ -184,6 +185,10 @@ def grouped(runs: Sequence[Run], key: Callable[[Run], object]) -> dict[object, l
     return groups
 
 
+def _asked(key: Callable[[Run, int | None], object], stop_step: int | None, run: Run) -> object:
+    return key(run, stop_step)
+
+
 def _told(run: Run, what: str) -> object:
     return run.world_size if what == "world_size" else (run.config or {}).get(what)
 
@@ -195,8 +200,8 @@ def _programs(firsts: Sequence[Run], runs: Sequence[Run]) -> list[str]:
         return []
     groups = grouped(runs, lambda run: keys[run.code_hash])
     parts = [f"{_value_text(group[0].code_hash)} in {_names(group)}" for group in groups.values()]
-    two = [group[0] for group in groups.values()][:2]
-    lines = differing_lines(*two)
+    one, other, *_ = (group[0] for group in groups.values())
+    lines = differing_lines(one, other)
     more = f" ({lines}; take them apart with --group-by code)" if lines else ""
     return [f"{len(groups)} different programs (code hash): {', '.join(parts)}{more}"]
 
@@ -209,11 +214,11 @@ RUN_FIELDS = frozenset(
 
 def _configs(runs: Sequence[Run]) -> list[str]:
     """Fields of the configurations, as the logs print them, that differ; those that belong to a run set aside."""
-    told = [run for run in runs if run.config is not None]
-    fields = sorted({name for run in told for name in run.config} - RUN_FIELDS)
+    told = [run.config for run in runs if run.config is not None]
+    fields = sorted({name for config in told for name in config} - RUN_FIELDS)
     found = []
     for name in fields:
-        values = list(dict.fromkeys(repr(run.config.get(name)) for run in told))
+        values = list(dict.fromkeys(repr(config.get(name)) for config in told))
         if len(values) > 1:
             found.append(f"configurations differ in {name}: {', '.join(values[:3])}")
     return found

@@ -33,6 +33,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy
@@ -106,9 +107,9 @@ def decide(losses: Sequence[float], plan: Plan) -> Decision:
         boundary = at_look.get(n)
         if math.isnan(t) and n == plan.cap:
             raise DataError(f"no variance: all {n} planned losses are {float(x[0])}; copies of one run?")
-        ratio = None if math.isnan(t) else log_likelihood_ratio(t, n, plan.effect)
-        bounds = (boundary.t_futile, boundary.t_accept) if boundary else (None, None)
-        path.append(Look(n, mean, t, *bounds, ratio))
+        ratio = None if math.isnan(t) else float(log_likelihood_ratio(t, n, plan.effect))
+        futile, accept = (boundary.t_futile, boundary.t_accept) if boundary else (None, None)
+        path.append(Look(n, mean, t, futile, accept, ratio))
         if boundary and not math.isnan(t):  # equal losses decide nothing: the next look may
             verdict = ACCEPT if t >= boundary.t_accept else FUTILE if t <= boundary.t_futile else CONTINUE
         if verdict != CONTINUE:
@@ -201,7 +202,7 @@ def _t_at_ratio(log_ratio: float, n: int, effect: float) -> float:
     limit = 1e4
 
     def gap(t: float) -> float:
-        return log_likelihood_ratio(t, n, effect) - log_ratio
+        return float(log_likelihood_ratio(t, n, effect)) - log_ratio
 
     if gap(limit) < 0:
         return math.inf
@@ -241,7 +242,9 @@ def _spend(shares: Sequence[float], spend: np.ndarray, drift: float, upper: Sequ
         step = share - (shares[k - 1] if k else 0.0)
         width = math.sqrt(step)
 
-        def beyond(z: float, share=share, step=step, width=width, grid=grid, mass=mass) -> float:
+        def beyond(
+            z: float, share: float = share, step: float = step, width: float = width, grid: Any = grid, mass: Any = mass
+        ) -> float:
             """P(at this look for the first time, past z on the side that is being spent)."""
             edge = z * math.sqrt(share)
             if grid is None:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from stats.errors import DataError
 from stats.runs import EmptyLog, parse_log
@@ -156,11 +157,11 @@ def load_series(folder: str | Path) -> Series:
     launches, problems = read_ledger(ledger_path) if ledger_path.exists() else (None, ())
     known = {launch.run for launch in launches or ()}
     home = folder / "runs" if _logs(folder / "runs") else folder
-    runs, passed_over = _read_folder(home, known)
+    found, passed_over = _read_folder(home, known)
     if home != folder:
         passed_over += _others(folder)
-    others = tuple(run for run in runs if _OTHER_RANK.search(Path(run.path).stem))
-    runs = tuple(run for run in runs if run not in others)
+    others = tuple(run for run in found if _OTHER_RANK.search(Path(run.path).stem))
+    runs = tuple(run for run in found if run not in others)
     plan = str(plan_path) if plan_path.exists() else None
     name = folder.resolve().name
     return Series(name, str(folder), runs, record, launches, problems, plan, others, tuple(passed_over))
@@ -239,7 +240,7 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
     return runs
 
 
-def _parse(stream, path: str, suffix: str) -> list[Run]:
+def _parse(stream: BinaryIO, path: str, suffix: str) -> list[Run]:
     """Log or table, by the file's suffix or, without one that tells, by what it starts with."""
     stream = _as_utf8(stream, path)
     start = stream.read(4096).lstrip()
@@ -270,7 +271,7 @@ def _parse(stream, path: str, suffix: str) -> list[Run]:
         raise DataError(f"not UTF-8 text: {error.reason}", path, line) from None
 
 
-def _as_utf8(stream, path: str):
+def _as_utf8(stream: BinaryIO, path: str) -> BinaryIO:
     """The stream itself, or its text from UTF-16 (exports of Windows tools), which begins with a mark."""
     mark = stream.read(512)
     stream.seek(0)
@@ -331,7 +332,7 @@ def _add_event(event: dict, number: int, launches: dict[str, Launch], problems: 
             problems.append(Problem(number, f'event "{kind}" of run {run!r}, which was never launched'))
         before = Launch(run, "running", number, launches=0)
     if kind == "end":
-        status, code = event.get("status"), event.get("exit_code")
+        status, code = str(event.get("status")), event.get("exit_code")
         if status not in ENDS:
             problems.append(Problem(number, f"run {run!r} ended as {ascii(status)[:80]}: one of {', '.join(ENDS)}"))
             status = "crashed"
@@ -379,8 +380,9 @@ def _logs(folder: Path) -> list[Path]:
 
 def _with_sidecar(run: Run, beside: dict) -> Run:
     """`run` with the facts that its log leaves out filled in from the JSON beside it."""
-    environment = beside.get("environment") if isinstance(beside.get("environment"), dict) else {}
-    config = beside.get("config") if isinstance(beside.get("config"), dict) else {}
+    environment, config = (
+        told if isinstance(told := beside.get(key), dict) else {} for key in ("environment", "config")
+    )
     known = {
         "seed": beside.get("seed"),
         "config_hash": beside.get("config_hash"),

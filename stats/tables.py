@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from stats.errors import DataError
 from stats.values import Run, Validation
@@ -86,12 +87,12 @@ def parse_csv(text: str, path: str) -> list[Run]:
     if _is_number(lines[0][0]) and len(lines[0]) == 1:
         return _runs([{"loss": line[0], "line": number} for number, line in enumerate(lines, 1)], path)
     header = [cell.strip().lower() for cell in lines[0]]
-    rows = []
+    table: list[dict] = []
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(header):
             raise DataError(f"{len(line)} cells under a header of {len(header)}", path, number)
-        rows.append(dict(zip(header, line)) | {"line": number})
-    return _runs(rows, path)
+        table.append({**dict(zip(header, line)), "line": number})
+    return _runs(table, path)
 
 
 def parse_json(text: str, path: str) -> list[Run]:
@@ -206,6 +207,8 @@ def _table_run(name: str, rows: list[dict], path: str, origin: str | None = None
     points = []
     for row in rows:
         loss, decimals = _value(row, "loss", path)
+        if loss is None:
+            raise DataError(f"run {name!r} has a row without a loss", path, row.get("line"))
         time_s, _ = _value(row, "time_s", path)
         if time_s is None and (milliseconds := _value(row, "time_ms", path)[0]) is not None:
             time_s = milliseconds / 1e3
@@ -217,7 +220,9 @@ def _table_run(name: str, rows: list[dict], path: str, origin: str | None = None
         raise DataError(f"run {name!r} has two rows for one step", path, points[-1].line)
     planned = _value(rows[-1], "planned_steps", path)[0]
     seed = _value(rows[0], "seed", path)[0]
-    facts = {key: str(rows[0][key]) for key in ("host", "hardware", "torch", "code_hash") if rows[0].get(key)}
+    facts: dict[str, Any] = {
+        key: str(rows[0][key]) for key in ("host", "hardware", "torch", "code_hash") if rows[0].get(key)
+    }
     return Run(
         path=path,
         name=name,
@@ -251,7 +256,7 @@ def _own_run(record: dict, path: str) -> Run:
     rows = [
         {"run": name, "step": p.get("step"), "loss": p.get("loss"), "time_s": p.get("train_time_s")} for p in points
     ]
-    config = record.get("config") if isinstance(record.get("config"), dict) else {}
+    config = config if isinstance(config := record.get("config"), dict) else {}
     if rows and record.get("status") in ("finished", None) and "num_iterations" not in config:
         raise DataError("`config` does not say num_iterations, so nothing tells whether the run is finished", path)
     if not rows:

@@ -65,25 +65,27 @@ class Times:
 
 def times(sample: Sample) -> Times:
     """Times of the runs of a sample, in its order. Raises DataError if none of them tells its time."""
-    timed = [(run, point) for run, point in zip(sample.runs, sample.finals) if point.time_s is not None]
+    timed = [
+        (run, point.time_s, point.step) for run, point in zip(sample.runs, sample.finals) if point.time_s is not None
+    ]
     if not timed:
         raise DataError("none of the logs tells a training time", sample.name)
     by_host: dict[str, list[float]] = {}
-    for run, point in timed:
-        by_host.setdefault(run.host or "unknown", []).append(point.time_s)
+    for run, time_s, _ in timed:
+        by_host.setdefault(run.host or "unknown", []).append(time_s)
     runs = []
-    for run, point in timed:
+    for run, time_s, step in timed:
         host = run.host or "unknown"
-        deviation = _deviation(point.time_s, by_host[host])
-        step_ms = point.time_s * 1e3 / point.step if point.step else None
+        deviation = _deviation(time_s, by_host[host])
+        step_ms = time_s * 1e3 / step if step else None
         outlier = deviation is not None and abs(deviation) > OUTLIER_MADS
-        runs.append(TimedRun(run.name, host, point.time_s, step_ms, deviation, outlier))
-    hardware = {run.host or "unknown": run.hardware for run, _ in timed}
+        runs.append(TimedRun(run.name, host, time_s, step_ms, deviation, outlier))
+    hardware = {run.host or "unknown": run.hardware for run, *_ in timed}
     hosts = tuple(
         Host(host, hardware[host], summarize(values), sum(r.outlier for r in runs if r.host == host))
         for host, values in by_host.items()
     )
-    all_times = [point.time_s for _, point in timed]
+    all_times = [time_s for _, time_s, _ in timed]
     notes = []
     if len(timed) < len(sample.runs):
         notes.append(f"{len(sample.runs) - len(timed)} of {len(sample.runs)} runs do not tell their time")

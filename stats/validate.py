@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stats import evidence
 from stats.errors import StatsError
@@ -112,7 +113,7 @@ def validate(
     return Assessment(series.name, worst, claim, tuple(findings), test, left_out)
 
 
-def validate_each(series: Sequence[Series], alpha: float = STRICT_ALPHA, **settings) -> Assessments:
+def validate_each(series: Sequence[Series], alpha: float = STRICT_ALPHA, **settings: Any) -> Assessments:
     """`validate` for every series, with a look for runs that stand in more than one of them."""
     copied = evidence.across(series)
     drop = settings.pop("drop", None) or {}
@@ -209,12 +210,11 @@ def _program(series: Series, sample: Sample | None) -> Iterator[Finding]:
     hashes = {run.code_hash for run in sample.runs} if sample else set()
     if None in hashes:
         yield Finding("program", "C", "logs without their source: nobody can tell which program ran")
-    for digest in sorted(hashes - {None}):
+    for digest in sorted(one for one in hashes if one is not None):
         kept = Path(series.path) / "source" / f"{digest[:16]}.py"
         if not kept.is_file():
             continue
-        text = kept.read_bytes().rstrip(b"\r\n") + b"\n"
-        same = hashlib.sha256(text).hexdigest() == digest
+        same = hashlib.sha256(kept.read_bytes().rstrip(b"\r\n") + b"\n").hexdigest() == digest
         where = f"source/{kept.name}"
         text = f"{where} is the program in the logs" if same else f"{where} is not what its name and the logs say"
         yield Finding("program", "A" if same else "D", text)

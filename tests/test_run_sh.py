@@ -77,6 +77,32 @@ def test_what_each_verb_runs():
     assert code == 2 and "unknown word 'tset'" in err
 
 
+LINTERS = "ruff check .", "ruff format --check .", "mypy"
+
+
+def test_lint_tells_all_that_is_wrong_and_skips_where_it_cannot(clone):
+    """With ruff and mypy that only note what they are told; the first of them finds a fault."""
+    code, _, err, _ = clone("lint")
+    assert code == 3 and "skipped" in err and "requirements-lab.txt" in err
+    note = "import os, sys\nopen(os.environ['NOTES'], 'a').write(' '.join([NAME, *sys.argv[1:]]) + '\\n')\n"
+    for name in ("ruff", "mypy"):
+        told = note.replace("NAME", repr(name)) + "sys.exit('check' in sys.argv and bool(os.environ.get('WRONG')))\n"
+        (clone.folder.parent / "modules" / f"{name}.py").write_text(told)
+    assert clone("lint")[0::3] == (0, [*LINTERS])
+    assert clone("lint", WRONG="1")[0::3] == (1, [*LINTERS]), "one fault does not hide the others"
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "\n./run.sh lint || [ $? = 3 ]\n" in ci and "set -e" in ci
+
+
+def test_style_and_form():
+    """What ./run.sh lint asks first, here too: it takes no second."""
+    if not shutil.which("ruff", path=str(Path(sys.executable).parent)):
+        pytest.skip("no ruff here: ./run.sh setup lab installs it")
+    for words in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_fineweb_is_fetched_only_for_what_trains_on_it():
     fetch = "-m data.fineweb"
     assert fetch in call("--repeats", "2", "--preset=medium")[1]

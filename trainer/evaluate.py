@@ -113,7 +113,7 @@ def evaluate(model: Any, config: Any, options: EvaluateOptions) -> dict[str, Any
     except TokenizeError as error:
         sizes, bytes_unknown = None, str(error)
     count = None if sizes is None else int(sizes.sum())
-    told = dict(
+    told: dict[str, Any] = dict(
         loss=float(losses.mean()),
         tokens=len(losses),
         bytes=count,

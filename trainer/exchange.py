@@ -293,8 +293,9 @@ class GradientExchange:
     def _sum_others(self) -> list[tuple[Any, Tensor | None]]:
         return [(dist.all_reduce(p.grad, async_op=True), None) for p in self.others.values()]
 
-    def _arrived(self, kind: str) -> list[Tensor | None]:
-        """The tensors of a kind's messages, once they are there. A kind without parameters has none."""
+    def _arrived(self, kind: str) -> list[Any]:
+        """What came with a kind's messages, once it is there: a tensor, several, or None where gradients came in place.
+        A kind without parameters has none."""
         found = []
         for work, tensor in self.pending.pop(kind, []):
             work.wait()

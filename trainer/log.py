@@ -34,7 +34,8 @@ class Clock:
     """Training time. It stops for validation and checkpoints, and waits for the device when it starts or stops."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.started = device, 0.0, None
+        self.device, self.seconds = device, 0.0
+        self.started: float | None = None
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -254,7 +255,7 @@ class RunLog:
             environment=self.environment,
             validation=self.validation,
             train_loss=[round(loss, 6) for loss in self.train_losses],
-            final_loss=last["loss"] if finished else None,
+            final_loss=last["loss"] if last and finished else None,
             train_time_s=last["train_time_s"] if last else None,
             start_time=self.started,
             end_time=now(),
@@ -282,7 +283,8 @@ class Progress:
     ):
         self.total, self.first, self.shows = total, start, shows
         self.tokens_per_step, self.flops, self.ceiling = tokens_per_step, flops_per_token, ceiling
-        self.shown, self.begin_ms = time.perf_counter(), None
+        self.shown = time.perf_counter()
+        self.begin_ms: float | None = None
         if shows and sys.stderr.isatty():
             from tqdm import tqdm
 

@@ -42,9 +42,15 @@ MOST = 2**31 - 1  # of a whole number without a lower limit of its own: sizes an
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
+def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
+    """The fields of a dataclass, whatever type variable it hides behind."""
+    return dataclasses.fields(kind)
+
+
 def kind_of(field: dataclasses.Field) -> type:
     """The type of a field's values where they are given: of `int | None`, int."""
-    return next((kind for kind in typing.get_args(field.type) if kind is not type(None)), field.type)
+    kinds = typing.get_args(field.type) or (field.type,)
+    return next(kind for kind in kinds if isinstance(kind, type) and kind is not type(None))
 
 
 def check_limits(options: Any) -> None:
@@ -80,7 +86,7 @@ def parse_options(
     words, given = read_words([kind], arguments, bare, foreign)
     if words:
         raise UsageError(f"unknown argument {words[0]!r}; {_hint(words[0], [kind])}")
-    preset = given.get("preset", next(f.default for f in dataclasses.fields(kind) if f.name == "preset"))
+    preset = given.get("preset") or str({field.name: field.default for field in _fields(kind)}["preset"])
     if preset not in presets:
         raise UsageError(f"--preset={preset}: no such preset; there are {', '.join(presets)}")
     return fill(kind, {"preset": preset, **given}, presets[preset])
@@ -117,7 +123,7 @@ def read_words(
             next_word = queue[0] if queue else "--"
             takes = not next_word.startswith("--") and (types.get(name) is not bool or next_word.lower() in YES + NO)
             text = queue.pop(0) if takes else bare.get(name, "true")
-        home = given if name in types else others
+        home = given if name in types or others is None else others
         if name in home and types.get(name) is not tuple:
             raise UsageError(f"--{name} is given twice, as {home[name]!r} and as {text!r}: leave one out")
         home[name] = f"{home[name]}\n{text}" if name in home else text
@@ -138,7 +144,7 @@ def _hint(name: str, kinds: Sequence[type]) -> str:
 def fill(kind: type[Options], given: Mapping[str, str], start: Mapping[str, Any] | None = None) -> Options:
     """An instance of the dataclass `kind`: its defaults, over them `start`, over them the texts in `given` that
     name its fields, typed. Raises UsageError."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in _fields(kind)}
     typed = {name: _typed(fields[name], text) for name, text in given.items() if name in fields}
     return kind(**{**(start or {}), **typed})
 
@@ -147,7 +153,7 @@ def from_json(kind: type[Options], text: str) -> Options:
     """An instance of the dataclass `kind` from JSON of its fields; fields that it has no longer are left out.
 
     Raises ValueError, TypeError, AttributeError, OverflowError or RecursionError for what is no such JSON."""
-    types = {field.name: kind_of(field) for field in dataclasses.fields(kind)}
+    types = {field.name: kind_of(field) for field in _fields(kind)}
     return kind(**{name: types[name](value) for name, value in json.loads(text).items() if name in types})
 
 
@@ -182,7 +188,7 @@ def fields_text(kind: type, beside: Mapping[str, Mapping[str, Any]] | None = Non
     for field in dataclasses.fields(kind):
         choices = f": {', '.join(field.metadata['choices'])}" if field.metadata.get("choices") else ""
         kind = kind_of(field)
-        told = {tuple: "text, may be given again"}.get(kind, kind.__name__)
+        told = "text, may be given again" if kind is tuple else kind.__name__
         lines.append(f"  --{field.name}" + ("" if field.default in (None, ()) else f"={field.default}"))
         lines.append(f"        {field.metadata['help']} ({told}, {field.metadata['unit']}{choices})")
         for name, values in (beside or {}).items():

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,9 @@ FOREIGN = {
 }
 
 
-def expand(arguments: Iterable[str], kind: type, presets: Mapping[str, Mapping[str, Any]], bare: Mapping[str, str]):
+def expand(
+    arguments: Iterable[str], kind: type, presets: Mapping[str, Mapping[str, Any]], bare: Mapping[str, str]
+) -> list[str]:
     """`arguments` (words of a command line over the dataclass `kind`) and, behind them, the fields that the file, the
     checkpoint or the data that they name decides. Raises UsageError, CheckpointError, ShardError."""
     words = list(arguments)
@@ -147,9 +150,9 @@ def from_file(path: str, kind: type) -> dict[str, Any]:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError:  # Python 3.10
+    else:
         import tomli as tomllib
     return tomllib.loads(text)
 
@@ -197,8 +200,8 @@ def from_model(path: str, kind: type, schedule: bool) -> dict[str, Any]:
 
 
 def _newest_run(given: Mapping[str, str], kind: type) -> str:
-    default = next(field.default for field in dataclasses.fields(kind) if field.name == "output_dir")
-    folder = Path(given.get("output_dir", default))
+    default = {field.name: field.default for field in dataclasses.fields(kind)}["output_dir"]
+    folder = Path(given.get("output_dir") or str(default))
     runs = sorted(folder.glob("*.checkpoints"), key=lambda path: path.stat().st_mtime)
     return f"; the newest in {folder} is --run_name={runs[-1].name.removesuffix('.checkpoints')}" if runs else ""
 
@@ -272,7 +275,8 @@ def start_from(trainer: Any, log: Any, format: str) -> None:
     """Begin with what `--init_from` holds, if it is given. Collective. Raises CheckpointError.
 
     trainer: train_gpt.Trainer. format: of its checkpoints."""
-    config, tensors = trainer.config, {}
+    config = trainer.config
+    tensors: dict[str, Any] = {}
     if config.init_from:
         layout = starting_layout(trainer.layout(), config.init_optimizer)
         read = partial(load_tensors, format=format)

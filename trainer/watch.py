@@ -95,12 +95,13 @@ class Watch:
     def _wandb(self) -> None:
         import wandb
 
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         run = wandb.init(
             project="train_gpt",
             name=self.log.name,
             dir=str(self.log.folder),
             config=dict(self.log.config),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
         self.log.listeners.append(lambda step, values: run.log(dict(values), step=step))

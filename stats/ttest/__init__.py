@@ -160,7 +160,7 @@ def ttest(
         threshold=threshold,
         significant=significant,
         decisions={"0.05": p_value < 0.05, "0.01": p_value < STRICT_ALPHA},
-        loss=summarize(x),
+        loss=summarize(losses),
         time_s=summarize(times_s) if len(times_s) else None,
         sensitivity=sensitivity_of(x, threshold, alpha, resamples, seed) if sensitivity else None,
         rounding=rounding,

@@ -19,7 +19,8 @@ def streamed(encoding, tokens):
 def test_bytes_come_back(text):
     encoding = encoding_for(256)
     tokens = encoding.encode(text)
-    assert bytes(tokens) == text.encode() and encoding.decode(tokens) == text == streamed(encoding, tokens)
+    assert bytes(tokens) == text.encode() == b"".join(map(encoding.raw, tokens))
+    assert encoding.decode(tokens) == text == streamed(encoding, tokens)
 
 
 def test_gpt2_comes_back(shared_data):
@@ -28,6 +29,7 @@ def test_gpt2_comes_back(shared_data):
     for text in ("Hello world", "naïve 🦆 quack", "<|endoftext|>"):
         tokens = encoding.encode(text)
         assert encoding.decode(tokens) == text == streamed(encoding, tokens)
+        assert b"".join(map(encoding.raw, tokens)) == text.encode()
 
 
 def test_half_a_character_is_kept_back_and_nonsense_is_marked():

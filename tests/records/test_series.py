@@ -264,14 +264,19 @@ def test_bad_command_lines(run, tmp_path):
     for flags, words in (
         (["--seed=3"], "--seed is set by the series itself"),
         (["--retry-crash"], "did you mean --retry_crashed"),
-        (["--repeats", "0"], "--repeats=0: at least 1"),
+        (["--repeats=5"], "--repeats is given twice, as '3' and as '5'"),
         (["stray"], "unexpected word 'stray'"),
-        (["--name", "../x"], "--name '../x'"),
-        (["--trainer", str(tmp_path / "none.py")], "no trainer at"),
         (["--launcher=local", "--parallel=4096"], "this machine has"),
     ):
         code, _, err = run(*flags)
         assert code == EXIT_USAGE and words in err, (flags, err)
+    for odd, words in (
+        (dict(repeats=0), "--repeats=0: at least 1"),
+        (dict(name="../x"), "--name '../x'"),
+        (dict(trainer=tmp_path / "none.py"), "no trainer at"),
+    ):
+        code, _, err = run(**odd)
+        assert code == EXIT_USAGE and words in err, (odd, err)
     assert not [e for p in tmp_path.glob("*/ledger.jsonl") for e in events(p.parent)]
 
 

@@ -178,7 +178,8 @@ class SpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         values = dict(enumerate(tables)) | {L - len(tables) + i: table for i, table in enumerate(tables)}
         x00 = x = _norm(self.embed1(input_ids))
         x01 = None if self.embed2 is None else _norm(self.embed2(rows2))
-        skips, long_layers, outputs = _skips(c.unet_skips), _layers(c.long_window_layers), {}
+        skips, long_layers = _skips(c.unet_skips), _layers(c.long_window_layers)
+        outputs: dict = {}
         for layer, block in enumerate(self.blocks):
             if layer in skips:
                 x = (x + skip_w[layer] * outputs[skips[layer]]).to(x00.dtype)
