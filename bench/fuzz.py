@@ -582,9 +582,9 @@ def _packed(name: str) -> bytes:
 
 def series_check(folder: Path):
     """Damaged series folders: every reader of them says what is wrong, or judges."""
+    from records.account import read_account
     from records.folder import SeriesError, read_record
     from records.ledger import Ledger, LedgerError, ledger_summary
-    from records.report import read_results
     from stats.errors import StatsError
     from stats.judge import judge
     from stats.monitor import monitor
@@ -623,7 +623,7 @@ def series_check(folder: Path):
             lambda: validate(load_series(bad)),
             lambda: ledger_summary(Ledger(bad).events()),
             lambda: read_record(bad),
-            lambda: read_results(bad),
+            lambda: read_account(bad),
         )
         errors = 0
         for reader in readers:

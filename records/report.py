@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from records.folder import SeriesError, read_record, write_record
+from records.account import EXIT_NO_VERDICT, Account, Verdict, decide, read_account
+from records.folder import SeriesError, write_record
 from records.ledger import Ledger, ledger_summary
-from records.logs import read_run_json, write_whole
+from records.logs import write_whole
 from stats.samples import RUN_FIELDS
+from stats.ttest import summarize
 
 TTEST_KEYS = (
     "n",
@@ -36,86 +37,18 @@ TTEST_KEYS = (
 ALPHA = 0.01  # the track's rule
 
 
-def read_results(folder: Path) -> list[dict]:
-    """JSON of every finished run, in order of seed, each checked against its log. Raises SeriesError."""
-    from stats.errors import StatsError
-    from stats.series import read_runs
-    from stats.values import final_validation
-
-    results = []
-    states = Ledger(folder).runs()
-    for path in sorted((folder / "runs").glob("*.json")):
-        state = states.get(path.stem)
-        result = read_run_json(path)
-        if state is None or state.status != "finished" or result.get("status") != "finished":
-            continue
-        check_result(path, result)
-        try:
-            (run,) = read_runs(path.with_suffix(".txt"))
-            point = final_validation(run)
-        except (StatsError, ValueError) as error:
-            raise SeriesError(f"{path.stem} finished, but its log does not show it: {error}") from None
-        if not math.isclose(point.loss, result["final_loss"], abs_tol=10.0 ** -(point.decimals or 12)):
-            raise SeriesError(f"{path}: loss {result['final_loss']}, but {run.path} says {point.loss}")
-        results.append(result | {"run": path.stem, "attempts": len(state.attempts)})
-    return results
-
-
-def check_result(path: Path, result: dict) -> None:
-    """Raise SeriesError, naming file and field, unless a finished run's JSON has what a report tells."""
-    number = lambda value: isinstance(value, (int, float)) and math.isfinite(value)  # noqa: E731
-    checks: dict[str, Callable[[object], bool]] = {
-        "seed": lambda value: isinstance(value, int),
-        "final_loss": number,
-        "train_time_s": number,
-        "config": lambda value: isinstance(value, dict),
-        "environment": lambda value: isinstance(value, dict),
-        "start_time": lambda value: isinstance(value, str),
-        "end_time": lambda value: isinstance(value, str),
-        "validation": lambda value: (
-            isinstance(value, list)
-            and bool(value)
-            and all(
-                isinstance(point, dict) and all(number(point.get(key)) for key in ("step", "loss", "step_avg_ms"))
-                for point in value
-            )
-        ),
-    }
-    for field, holds in checks.items():
-        if not holds(result.get(field)):
-            raise SeriesError(f"{path}: {field!r} is absent or damaged; restore the file, or run the seed again")
-
-
-def verdict_of(folder: Path, alpha: float):
-    """(TTest, None), or (None, why there is none)."""
-    from stats.errors import StatsError
-    from stats.judge import judge
-    from stats.series import load_series
-
-    try:
-        return judge(load_series(folder), alpha=alpha), None
-    except StatsError as error:
-        return None, str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")
-
-
-def write_report(folder: str | Path, alpha: float = ALPHA) -> dict:
-    """Write record.json, README.md and losses.png of a series anew; returns the record. Raises
-    SeriesError."""
-    folder = Path(folder)
-    record = read_record(folder)
-    if record is None:
-        raise SeriesError(f"{folder} is no series: it has no record.json")
-    results = read_results(folder)
+def write_report(account: Account, verdict: Verdict) -> dict:
+    """Write record.json, README.md and losses.png of a series anew; returns the record. Raises SeriesError."""
+    folder, results = account.folder, account.results
     hashes = {result.get("config_hash") for result in results}
     if len(hashes) > 1:
         names = ", ".join(f"{r['run']} {str(r.get('config_hash'))[:8]}" for r in results)
         raise SeriesError(f"{folder}: runs of different configurations: {names}")
-    verdict, why_none = verdict_of(folder, alpha)
-    record |= facts_of(results)
-    record["ledger"] = ledger_summary(Ledger(folder).events())
-    record["results"] = results_of(results, verdict, why_none)
-    if (folder / "plan.json").exists():
-        record["sequential"] = sequential_words(folder)
+    record = account.record | facts_of(results)
+    record["ledger"] = ledger_summary(account.events)
+    record["results"] = results_of(results, verdict)
+    if account.series.plan_path is not None:
+        record["sequential"] = verdict.decision.words if verdict.decision else f"No verdict: {verdict.undecided}."
     write_record(folder, record)
     if results:
         draw_losses(folder, record, results)
@@ -123,17 +56,10 @@ def write_report(folder: str | Path, alpha: float = ALPHA) -> dict:
     return record
 
 
-def sequential_words(folder: Path) -> str:
-    """What the series' plan says of the runs so far."""
-    from records.sequential import losses_in_order
-    from stats.errors import StatsError
-    from stats.planfile import read_plan
-    from stats.sequential import decide
-
-    try:
-        return decide(losses_in_order(folder), read_plan(folder / "plan.json")).words
-    except StatsError as error:
-        return f"No verdict: {error}."
+def report(folder: str | Path, alpha: float = ALPHA) -> dict:
+    """Read a series and write its report; nobody has looked at the test. Raises SeriesError."""
+    account = read_account(folder)
+    return write_report(account, decide(account, alpha))
 
 
 def facts_of(results: Sequence[dict]) -> dict:
@@ -166,10 +92,8 @@ def machine(result: dict) -> dict:
     return {key: told[key] for key in keys if key in told}
 
 
-def results_of(results: Sequence[dict], verdict, why_none: str | None) -> dict:
+def results_of(results: Sequence[dict], verdict: Verdict) -> dict:
     """The part of record.json that a reader quotes: one row a run, summaries, the t-test's dictionary."""
-    from stats.ttest import summarize
-
     rows = [
         {
             "run": r["run"],
@@ -187,10 +111,10 @@ def results_of(results: Sequence[dict], verdict, why_none: str | None) -> dict:
     if rows:
         found["loss"] = asdict(summarize([row["loss"] for row in rows]))
         found["train_time_s"] = asdict(summarize([row["train_time_s"] for row in rows]))
-    if verdict is not None:
-        found["ttest"] = {key: getattr(verdict, key) for key in TTEST_KEYS}
+    if verdict.test is not None:
+        found["ttest"] = {key: getattr(verdict.test, key) for key in TTEST_KEYS}
     else:
-        found["no_verdict"] = why_none
+        found["no_verdict"] = verdict.why_none
     return found
 
 
@@ -404,54 +328,31 @@ def machine_words(record: dict) -> str:
 
 
 def judge(folder: Path, alpha: float = ALPHA) -> int:
-    """Note that the test is looked at, write the report, print the verdict; returns the verdict's exit code."""
-    from stats.ttest import render
-
-    if (folder / "plan.json").exists():
-        return _judge_sequential(folder, alpha)
-    states = Ledger(folder).runs()
-    finished = [s for s in states.values() if s.status == "finished"]
-    if len(finished) == 1 and all(s.status in ("finished", "dropped") for s in states.values()):
-        write_report(folder, alpha)
-        result = read_run_json(folder / "runs" / f"{finished[0].run}.json")
+    """Read the series, decide, note that the test was looked at, write the report, print the verdict; returns the
+    verdict's exit code. Raises SeriesError."""
+    account = read_account(folder)
+    verdict = decide(account, alpha)
+    account = _noted(account, verdict.look)
+    write_report(account, verdict)
+    ended = all(state.status in ("finished", "dropped") for state in account.states.values())
+    if account.series.plan_path is None and len(account.results) == 1 and ended:
+        (result,) = account.results
         target = result["config"].get("target_loss")
         print(f"one run: loss {result['final_loss']:.6f}, target {target}; a verdict needs at least two runs")
         return 0
-    verdict, why_none = verdict_of(folder, alpha)
-    if verdict is None:
-        write_report(folder, alpha)
-        print(f"no verdict: {why_none}", file=sys.stderr)
-        return 3
-    _note_look(folder, verdict.n, verdict.decision, verdict.p_value)
-    write_report(folder, alpha)
-    print(f"\n{render(verdict)}")
-    return 0 if verdict.significant else 1
+    if verdict.exit_code == EXIT_NO_VERDICT:
+        print(verdict.words, file=sys.stderr)
+    else:
+        print(f"\n{verdict.words}")
+    return verdict.exit_code
 
 
-def _judge_sequential(folder: Path, alpha: float) -> int:
-    """The verdict of the series' plan."""
-    from records.sequential import exit_code, losses_in_order
-    from stats.errors import StatsError
-    from stats.planfile import read_plan
-    from stats.sequential import decide
-
-    try:
-        decision = decide(losses_in_order(folder), read_plan(folder / "plan.json"))
-    except StatsError as error:
-        write_report(folder, alpha)
-        print(f"no verdict: {error}", file=sys.stderr)
-        return 3
-    _note_look(folder, decision.n, decision.verdict, None)
-    write_report(folder, alpha)
-    print(f"\n{decision.words}")
-    return exit_code(decision)
-
-
-def _note_look(folder: Path, n: int, decision: str, p_value: float | None) -> None:
-    """A line in the ledger, unless the same runs were looked at before."""
-    looks = [event for event in Ledger(folder).events() if event["event"] == "judge"]
-    if not looks or looks[-1].get("n") != n:
-        Ledger(folder).append("judge", n=n, decision=decision, p_value=p_value)
+def _noted(account: Account, look: dict | None) -> Account:
+    """The account with a line more in its ledger, unless the same runs were looked at before."""
+    looks = [event for event in account.events if event["event"] == "judge"]
+    if look is None or (looks and looks[-1].get("n") == look["n"]):
+        return account
+    return replace(account, events=(*account.events, Ledger(account.folder).append("judge", **look)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -469,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folders:
             raise SeriesError(f"{options.folder} holds no series: no record.json in it or just below")
         for folder in folders:
-            write_report(folder, options.alpha)
+            report(folder, options.alpha)
             print(f"{folder}: record.json, README.md, losses.png")
     except SeriesError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A series that stops as soon as its plan allows: the statistics are `stats.sequential`'s, the bookkeeping is here.
+"""A series that stops as soon as its plan allows: the decision is `stats.monitor`'s, the bookkeeping is here.
 
 The plan lies in the series' folder before the first run, and its hash goes into every run's log. The test sees
 losses in the order of launch and waits at the first run without an end, so quick runs are never preferred.
@@ -9,18 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from records.ledger import Ledger
+from stats.monitor import monitor
 from stats.planfile import read_plan, write_plan
 from stats.plans import Plan, make_plan
-from stats.sequential import ACCEPT, CONTINUE, Decision, decide
-from stats.series import read_runs
-from stats.values import final_validation
-
-EXIT_NON_FINITE = 4  # the trainer's
-
-
-def exit_code(decision: Decision) -> int:
-    """0 accepted, 4 more runs are needed, 1 otherwise; as `python -m stats monitor`."""
-    return {ACCEPT: 0, CONTINUE: 4}.get(decision.verdict, 1)
+from stats.sequential import CONTINUE
+from stats.series import load_series
 
 
 def plan_of(
@@ -54,28 +47,6 @@ def plan_of(
     return plan
 
 
-def losses_in_order(folder: Path) -> list[float]:
-    """Final losses, from the logs, of the longest stretch of launches from the first on that have all ended.
-
-    Crashed and dropped runs are passed over, except that a run whose loss was no longer finite stays as NaN, which
-    the test refuses to judge.
-    """
-    losses = []
-    for state in Ledger(folder).runs().values():
-        if not state.attempts:
-            if state.submitted and not state.cancelled:
-                break  # in a cluster's queue: later ones that were quicker must wait for it
-            continue
-        if state.status == "finished":
-            (run,) = read_runs(folder / "runs" / f"{state.run}.txt")
-            losses.append(final_validation(run).loss)
-        elif state.status == "crashed" and state.attempts[-1].end.get("exit_code") == EXIT_NON_FINITE:
-            losses.append(float("nan"))
-        elif state.status not in ("crashed", "dropped"):
-            break
-    return losses
-
-
 class Watch:
     """Asks the test again whenever the ledger has grown."""
 
@@ -90,7 +61,7 @@ class Watch:
         size = path.stat().st_size if path.exists() else 0
         if size != self.seen_bytes:
             self.seen_bytes = size
-            decision = decide(losses_in_order(self.folder), self.plan)
+            decision = monitor(load_series(self.folder), self.plan).decision
             if decision.verdict != CONTINUE:
                 self.reason = f"the sequential test decided {decision.verdict} after {decision.n} runs"
         return self.reason

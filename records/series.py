@@ -181,7 +181,7 @@ def run_and_judge(series: Series, options: SeriesFlags, plan: Plan | None, thres
         runner.run(tasks)
     except (Stopped, SeriesError) as stop:
         if not options.no_judge:
-            report.write_report(series.folder, options.alpha)
+            report.report(series.folder, options.alpha)
         copy_away(series.folder, options.copy_to)
         if isinstance(stop, Stopped):
             print(f"stopped by {stop}; the same command continues where it stopped", file=sys.stderr)

@@ -327,10 +327,10 @@ def test_the_report_refuses_a_log_that_was_changed(run, tmp_path):
     text = log.read_text()
     log.write_text(re.sub(r"val_loss:0\.\d", "val_loss:0.1", text))
     with pytest.raises(series.SeriesError, match=r"seed-001\.json: loss .*seed-001\.txt says 0\.1"):
-        report.write_report(folder)
+        report.report(folder)
     log.write_text(text.rpartition("step:")[0])
     with pytest.raises(series.SeriesError, match="its log does not show it"):
-        report.write_report(folder)
+        report.report(folder)
     log.write_text(text)
     assert report.main([str(tmp_path)]) == 0
     assert report.main([str(tmp_path / "nothing")]) == 3
@@ -340,7 +340,7 @@ def test_the_report_is_a_function_of_the_logs(run, tmp_path):
     run(judge=True)
     made = ("record.json", "README.md", "losses.png")
     before = [(tmp_path / "s" / name).read_bytes() for name in made]
-    report.write_report(tmp_path / "s")
+    report.report(tmp_path / "s")
     assert [(tmp_path / "s" / name).read_bytes() for name in made] == before
 
 
@@ -387,8 +387,14 @@ def test_a_sequential_series_stops_when_its_plan_decides(run, tmp_path):
 
 
 def test_the_sequential_test_takes_runs_in_launch_order(tmp_path):
-    from records.sequential import losses_in_order
+    from stats.errors import DataError
+    from stats.monitor import monitor
+    from stats.series import load_series
 
+    def counted():
+        return monitor(load_series(tmp_path), plan).counted
+
+    plan = write_plan_for(tmp_path)
     ledger = Ledger(tmp_path)
     (tmp_path / "runs").mkdir()
     for seed, status in enumerate(["finished", None, "finished", "crashed"]):
@@ -397,12 +403,13 @@ def test_the_sequential_test_takes_runs_in_launch_order(tmp_path):
             ledger.append("end", run=f"seed-{seed}", attempt=1, status=status, exit_code=1)
         text = f"step:1/1 val_loss:0.{seed}1 train_time:1ms step_avg:1.00ms\n"
         (tmp_path / "runs" / f"seed-{seed}.txt").write_text("=" * 100 + "\n" + text)
-    assert losses_in_order(tmp_path) == [0.01], "seed-2 was quicker than seed-1, which it must wait for"
+    assert counted() == ("seed-0",), "seed-2 was quicker than seed-1, which it must wait for"
     ledger.append("end", run="seed-1", attempt=1, status="finished", exit_code=0)
-    assert losses_in_order(tmp_path) == [0.01, 0.11, 0.21], "the crashed one is passed over"
+    assert counted() == ("seed-0", "seed-1", "seed-2"), "the crashed one is passed over"
     ledger.append("launch", run="seed-3", seed=3, attempt=2, host="ffffffffffff", pid=1)
     ledger.append("end", run="seed-3", attempt=2, status="crashed", exit_code=4)
-    assert losses_in_order(tmp_path)[3] != losses_in_order(tmp_path)[3], "one that diverged is a result: NaN"
+    with pytest.raises(DataError, match="a run that diverged is a result"):
+        counted()
 
 
 def test_a_series_is_sequential_from_the_start_or_never(run, tmp_path):
@@ -417,7 +424,7 @@ def test_a_series_is_sequential_from_the_start_or_never(run, tmp_path):
 
 def test_a_damaged_result_is_named_by_its_field(tmp_path):
     """Found by the fuzzer: one flipped bit in a key of a run's JSON."""
-    from records.report import check_result
+    from records.account import check_result
 
     point = {"step": 4, "loss": 2.5, "step_avg_ms": 1.0}
     whole = {
