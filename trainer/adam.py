@@ -125,7 +125,8 @@ class Adam:
         for (name, p), numbers in zip(self.named.items(), self.numbers(step)):
             if not (name == "embed1.weight" and self.tied(step)):
                 tensors = p.detach(), p.grad.contiguous(), self.exp_avg[name], self.exp_avg_sq[name]
-                self.update(*(t.view(-1) for t in tensors), numbers)
+                weights, grad, m, v = (t.view(-1) for t in tensors)
+                self.update(weights, grad, m, v, numbers)
             p.grad = None
 
     def _my_rows(self, head: Tensor) -> slice:

@@ -283,7 +283,9 @@ class DynamicSkips(nn.Module):
         values = summed(x_BTD, (1.15 * first[0], x0), (1.15 * first[1], middle), (1.15 * first[2], x_BTD))
         return summed(x_BTD, (1 + second[2], x_BTD), (second[0], x0), (second[1], middle)), values, m
 
-    def before_head(self, x_BTD: Tensor, x0: Tensor, outputs: dict[int, Tensor], last: int, table: Tensor | None):
+    def before_head(
+        self, x_BTD: Tensor, x0: Tensor, outputs: dict[int, Tensor], last: int, table: Tensor | None
+    ) -> Tensor:
         """After the last layer; `table`: the rows of the first value embedding."""
         _, second = self(1, x_BTD)
         terms = [(second[0], x0), (second[1], outputs[self.middle]), (second[2], outputs[last - 1])]
@@ -328,7 +330,7 @@ class Techniques(nn.Module):
         if self.dynamic is not None:
             self.dynamic.reset_parameters()
 
-    def hidden(self, gpt: Any, tokens_BT: Tensor, window_blocks, cache=None) -> Tensor:
+    def hidden(self, gpt: Any, tokens_BT: Tensor, window_blocks: Any, cache: Any = None) -> Tensor:
         """`train_gpt.GPT.hidden` with techniques: the same steps, and beside each what fields add to it."""
         c, last = self.config, self.config.num_layers - 1
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
@@ -346,7 +348,8 @@ class Techniques(nn.Module):
         x0 = self.entered(gpt, seen_BS, begin, scalars)
         x2 = None if gpt.embed2 is None else norm(gpt.embed2(gpt.rows2(seen_BS)[:, begin:]))
         bigram = None if self.bigram_embed is None else self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])
-        x_BTD, outputs, factors, more_values = x0, {}, None, None
+        outputs: dict[int, Tensor] = {}
+        x_BTD, factors, more_values = x0, None, None
         for layer, block in enumerate(gpt.blocks):
             if layer in self.skips:
                 x_BTD = self.skipped(x_BTD, x0, layer, outputs, scalars)
@@ -383,7 +386,7 @@ class Techniques(nn.Module):
             e_BTD = smeared(e_BTD, before, self.smear_w, scalars["smear"][0])
         return norm(e_BTD)
 
-    def skipped(self, x_BTD: Tensor, x0: Tensor, layer: int, outputs: dict[int, Tensor], scalars: dict[str, Tensor]):
+    def skipped(self, x_BTD: Tensor, x0: Tensor, layer: int, outputs: dict[int, Tensor], scalars: Any) -> Tensor:
         """x + w output; with `skip_gates` (#151) w = 2 sigmoid(b) sigmoid(h . x0[:16])."""
         output = outputs[self.skips[layer]]
         if self.skip_w is None:
@@ -392,18 +395,16 @@ class Techniques(nn.Module):
         opened = 2 * torch.sigmoid(scalars["skips"][number])
         return x_BTD + opened * gate(x0, self.skip_w[number : number + 1]) * output
 
-    def mixed(self, x_BTD: Tensor, x0: Tensor, x2, bigram, layer: int, scalars: dict[str, Tensor]) -> Tensor:
+    def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, layer: int, scalars: Any) -> Tensor:
         """r x + p x0 + q x2 + beta B[row]: `resid_init` is r at first, `bigram_init_weight` beta."""
-        if self.mixes is None:
-            r, p, q = scalars["mixes"][layer]
-        else:
-            (r,), (p, q) = scalars["mixes"][layer], self.mixes[layer]
+        (r, *rest), own = scalars["mixes"][layer], self.mixes
+        p, q = rest if own is None else own[layer]
         terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
         if bigram is not None:
             terms.append((self.bigram_mixes[layer], bigram))
         return summed(x_BTD, *terms)
 
-    def added(self, x_BTD: Tensor, a_BTD, x0: Tensor, bigram, factors) -> Tensor:
+    def added(self, x_BTD: Tensor, a_BTD: Any, x0: Tensor, bigram: Any, factors: Any) -> Tensor:
         """Stream plus attention; in the last layer of `dynamic_skips`, the factors' mixture."""
         if factors is None:
             return x_BTD if a_BTD is None else x_BTD + a_BTD
@@ -411,7 +412,18 @@ class Techniques(nn.Module):
         terms = [(m[4], x_BTD), (m[6], x0)] + ([] if a_BTD is None else [(m[5], a_BTD)])
         return summed(x_BTD, *terms, *([] if bigram is None else [(m[7], bigram)]))
 
-    def attend(self, block: Any, x_BTD: Tensor, ve_BTD, scalars_2: Tensor, rotary, plan, gpt, cache, dynamic):
+    def attend(
+        self,
+        block: Any,
+        x_BTD: Tensor,
+        ve_BTD: Tensor | None,
+        scalars_2: Tensor,
+        rotary: Any,
+        plan: Any,
+        gpt: Any,
+        cache: Any,
+        dynamic: Any,
+    ) -> Tensor | None:
         """Attention of a layer, from what it reads to what it adds to the stream; None for a layer without."""
         if not block.has_attention:
             return None
@@ -443,7 +455,9 @@ class Techniques(nn.Module):
         w_o_DD = block.qkvo_w[3].to(y_BTD.dtype)
         return F.linear(o_BTHDh.reshape(B, T, D), scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD)
 
-    def valued(self, v: Tensor, ve_BTD, y_BTD: Tensor, layer: int, scalars_2: Tensor, dynamic) -> Tensor:
+    def valued(
+        self, v: Tensor, ve_BTD: Tensor | None, y_BTD: Tensor, layer: int, scalars_2: Tensor, dynamic: Any
+    ) -> Tensor:
         """The values of a layer: normed unless `value_norm` is off, then what is added to them. With `value_gates`
         (#186) the value embedding comes with a factor 2 sigmoid(G y[:16]) a head."""
         c, (factors, more_values) = self.config, dynamic
