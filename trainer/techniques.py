@@ -397,10 +397,12 @@ class Techniques(nn.Module):
 
     def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, layer: int, scalars: Any) -> Tensor:
         """r x + p x0 + q x2 + beta B[row]: `resid_init` is r at first, `bigram_init_weight` beta."""
-        (r, *rest), own = scalars["mixes"][layer], self.mixes
-        p, q = rest if own is None else own[layer]
+        if self.mixes is None:
+            r, p, q = scalars["mixes"][layer]
+        else:
+            (r,), (p, q) = scalars["mixes"][layer], self.mixes[layer]
         terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
-        if bigram is not None:
+        if bigram is not None and self.bigram_mixes is not None:
             terms.append((self.bigram_mixes[layer], bigram))
         return summed(x_BTD, *terms)
 
