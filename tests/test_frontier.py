@@ -14,6 +14,7 @@ from small_runs import folder_of, in_worlds, losses, tokens
 import train_gpt
 from kernels.muon import join_master, orthogonalize, orthogonalize_gram, split_master
 from kernels.norm import rms_norm as norm
+from kernels.runtime import INTERPRETED
 from lab import LabError
 from lab.checkpoints import load_checkpoint
 from train_gpt import CHECKPOINT_FORMAT as FORMAT
@@ -692,6 +693,59 @@ def test_what_knows_only_the_plain_model_says_so(shards, tmp_path, capsys):
     assert told["loss"] == pytest.approx(run["final_loss"], abs=1e-5)
     with pytest.raises(LabError, match="smear"):
         load_checkpoint(path)
+
+
+# fmt: off
+ALONE = [
+    dict(norm_before_attention=True), dict(value_norm=False), dict(output_scalar=True), dict(mix_lr=0.02),
+    dict(resid_init=1.05), dict(smear=True), dict(skip_gates=True), dict(backout_layer=2), dict(value_gates=True),
+    dict(output_gates=True, gate_optimizer="adam"), dict(key_offset="0,3"), dict(exact_windows=True),
+    dict(bigram_rows=64), dict(late_attention_source=1), dict(dynamic_skips="0,1"), dict(untied_values=True),
+    dict(xsa=True), dict(paired_heads="1,2"), dict(yarn_until=0, window_schedule="1,2,3,4"), dict(mtp=3, loss_sum=True),
+    dict(adam_every=2), dict(tie_embeddings_frac=0.3), dict(adam_moments="float32"), dict(value_init_std=0.0),
+    dict(normuon_beta2=0.95, two_rate_from=0.2, gram_newton_schulz=True, muon_head_pairs=True),
+    dict(tail_ema=0.9, tail_ema_steps=6), dict(matrix_dtype="bfloat16"), dict(output_gates=True),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("change", ALONE, ids=lambda change: ",".join(change))
+def test_every_technique_trains_on_the_plain_model_alone(change):
+    """Each field is one change to medium: it starts at the loss of equal classes, and learns a batch."""
+    config = plain_small(**{"muon_lr": 0.02, "embed_lr": 0.05, **change})
+    trainer = Trainer(config, CPU)
+    tokens = documents(33, 1)
+    with torch.no_grad():
+        first = trainer.model(tokens[None, :-1], tokens[None, 1:], window_blocks=2).item()
+    assert first == pytest.approx(math.log(256), rel=1e-3)
+    losses = [trainer.step(step, [(tokens[:-1].int(), tokens[1:])]).item() for step in range(12)]
+    weights = train_gpt.schedule.target_weights(0, config)
+    assert losses[0] == pytest.approx(math.log(256) * sum(w * (32 - k) / 32 for k, w in enumerate(weights)), rel=1e-3)
+    with torch.no_grad():
+        assert trainer.model(tokens[None, :-1], tokens[None, 1:], window_blocks=2).item() < first - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="no interpreter")
+def test_frontier_trains_alike_with_interpreted_kernels():
+    """Three steps with every Triton kernel and with the references: losses within 2e-4 nats."""
+    fields = dict(num_layers=3, model_dim=32, unet_skips="0>1", long_window_layers="0,2", key_offset="0,2")
+    fields |= dict(late_attention_source=0, dynamic_skips="0,1", bigram_rows=256, paired_heads="1")
+    found, drawn = {}, documents(65, 1, vocab=256, eos=0)
+    for kernels in ("auto", "triton"):
+        trainer = Trainer(nano(**fields, kernels=kernels), CPU)
+        batch = [(drawn[:32].int(), drawn[1:33]), (drawn[32:64].int(), drawn[33:])]
+        found[kernels] = [trainer.step(step, batch).item() for step in range(3)]
+    assert max(abs(a - b) for a, b in zip(*found.values())) <= 5e-4 and found["triton"][2] < found["triton"][0] - 0.05
+
+
+@pytest.mark.slow
+def test_four_and_eight_processes_train_as_one_does(shards, tmp_path):
+    args = [*words(shards, tmp_path, "--tokens_per_step=512"), "--communication=overlap"]
+    in_worlds(args, [[1], [4], [8]])
+    one, *others = (losses(tmp_path / f"world{world}.txt") for world in (1, 4, 8))
+    for other in others:
+        assert max(abs(float(a[2]) - float(b[2])) for a, b in zip(one, other, strict=True)) <= 1e-3
 
 
 @pytest.mark.parametrize(
