@@ -53,6 +53,12 @@ class Checkpoint:
         why = " (of the least validation loss)" if self.path.stem == "best" else ""
         return f"{self.label}, {self.name}, step {self.step:,}{why}"
 
+    def several_tokens(self, therefore: str) -> str:
+        """A sentence on tables whose rows belong to no single token, and what follows from it; '' if there are none."""
+        told = self.model.rows_of_several_tokens()
+        listed = ", ".join(f"the {table} by {count}" for table, count in told.items())
+        return f" A row is picked by several tokens ({listed}): {therefore}." if told else ""
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """The mark and the prompt's ids: what the model reads before it writes. UnknownTextError for
         characters that the vocabulary lacks."""
@@ -115,12 +121,9 @@ def load_checkpoint(path: str | Path, vocab_folder: str | None = None) -> Checkp
 def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None) -> Checkpoint:
     import train_gpt
     from lab.models.gpt import GPTRung
-    from trainer.techniques import techniques_of
 
     with _told():
         gpt, config = train_gpt.load_model(path)
-    if unknown := techniques_of(config):
-        raise LabError(f"{path}: the lab knows the plain model, and this one has {', '.join(unknown)}")
     if config.vocab_size == 256:
         tokenizer: Tokenizer = ByteTokenizer()
     elif config.vocab_size == GPT2Tokenizer.vocab_size:

@@ -168,32 +168,20 @@ def scalars(checkpoints: Sequence[Checkpoint], out: Path) -> Finding:
         raise LabError(f"{checkpoints[-1].name} has no learned scalars; the GPT has")
     table = [{"step": c.step, **c.model.scalars()} for c in checkpoints]
     kinds = [k for k in table[-1] if k != "step"]
-    layers = len(table[-1][kinds[0]])
-    used = _used_layers(checkpoints[-1].model.gpt)
+    layers = checkpoints[-1].model.gpt.config.num_layers
     fig, axes = plots.figure(1, len(kinds), size=(3.4 * len(kinds), 3.4))
     for ax, kind in zip(axes, kinds):
-        for layer in range(layers):
-            if layer in used.get(kind, range(layers)):
-                values = [row[kind][layer] for row in table]
-                ax.plot([max(1, r["step"]) for r in table], values, ".-", color=plots.shade(layer, layers), label=layer)
+        for layer in table[-1][kind]:
+            values = [row[kind][layer] for row in table]
+            ax.plot([max(1, r["step"]) for r in table], values, ".-", color=plots.shade(layer, layers), label=layer)
         ax.set_title(kind)
         ax.set_xscale("log")
         ax.set_xlabel("step")
     axes[0].legend(title="layer", fontsize=7)
     first, last = table[0], table[-1]
-    moved = [(abs(b - a), kind, i) for kind in kinds for i, (a, b) in enumerate(zip(first[kind], last[kind]))]
-    _, kind, layer = max(moved)
+    _, kind, layer = max((abs(last[kind][i] - was), kind, i) for kind in kinds for i, was in first[kind].items())
     summary = (
         f"From step {first['step']:,} to {last['step']:,} the scalar that moved most is {kind} of layer {layer}: from "
         f"{first[kind][layer]:.2f} to {last[kind][layer]:.2f}."
     )
-    return write_finding(out, "scalars", summary, {"table": table, "used_layers": used}, fig)
-
-
-def _used_layers(gpt: train_gpt.GPT) -> dict[str, list[int]]:
-    """Layers in which a kind of scalar takes part: the vector has places for all."""
-    c = gpt.config
-    L, tables = c.num_layers, c.value_embeddings
-    attending = [i for i, block in enumerate(gpt.blocks) if block.has_attention]
-    tabled = [i for i in attending if i < tables or i >= L - tables]
-    return {"skip": sorted(gpt.skips), "value": attending, "value embedding": tabled}
+    return write_finding(out, "scalars", summary, {"table": table}, fig)

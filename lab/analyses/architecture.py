@@ -97,7 +97,8 @@ def architecture(checkpoint: Checkpoint, out: Path) -> Finding:
         ax, -len(shown) - 1, end, f"{len(parts) - len(shown)} parts more" if len(parts) > len(shown) else "", "#eeeeee"
     )
     ax.set_title(f"{checkpoint.label} ({checkpoint.name}): {total:,} parameters")
-    summary = f"{checkpoint.name}: {total:,} parameters in {sum(p['times'] for p in parts)} parts."
+    several = checkpoint.several_tokens("it has no row of a token")
+    summary = f"{checkpoint.name}: {total:,} parameters in {sum(p['times'] for p in parts)} parts.{several}"
     data = {"checkpoint": checkpoint.path.name, "parameters": total, "parts": parts}
     return write_finding(out, "architecture", summary, data, fig)
 

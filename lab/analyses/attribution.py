@@ -31,28 +31,28 @@ class EmbeddedModel:
             raise LabError(f"{checkpoint.name} has no embeddings to attribute to; it is a table of counts")
         self.idx = torch.tensor([list(ids)])
         self.mark = checkpoint.tokenizer.mark
-        self.inputs: list[Tensor] = [torch.empty(0)] * len(self.tables)
 
     def values(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(outputs of every table for the prompt, the same with every token read as the mark)."""
+        """(outputs of every table for the prompt, the same with every token of it read as the mark)."""
+        return self._outputs(self.idx), self._outputs(torch.full_like(self.idx, self.mark))
+
+    @torch.no_grad()
+    def _outputs(self, idx: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = [torch.empty(0)] * len(self.tables)
 
         def catch(i):
             def hook(module, inputs, output):
-                self.inputs[i], outputs[i] = inputs[0], output.detach()
+                outputs[i] = output.detach()
 
             return hook
 
         hooks = [table.register_forward_hook(catch(i)) for i, table in enumerate(self.tables)]
         try:
-            with torch.no_grad():
-                self.model.logits(self.idx)
+            self.model.logits(idx)
         finally:
             for hook in hooks:
                 hook.remove()
-        with torch.no_grad():
-            base = [t(torch.full_like(i, self.mark)).detach() for t, i in zip(self.tables, self.inputs)]
-        return outputs, base
+        return outputs
 
     def logit(self, values: Sequence[Tensor], target: int) -> Tensor:
         """The target's logit after the prompt, (B,), with the tables' outputs replaced by `values` (B, T, ...)."""
@@ -174,9 +174,10 @@ def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str |
     except LabError:
         data["largest_difference_to_captum"] = None
     strongest = max(zip(map(abs, found.integrated), found.tokens))[1]
+    several = checkpoint.several_tokens("what it does is counted at the last of them")
     summary = (
         f"{found.target!r} after {prompt!r} is driven most by {strongest!r}; integrated gradients add up to the change "
-        f"of the logit within {abs(found.completeness_error):.1e}{check}."
+        f"of the logit within {abs(found.completeness_error):.1e}{check}.{several}"
     )
     return write_finding(out, "attribution", summary, data, _picture(found))
 

@@ -96,11 +96,11 @@ def _has_embeddings(look: Look) -> bool:
 
 
 def _reads_by_layer(look: Look) -> bool:
-    return look.final.name in ("gpt", "mlp", "batchnorm", "recurrent")
+    return _has_layers(look) and look.final.name in ("gpt", "mlp", "batchnorm", "recurrent")
 
 
 def _has_layers(look: Look) -> bool:
-    return look.final.name in ("gpt", "mlp", "batchnorm", "recurrent", "wavenet")
+    return bool(look.final.model.activations())
 
 
 def _small_vocabulary(look: Look) -> bool:

@@ -102,7 +102,8 @@ def _heat(ax: Any, values: np.ndarray, pieces: Sequence[str], cell: Any) -> None
 
 
 def embedding_of(checkpoint: Checkpoint) -> Tensor:
-    """The first token embedding table, (V, E); LabError for a rung without one."""
+    """The first token embedding table, (V, E), whose row belongs to one token in every model; LabError for a rung
+    without one."""
     tables = [t for t in checkpoint.model.token_embeddings() if isinstance(t, nn.Embedding)]
     if not tables:
         raise LabError(f"{checkpoint.name} has no embeddings; it is a table of counts")
@@ -159,4 +160,5 @@ def embeddings(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out:
         }
     near = data["after"]["neighbours"]
     told = "; ".join(f"{key.split(' ', 1)[1]}: {', '.join(o for o, _, _ in near[key][:3])}" for key in list(near)[:4])
-    return write_finding(out, "embeddings", f"Nearest by cosine after training: {told}.", data, fig)
+    several = checkpoints[-1].several_tokens("such a table has no row of a token and is not shown")
+    return write_finding(out, "embeddings", f"Nearest by cosine after training: {told}.{several}", data, fig)

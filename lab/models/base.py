@@ -53,13 +53,18 @@ class LanguageModel(nn.Module):
         return []
 
     def activations(self) -> list[tuple[str, nn.Module]]:
-        """Named modules whose outputs the diagnostics draw (squashing layers, blocks), in order of depth."""
+        """Named modules whose outputs the diagnostics draw (squashing layers, blocks), in order of depth; empty where
+        there are none that are called one by one."""
         return []
 
     def readout(self, x_BTE: Tensor) -> Tensor | None:
         """Logits of what a module of `activations` puts out, as if the model ended there; None where its width is
         not the one that the output layer reads."""
         return None
+
+    def rows_of_several_tokens(self) -> dict[str, int]:
+        """{table: how many tokens pick a row of it}: embeddings whose rows belong to no single token."""
+        return {}
 
     def num_parameters(self) -> int:
         """Trainable numbers in the model."""

@@ -3,6 +3,7 @@ names its settings, and gives it the ladder's interface and train_gpt.py's own o
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -127,10 +128,23 @@ class GPTRung(LanguageModel):
         return GPTOptimizer(self.gpt, gpt_config(self.vocab_size, fields, num_iterations))
 
     def token_embeddings(self) -> list[nn.Module]:
-        tables = (self.gpt.embed1, self.gpt.embed2, *self.gpt.value_embeds)
+        techniques = self.gpt.techniques
+        bigram = None if techniques is None else techniques.bigram_embed
+        tables = (self.gpt.embed1, self.gpt.embed2, *self.gpt.value_embeds, bigram)
         return [table for table in tables if table is not None]
 
+    def rows_of_several_tokens(self) -> dict[str, int]:
+        c, gpt = self.gpt.config, self.gpt
+        found = {
+            "second embedding": c.second_embedding_context if gpt.embed2 is not None else 1,
+            "value embeddings": c.value_embedding_context if len(gpt.value_embeds) else 1,
+            "bigram table": 2 if c.bigram_rows else 1,
+        }
+        return {table: count for table, count in found.items() if count > 1}
+
     def activations(self) -> list[tuple[str, nn.Module]]:
+        if self.gpt.techniques is not None:  # a pass of its own, in which no block is called as a module
+            return []
         return [(f"block {i}", block) for i, block in enumerate(self.gpt.blocks)]
 
     def readout(self, x_BTE: Tensor) -> Tensor | None:
@@ -138,14 +152,37 @@ class GPTRung(LanguageModel):
         logits = train_gpt.softcapped_logits(train_gpt.norm(x_BTE).flatten(0, 1), self.gpt.head_w, softcap=cap)
         return logits[:, : self.vocab_size].view(*x_BTE.shape[:2], -1)
 
-    def scalars(self) -> dict[str, list[float]]:
-        """The learned scalars by kind, one number a layer: how much of the stream, of the first and of the second
-        embedding enters the layer, of the value and of its embedding, and the weight of a skip that ends there."""
-        L, config = self.gpt.config.num_layers, self.gpt.config
-        skip_L, mix_L3, value_L2 = self.gpt.scalars.detach().float().split([L, 3 * L, 2 * L])
-        kinds = dict(zip(("stream", "first embedding", "second embedding"), mix_L3.view(L, 3).T.tolist()))
-        if not config.second_input_embedding:
-            kinds.pop("second embedding")
-        if config.value_embeddings:
-            kinds |= dict(zip(("value", "value embedding"), value_L2.view(L, 2).T.tolist()))
-        return kinds | ({"skip": skip_L.tolist()} if self.gpt.skips else {})
+    def scalars(self) -> dict[str, dict[int, float]]:
+        """The learned scalars by kind, {layer: number} of the layers in which they take part: how much of the stream
+        and of each embedding enters a layer, of the value and of its embedding, and the weight of a skip that ends
+        there; of models with techniques those of trainer/techniques.py too."""
+        gpt, c = self.gpt, self.gpt.config
+        own = {kind: numbers.detach().float() for kind, numbers in gpt.scalars_by_kind().items()}
+        layers, tables = range(c.num_layers), len(gpt.value_embeds)
+        attending = [i for i in layers if gpt.blocks[i].has_attention]
+        tabled = [i for i in attending if i < tables or i >= c.num_layers - tables]
+        mixes = gpt.techniques.mixes if c.mix_lr else own["mixes"][:, 1:]
+        kinds = {"stream": _of(layers, own["mixes"][:, 0]), "first embedding": _of(layers, mixes[:, 0])}
+        if c.second_input_embedding:
+            kinds["second embedding"] = _of(layers, mixes[:, 1])
+        first, second = own["values"].T
+        if c.output_scalar:
+            kinds |= {"attention's input": _of(attending, first), "attention's output": _of(attending, second)}
+        elif tables:
+            kinds["value"] = _of(attending, first)
+            if not c.value_gates:
+                kinds["value embedding"] = _of(tabled, second)
+        if gpt.skips and c.skip_gates:
+            kinds["skip, before its gate"] = dict(zip(gpt.skips, (2 * own["skips"].sigmoid()).tolist()))
+        elif gpt.skips:
+            kinds["skip"] = _of(sorted(gpt.skips), own["skips"])
+        if c.bigram_rows:
+            kinds["bigram table"] = _of(layers, gpt.techniques.bigram_mixes)
+        if c.backout_layer >= 0:
+            kinds["backout"] = {c.backout_layer: float(own["backout"])}
+        return kinds | ({"smear": {0: float(own["smear"])}} if c.smear else {})
+
+
+def _of(layers: Iterable[int], numbers_L: Tensor) -> dict[int, float]:
+    numbers = numbers_L.tolist()
+    return {layer: numbers[layer] for layer in layers}

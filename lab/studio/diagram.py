@@ -1,5 +1,5 @@
-"""The ways through a GPT as a drawing: the stream from layer to layer, and what joins it besides: both input
-embeddings at every layer, value embeddings at some, and skips from earlier layers."""
+"""The ways through a GPT as a drawing: the stream from layer to layer, and what joins it besides: the input embeddings
+at every layer, value embeddings at some, and skips from earlier layers. What else a model has is said in words."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def gpt_paths(gpt: GPT) -> str:
     """An SVG of the model's paths, with a sentence for those who cannot see it."""
     layers, skips = len(gpt.blocks), dict(gpt.skips)
     inputs = ["first embedding"] + (["second embedding"] if gpt.embed2 is not None else [])
+    inputs += ["bigram table"] if gpt.config.bigram_rows else []
     values = value_layers(len(gpt.value_embeds), layers)
     top = 24 + ROW * len(inputs)
     middle = [top + ROW * layer + ROW // 2 for layer in range(layers)]
@@ -41,19 +42,29 @@ def gpt_paths(gpt: GPT) -> str:
     end = middle[-1] + ROW
     parts.append(_line(LEFT + WIDTH // 2, middle[-1] + 11, LEFT + WIDTH // 2, end - 11, _STREAM))
     parts.append(_box(LEFT, end - 11, WIDTH, "norm, logits"))
-    words = _words(layers, len(inputs), values, skips)
+    words = _words(gpt, inputs, values, skips)
     size = f"viewBox='0 0 {LEFT + WIDTH + 200} {end + 20}'"
     label = html.escape(words, quote=True)
     drawing = f"<svg class='paths' role='img' aria-label='{label}' {size}>{_MARKER}{''.join(parts)}</svg>"
     return f"<figure>{drawing}<figcaption>{html.escape(words)}</figcaption></figure>"
 
 
-def _words(layers: int, inputs: int, values: dict[int, int], skips: dict[int, int]) -> str:
-    said = [f"{layers} layers; {'both input embeddings' if inputs == 2 else 'the input embedding'} mixed in at each"]
+def _words(gpt: GPT, inputs: list[str], values: dict[int, int], skips: dict[int, int]) -> str:
+    from lab.models.gpt import GPTRung  # takes torch along, so only where a model is open
+    from trainer.techniques import techniques_of
+
+    several = GPTRung.of(gpt).rows_of_several_tokens()
+    more = [name for name in techniques_of(gpt.config) if name != "bigram_rows"]
+    embeddings = "both input embeddings" if "second embedding" in inputs else "the input embedding"
+    bigram = " and a bigram table" if "bigram table" in inputs else ""
+    said = [f"{len(gpt.blocks)} layers; {embeddings}{bigram} mixed in at each"]
     if values:
         said.append(f"value embeddings at {', '.join(map(str, sorted(values)))}")
     if skips:
         said.append("skips " + ", ".join(f"{source} to {target}" for target, source in sorted(skips.items())))
+    said += [f"a row of the {name} is picked by {n} tokens" for name, n in several.items()]
+    if more:
+        said.append(f"not drawn: {', '.join(more)}")
     return "; ".join(said) + "."
 
 
@@ -61,10 +72,10 @@ def _inputs(names: list[str], middle: list[int]) -> list[str]:
     """The embeddings on top, each with a rail on the left from which it joins every layer."""
     parts = []
     for number, name in enumerate(names):
-        y, x = 24 + ROW * number, 20 + 30 * number
-        rail = f"<path d='M{LEFT} {y} H{x} V{middle[-1] - 5 + 10 * number}' {_stroke(_EMBEDDING, tip=False)}/>"
+        y, x, beside = 24 + ROW * number, 20 + 30 * number, round(8 * (number - (len(names) - 1) / 2))
+        rail = f"<path d='M{LEFT} {y} H{x} V{middle[-1] + beside}' {_stroke(_EMBEDDING, tip=False)}/>"
         parts += [_box(LEFT, y - 11, WIDTH, name), rail]
-        parts += [_line(x, at - 5 + 10 * number, LEFT, at - 5 + 10 * number, _EMBEDDING) for at in middle]
+        parts += [_line(x, at + beside, LEFT, at + beside, _EMBEDDING) for at in middle]
     start = 24 + ROW * (len(names) - 1) + 11
     return [*parts, _line(LEFT + WIDTH // 2, start, LEFT + WIDTH // 2, middle[0] - 11, _STREAM)]
 
