@@ -155,7 +155,7 @@ def facts(look: Look, place: str) -> str:
 
 
 OWN_STYLE = """<style>.samples td:last-child,.facts td{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}
-.facts th{text-align:left;font-weight:600}.legend{color:#555}@media(max-width:600px){body{margin:1em auto}}
+.facts th{text-align:left;font-weight:600}.legend{color:#555}
 """
 
 

@@ -10,40 +10,91 @@ text that the models are validated on, which a model can only beat by luck.
 
 import html
 import math
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
-from lab import analyses, cli, plots
+from lab import analyses, cli, models, plots
 from lab.analyses.finding import page, section
-from lab.checkpoints import load_checkpoint
+from lab.analyses.menu import MENU, Look
+from lab.checkpoints import best_checkpoint, load_checkpoint
 from lab.cli import setting
 from lab.datasets import Corpus, load_corpus
 from lab.models import fields_class
+from lab.page import Keeping
+from lab.page import write_page as run_page
 from lab.runlog import write_json, write_text
 from lab.sweep import draw as draw_sweep
 from lab.sweep import sweep
 from lab.train import Result, TrainConfig, complete, parse_seeds, train_model
 from trainer.files import checkpoints_of
 
-# Rung -> (training settings, model fields). Steps are for --scale=1.
-LADDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "counts": ({}, {}),
-    "bigram": ({"steps": 300}, {}),
-    "mlp": ({"steps": 900}, {}),
-    "batchnorm": ({"steps": 900}, {}),
-    "wavenet": ({"steps": 500}, {"hidden_dim": 96}),
-    "recurrent": ({"steps": 300, "batch_tokens": 2048}, {"hidden_dim": 96}),
-    "gpt": (
-        {"steps": 200, "batch_tokens": 2048, "row_tokens": 512},
-        {"second_input_embedding": False, "value_embeddings": 0},
+
+@dataclass(frozen=True)
+class Rung:
+    """A rung of the tour: what it is, what to look at, and how it is trained (steps are for --scale=1)."""
+
+    idea: str
+    look: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, idea: str, look: str, steps: int = 0, fields: dict[str, Any] | None = None, **settings: Any) -> "Rung":
+        return cls(idea, look, settings | ({"steps": steps} if steps else {}), fields or {})
+
+
+LADDER: dict[str, Rung] = {
+    "counts": Rung.of(
+        "Counts which letter follows which (Shannon 1948). Nothing is learned: one pass over the names.",
+        "the map of pairs. It is all that the model knows, so it forgets every letter but the last.",
+    ),
+    "bigram": Rung.of(
+        "The same table as weights, trained by gradient descent.",
+        "how near its loss comes to that of the counts: there is no better table than they are.",
+        steps=300,
+    ),
+    "mlp": Rung.of(
+        "Three letters instead of one, each as a vector, through one hidden layer (Bengio et al. 2003).",
+        "the letters in the plane: before training they lie anywhere, after it vowels find each other.",
+        steps=900,
+    ),
+    "batchnorm": Rung.of(
+        "The MLP with normalised hidden units (Ioffe and Szegedy 2015).",
+        "its activations, layer by layer: none is squashed flat, at the start or at the end.",
+        steps=900,
+    ),
+    "wavenet": Rung.of(
+        "Neighbours fused two by two, so that eight letters are read (van den Oord et al. 2016).",
+        "the step in loss from three letters to eight.",
+        steps=500,
+        fields={"hidden_dim": 96},
+    ),
+    "recurrent": Rung.of(
+        "A state carried from letter to letter, with no end to how far it looks back (Cho et al. 2014).",
+        "the coloured names: what is still a surprise after the first letters?",
+        steps=300,
+        fields={"hidden_dim": 96},
+        batch_tokens=2048,
+    ),
+    "gpt": Rung.of(
+        "Attention: every letter chooses which earlier ones it reads (Vaswani et al. 2017), as in train_gpt.py.",
+        "the attention maps: one head often reads the letter just before, another the beginning.",
+        steps=200,
+        fields={"second_input_embedding": False, "value_embeddings": 0},
+        batch_tokens=2048,
+        row_tokens=512,
     ),
 }
+SOURCES = {"counts": "bigram"}  # the file in lab/models, where it has another name than its rung
+KEPT = ("samples", "coloured", "pairs", "embeddings", "attention", "logit_lens", "entropy")  # on the page of a run
 DOMAIN_GPT = (
     {"model": "gpt", "steps": 250, "batch_tokens": 2048, "row_tokens": 512, "checkpoints": 7},
     {"num_heads": 4, "second_input_embedding": False, "value_embeddings": 0, "window_max_tokens": 512},
@@ -77,16 +128,16 @@ def scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
 def climb(out: Path, seeds: Sequence[int], scale: float, corpus: Corpus) -> dict[str, list[Result]]:
     """Train every rung with every seed."""
     results: dict[str, list[Result]] = {}
-    for rung, (settings, fields) in LADDER.items():
+    for rung, told in LADDER.items():
         # Counting draws nothing at random: one run says it all.
         for seed in seeds[:1] if rung == "counts" else seeds:
             base = TrainConfig(model=rung, data="names", seed=seed, checkpoints=5, diagnostics=seed == seeds[0])
-            config = complete(TrainConfig(**{**vars(base), **scaled(settings, scale)}))
+            config = complete(TrainConfig(**{**vars(base), **scaled(told.settings, scale)}))
             folder = out / "series" / f"names-{rung}"
-            made = fields_class(rung)(**fields)
+            made = fields_class(rung)(**told.fields)
             results.setdefault(rung, []).append(train_model(config, made, folder=folder, corpus=corpus, overwrite=True))
-        told = ", ".join(f"{r.best_loss:.4f}" for r in results[rung])
-        print(f"  {rung}: {told} nats a character", flush=True)
+        losses = ", ".join(f"{r.best_loss:.4f}" for r in results[rung])
+        print(f"  {rung}: {losses} nats a character", flush=True)
     return results
 
 
@@ -166,34 +217,62 @@ def look_inside(out: Path, results: dict[str, Result], corpora: dict[str, Corpus
     ]
 
 
+def keep_page(run: Path, path: Path) -> Path:
+    """The page of `lab.page` of one run: what it wrote, and what is inside, as far as that fits it."""
+    final = load_checkpoint(best_checkpoint(run))
+    look = Look([final], final, path.parent)
+    return run_page([str(run)], Keeping(str(path), ",".join(n for n in KEPT if MENU[n].fits(look)), limit=5000))
+
+
+def _link(words: str, path: Path, page: Path) -> str:
+    """A link from `page` to a file, relative, so that the folder can be moved with what it links to."""
+    target = os.path.relpath(path.resolve(), page.parent.resolve())
+    return f'<a href="{html.escape(quote(Path(target).as_posix()))}">{html.escape(words)}</a>'
+
+
+def rungs_html(chart: analyses.Finding, pages: Mapping[str, Path], page: Path) -> str:
+    """Every rung in a few words: what it is, its loss, what to look at; its source and the page of its run."""
+    parts = []
+    for row in chart.data["table"]:
+        rung, told = row["rung"], LADDER[row["rung"]]
+        half = "" if row["half_width_95"] is None else f" ± {row['half_width_95']:.4f}"
+        source = Path(models.__file__).with_name(f"{SOURCES.get(rung, rung)}.py")
+        links = " · ".join((_link("source", source, page), _link("the run, looked into", pages[rung], page)))
+        loss = f"{row['mean']:.4f}{half} nats a character, {row['parameters']:,} parameters, {len(row['losses'])} runs"
+        parts.append(
+            f'<div class=rung id="rung-{rung}"><h3>{rung}</h3><p>{html.escape(told.idea)}</p><p>{loss}</p>'
+            f"<p><b>Look at</b> {html.escape(told.look)}</p><p>{links}</p></div>"
+        )
+    return f"<h2 id=rungs>The rungs</h2>{''.join(parts)}"
+
+
 def write_page(
     out: Path,
     chart: analyses.Finding,
     findings: list[analyses.Finding],
     pictures: list[tuple[str, Path]],
+    pages: Mapping[str, Path],
     words: Sequence[str],
     facts: str,
 ) -> Path:
-    """<out>/index.html from everything that was found."""
-    rows = "".join(
-        f"<tr><td>{html.escape(r['rung'])}<td>{r['parameters']:,}<td>{r['mean']:.4f}"
-        f"<td>{'' if r['half_width_95'] is None else format(r['half_width_95'], '.4f')}<td>{len(r['losses'])}</tr>"
-        for r in chart.data["table"]
-    )
-    head = "<tr><th>rung<th>parameters<th>validation loss<th>± (95 %)<th>runs</tr>"
+    """<out>/index.html from everything that was found. `pages`: those of the runs, by rung and then by domain."""
+    path = out / "index.html"
     samples = html.escape(", ".join(w for w in words if w))
+    domains = ", ".join(_link(name, page, path) for name, page in pages.items() if name not in LADDER)
     parts = [
         f"<p>{html.escape(facts)}</p>",
-        "<nav>" + "".join(f'<a href="#{f.name}">{f.name.replace("_", " ")}</a>' for f in [chart, *findings]) + "</nav>",
+        "<nav><a href=#rungs>the rungs</a> "
+        + " ".join(f'<a href="#{f.name}">{f.name.replace("_", " ")}</a>' for f in [chart, *findings])
+        + "</nav>",
         section(chart, out),
-        f"<table>{head}{rows}</table>",
+        rungs_html(chart, pages, path),
         f"<p>Names that the GPT invents: {samples}.</p>",
     ]
-    for title, path in pictures:
-        link = path.relative_to(out).as_posix()
+    for title, picture in pictures:
+        link = picture.relative_to(out).as_posix()
         parts.append(f'<h2>{html.escape(title)}</h2><img src="{link}" alt="{html.escape(title)}" loading=lazy>')
+    parts.append(f"<h2>Models of three domains</h2><p>Each run on a page of its own: {domains}.</p>")
     parts += [section(f, out) for f in findings]
-    path = out / "index.html"
     write_text(path, page("From counting letters to a GPT", parts))
     return path
 
@@ -223,6 +302,9 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
 
     gpt = load_checkpoint(results["gpt"][0].checkpoints / "best.safetensors")
     words = [s.text for s in generate(gpt, count=12, max_tokens=15)]
+    print("a page of each run:", flush=True)
+    runs = {rung: made[0].folder for rung, made in results.items()} | {k: r.folder for k, r in by_domain.items()}
+    pages = {name: keep_page(run, out / "runs" / f"{name}.html") for name, run in runs.items()}
     minutes = (time.monotonic() - began) / 60
     facts = (
         f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Each rung is a "
@@ -232,7 +314,7 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
     write_json(out / "tour.json", {"minutes": minutes, "seeds": list(seeds), "scale": scale, **chart.data})
     for finding in [chart, *findings]:
         print(f"  {finding.name}: {finding.summary}")
-    return write_page(out, chart, findings, pictures, words, facts)
+    return write_page(out, chart, findings, pictures, pages, words, facts)
 
 
 def main(words: list[str]) -> int:

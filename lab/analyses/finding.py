@@ -33,11 +33,13 @@ def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figu
     return Finding(name, summary, data, json_path, plots.save(figure, out / f"{name}.png"))
 
 
-PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.7em} h2{font-size:1.15em;margin:1.6em 0 .2em} p{margin:.3em 0} img{max-width:100%;height:auto}
+PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;
+background:#fff;overflow-wrap:anywhere}
+h1{font-size:1.7em} h2{font-size:1.15em;margin:1.6em 0 .2em} h3{font-size:1em;margin:1em 0 .1em} p{margin:.3em 0}
+img{max-width:100%;height:auto} .rung{border-left:3px solid #0072b2;padding-left:.8em;margin:.8em 0}
 table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap}
-nav a{margin-right:.9em;white-space:nowrap}"""
+nav a{margin-right:.9em;white-space:nowrap} @media(max-width:600px){body{margin:1em auto} td,th{padding:.2em .4em}}"""
 
 
 def page(title: str, sections: list[str]) -> str:

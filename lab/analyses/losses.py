@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -54,32 +54,46 @@ def domains(
     verdicts = {key: diagonal_is_least(cells, key) for key in ("nats_per_token", "bits_per_byte")}
     fig, axes = plots.figure(1, 2, size=(12, 1.6 + 0.9 * len(names)))
     for ax, (key, title) in zip(axes, (("nats_per_token", "nats a token"), ("bits_per_byte", "bits a byte"))):
-        values = [[cells[m][t][key] for t in texts] for m in names]
-        ax.imshow(values, cmap="Blues", aspect="auto", vmin=0)
-        middle = max(map(max, values)) * 0.6
+        values = [[c[key] if judged(c) else math.nan for c in cells[m].values()] for m in names]
+        ax.imshow(values, cmap=plots.masked_blues(), aspect="auto", vmin=0)
+        middle = max(v for row in values for v in row if not math.isnan(v)) * 0.6
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > middle else "black")
+                words = "all unknown" if math.isnan(value) else f"{value:.2f}"
+                ax.text(j, i, words, ha="center", va="center", color="white" if value > middle else "black")
         ax.set_xticks(range(len(texts)), texts)
         ax.set_yticks(range(len(names)), names)
         ax.set_xlabel("corpus")
         ax.set_ylabel("model")
         ax.set_title(title)
         ax.grid(False)
-    unknown = max(c["unknown_share"] for row in cells.values() for c in row.values())
+    every = [c for row in cells.values() for c in row.values()]
+    unknown = max(c["unknown_share"] for c in every if judged(c))
+    left = sum(not judged(c) for c in every)
+    not_judged = f"; {left} cells are not judged, as all of their text is unknown" if left else ""
     summary = (
         f"{len(names)} models by {len(texts)} corpora; every diagonal value the least of its row and column: "
         f"nats {'yes' if verdicts['nats_per_token'] else 'no'}, bits a byte "
-        f"{'yes' if verdicts['bits_per_byte'] else 'no'}; at most {unknown:.1%} of a text unknown to a vocabulary."
+        f"{'yes' if verdicts['bits_per_byte'] else 'no'}; at most {unknown:.1%} of a text unknown to a vocabulary"
+        f"{not_judged}."
     )
     return write_finding(out, "domains", summary, {"cells": cells, "diagonal_is_least": verdicts}, fig)
 
 
+def judged(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell says anything: where all of a text is unknown to the vocabulary only end marks were scored."""
+    return cell["unknown_share"] < 1.0
+
+
 def diagonal_is_least(cells: Mapping[str, Mapping[str, Mapping[str, Any]]], key: str) -> bool:
-    """Whether each model with a corpus of its own name scores least there, along its row and its column."""
-    shared = [m for m in cells if m in cells[m]]
-    rows = all(cells[m][m][key] <= min(c[key] for c in cells[m].values()) for m in shared)
-    return rows and all(cells[m][m][key] <= min(row[m][key] for row in cells.values()) for m in shared)
+    """Whether each model with a corpus of its own name scores least there, along its row and its column, among the
+    cells that can be `judged`."""
+
+    def least(model: str, beside: Iterable[Mapping[str, Any]]) -> bool:
+        return all(cells[model][model][key] <= cell[key] for cell in beside if judged(cell))
+
+    shared = [m for m in cells if m in cells[m] and judged(cells[m][m])]
+    return all(least(m, cells[m].values()) and least(m, (row[m] for row in cells.values())) for m in shared)
 
 
 def fine_tune(

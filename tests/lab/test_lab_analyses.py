@@ -115,10 +115,13 @@ def test_measures_by_hand():
     assert Nearest(documents)("zzz")[0] == pytest.approx(1.0), "nothing in common"
     proxy = GrammarProxy(["The cat sat."])
     assert proxy.score("The cat sat.") == 1.0 > proxy.score("sat cat the")
-    cells = {"a": {"a": {"x": 1}, "b": {"x": 3}}, "b": {"a": {"x": 2}, "b": {"x": 2}}}
+    cell = lambda x, unknown=0.0: {"x": x, "unknown_share": unknown}  # noqa: E731
+    cells = {"a": {"a": cell(1), "b": cell(3)}, "b": {"a": cell(2), "b": cell(2)}}
     assert diagonal_is_least(cells, "x")
-    cells["a"]["b"]["x"] = 1.5
+    cells["a"]["b"] = cell(1.5)
     assert not diagonal_is_least(cells, "x")
+    cells["a"]["b"] = cell(0.1, unknown=1.0)
+    assert diagonal_is_least(cells, "x"), "end marks alone are no text"
 
 
 class _Oracle(torch.nn.Module):
