@@ -23,8 +23,7 @@ import torch
 
 from lab import analyses, cli, models, plots
 from lab.analyses.finding import page, section
-from lab.analyses.menu import MENU, Look
-from lab.checkpoints import best_checkpoint, load_checkpoint
+from lab.checkpoints import load_checkpoint
 from lab.cli import setting
 from lab.datasets import Corpus, load_corpus
 from lab.models import fields_class
@@ -39,62 +38,60 @@ from trainer.files import checkpoints_of
 
 @dataclass(frozen=True)
 class Rung:
-    """A rung of the tour: what it is, what to look at, and how it is trained (steps are for --scale=1)."""
+    """A rung of the tour: what it is, what to look at, the analyses that show that, and how it is trained (steps are
+    for --scale=1)."""
 
     idea: str
     look: str
+    shows: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, idea: str, look: str, steps: int = 0, fields: dict[str, Any] | None = None, **settings: Any) -> "Rung":
-        return cls(idea, look, settings | ({"steps": steps} if steps else {}), fields or {})
-
 
 LADDER: dict[str, Rung] = {
-    "counts": Rung.of(
+    "counts": Rung(
         "Counts which letter follows which (Shannon 1948). Nothing is learned: one pass over the names.",
-        "the map of pairs. It is all that the model knows, so it forgets every letter but the last.",
+        "the map of pairs. It is all that the model knows: it has forgotten every letter but the last.",
+        ("pairs",),
     ),
-    "bigram": Rung.of(
+    "bigram": Rung(
         "The same table as weights, trained by gradient descent.",
         "how near its loss comes to that of the counts: there is no better table than they are.",
-        steps=300,
+        settings={"steps": 300},
     ),
-    "mlp": Rung.of(
+    "mlp": Rung(
         "Three letters instead of one, each as a vector, through one hidden layer (Bengio et al. 2003).",
         "the letters in the plane: before training they lie anywhere, after it vowels find each other.",
-        steps=900,
+        ("embeddings",),
+        {"steps": 900},
     ),
-    "batchnorm": Rung.of(
+    "batchnorm": Rung(
         "The MLP with normalised hidden units (Ioffe and Szegedy 2015).",
-        "its activations, layer by layer: none is squashed flat, at the start or at the end.",
-        steps=900,
+        "its activations along training: are they squashed flat, at the start or at the end?",
+        ("inside",),
+        {"steps": 900},
     ),
-    "wavenet": Rung.of(
+    "wavenet": Rung(
         "Neighbours fused two by two, so that eight letters are read (van den Oord et al. 2016).",
         "the step in loss from three letters to eight.",
-        steps=500,
+        settings={"steps": 500},
         fields={"hidden_dim": 96},
     ),
-    "recurrent": Rung.of(
+    "recurrent": Rung(
         "A state carried from letter to letter, with no end to how far it looks back (Cho et al. 2014).",
         "the coloured names: what is still a surprise after the first letters?",
-        steps=300,
+        settings={"steps": 300, "batch_tokens": 2048},
         fields={"hidden_dim": 96},
-        batch_tokens=2048,
     ),
-    "gpt": Rung.of(
+    "gpt": Rung(
         "Attention: every letter chooses which earlier ones it reads (Vaswani et al. 2017), as in train_gpt.py.",
-        "the attention maps: one head often reads the letter just before, another the beginning.",
-        steps=200,
-        fields={"second_input_embedding": False, "value_embeddings": 0},
-        batch_tokens=2048,
-        row_tokens=512,
+        "the attention maps: which head reads the letter just before, which one the beginning?",
+        ("attention", "logit_lens"),
+        {"steps": 200, "batch_tokens": 2048, "row_tokens": 512},
+        {"second_input_embedding": False, "value_embeddings": 0},
     ),
 }
 SOURCES = {"counts": "bigram"}  # the file in lab/models, where it has another name than its rung
-KEPT = ("samples", "coloured", "pairs", "embeddings", "attention", "logit_lens", "entropy")  # on the page of a run
 DOMAIN_GPT = (
     {"model": "gpt", "steps": 250, "batch_tokens": 2048, "row_tokens": 512, "checkpoints": 7},
     {"num_heads": 4, "second_input_embedding": False, "value_embeddings": 0, "window_max_tokens": 512},
@@ -217,11 +214,10 @@ def look_inside(out: Path, results: dict[str, Result], corpora: dict[str, Corpus
     ]
 
 
-def keep_page(run: Path, path: Path) -> Path:
-    """The page of `lab.page` of one run: what it wrote, and what is inside, as far as that fits it."""
-    final = load_checkpoint(best_checkpoint(run))
-    look = Look([final], final, path.parent)
-    return run_page([str(run)], Keeping(str(path), ",".join(n for n in KEPT if MENU[n].fits(look)), limit=5000))
+def keep_page(name: str, run: Path, path: Path) -> Path:
+    """The page of `lab.page` of one run: its curve, what it wrote, what it found hard, and what its rung shows."""
+    shows = LADDER[name].shows if name in LADDER else ()
+    return run_page([str(run)], Keeping(str(path), ",".join(("samples", "coloured", *shows)), limit=5000))
 
 
 def _link(words: str, path: Path, page: Path) -> str:
@@ -304,7 +300,7 @@ def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
     words = [s.text for s in generate(gpt, count=12, max_tokens=15)]
     print("a page of each run:", flush=True)
     runs = {rung: made[0].folder for rung, made in results.items()} | {k: r.folder for k, r in by_domain.items()}
-    pages = {name: keep_page(run, out / "runs" / f"{name}.html") for name, run in runs.items()}
+    pages = {name: keep_page(name, run, out / "runs" / f"{name}.html") for name, run in runs.items()}
     minutes = (time.monotonic() - began) / 60
     facts = (
         f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Each rung is a "

@@ -209,13 +209,16 @@ def _picture(found: Attribution) -> Any:
 
 def by_layer(checkpoint: Checkpoint, ids: Sequence[int], target: int) -> dict[str, list[float]]:
     """{layer: one number a token}: gradient times activation of what each layer puts out there, for the target's
-    logit after the last token. Layers whose output is not one vector a place are left out."""
-    caught: dict[str, Tensor] = {}
+    logit after the last token; in a model with a residual stream, of what the layer adds to it (the stream itself is
+    normed when it is read, so that its own length moves nothing). Layers whose output is not one vector a place are
+    left out."""
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
 
     def catch(name):
         def hook(module, inputs, output):
             output.retain_grad()
-            caught[name] = output
+            added = output - inputs[0] if checkpoint.model.residual else output
+            caught[name] = output, added.detach()
 
         return hook
 
@@ -227,8 +230,8 @@ def by_layer(checkpoint: Checkpoint, ids: Sequence[int], target: int) -> dict[st
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    kept = {name: x for name, x in caught.items() if x.shape[:2] == idx.shape and x.ndim == 3 and x.grad is not None}
-    return {name: (x * x.grad).sum(-1)[0].tolist() for name, x in kept.items()}
+    fits = lambda x: x.shape[:2] == idx.shape and x.ndim == 3 and x.grad is not None  # noqa: E731
+    return {name: (added * x.grad).sum(-1)[0].tolist() for name, (x, added) in caught.items() if fits(x)}
 
 
 def attribution_layers(checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:

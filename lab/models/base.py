@@ -35,6 +35,7 @@ class LanguageModel(nn.Module):
 
     vocab_size: int
     context: int | None
+    residual = False  # the modules of `activations` read a stream and put out the same with something added
 
     def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         """Next-token logits (B, T, V), float32. `counted_BT`: the places that count where a batch's statistics are

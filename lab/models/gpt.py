@@ -87,6 +87,8 @@ class GPTOptimizer:
 class GPTRung(LanguageModel):
     """`train_gpt.GPT` behind the ladder's interface. `GPTRung.of(gpt)` wraps a model that exists already."""
 
+    residual = True
+
     def __init__(self, vocab_size: int, fields: GPTFields):
         super().__init__()
         self._adopt(train_gpt.GPT(gpt_config(vocab_size, fields)), fields)

@@ -11,12 +11,15 @@ import torch
 import lab.analyses.__main__ as look
 from lab import LabError, cli, duel, page, train, vary
 from lab.analyses.anatomy import attention_maps, lens
+from lab.analyses.attribution import by_layer
 from lab.analyses.curves import noise
+from lab.analyses.learning import entropy, spelling
 from lab.analyses.losses import forgetting
 from lab.analyses.menu import MENU
 from lab.analyses.pairs import count_pairs, in_the_plane, learned_pairs, neighbours
+from lab.analyses.samples import positions, symbols
 from lab.analyses.tasks import grammar, pair_share, ranked_share, sentence_nats
-from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
+from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
 from lab.models import build_model
 from lab.models.initial import different_units, initialise_
 from lab.tokens import ByteTokenizer, CharTokenizer
@@ -197,3 +200,100 @@ def test_one_field_varies_over_seeds_and_two_make_a_map(tmp_path, capsys):
     for bad in ("--field=hidden_dim --values=4,zero", "--field=a,b --values=1", "--field=hidden_dims --values=4"):
         assert cli.run(vary.main, [*words.split(), *bad.split(), f"--output_dir={tmp_path / 'x'}"]) == 2
     assert not (tmp_path / "x").exists(), "all values are read before the first training"
+
+
+# ---- along training, each against a truth of its own -------------------------------------------------------
+
+
+def _writers(tmp_path, *favourites):
+    """Checkpoints of step 0, 1, ... over a, b and space that write these texts again and again, for certain."""
+    tokenizer, made = CharTokenizer("ab "), []
+    for step, text in enumerate(favourites):
+        model = build_model("bigram", tokenizer.vocab_size)
+        with torch.no_grad():
+            model.table.weight.zero_()
+            ring = [0, *tokenizer.encode(text).tolist(), 0]
+            for a, b in pairwise(ring):
+                model.table.weight[a, b] = 60.0
+        made.append(Checkpoint(tmp_path, "bigram", step, model.eval(), tokenizer, {"row_tokens": 64}))
+    return made
+
+
+def test_spelling_is_the_share_of_known_words(tmp_path):
+    """One checkpoint writes a word of the training text, one writes none, one half and half."""
+    along = _writers(tmp_path, "b", "ab", "ab ")
+    found = spelling(along, ["ab", "ab ab"], tmp_path, count=3).data["table"]
+    assert [row["known_share"] for row in found] == [0.0, 1.0, 1.0]
+    assert [set(row["examples"]) for row in found] == [{"b"}, {"ab"}, {"ab"}]
+    copies = spelling(along, ["ab", "a"], tmp_path, count=3, names=True).data["table"]
+    assert [row["known_share"] for row in copies] == [0.0, 1.0, 0.0], "'ab ' is no name of the text"
+
+
+def test_symbols_are_counted_in_what_was_written_and_read(tmp_path):
+    (writer,) = _writers(tmp_path, "ab")
+    found = symbols(writer, ["aab", "b a"], tmp_path, count=5).data
+    assert {row["symbol"]: (row["corpus"], row["written"]) for row in found["table"]} == {
+        "a": (3, 5),
+        "b": (2, 5),
+        " ": (1, 0),
+    }
+    by_hand = 0.5 * (abs(3 / 6 - 1 / 2) + abs(2 / 6 - 1 / 2) + 1 / 6)
+    assert found["total_variation"] == pytest.approx(by_hand)
+
+
+def test_entropy_along_training_is_the_mean_over_every_place(own, tmp_path):
+    """Each place from the model given nothing but the tokens before it, in plain Python."""
+    along = [load_checkpoint(path) for path in find_checkpoints(own[0])]
+    texts = ["ab c", "αβ"]
+    found = entropy(along, texts, tmp_path).data["table"]
+    for checkpoint, row in zip(along, found):
+        entropies, losses = [], []
+        for text in texts:
+            read = [0]
+            for target in [*text.encode(), 0]:
+                with torch.no_grad():
+                    logits = checkpoint.model.logits(torch.tensor([read]))[0, -1].tolist()
+                total = sum(map(math.exp, logits))
+                p = [math.exp(x) / total for x in logits]
+                entropies.append(-sum(x * math.log(x) for x in p))
+                losses.append(-math.log(p[target]))
+                read.append(target)
+        assert row["step"] == checkpoint.step
+        assert row["entropy_nats"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-4)
+        assert row["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+def test_attribution_by_layer_is_the_slope_along_what_a_layer_adds(own):
+    """By differences: the logit where what a layer adds to the stream at one place is scaled a little."""
+    checkpoint = load_checkpoint(best_checkpoint(own[0]))
+    gpt, ids, target, h = checkpoint.model.gpt, checkpoint.encode_prompt("abc"), ord("d"), 0.02
+    with torch.no_grad():
+        gpt.head_w.normal_(generator=torch.Generator().manual_seed(1))  # six steps have hardly moved it from zero
+    found = by_layer(checkpoint, ids, target)
+    assert list(found) == ["block 0", "block 1"]
+
+    @torch.no_grad()
+    def logit(layer, place, factor):
+        def scale(module, inputs, output):
+            factors = torch.ones(output.shape[1], 1)
+            factors[place] = factor
+            return inputs[0] + (output - inputs[0]) * factors
+
+        hook = gpt.blocks[layer].register_forward_hook(scale)
+        try:
+            return float(gpt(torch.tensor([ids]))[0, -1, target])
+        finally:
+            hook.remove()
+
+    for layer, row in enumerate(found.values()):
+        slopes = [(logit(layer, t, 1 + h) - logit(layer, t, 1 - h)) / (2 * h) for t in range(len(ids))]
+        assert row == pytest.approx(slopes, abs=2e-3, rel=0.02)
+    assert abs(found["block 1"][-1]) > 0.02 and found["block 1"][:-1] == [0.0] * 3, "nobody reads its other places"
+
+
+def test_positions_tell_what_was_expected_and_what_was_drawn(tmp_path):
+    (writer,) = _writers(tmp_path, "ab")
+    found = positions(writer, "a", tmp_path, count=4).data["table"]
+    assert [row["drawn"] for row in found] == ["b", "<mark>"]
+    assert all(row["p"] == pytest.approx(1.0) and row["entropy_nats"] == pytest.approx(0, abs=1e-6) for row in found)
+    assert [row["top"][0][0] for row in found] == ["b", "<mark>"]
