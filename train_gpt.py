@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from data.shards import ShardError, TokenStream
+from kernels.assembler import choose_assembler, doubts
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, next_targets, softcapped_logits
@@ -62,7 +63,7 @@ from trainer.normuon import NorMuon
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
 from trainer.presets import frontier_presets
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
-from trainer.program import choose_assembler, describe_environment, matmul_ceiling, program_files, unproven_versions
+from trainer.program import describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.start import expand, start_from
 from trainer.streams import describe_data, open_streams, to_device
 from trainer.techniques import Techniques, check_techniques, numbers, own_adam, scalar_layout, uses_techniques
@@ -991,7 +992,8 @@ def open_log(config: Config, trainer: Trainer, streams: tuple[TokenStream, Token
     told, name = dataclasses.asdict(c), on_rank_0(lambda: c.run_name or unique_name(c.preset))
     log = RunLog(c.output_dir, name, told, environment, SOURCE, config_hash(c), writes=rank() == 0)
     on_rank_0(lambda: log.open(resuming=bool(c.resume), overwrite=c.overwrite))
-    for remark in [*unproven_versions(environment), *remarks]:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    for remark in [*unproven_versions(environment), *(doubts(environment["assembler"]) if hopper else []), *remarks]:
         log.line(remark)
     return log
 

@@ -366,19 +366,30 @@ def _store_tile(p_x, b_x, batch, row, head, T, HEADS: tl.constexpr, DH: tl.const
 
 
 @triton.jit
+def _halves(b_x, ROWS: tl.constexpr, DH: tl.constexpr):
+    """Both halves of each row, (ROWS, DH / 2): what rotary pairs up."""
+    return tl.split(tl.permute(tl.reshape(b_x, [ROWS, 2, DH // 2]), [0, 2, 1]))
+
+
+# The next two follow the loops with both accumulators still in registers. They take rows by halves and read again what
+# the loops had, and offsets within a tile stay 32 bits wide behind one 64-bit start: otherwise a thread spills.
+
+
+@triton.jit
 def _store_at_projection(
     p_x, p_y, b_g, p_rms, p_cos, p_sin, batch, row, head, T, APART: tl.constexpr, DH: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Write the gradient at x, of which y = rotary(x r) was made, from the float32 gradient g at y.
+    """Write the gradient at x, of which y = rotary(x r) was made, from the float32 gradient g at y; y lies as x does.
 
-    Rotations keep products of rows, so that the norm's derivative is taken before they are undone. y, laid out as x, is
-    read again: its tile, kept in registers over the loops, would make them spill."""
+    Rotations keep products of rows, so that the norm's derivative is taken before they are undone."""
     R: tl.constexpr = DH // 2
     o_row = row + tl.arange(0, ROWS)
     m_row = (o_row < T)[:, None]
-    o_x = ((batch.to(tl.int64) * T + row) * APART + head) * DH
-    o_x = o_x + tl.arange(0, ROWS)[:, None] * (APART * DH) + tl.arange(0, R)[None, :]
-    b_1, b_2 = tl.split(tl.permute(tl.reshape(b_g, [ROWS, 2, R]), [0, 2, 1]))
+    o_first = ((batch.to(tl.int64) * T + row) * APART + head) * DH
+    p_x += o_first
+    p_y += o_first
+    o_x = tl.arange(0, ROWS)[:, None] * (APART * DH) + tl.arange(0, R)[None, :]
+    b_1, b_2 = _halves(b_g, ROWS, DH)
     b_y1 = tl.load(p_y + o_x, mask=m_row, other=0.0).to(tl.float32)
     b_y2 = tl.load(p_y + o_x + R, mask=m_row, other=0.0).to(tl.float32)
     b_mean = ((tl.sum(b_1 * b_y1, 1) + tl.sum(b_2 * b_y2, 1)) / DH)[:, None]
@@ -390,6 +401,59 @@ def _store_at_projection(
     b_sin = tl.load(p_sin + o_angle, mask=m_row, other=0.0)
     tl.store(p_x + o_x, (b_1 * b_cos - b_2 * b_sin).to(p_x.dtype.element_ty), mask=m_row)
     tl.store(p_x + o_x + R, (b_1 * b_sin + b_2 * b_cos).to(p_x.dtype.element_ty), mask=m_row)
+
+
+@triton.jit
+def _store_at_values(
+    p_x,
+    p_dve,
+    p_ds,
+    p_y,
+    p_ve,
+    p_s,
+    b_g,
+    batch,
+    row,
+    head,
+    T,
+    APART: tl.constexpr,
+    V_APART: tl.constexpr,
+    DH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_VE: tl.constexpr,
+):
+    """Write the gradients at the raw values y, at ve and at s from the float32 gradient g at v = s0 y r + s1 ve.
+
+    Rows past the end are read as zeros and add nothing to those at s, p_ds (2,)."""
+    R: tl.constexpr = DH // 2
+    m_row = (row + tl.arange(0, ROWS) < T)[:, None]
+    o_first = ((batch.to(tl.int64) * T + row) * APART + head) * DH
+    p_x += o_first
+    p_y += o_first
+    o_x = tl.arange(0, ROWS)[:, None] * (APART * DH) + tl.arange(0, R)[None, :]
+    b_1, b_2 = _halves(b_g, ROWS, DH)
+    b_y1 = tl.load(p_y + o_x, mask=m_row, other=0.0).to(tl.float32)
+    b_y2 = tl.load(p_y + o_x + R, mask=m_row, other=0.0).to(tl.float32)
+    b_r = tl.rsqrt((tl.sum(b_y1 * b_y1, 1) + tl.sum(b_y2 * b_y2, 1)) / DH + _EPS)
+    b_along = (tl.sum(b_1 * b_y1, 1) + tl.sum(b_2 * b_y2, 1)) * b_r
+    tl.store(p_ds, tl.sum(b_along, 0))
+    b_mean = (b_along * b_r / DH)[:, None]
+    b_r = (b_r * tl.load(p_s))[:, None]
+    tl.store(p_x + o_x, ((b_1 - b_y1 * b_mean) * b_r).to(p_x.dtype.element_ty), mask=m_row)
+    tl.store(p_x + o_x + R, ((b_2 - b_y2 * b_mean) * b_r).to(p_x.dtype.element_ty), mask=m_row)
+    if HAS_VE:
+        o_first = ((batch.to(tl.int64) * T + row) * V_APART + head) * DH
+        p_ve += o_first
+        p_dve += o_first
+        o_ve = tl.arange(0, ROWS)[:, None] * (V_APART * DH) + tl.arange(0, R)[None, :]
+        s_1 = tl.load(p_s + 1)
+        b_along = tl.sum(b_1 * tl.load(p_ve + o_ve, mask=m_row, other=0.0).to(tl.float32), 1)
+        tl.store(p_dve + o_ve, (b_1 * s_1).to(p_dve.dtype.element_ty), mask=m_row)
+        b_along += tl.sum(b_2 * tl.load(p_ve + o_ve + R, mask=m_row, other=0.0).to(tl.float32), 1)
+        tl.store(p_dve + o_ve + R, (b_2 * s_1).to(p_dve.dtype.element_ty), mask=m_row)
+        tl.store(p_ds + 1, tl.sum(b_along, 0))
+    else:
+        tl.store(p_ds + 1, 0.0)
 
 
 @triton.jit
@@ -823,79 +887,73 @@ def _attention_dkdv(
     b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, True, False)
     b_dk = tl.zeros([BN, DH], tl.float32)
     b_dv = tl.zeros([BN, DH], tl.float32)
-    for g in range(0, HEADS // KV_HEADS):
-        head = kv_head * (HEADS // KV_HEADS) + g
-        for t in range(0, diagonal + edge):
-            row = tl.where(t < diagonal, key + t * BM, start + (interior + t - diagonal) * BM)
-            b_dk, b_dv = _dkdv_step(
-                b_dk,
-                b_dv,
-                b_k,
-                b_v,
-                b_end,
-                p_q,
-                p_do,
-                p_lse,
-                p_delta,
-                batch,
-                row,
-                key,
-                head,
-                T,
-                scale_log2,
-                HEADS,
-                Q_APART,
-                DH,
-                BM,
-                BN,
-                True,
-                DESCRIPTOR,
-                PRECISION,
-            )
-        for t in range(0, interior):
-            row = start + t * BM
-            b_dk, b_dv = _dkdv_step(
-                b_dk,
-                b_dv,
-                b_k,
-                b_v,
-                b_end,
-                p_q,
-                p_do,
-                p_lse,
-                p_delta,
-                batch,
-                row,
-                key,
-                head,
-                T,
-                scale_log2,
-                HEADS,
-                Q_APART,
-                DH,
-                BM,
-                BN,
-                False,
-                DESCRIPTOR,
-                PRECISION,
-            )
+    # the query heads of this key head, in one loop: a loop around it would keep more registers
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    for n in range(0, GROUP * (diagonal + edge)):
+        head = kv_head * GROUP + n // (diagonal + edge) if GROUP > 1 else kv_head
+        t = n % (diagonal + edge) if GROUP > 1 else n
+        row = tl.where(t < diagonal, key + t * BM, start + (interior + t - diagonal) * BM)
+        b_dk, b_dv = _dkdv_step(
+            b_dk,
+            b_dv,
+            b_k,
+            b_v,
+            b_end,
+            p_q,
+            p_do,
+            p_lse,
+            p_delta,
+            batch,
+            row,
+            key,
+            head,
+            T,
+            scale_log2,
+            HEADS,
+            Q_APART,
+            DH,
+            BM,
+            BN,
+            True,
+            DESCRIPTOR,
+            PRECISION,
+        )
+    for n in range(0, GROUP * interior):
+        head = kv_head * GROUP + n // interior if GROUP > 1 else kv_head
+        t = n % interior if GROUP > 1 else n
+        row = start + t * BM
+        b_dk, b_dv = _dkdv_step(
+            b_dk,
+            b_dv,
+            b_k,
+            b_v,
+            b_end,
+            p_q,
+            p_do,
+            p_lse,
+            p_delta,
+            batch,
+            row,
+            key,
+            head,
+            T,
+            scale_log2,
+            HEADS,
+            Q_APART,
+            DH,
+            BM,
+            BN,
+            False,
+            DESCRIPTOR,
+            PRECISION,
+        )
     if LAYER:
+        p_ds += tl.program_id(0) * 2
+        _store_at_values(
+            p_dv, p_dve, p_ds, p_raw, p_ve, p_s, b_dv, batch, key, kv_head, T, K_APART, V_APART, DH, BN, HAS_VE
+        )
         p_rms += (batch.to(tl.int64) * KV_HEADS + kv_head) * T
         _store_at_projection(p_dk, p_k, b_dk * scale, p_rms, p_cos, p_sin, batch, key, kv_head, T, K_APART, DH, BN)
-        # v = s0 y + s1 ve with y = x r: keys past the end are read as zeros and add nothing to the scalars' gradients
-        b_y = _load_tile(p_raw, batch, key, kv_head, T, K_APART, DH, BN, True, False).to(tl.float32)
-        b_r = tl.rsqrt(tl.sum(b_y * b_y, 1) / DH + _EPS)[:, None]
-        b_y *= b_r
-        b_along = tl.sum(b_dv * b_y, 1)
-        tl.store(p_ds + tl.program_id(0) * 2, tl.sum(b_along, 0))
-        b_dy = (b_dv - b_y * (b_along / DH)[:, None]) * (b_r * tl.load(p_s))
-        _store_tile(p_dv, b_dy, batch, key, kv_head, T, K_APART, DH, BN)
-        if HAS_VE:
-            b_ve = _load_tile(p_ve, batch, key, kv_head, T, V_APART, DH, BN, True, False).to(tl.float32)
-            tl.store(p_ds + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(b_dv * b_ve, 1), 0))
-            _store_tile(p_dve, b_dv * tl.load(p_s + 1), batch, key, kv_head, T, V_APART, DH, BN)
-        else:
-            tl.store(p_ds + tl.program_id(0) * 2 + 1, 0.0)
     else:
         _store_tile(p_dk, b_dk * scale, batch, key, kv_head, T, K_APART, DH, BN)
         _store_tile(p_dv, b_dv, batch, key, kv_head, T, K_APART, DH, BN)

@@ -169,7 +169,7 @@ def _slices(qkv_BTEDh, heads: int):
 def launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan: AttentionPlan, heads: int, width: int, scale: float):
     """(o (B, T, H, Dh), its rows' base-2 log-sum-exp, qkv with q and k normed and rotated, both factors of norms)."""
     B, T, D = x_BTD.shape
-    qkv = (x_BTD.reshape(B * T, D) @ w_ED.t()).view(B, T, -1, width)
+    qkv = (dense(x_BTD).view(B * T, D) @ dense(w_ED).t()).view(B, T, -1, width)
     v, rms_q, rms_k = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, True)
     q, k, _ = _slices(qkv, heads)
     o, lse = launch_forward(q, k, v, plan, scale)
@@ -185,8 +185,8 @@ def launch_layer_backward(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan: A
     tables = (dense(x.float()) for x in (s, cos_TR, sin_TR))
     inputs = LayerInputs(dense(rms_q), dense(rms_k), raw, None if ve is None else dense(ve), *tables)
     *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, inputs=inputs, out=_slices(dqkv, heads))
-    x_ND, dqkv_NE = x_BTD.flatten(0, 1), dqkv.view(-1, w_ED.shape[0])
-    return (dqkv_NE @ w_ED).view(x_BTD.shape), dqkv_NE.t() @ x_ND, dve, ds
+    x_ND, dqkv_NE = dense(x_BTD).flatten(0, 1), dqkv.view(-1, w_ED.shape[0])
+    return (dqkv_NE @ dense(w_ED)).view(x_BTD.shape), dqkv_NE.t() @ x_ND, dve, ds
 
 
 # ---- torch operators --------------------------------------------------------------------------------------

@@ -11,13 +11,11 @@ import ast
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import re
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,46 +97,6 @@ def unproven_versions(found: Mapping[str, str]) -> list[str]:
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def choose_assembler(environment: MutableMapping[str, str] = os.environ) -> str:
-    """Make Triton and Inductor use one and the same ptxas: the user's (TRITON_PTXAS_PATH), else the newest of those
-    that triton and torch bring. Returns "<release> <path>"; "none" where there is none. To be called before anything
-    is compiled.
-
-    Left alone, Inductor points the whole process to torch's copy as soon as it compiles in the process itself, and
-    what a kernel is assembled with depends on who was first. The newest, because ptxas 12.8 has public reports of
-    wrong numbers with asynchronous wgmma on Hopper (github.com/triton-lang/triton/issues/11781)."""
-    given = environment.get("TRITON_PTXAS_PATH")
-    places = [Path(given)] if given else _assemblers()
-    known = [(release, path) for path in places if (release := _release(path))]
-    if not known:
-        return "none"
-    release, path = max(known, key=lambda pair: _number(pair[0]))
-    environment["TRITON_PTXAS_PATH"] = str(path)
-    return f"{release} {path}"
-
-
-def _assemblers() -> list[Path]:
-    """Where torch and triton keep a ptxas, without importing them."""
-    from importlib.util import find_spec
-
-    places = []
-    for package, inside in (("triton", "backends/nvidia/bin/ptxas"), ("torch", "bin/ptxas")):
-        spec = find_spec(package)
-        if spec is not None and spec.origin is not None:
-            places.append(Path(spec.origin).parent / inside)
-    return places
-
-
-def _release(ptxas: Path) -> str | None:
-    """The release of an assembler, as 12.9.86; None if it does not run."""
-    try:
-        said = subprocess.run([str(ptxas), "--version"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    match = re.search(r"\bV(\d+\.\d+\.\d+)", said)
-    return match[1] if match else None
 
 
 # -------------------------------------------------------------------------------------------------------------

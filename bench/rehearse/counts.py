@@ -50,8 +50,8 @@ def rehearse(
     Raises: device.CannotRehearse; whatever a real device would raise on compiling or launching."""
     from torch._dynamo import utils as dynamo
 
+    from kernels.assembler import choose_assembler
     from trainer.processes import sequence_length_for
-    from trainer.program import choose_assembler
 
     waits = pretended.install(device)
     assembler = choose_assembler().partition(" ")[0]

@@ -13,6 +13,8 @@ compile    runs the launches on meta tensors against pretend devices (sm_80, sm_
 code       reads the machine code of those compilations: registers, stack, shared memory, matrix and bulk-copy
            instructions, instructions in the hot loop; checks them against the family's `demands` and against
            the committed table machine_code.json, which is keyed by Triton's version.
+scan       (on demand) compiles for sm_90 every launch, and every tile that tuning may choose, and looks in each for
+           registers that are written while an asynchronous product reads them; kept in scanned.json.
 manifest   looks up the hash of each sm_90 machine code in measured.json: which of it has run on a GPU.
 faults     plants each of the family's faults in a copy of its source and runs the quick numeric cases in
            float32: one must fail.
@@ -141,6 +143,7 @@ class Family(NamedTuple):
     demands: dict[str, Demand]
     faults: tuple[Fault, ...]
     checks: tuple[tuple[str, Callable[[ModuleType, str], None]], ...] = ()  # (module, device); raise if it fails
+    candidates: tuple[Launch, ...] = ()  # launches with every tile that tuning may choose, for the scan only
 
 
 # Imported before the function of its name is defined: importing a package later would put it in the function's place.

@@ -4,6 +4,7 @@
     python -m kernels.proof --quick              the part that the default tests run
     python -m kernels.proof --family attention --part compile --device sm_90
     python -m kernels.proof --part compile --update    rewrite machine_code.json's rows for this Triton
+    python -m kernels.proof --part scan                every candidate tile: no product's registers written too early
     python -m kernels.proof --part mutate --minutes 20 go on with the campaign of planted faults (docs/mutations.md)
 
 Exit code 0: all holds. 1: something does not, and the output says what. 2: usage.
@@ -30,7 +31,7 @@ def run_part(part: str, names: list[str], devices: list[str], quick: bool, minut
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / ".triton-cache"))
     environment["OMP_NUM_THREADS"] = "1"
-    if part not in ("compile", "mutate-compiled"):
+    if part not in ("compile", "scan", "mutate-compiled"):
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "kernels.proof.worker", part, *(["--quick"] * quick)]
     command += [f"--family={n}" for n in names] + [f"--device={d}" for d in devices]
@@ -106,9 +107,22 @@ def mutate(names: list[str], minutes: float | None, page_only: bool) -> list[str
     return [told for name, told in survivors.items() if name not in mutation.EXPLAINED]
 
 
+def report_scan(result: dict) -> list[str]:
+    """Print and keep what a scan of the machine code found; return the places that are wrong."""
+    machine_code.keep_scan(result)
+    print(
+        f"\ntriton {result['triton']}, ptxas {result['ptxas']}: {result['kernels']} kernels, "
+        f"{result['register_operands']} asynchronous products that read registers, {len(result['reused'])} places that "
+        f"write one too early"
+    )
+    for line in result["not_compiled"]:
+        print(f"  not compiled: {line}")
+    return result["reused"]
+
+
 def report_compile(result: dict, update: bool) -> list[str]:
     """Print the machine code table and what the committed files say; return what does not hold."""
-    print(f"\ncompiled with triton {result['triton']}")
+    print(f"\ncompiled with triton {result['triton']}, assembled by ptxas {result['ptxas']}")
     print("  device  registers stack shared  HGMMA UTMALDG  loops (instructions, products)   launch, kernel")
     for r in result["rows"]:
         loops = " ".join(f"{x['instructions']},{x['products']}" for x in r.get("loops", []))
@@ -120,11 +134,11 @@ def report_compile(result: dict, update: bool) -> list[str]:
         )
     wrong, rows = list(result["failures"]), table_rows(result)
     if update:
-        machine_code.update_table(rows)
+        machine_code.update_table(rows, result["ptxas"])
         print(f"\nmachine_code.json: {len(rows)} rows written for triton {result['triton']}")
     else:
         try:
-            differences = {key: v for key, v in machine_code.compare(rows).items() if v}
+            differences = {key: v for key, v in machine_code.compare(rows, result["ptxas"]).items() if v}
             wrong += [f"machine code differs from the committed table: {k}: {v}" for k, v in differences.items()]
             print(f"\nmachine_code.json: {len(rows) - len(differences)} of {len(rows)} rows as committed")
         except LookupError as missing:
@@ -145,7 +159,7 @@ def main() -> int:
     )
     parser.add_argument("--family", action="append", default=[], help="only this kernel family (repeatable)")
     parser.add_argument(
-        "--part", action="append", default=[], choices=(*PARTS, "mutate"), help="only this part (repeatable)"
+        "--part", action="append", default=[], choices=(*PARTS, "scan", "mutate"), help="only this part (repeatable)"
     )
     parser.add_argument("--minutes", type=float, help="of the mutate part, for each of its two halves")
     parser.add_argument("--page", action="store_true", help="of the mutate part: only write docs/mutations.md")
@@ -163,6 +177,9 @@ def main() -> int:
     for part in options.part or PARTS:
         if part == "mutate":
             wrong += mutate(options.family, options.minutes, options.page)
+            continue
+        if part == "scan":
+            wrong += report_scan(run_part(part, options.family, [], False))
             continue
         found[part] = run_part(part, options.family, devices, options.quick)
         if part == "compile":

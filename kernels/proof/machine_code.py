@@ -22,6 +22,7 @@ from kernels.proof.pretend import Compiled
 from kernels.runtime import triton
 
 TABLE = Path(__file__).with_name("machine_code.json")
+SCANNED = Path(__file__).with_name("scanned.json")
 MANIFEST = Path(__file__).with_name("measured.json")
 #: The device whose code is listed in the table and the manifest.
 TABLE_DEVICE = "sm_90"
@@ -31,6 +32,7 @@ COUNTED = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "MUFU")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)([^;]*);")
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _BACK = re.compile(r"\((\.L_\w+)\)")
+_ASYNCHRONOUS = re.compile(r"^\.\d+x(\d+)x\d+\S*\s+R(\d+),\s*(R\d+)?")
 
 
 def text_hash(cubin: bytes) -> str:
@@ -53,22 +55,30 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def read_listing(listing: str) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
+    """(opcode, rest of the line) of every instruction that nvdisasm lists, and the loops: the numbers of the first
+    instruction of each and of the one behind its last."""
+    code, labels, loops = [], {}, []
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := _OPCODE.search(line):
+            code.append((found[1], found[2]))
+            target = _BACK.search(found[2]) if found[1] == "BRA" else None
+            if target and target[1] in labels:  # a label seen before: a jump back
+                loops.append((labels[target[1]], len(code)))
+    return code, loops
+
+
 def read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers and stack a thread, opcodes, and the innermost loops (instructions and products of each)."""
+    """Registers and stack a thread, opcodes, the innermost loops (instructions and products of each), and, where there
+    are any, `reused_registers`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "--dump-resource-usage", file.name)))
-        listing = _tool("nvdisasm", "-c", file.name)
-    opcodes, labels, loops = [], {}, []
-    for line in listing.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(opcodes)
-        elif found := _OPCODE.search(line):
-            opcodes.append(found[1])
-            target = _BACK.search(found[2]) if found[1] == "BRA" else None
-            if target and target[1] in labels:  # a label seen before: a jump back
-                loops.append((labels[target[1]], len(opcodes)))
+        code, loops = read_listing(_tool("nvdisasm", "-c", file.name))
+    opcodes = [opcode for opcode, _ in code]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     counts = collections.Counter(opcodes)
     body = [
@@ -76,13 +86,62 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         for start, end in inner
         if end - start > 4
     ]  # shorter ones only wait for a barrier
+    reused = reused_registers(code, loops)
+    from_registers = [rest for opcode, rest in code if opcode == "HGMMA" and (p := _ASYNCHRONOUS.match(rest)) and p[3]]
     return {
         "registers": int(usage["REG"]),
         "stack_bytes": int(usage["STACK"]),
         "instructions": len(opcodes),
         "opcodes": {op: counts[op] for op in COUNTED if counts[op]},
         "loops": body,
-    }
+        "register_operands": len(from_registers),
+    } | ({"reused_registers": reused} if reused else {})
+
+
+def reused_registers(code: list[tuple[str, str]], loops: list[tuple[int, int]]) -> list[str]:
+    """Instructions that write a register which an asynchronous product in flight still reads or writes, in words.
+
+    A product (HGMMA) is in flight from its issue until a wait (WARPGROUP.DEPBAR.LE gsb0, n) leaves at most n later
+    groups; one that names gsb0 closes a group. This is the fault of assemblers before CUDA 13.3 (kernels/assembler.py).
+    code and loops: of `read_listing`, followed in its order, and each loop once more from its end; jumps forward are
+    taken for not taken."""
+    found: dict[int, str] = {}
+    flying: list[set[int]] = [set()]  # registers of each group, the last one still open
+    ends = {end: start for start, end in loops}
+
+    def follow(first: int, last: int) -> None:
+        for i in range(first, last):
+            opcode, rest = code[i]
+            if opcode == "HGMMA" and (product := _ASYNCHRONOUS.match(rest)):
+                flying[-1] |= {int(product[2]) + r for r in range(int(product[1]) // 2)}
+                if product[3]:
+                    flying[-1] |= {int(product[3][1:]) + r for r in range(4)}
+                if "gsb0" in rest:
+                    flying.append(set())
+            elif opcode == "WARPGROUP" and (wait := re.search(r"gsb0, 0x([0-9a-f]+)", rest)):
+                left = int(wait[1], 16)
+                flying[:] = [*flying[-1 - left : -1], flying[-1]] if left else [flying[-1]]
+            elif clash := _written(opcode, rest) & set().union(*flying):
+                found.setdefault(i, f"{opcode}{rest.rstrip()} writes R{min(clash)}, which a product in flight uses")
+
+    for i in range(len(code)):
+        follow(i, i + 1)
+        if i + 1 in ends:
+            before = [set(group) for group in flying]
+            follow(ends[i + 1], i + 1)
+            flying[:] = before
+    return list(found.values())
+
+
+def _written(opcode: str, rest: str) -> set[int]:
+    """Numbers of the registers that an instruction other than a product writes."""
+    target = re.match(r"\S*\s+(?:P\d+,\s*)?R(\d+)\b", rest)
+    if not target:
+        return set()
+    wide = re.match(r"\S*\.(?:64|128|WIDE|4|2)\b", rest)
+    size = {".128": 4, ".64": 2, ".WIDE": 2, ".4": 4, ".2": 2}
+    width = max((n for name, n in size.items() if name in rest.split()[0] + "."), default=1) if wide else 1
+    return {int(target[1]) + r for r in range(width)}
 
 
 def read_amdgcn(assembly: str) -> dict[str, Any]:
@@ -104,6 +163,7 @@ def describe(compiled: Compiled) -> dict[str, Any]:
     row = {"options": dict(sorted(compiled.options.items())), "shared_bytes": compiled.shared_bytes}
     if "cubin" in compiled.asm:
         row |= read_cubin(compiled.asm["cubin"])
+        del row["register_operands"]  # of the scan
         row["sha256"] = text_hash(compiled.asm["cubin"])
     else:
         row |= read_amdgcn(compiled.asm["amdgcn"])
@@ -158,17 +218,26 @@ def unmet_structure(family: Family, compiled: Compiled) -> list[str]:
 # ---- committed files ---------------------------------------------------------------------------------------
 
 
-def committed_table() -> dict[str, dict[str, dict]]:
-    """machine_code.json: Triton's version -> "family / launch / kernel" -> row."""
+def _read_table() -> dict[str, dict]:
+    """machine_code.json: Triton's version -> "family / launch / kernel" -> row; "ptxas": that version -> release."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
-def compare(rows: dict[str, dict]) -> dict[str, str | None]:
-    """For each row, how it differs from the committed table of this Triton; None where it does not.
+def committed_table() -> dict[str, dict[str, dict]]:
+    """Triton's version -> "family / launch / kernel" -> row."""
+    return {version: rows for version, rows in _read_table().items() if version != "ptxas"}
+
+
+def compare(rows: dict[str, dict], ptxas: str) -> dict[str, str | None]:
+    """For each row, assembled by that release of ptxas, how it differs from the committed table of this Triton; None
+    where it does not.
 
     Raises: LookupError, with the reason, if the table has no rows for this version."""
     table = committed_table()
     known = table.get(triton.__version__)
+    by = _read_table().get("ptxas", {}).get(triton.__version__)
+    if known is not None and by != ptxas:
+        raise LookupError(f"machine_code.json's rows for triton {triton.__version__} are of ptxas {by}, not {ptxas}")
     if known is None:
         raise LookupError(
             f"machine_code.json has no rows for triton {triton.__version__}, only for "
@@ -186,26 +255,40 @@ def compare(rows: dict[str, dict]) -> dict[str, str | None]:
     return verdicts
 
 
-def update_table(rows: dict[str, dict]) -> None:
-    """Replace this Triton's rows of the families in `rows` in machine_code.json, one writer at a time."""
+def update_table(rows: dict[str, dict], ptxas: str) -> None:
+    """Replace this Triton's rows of the families in `rows` in machine_code.json, one writer at a time; all of this
+    Triton's rows if those there are of another ptxas."""
     folder = os.open(TABLE.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        _rewrite_table(rows)
+        _rewrite_table(rows, ptxas)
     finally:
         os.close(folder)
 
 
-def _rewrite_table(rows: dict[str, dict]) -> None:
-    table = committed_table()
+def _rewrite_table(rows: dict[str, dict], ptxas: str) -> None:
+    table = _read_table()
+    releases = table.pop("ptxas", {})
+    if releases.get(triton.__version__) != ptxas:
+        table[triton.__version__] = {}
+    releases[triton.__version__] = ptxas
     renewed = {key.partition(" / ")[0] for key in rows}
     kept = {k: r for k, r in table.get(triton.__version__, {}).items() if k.partition(" / ")[0] not in renewed}
     table[triton.__version__] = dict(sorted({**kept, **rows}.items()))
-    lines = []
+    lines = [f' "ptxas": {json.dumps(dict(sorted(releases.items())))}']
     for version, known in sorted(table.items()):
         body = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in known.items())
         lines.append(f" {json.dumps(version)}: {{\n{body}\n }}")
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def keep_scan(told: dict[str, Any]) -> None:
+    """Put a scan beside those of other versions of Triton and other assemblers in scanned.json."""
+    known = json.loads(SCANNED.read_text()) if SCANNED.exists() else {}
+    known[f"triton {told['triton']}, ptxas {told['ptxas']}"] = {
+        name: told[name] for name in ("kernels", "register_operands", "reused", "not_compiled")
+    }
+    SCANNED.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 def manifest() -> dict[str, dict]:

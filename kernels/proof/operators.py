@@ -403,6 +403,24 @@ def _looped(module, g, impl):
     return {"o": module.banded_attention(g["q"], g["k"], g["v"], g["plan"].first_key_BT, 0.3)}
 
 
+def _layer_inputs(random):
+    from kernels.attention import attention_plan
+
+    B, T, H, K, width, D = 2, 20, 2, 1, 16, 8
+    tokens = torch.ones(B, T, dtype=torch.int64)
+    tokens[0, 7] = tokens[1, 3] = 0
+    angle = torch.arange(T)[:, None] * torch.linspace(0.1, 1, width // 2)
+    given = _draw(random, x=(B, T, D), w=((H + 2 * K) * width, D), ve=(B, T, K, width), s=(2,))
+    given |= {"cos": angle.cos(), "sin": angle.sin(), "plan": attention_plan(tokens, eos_id=0, window_tokens=9)}
+    return given | _draw(random, upstream_o=(B, T, H, width))
+
+
+def _layer(module, g, impl):
+    shape = dict(heads=2, width=16, scale=0.3)
+    rotary, both = (g["cos"], g["sin"]), dict(impl=impl, inputs_impl=impl)
+    return {"o": module.attention_layer(g["x"], g["w"], g["ve"], g["s"], rotary, g["plan"], **shape, **both)}
+
+
 def _momentum_inputs(random):
     return _draw(random, buffer=(6, 10), grad=(6, 10))
 
@@ -560,6 +578,15 @@ OPERATORS: dict[str, Operator] = {
             _attention_reference,
             _QKV,
             implementations=("auto",),
+        ),
+        Operator(
+            "attention layer",
+            "kernels.attention_layer",
+            _layer_inputs,
+            _layer,
+            lambda m, g: _layer(m, g, "reference"),
+            ("x", "w", "ve", "s"),
+            half=False,  # its scalars and tables are float32 in every dtype: the family's cases have half precision
         ),
         Operator(
             "momentum",

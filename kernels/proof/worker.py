@@ -29,8 +29,11 @@ def faults(names: tuple[str, ...]) -> dict:
 
 def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -> dict:
     """Dry runs: one entry a launch, device and kernel, under "rows"; what failed, under "failures"."""
+    from kernels.assembler import choose_assembler
     from kernels.proof import machine_code, pretend
     from kernels.runtime import triton
+
+    ptxas = choose_assembler().partition(" ")[0]
 
     rows, failures = [], []
     for name, family in families(names).items():
@@ -49,6 +52,7 @@ def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -
                     continue
                 for one in compiled:
                     row = machine_code.describe(one)
+                    failures += [f"{where}: {one.kernel}: {r}" for r in row.pop("reused_registers", [])]
                     failures += [f"{where}: {one.kernel}: {u}" for u in machine_code.unmet_structure(family, one)]
                     if device == machine_code.TABLE_DEVICE and launch.demanding:
                         failures += [
@@ -65,12 +69,40 @@ def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -
                             **row,
                         }
                     )
-    return {"triton": triton.__version__, "rows": rows, "failures": failures}
+    return {"triton": triton.__version__, "ptxas": ptxas, "rows": rows, "failures": failures}
+
+
+def scan(names: tuple[str, ...]) -> dict:
+    """Every launch and candidate tile compiled for sm_90: how many kernels, how many of their asynchronous products
+    read an operand from registers, and where such a register, or a sum, is written too early."""
+    from kernels.assembler import choose_assembler
+    from kernels.proof import machine_code, pretend
+    from kernels.runtime import triton
+
+    ptxas = choose_assembler().partition(" ")[0]
+    seen, operands, reused, failures = set(), 0, [], []
+    for name, family in families(names).items():
+        for launch in (*family.launches, *family.candidates):
+            where = f"{name} / {launch.name}"
+            try:
+                with pretend.device(machine_code.TABLE_DEVICE) as compiled:
+                    launch.run()
+            except Exception as error:  # a candidate may ask for more shared memory than there is
+                failures.append(f"{where}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            for one in compiled:
+                digest = machine_code.text_hash(one.asm["cubin"])
+                if digest not in seen:
+                    seen.add(digest)
+                    row = machine_code.read_cubin(one.asm["cubin"])
+                    operands += row["register_operands"]
+                    reused += [f"{where}: {one.kernel}: {r}" for r in row.get("reused_registers", [])]
+    told = {"ptxas": ptxas, "kernels": len(seen), "register_operands": operands, "reused": reused}
+    return {"triton": triton.__version__, **told, "not_compiled": failures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=("interpret", "faults", "compile", "mutate", "mutate-compiled"))
+    parser.add_argument("part", choices=("interpret", "faults", "compile", "scan", "mutate", "mutate-compiled"))
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--family", action="append", default=[])
     parser.add_argument("--device", action="append", default=[], choices=DEVICES)
@@ -86,6 +118,8 @@ def main() -> None:
         result = interpret(names, options.quick)
     elif options.part == "faults":
         result = faults(names)
+    elif options.part == "scan":
+        result = scan(names)
     else:
         result = compile_all(names, options.quick, tuple(options.device) or DEVICES)
     print(json.dumps(result))

@@ -14,9 +14,9 @@ from bench.rehearse.project import CEILINGS, project
 pytestmark = pytest.mark.timeout(900)  # the first test waits for a minute of compiling, or as long as others leave it
 
 
-def python(*arguments, timeout):
-    """A process of its own: Triton's interpreter is off there."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+def python(*arguments, timeout, changed=None):
+    """A process of its own: Triton's interpreter is off there. changed: of its environment."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | (changed or {})
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=budgets.REPO)
 
@@ -165,6 +165,23 @@ def test_planted_faults_are_seen():
     assert said.keys() == expected.keys()
     for fault, word in expected.items():
         assert any(word in line.lower() for line in said[fault]), f"{fault}: {said[fault]}"
+
+
+@pytest.mark.slow
+def test_another_assembler_is_seen(tmp_path):
+    """The command with Triton's older ptxas: the machine code of every own kernel is another than the proof's."""
+    from pathlib import Path
+
+    triton = pytest.importorskip("triton")
+    older = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = ("-m", "bench.rehearse", "--preset=medium", "--one-block", "--world=1", "--check")
+    changed = {"TRITON_PTXAS_PATH": str(older), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = python(*command, timeout=850, changed=changed)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 1
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("own kernels whose machine code is not")]
+    assert told.count(",") > 3, told
 
 
 @pytest.mark.slow

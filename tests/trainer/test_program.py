@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from trainer.program import PROVEN, choose_assembler, fingerprint, program_files, unproven_versions
+from kernels.assembler import choose_assembler, doubts
+from trainer.program import PROVEN, fingerprint, program_files, unproven_versions
 
 
 def project(root):
@@ -73,15 +74,40 @@ def test_one_assembler_is_chosen_and_stays(tmp_path, monkeypatch):
         path.chmod(0o755)
         return path
 
+    def both(path):
+        return {"TRITON_PTXAS_PATH": str(path), "TRITON_PTXAS_BLACKWELL_PATH": str(path)}
+
     old, new, broken = ptxas("old", "12.8.93"), ptxas("new", "12.10.1"), tmp_path / "absent"
-    monkeypatch.setattr("trainer.program._assemblers", lambda: [broken, old, new])
+    next_cuda, torchs = ptxas("next", "13.4.59"), ptxas("torchs", "13.5.1")
+    monkeypatch.setattr("kernels.assembler._triton", lambda: [broken, old, new])
+    monkeypatch.setattr("kernels.assembler._torch", lambda: [torchs])
     environment = {}
-    assert choose_assembler(environment) == f"12.10.1 {new}" and environment == {"TRITON_PTXAS_PATH": str(new)}
+    assert choose_assembler(environment) == f"12.10.1 {new}" and environment == both(new)
     assert choose_assembler(environment) == f"12.10.1 {new}"
-    chosen = {"TRITON_PTXAS_PATH": str(old)}  # by the user
-    assert choose_assembler(chosen) == f"12.8.93 {old}" and chosen == {"TRITON_PTXAS_PATH": str(old)}
-    monkeypatch.setattr("trainer.program._assemblers", lambda: [broken])
-    assert choose_assembler({}) == "none"
+    chosen = {"TRITON_PTXAS_PATH": str(old)}  # by the user, who means every GPU
+    assert choose_assembler(chosen) == f"12.8.93 {old}" and chosen == both(old)
+    monkeypatch.setattr("kernels.assembler._triton", lambda: [old, next_cuda])
+    assert choose_assembler({}) == f"13.4.59 {next_cuda}"
+    monkeypatch.setattr("kernels.assembler._cuda_of_torch", lambda: 12)  # whose driver would not load code of 13
+    assert choose_assembler({}) == f"12.8.93 {old}"
+    monkeypatch.setattr("kernels.assembler._cuda_of_torch", lambda: None)
+    monkeypatch.setattr("kernels.assembler._triton", lambda: [broken])
+    assert choose_assembler({}) == f"13.5.1 {torchs}"
+    assert choose_assembler({"TRITON_PTXAS_PATH": str(broken)}) == "none"
+
+
+def test_torchs_cuda_is_read_from_its_files(tmp_path, monkeypatch):
+    from kernels import assembler
+
+    monkeypatch.setattr(assembler, "_folder", lambda _package: tmp_path)
+    for text, expected in (("cuda: Optional[str] = '13.0'\n", 13), ("cuda = '12.6'\n", 12), ("cuda = None\n", None)):
+        (tmp_path / "version.py").write_text(f"debug = False\n{text}hip = None\n")
+        assert assembler._cuda_of_torch() == expected
+
+
+def test_an_assembler_that_is_not_safe_on_hopper_is_told():
+    assert "12.9.86" in doubts("12.9.86 /somewhere/ptxas")[0] and "13.3" in doubts("13.1.80")[0]
+    assert doubts("13.3.33") == doubts("13.10.1") == doubts("none") == []
 
 
 def test_tritons_own_assembler_is_found():

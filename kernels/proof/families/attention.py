@@ -3,6 +3,7 @@
 import torch
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof.operators import LAYOUTS
 
 SCALE = 0.12
 NAMES = ("q", "k", "v")
@@ -147,6 +148,50 @@ def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
     return run
 
 
+def _candidate(number, descriptors):
+    """The `number`-th candidate tile of each kernel, where it has so many."""
+
+    def run():
+        import kernels.attention as module
+
+        def tile(kernel):
+            shapes = module.CANDIDATES[kernel]
+            return module.Tile(*shapes[min(number, len(shapes) - 1)], descriptors=descriptors)
+
+        T, shape = 65536, (1, 65536, 8, 128)
+        row, order = (torch.empty(*s, dtype=torch.int32, device="meta") for s in ((1, T), (T // 128,)))
+        plan = module.AttentionPlan(row, row, order, order)
+        q, k, v, do = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(4))
+        o, lse = module.launch_forward(q, k, v, plan, SCALE, tile("forward"))
+        module.launch_backward(do, q, k, v, o, lse, plan, SCALE, tile("dq"), tile("dkdv"))
+
+    return run
+
+
+def _sequences_apart(module, device):
+    """Two sequences whose distance is not that of their tokens give what dense ones give."""
+    from kernels.attention import attention_plan
+
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 1, 16, generator=random).to(device) for _ in range(3))
+    plan = attention_plan(torch.ones(2, 5, dtype=torch.int32, device=device), eos_id=0)
+    apart = [LAYOUTS["rows apart"](x) for x in (q, k, v)]
+    expected, found = (module.launch_forward(*x, plan, SCALE)[0] for x in ((q, k, v), apart))
+    assert torch.equal(found, expected), "o differs if the sequences lie unevenly apart"
+
+
+def _precision_is_torchs(module, device):
+    """Float32 products are rounded to tf32 where torch's setting allows it, and nothing else ever is."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, fast in (("highest", "ieee"), ("high", "ieee" if torch.version.hip else "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            for dtype, wanted in ((torch.float32, fast), (torch.bfloat16, "ieee"), (torch.float16, "ieee")):
+                assert module._precision(dtype) == wanted, f"{dtype} under {setting}: {module._precision(dtype)}"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 FAMILY = Family(
     name="attention",
     module="kernels.attention",
@@ -163,7 +208,7 @@ FAMILY = Family(
             window_blocks=2,
         ),
         _numeric("one document, window of one block, tall tiles", TALL, 300, 1, 1, 16, (0,), window_blocks=1),
-        _numeric("one document, token window, wide tiles", WIDE, 150, 1, 1, 16, (), window_tokens=100),
+        _numeric("one document, token window, tokens end with a tile", WIDE, 144, 1, 1, 16, (), window_tokens=100),
         _numeric(
             "two sequences, four heads on two, descriptors, causal",
             SQUARE,
@@ -171,7 +216,7 @@ FAMILY = Family(
             4,
             2,
             16,
-            ((5,), (1, 2, 129)),
+            ((), (1, 2, 129)),  # one document: a tile of keys has interior tiles for both its query heads
             B=2,
             descriptors=True,
         ),
@@ -205,6 +250,10 @@ FAMILY = Family(
         _numeric("one token", SQUARE, 1, 1, 1, 32, (0,), quick=False, window_blocks=1),
         _numeric("a whole number of tiles, causal", SQUARE, 256, 1, 1, 32, (), quick=False),
     ),
+    checks=(
+        ("sequences unevenly apart", _sequences_apart),
+        ("float32 products follow torch's own setting", _precision_is_torchs),
+    ),
     launches=(
         Launch("bf16, 8 heads of 128", _launch(torch.bfloat16), quick=True),
         Launch(
@@ -219,17 +268,18 @@ FAMILY = Family(
         Launch("float32, 8 heads of 128", _launch(torch.float32, T=1000), demanding=False),
         Launch("float32, 4 heads of 16", _launch(torch.float32, T=4096, H=4, K=4, width=16), demanding=False),
     ),
+    candidates=tuple(
+        Launch(f"candidate {number}, {'descriptors' if descriptors else 'pointers'}", _candidate(number, descriptors))
+        for number in range(7)
+        for descriptors in (True, False)
+    ),
     demands={
         "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_lse")),
         "_attention_dq": Demand(
             instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_do", "p_lse", "p_dq", "p_delta")
         ),
-        # two accumulators of 128 x 128 leave no register to spare, and grouped heads add a loop: up to 160 bytes
-        # a thread may spill (triton 3.6 spills 24, and 152 with grouped heads; 3.9 none and 40)
         "_attention_dkdv": Demand(
-            instructions=("HGMMA", "UTMALDG"),
-            stack_bytes=160,
-            wide=("p_q", "p_k", "p_v", "p_do", "p_lse", "p_delta", "p_dk", "p_dv"),
+            instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_do", "p_lse", "p_delta", "p_dk", "p_dv")
         ),
     },
     faults=(
@@ -319,27 +369,55 @@ FAMILY = Family(
             "query heads read the wrong key head", "kv_head = head // (HEADS // KV_HEADS)", "kv_head = head % KV_HEADS"
         ),
         Fault(
-            "keys forget the later query heads of their group",
-            "for g in range(0, HEADS // KV_HEADS):",
-            "for g in range(0, 1):",
+            "interior tiles forget the later query heads of their group",
+            "range(0, GROUP * interior)",
+            "range(0, interior)",
+            by="four heads on two",
+        ),
+        Fault(
+            "edge tiles forget the later query heads of their group",
+            "range(0, GROUP * (diagonal + edge))",
+            "range(0, diagonal + edge)",
+            by="four heads on two",
+        ),
+        Fault("a tile behind the last token is worked on", "if row >= T:", "if row > T:", by="tokens end with a tile"),
+        Fault(
+            "a tile of keys behind the last is worked on", "if key >= T:", "if key > T:", by="tokens end with a tile"
+        ),
+        Fault(
+            "sequences of uneven distance are taken for even",
+            "(B == 1 or x.stride(0) == T * x.stride(1))",
+            "(B != 1 or x.stride(0) == T * x.stride(1))",
+            by="unevenly apart",
+        ),
+        Fault(
+            "float32 products are rounded where torch says not to",
+            'torch.get_float32_matmul_precision() != "highest"',
+            'torch.get_float32_matmul_precision() == "highest"',
+            by="torch's own setting",
         ),
         Fault("the second sequence uses the first one's plan", "p_first += batch * T", "p_first += batch"),
         Fault("the running maximum is not carried", "b_keep = tl.exp2(b_max - b_shift)", "b_keep = tl.exp2(b_max * 0)"),
         Fault("delta is left out", "b_ds = b_p * (b_dp - b_delta[None, :])", "b_ds = b_p * b_dp"),
         Fault("two programs take the same rows", "tile % (CHUNK // ROWS) * ROWS", "0"),
         Fault("the logarithm is stored in base e", "b_max + tl.log2(b_sum)", "b_max + tl.log(b_sum)"),
-        Fault("the norm's derivative forgets its own change", "(b_1 - b_y1 * b_mean) * b_r", "b_1 * b_r"),
+        Fault("the norm's derivative forgets its own change", "b_1 = (b_1 - b_y1 * b_mean) * b_r", "b_1 = b_1 * b_r"),
         Fault("rotations are undone the wrong way round", "(b_1 * b_cos - b_2 * b_sin)", "(b_1 * b_cos + b_2 * b_sin)"),
         Fault("projections' gradients of rows past the end are written", "m_row = (o_row < T)", "m_row = (o_row <= T)"),
         Fault("the norm's factor is that of the first sequence", "p_rms += (batch.to(tl.int64)", "p_rms += (0"),
-        Fault("the values' norm keeps no mean", "(b_dv - b_y * (b_along / DH)[:, None])", "b_dv"),
-        Fault("the values' gradient lacks their factor", "(b_r * tl.load(p_s))", "b_r"),
-        Fault("the value embedding's gradient lacks its factor", "b_dv * tl.load(p_s + 1)", "b_dv"),
-        Fault("scalars' gradients of two programs lie on each other", "p_ds + tl.program_id(0) * 2,", "p_ds,"),
+        Fault("the values' norm keeps no mean", "(b_1 - b_y1 * b_mean) * b_r).to", "b_1 * b_r).to"),
+        Fault("the values' gradient lacks their factor", "(b_r * tl.load(p_s))[:, None]", "b_r[:, None]"),
+        Fault("the value embedding's gradient lacks its factor", "(b_1 * s_1).to", "b_1.to"),
+        Fault("scalars' gradients of two programs lie on each other", "p_ds += tl.program_id(0) * 2", "p_ds += 0"),
         Fault(
             "the raw values are read as if dense",
-            "p_raw, batch, key, kv_head, T, K_APART",
-            "p_raw, batch, key, kv_head, T, V_APART",
+            "p_ds, p_raw, p_ve, p_s, b_dv, batch, key, kv_head, T, K_APART",
+            "p_ds, p_raw, p_ve, p_s, b_dv, batch, key, kv_head, T, V_APART",
+        ),
+        Fault(
+            "the value embedding's gradient lies as the projection's",
+            "+ row) * V_APART + head) * DH",
+            "+ row) * APART + head) * DH",
         ),
     ),
 )

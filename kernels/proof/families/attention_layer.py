@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof.operators import LAYOUTS
 
 SCALE = 0.12
 LEAVES = ("x", "w", "ve", "s")
@@ -39,6 +40,16 @@ def _kernel(module, given):
     return {"o": saved[0], **{f"d{n}": g for n, g in zip(LEAVES, grads) if g is not None}}
 
 
+def _kernel_of_strided_factors(module, given):
+    """The same with the saved factors of the norms apart in memory, which the backward launcher makes dense."""
+    x, w, ve, s, cos, sin, do, plan = given.values()
+    heads, width = do.shape[2:]
+    o, lse, qkv, *factors = module.launch_layer(x, w, ve, s, cos, sin, plan, heads, width, SCALE)
+    saved = (o, lse, qkv, *(LAYOUTS["strided"](r) for r in factors))
+    grads = module.launch_layer_backward(do, x, w, ve, s, cos, sin, saved, plan, heads, SCALE)
+    return {"o": o, **{f"d{n}": g for n, g in zip(LEAVES, grads) if g is not None}}
+
+
 def _reference(module, given):
     from kernels.attention import attention_reference
     from kernels.attention_inputs import attention_inputs_reference
@@ -53,9 +64,10 @@ def _reference(module, given):
     return {"o": o, **{f"d{n}": g for n, g in zip(leaves, grads)}}
 
 
-def _numeric(name, *shape, quick=True, **options):
+def _numeric(name, *shape, quick=True, kernel=_kernel, hostile=False, **options):
     given = _inputs(*shape, **options)
-    return Numeric(name, given, _kernel, _reference, keep_float32=("s", "cos", "sin"), quick=quick, least_scale=1.0)
+    more = dict(keep_float32=("s", "cos", "sin"), quick=quick, least_scale=1.0, hostile=hostile)
+    return Numeric(name, given, kernel, _reference, **more)
 
 
 def _launch(dtype, T=65536, H=8, K=8, width=128, with_ve=True):
@@ -85,6 +97,7 @@ FAMILY = Family(
         _numeric("documents inside a window, ragged end", 1, 150, 2, 2, 16, 24, (0, 3, 70, 128), window_blocks=1),
         _numeric("two sequences, four heads on two, no value embedding", 2, 37, 4, 2, 32, 20, (5,), with_ve=False),
         _numeric("width 128, fewer tokens than a tile", 1, 3, 2, 1, 128, 16, (), quick=False),
+        _numeric("tiny", 2, 5, 2, 1, 16, 8, (3,), kernel=_kernel_of_strided_factors, quick=False, hostile=True),
     ),
     launches=(
         Launch("bf16, 8 heads of 128", _launch(torch.bfloat16), quick=True),
@@ -93,12 +106,21 @@ FAMILY = Family(
         Launch("float32, 4 heads of 32", _launch(torch.float32, T=1000, H=4, K=4, width=32), demanding=False),
     ),
     demands={
-        "_prepare": Demand(),
+        "_prepare": Demand(wide=("p_qkv", "p_ve", "p_v", "p_rms_q", "p_rms_k")),
         "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG")),
         "_attention_dq": Demand(instructions=("HGMMA", "UTMALDG")),
-        "_attention_dkdv": Demand(instructions=("HGMMA", "UTMALDG"), stack_bytes=160),
+        "_attention_dkdv": Demand(instructions=("HGMMA", "UTMALDG")),
     },
     faults=(
+        Fault(
+            "the factors of queries' norms are taken for dense",
+            "LayerInputs(dense(rms_q)",
+            "LayerInputs(rms_q",
+            by="tiny",
+        ),
+        Fault("the factors of keys' norms are taken for dense", "dense(rms_k), raw", "rms_k, raw", by="tiny"),
+        Fault("the value embedding is taken for dense", "        ve = dense(ve)\n", "", by="transposed"),
+        Fault("the input is taken for dense", "(dense(x_BTD).view(B * T, D)", "(x_BTD.view(B * T, D)", by="transposed"),
         Fault("a token past the end is touched", "o_token < tokens", "o_token < tokens + 1"),
         Fault("every sequence but the first has wrong angles", "(o_token % T)[:, None]", "o_token[:, None]"),
         Fault(
