@@ -101,8 +101,10 @@ def mutants(family: Family) -> list[Mutant]:
     for rule in RULES:
         places = []
         for number in code:
-            for match in re.finditer(rule.pattern, lines[number]):
-                line = lines[number]
+            line = lines[number]
+            for match in re.finditer(rule.pattern, line):
+                if "  # " in line[: match.start()]:
+                    continue  # a remark behind the code
                 new = line[: match.start()] + match.expand(rule.replacement) + line[match.end() :]
                 if new != line and _parses([*lines[:number], new, *lines[number + 1 :]]):
                     places.append(Mutant(family.name, rule.kind, number, line, new))

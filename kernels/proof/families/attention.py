@@ -125,8 +125,8 @@ def _layer(name, *shape, with_ve=True, **window):
     return Numeric(name, given, _layer_kernel, _layer_reference, **more)
 
 
-def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
-    """The launch of a training step of this shape, with the device's own tiles."""
+def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None, layer=False):
+    """The launch of a training step of this shape, with the device's own tiles; `layer`: back through its inputs."""
 
     def run():
         import kernels.attention as module
@@ -142,8 +142,14 @@ def _launch(dtype, T=65536, B=1, H=8, K=8, width=128, descriptors=None):
         order = torch.empty(B * -(-T // 128), dtype=torch.int32, device="meta")
         plan = module.AttentionPlan(row, row, order, order)
         q, k, v, do = meta(H), meta(K), meta(K), meta(H)
+        more = {}
+        if layer:
+            (q, k, raw), out = (meta(H + 2 * K).split((H, K, K), dim=2) for _ in range(2))
+            shapes = (B, H, T), (B, K, T), (2,), (T, width // 2), (T, width // 2)
+            rms_q, rms_k, s, cos, sin = (torch.empty(x, dtype=torch.float32, device="meta") for x in shapes)
+            more = dict(inputs=module.LayerInputs(rms_q, rms_k, raw, meta(K), s, cos, sin), out=out)
         o, lse = module.launch_forward(q, k, v, plan, SCALE, tile("forward"))
-        module.launch_backward(do, q, k, v, o, lse, plan, SCALE, tile("dq"), tile("dkdv"))
+        module.launch_backward(do, q, k, v, o, lse, plan, SCALE, tile("dq"), tile("dkdv"), **more)
 
     return run
 
@@ -256,6 +262,7 @@ FAMILY = Family(
     ),
     launches=(
         Launch("bf16, 8 heads of 128", _launch(torch.bfloat16), quick=True),
+        Launch("bf16, 8 heads of 128, through the layer's inputs", _launch(torch.bfloat16, layer=True), quick=True),
         Launch(
             "bf16, 8 heads of 128, pointers",
             _launch(torch.bfloat16, descriptors=False),
@@ -276,10 +283,11 @@ FAMILY = Family(
     demands={
         "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_lse")),
         "_attention_dq": Demand(
-            instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_do", "p_lse", "p_dq", "p_delta")
+            instructions=("HGMMA", "UTMALDG"), wide=tuple("p_q p_k p_v p_o p_do p_lse p_dq p_delta p_rms".split())
         ),
         "_attention_dkdv": Demand(
-            instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_do", "p_lse", "p_delta", "p_dk", "p_dv")
+            instructions=("HGMMA", "UTMALDG"),
+            wide=tuple("p_q p_k p_v p_do p_lse p_delta p_dk p_dv p_rms p_raw p_ve p_dve".split()),
         ),
     },
     faults=(

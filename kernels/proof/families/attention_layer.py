@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof.families import attention
 from kernels.proof.operators import LAYOUTS
 
 SCALE = 0.12
@@ -107,9 +108,7 @@ FAMILY = Family(
     ),
     demands={
         "_prepare": Demand(wide=("p_qkv", "p_ve", "p_v", "p_rms_q", "p_rms_k")),
-        "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG")),
-        "_attention_dq": Demand(instructions=("HGMMA", "UTMALDG")),
-        "_attention_dkdv": Demand(instructions=("HGMMA", "UTMALDG")),
+        **{kernel: attention.FAMILY.demands[kernel] for kernel in attention.FAMILY.kernels},
     },
     faults=(
         Fault(
