@@ -79,6 +79,16 @@ def _launch(dtype, B=60, M=1024, K=1024):
     return run
 
 
+def _launch_step():
+    """The update as the trainer's step launches it: a bfloat16 weight with its mantissa, the update in float32."""
+    import kernels.muon as module
+
+    weight, low, update = (
+        torch.empty(1024, 1024, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int16, torch.float32)
+    )
+    module.launch_update(weight, low, update, LR, DECAY)
+
+
 FAMILY = Family(
     name="muon",
     module="kernels.muon",
@@ -103,6 +113,7 @@ FAMILY = Family(
     ),
     launches=(
         Launch("bf16, attention's matrices", _launch(torch.bfloat16), quick=True),
+        Launch("bf16 weight, float32 update", _launch_step, quick=True, demanding=False),
         Launch("bf16, the MLP's matrices", _launch(torch.bfloat16, B=32, K=4096)),
         # widths that 16 bytes do not divide: masked loads of single numbers, which spill; no model has them
         Launch("bf16, ragged", _launch(torch.bfloat16, B=1, M=100, K=50), demanding=False),
