@@ -16,6 +16,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu, "GRACE_S", 1.0)
+    monkeypatch.setattr(gpu, "WITHOUT_GPU", 1)
 
 
 def python(code):
