@@ -143,8 +143,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, bool], list[Stage]]] = {
 }
 
 
-def run_stage(stage: Stage, limit_s: float) -> dict:
-    """Run one stage to its end or limit: status, seconds, exit code, the end of its output."""
+def run_stage(stage: Stage, limit_s: float, folder: Path) -> dict:
+    """Run one stage, with results in `folder`, to its end or limit: status, seconds, exit code, end of output."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{stage.name}.txt"
     started = time.monotonic()
@@ -156,7 +156,7 @@ def run_stage(stage: Stage, limit_s: float) -> dict:
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "BENCH_RESULTS": str(folder.resolve())},
         )
         timed_out = False
         try:
@@ -189,10 +189,10 @@ def end_group(process: subprocess.Popen) -> None:
                 continue
 
 
-def results_since(started: float) -> dict[str, dict]:
-    """Results that stages have kept since `started` (seconds of the epoch), by file name."""
+def results_since(folder: Path, started: float) -> dict[str, dict]:
+    """Results that stages have kept there since `started` (seconds of the epoch), by file name."""
     found = {}
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         if path.stat().st_mtime >= started and not path.name.startswith("gpu-"):
             with contextlib.suppress(ValueError):
                 found[path.name] = json.loads(path.read_text(encoding="utf-8"))
@@ -220,7 +220,9 @@ def headline(name: str, outcome: dict) -> str:
     return (lines[-1] if lines else "")[:110]
 
 
-def run_all(chosen: Sequence[Stage], seconds: float, on_gpu: bool, write: Callable[[dict], object]) -> dict:
+def run_all(
+    chosen: Sequence[Stage], seconds: float, on_gpu: bool, folder: Path, write: Callable[[dict], object]
+) -> dict:
     """Run the stages while time lasts, calling `write` with all outcomes so far after each."""
     deadline = time.monotonic() + seconds
     outcomes: dict[str, dict] = {}
@@ -235,7 +237,7 @@ def run_all(chosen: Sequence[Stage], seconds: float, on_gpu: bool, write: Callab
         else:
             limit_s = min(stage.limit_s * (1 if on_gpu else WITHOUT_GPU), left_s)
             print(f"{stage.name} ... (at most {limit_s:.0f} s)", flush=True)
-            outcomes[stage.name] = run_stage(stage, limit_s)
+            outcomes[stage.name] = run_stage(stage, limit_s, folder)
             outcome = outcomes[stage.name]
             print(f"  {outcome['status']} after {outcome['seconds']} s: {headline(stage.name, outcome)}", flush=True)
         write(outcomes)
@@ -278,7 +280,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.5, help="for the command's stages together (9.5)")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="this stage (repeatable)")
     parser.add_argument("--cpu", action="store_true", help="run the small versions if there is no GPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (bench/results)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of all results (bench/results; small versions: local/bench-gpu)"
+    )
     return parser.parse_args(argv)
 
 
@@ -300,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [stage for stage in chosen if stage.name in options.only]
 
     started = time.time()
-    path = options.out / f"gpu-{device_name(env)}.json"
+    # the small versions are a rehearsal: they must not take the place of what was measured on this machine
+    folder = options.out or (RESULTS if on_gpu else LOGS)
+    path = folder / f"gpu-{device_name(env)}.json"
     record = {
         "schema": 2,
         "name": "gpu",
@@ -312,9 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = before.get("commands", {}).get(options.command, {}).get("stages", {})  # the stages that are not run again
 
     def write(outcomes: dict) -> None:
-        write_json(path, merged(path, options.command, record, kept | outcomes, results_since(started)))
+        write_json(path, merged(path, options.command, record, kept | outcomes, results_since(folder, started)))
 
-    outcomes = run_all(chosen, options.minutes * 60, on_gpu, write)
+    outcomes = run_all(chosen, options.minutes * 60, on_gpu, folder, write)
     rows = [
         {
             "stage": name,

@@ -34,7 +34,7 @@ def test_every_stage_is_on_disk_before_the_next_starts(tmp_path):
         Stage("last", python("print('still here')"), 20),
     ]
     started = time.monotonic()
-    outcomes = gpu.run_all(chosen, 60, False, lambda o: seen.append({k: v["status"] for k, v in o.items()}))
+    outcomes = gpu.run_all(chosen, 60, False, tmp_path, lambda o: seen.append({k: v["status"] for k, v in o.items()}))
     assert time.monotonic() - started < 20
     assert [o["status"] for o in outcomes.values()] == [
         "passed",
@@ -59,7 +59,7 @@ def test_what_a_stage_started_ends_with_it(tmp_path):
         f"open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     )
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    outcome = gpu.run_stage(Stage("family", python(code), 2.0), 2.0)
+    outcome = gpu.run_stage(Stage("family", python(code), 2.0), 2.0, tmp_path)
     assert outcome["status"] == "out of time"
     pid = int(mark.read_text())
     deadline = time.monotonic() + 5
@@ -75,8 +75,9 @@ def test_what_a_stage_started_ends_with_it(tmp_path):
     raise AssertionError(f"process {pid} outlived its stage")
 
 
-def test_time_for_all_stages_is_kept():
-    outcomes = gpu.run_all([Stage("a", python("0"), 60), Stage("b", python("0"), 60)], 10, False, lambda o: None)
+def test_time_for_all_stages_is_kept(tmp_path):
+    both = [Stage("a", python("0"), 60), Stage("b", python("0"), 60)]
+    outcomes = gpu.run_all(both, 10, False, tmp_path, lambda o: None)
     assert [o["status"] for o in outcomes.values()] == ["out of time"] * 2
 
 
@@ -116,6 +117,18 @@ def test_a_stage_run_alone_leaves_the_others_of_its_command(tmp_path, monkeypatc
     assert gpu.main(["--cpu", "--only", "b", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "gpu-cpu.json").read_text())
     assert set(record["commands"]["first"]["stages"]) == {"a", "b"}
+
+
+def test_stages_keep_their_results_beside_the_json_and_small_versions_replace_none(tmp_path, monkeypatch):
+    """A rehearsal on a CPU must not overwrite what was measured there."""
+    code = "from bench.common import write_result; write_result('tiny', {'n': 2})"
+    monkeypatch.setattr(gpu, "ask_environment", lambda: {"gpus": []})
+    monkeypatch.setattr(gpu, "stages", lambda command, options, on_gpu: [Stage("one", python(code), 60)])
+    monkeypatch.chdir(gpu.REPO)
+    assert gpu.main(["--cpu"]) == 0
+    assert not (tmp_path / "results").exists()
+    record = json.loads((gpu.LOGS / "gpu-cpu.json").read_text())
+    assert record["results"]["tiny-cpu.json"]["result"] == {"n": 2} and (gpu.LOGS / "tiny-cpu.json").exists()
 
 
 def test_projection_and_measurement_stand_side_by_side(monkeypatch):
