@@ -24,10 +24,13 @@ GIB = 2**30
 
 
 def one_block(config):
-    """`config` with a single block of attention and MLP at full width: the short form of a rehearsal."""
-    return dataclasses.replace(
-        config, num_layers=1, value_embeddings=0, unet_skips="", attention_free_layers="", long_window_layers="0"
-    )
+    """`config` with a single block of attention and MLP at full width: the short form of a rehearsal.
+
+    What joins layers is off; the layers that are treated otherwise become the one, if there are any."""
+    off = dict(value_embeddings=0, untied_values=False, unet_skips="", attention_free_layers="", dynamic_skips="")
+    off |= dict(backout_layer=-1, late_attention_source=-1, long_window_layers="0")
+    one = {name: "0" if getattr(config, name) else "" for name in ("key_offset", "paired_heads")}
+    return dataclasses.replace(config, num_layers=1, **off, **one)
 
 
 def join(rank: int, world: int) -> None:
