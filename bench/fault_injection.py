@@ -215,13 +215,18 @@ def turn_the_clock_back() -> None:
 
 def main(arguments: list[str]) -> int:
     """FAULT_AS_JSON FOLDER TRAINER_ARGUMENTS...: the program with a fault, as a command for torchrun."""
+    import argparse
     import json
 
     import train_gpt
 
-    told, folder, *rest = arguments
-    arm(Fault(**json.loads(told)), Path(folder))
-    return train_gpt.main(rest)
+    parser = argparse.ArgumentParser(prog="python -m bench.fault_injection", description=main.__doc__)
+    parser.add_argument("fault", help="the fields of a Fault, as JSON")
+    parser.add_argument("folder", type=Path, help="where the fault notes that it happened")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="of train_gpt.py")
+    told = parser.parse_args(arguments)
+    arm(Fault(**json.loads(told.fault)), told.folder)
+    return train_gpt.main(told.words)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ over the measured rate of copies. FLOPs are those of the mathematics (attention:
 products of Muon: one triangle); bytes count every operand read once and every result written once.
 """
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 import sys
 import time
@@ -32,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import REPO, copy_ceiling, matmul_ceiling, measure, summary, table, write_result
+from bench.options import own_and_config, wants_help
 from trainer import schedule
+from trainer.options import UsageError, setting
 
 MEAN_DOCUMENT_TOKENS = 690  # of FineWeb under the GPT-2 BPE; drawn documents are exponential about it
 
@@ -436,43 +435,38 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What this command takes beside fields of train_gpt.py."""
+
+    repeats: int | None = setting(None, "steps", "timed (20 on a GPU, 7 on a CPU)", at_least=1)
+    sequences: int | None = setting(None, "packed sequences", "a step (1 on a GPU, the preset's on a CPU)", at_least=1)
+    tokens: str | None = setting(None, "glob", "token shards to take the documents from")
+    no_parts: bool = setting(False, "flag", "whole step and breakdown only")
+    profile: bool = setting(False, "flag", "time by kernel, too, of one step")
+    label: str = setting("", "word", "ends the result's name")
+    out: str | None = setting(None, "folder", "of the result (bench/results)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.step",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--repeats", type=int, help="timed steps (20 on a GPU, 7 on a CPU)")
-    parser.add_argument("--sequences", type=int, help="packed sequences a step (1 on a GPU, the preset's on a CPU)")
-    parser.add_argument("--tokens", metavar="GLOB", help="token shards to take the documents from")
-    parser.add_argument("--no-parts", action="store_true", help="whole step and breakdown only")
-    parser.add_argument("--profile", action="store_true", help="time by kernel, too, of one step")
-    parser.add_argument("--label", default="", help="ends the result's name")
-    parser.add_argument("--out", type=Path, help="folder of the result (bench/results)")
-    options, rest = parser.parse_known_args(argv)
-    import train_gpt
-
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv, __doc__, Options):
+        return 0
     on_gpu = torch.cuda.is_available()
-    if not any(word.startswith("--preset") for word in rest):
-        rest = [f"--preset={'medium' if on_gpu else 'nano'}", *rest]
     try:
-        config = train_gpt.parse_config(rest)
-    except train_gpt.UsageError as error:
+        options, config = own_and_config(Options, argv, "medium" if on_gpu else "nano")
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sequences = options.sequences or (1 if on_gpu else config.tokens_per_step // config.train_seq_len)
     repeats = options.repeats or (20 if on_gpu else 7)
-    if sequences < 1 or repeats < 1:
-        print("error: --sequences and --repeats are at least 1", file=sys.stderr)
-        return 2
     how = dict(shards=options.tokens, parts=not options.no_parts, profiled=options.profile)
     result = run(config, sequences=sequences, repeats=repeats, **how)
     print(report(result))
     name = f"step-{config.preset}" + ("" if config.kernels == "auto" else f"-{config.kernels}")
     name += f"-{options.label}" if options.label else ""
-    path = write_result(name, result, folder=options.out)
+    path = write_result(name, result, folder=Path(options.out) if options.out else None)
     print(f"\nkept in {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
     return 0
 

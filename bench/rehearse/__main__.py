@@ -8,14 +8,14 @@ Exit code: 0 counted, 1 (with --check) a rule is broken or a budget exceeded, 2 
 cannot rehearse (the reason is printed).
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import table, write_json
+from bench.options import own_and_config, wants_help
+from trainer.options import UsageError, setting
 
 
 def summary(counted: dict) -> str:
@@ -61,33 +61,34 @@ def projection(counted: dict) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """What this command takes beside fields of train_gpt.py (--preset=medium unless given)."""
+
+    device: str = setting("h100", "name", "of the pretended GPU: h100, a100, l40s, rtx4090 or rtx3090")
+    world: int = setting(8, "GPUs", "of the run, of which one is rehearsed", at_least=1)
+    one_block: bool = setting(False, "flag", "a single block at full width, in place of all")
+    check: bool = setting(False, "flag", "fail where a rule is broken or a budget exceeded")
+    set_budgets: bool = setting(False, "flag", "make these counts the budgets of their form")
+    keep: str | None = setting(None, "name", "keep the page's part in bench/results/rehearsal-NAME.json")
+    json: str | None = setting(None, "file", "keep the counts there")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code of the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="medium", help="of train_gpt.py (medium)")
-    parser.add_argument("--device", default="h100", help="h100, a100, l40s, rtx4090 or rtx3090 (h100)")
-    parser.add_argument("--world", type=int, default=8, help="GPUs of the run, of which one is rehearsed (8)")
-    parser.add_argument("--one-block", action="store_true", help="a single block at full width, in place of all")
-    parser.add_argument("--check", action="store_true", help="fail where a rule is broken or a budget exceeded")
-    parser.add_argument("--set-budgets", action="store_true", help="make these counts the budgets of their form")
-    parser.add_argument("--keep", metavar="NAME", help="keep the page's part in bench/results/rehearsal-NAME.json")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the counts there")
-    options, fields = parser.parse_known_args(argv)
-
-    import train_gpt
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv, __doc__, Options):
+        return 0
     from bench.rehearse import budgets
     from bench.rehearse.counts import one_block, rehearse
     from bench.rehearse.device import DEVICES, CannotRehearse
     from bench.rehearse.page import keep
     from bench.rehearse.project import attention_tflop, project
-    from trainer.options import UsageError
 
     try:
+        options, config = own_and_config(Options, argv, "medium")
         if options.device not in DEVICES:
             raise UsageError(f"--device={options.device}: one of {', '.join(DEVICES)}")
-        config = train_gpt.parse_config([f"--preset={options.preset}", *fields])
         config = one_block(config) if options.one_block else config
         all_ranks = options.one_block and options.world > 1
         counted = rehearse(config, device=options.device, world=options.world, all_ranks=all_ranks)
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     counted["projection"] = project(counted, attention_tflop(config, counted["sequences"]))
     print(summary(counted), projection(counted), sep="\n\n")
     if options.json:
-        write_json(options.json, counted)
+        write_json(Path(options.json), counted)
     if options.keep:
         keep(counted, options.keep)
     if options.set_budgets:

@@ -10,6 +10,7 @@ assembled for this; that they are, and fit, is asked of one block for each card.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -70,9 +71,11 @@ def table_of(rows: Sequence[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: one card counts itself and prints JSON; without a name, all are counted and kept."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words:
-        print(json.dumps(what_fits(words[0])))
+    parser = argparse.ArgumentParser(prog="python -m bench.rehearse.cards", description=__doc__.partition("\n")[0])
+    parser.add_argument("card", nargs="?", choices=list(CARDS), help="one card, as a line of JSON; else all of them")
+    card = parser.parse_args(argv).card
+    if card:
+        print(json.dumps(what_fits(card)))
         return 0
     rows = []
     for card in CARDS:

@@ -13,6 +13,7 @@ place and the queue waits for it; a stopped one makes room for the next, and que
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -322,4 +323,6 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m lab.studio.jobs", description=main.__doc__)
+    parser.add_argument("folder", help="of the queue")
+    sys.exit(main(parser.parse_args().folder))

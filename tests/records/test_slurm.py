@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from records import series
+from records.folder import EXIT_USAGE
 from records.ledger import Ledger
 
 pytest.importorskip("submitit", reason="submitit is not installed")
@@ -160,7 +161,7 @@ def test_a_series_through_submitits_local_executor(tmp_path):
 def test_without_sbatch_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     code = series.main(command(tmp_path)[3:])
-    assert code == series.EXIT_USAGE and "there is no sbatch" in capsys.readouterr().err
+    assert code == EXIT_USAGE and "there is no sbatch" in capsys.readouterr().err
 
 
 @pytest.mark.slow
