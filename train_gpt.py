@@ -89,6 +89,8 @@ class Config:
     vocab_size: int = setting(50257, "tokens", "token ids are below this; the head pads it up to 128s", at_least=1)
     eos_id: int = setting(50256, "token", "opens every document", at_least=0)
     drop_shard_tail: bool = setting(True, "flag", "skip each shard's last incomplete step, as the reference run")
+    align_documents: bool = setting(False, "flag", "training sequences begin at documents, which are cut to fit")
+    max_document_tokens: int = setting(0, "tokens", "kept of an aligned document; 0: as many as it has", at_least=0)
     # Length of the run
     num_iterations: int = setting(5690, "steps", "optimizer steps", at_least=1)
     tokens_per_step: int = setting(524288, "tokens", "over all processes; split into packed sequences", at_least=1)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import paths
+from data.steps import Lengths, WholeShards
 
 MAGIC = 20240520
 VERSION = 1
@@ -259,6 +260,9 @@ class TokenStream:
     further. So every process finds its part by step and sequence alone, any number of processes sees the same
     data, and resuming needs no state. Documents that continue in the next shard stay whole.
 
+    sequence_tokens: T, or [(first step, T from it on), ...] where sequences get longer over the run: then step n begins
+    where the steps before it end. The attribute of that name is the last T.
+
     files: paths, globs or fsspec URLs, see `data.paths.expand`; globs are sorted.
 
     drop_shard_tail: mimic the public speedrun code, whose steps never cross from one shard into the next: it
@@ -274,37 +278,49 @@ class TokenStream:
         self,
         files: str | os.PathLike | Sequence[str | os.PathLike],
         *,
-        sequence_tokens: int,
+        sequence_tokens: int | Sequence[tuple[int, int]],
         sequences_per_step: int,
         vocab_size: int,
         drop_shard_tail: bool = False,
         cycle: bool = True,
     ):
-        if sequence_tokens < 1 or sequences_per_step < 1:
-            raise ShardError(
-                f"{sequences_per_step} sequences of {sequence_tokens} tokens make no step; both must be at least 1"
-            )
+        try:
+            self.lengths = Lengths(sequence_tokens)
+        except ValueError as error:
+            raise ShardError(str(error)) from error
+        if sequences_per_step < 1:
+            raise ShardError(f"{sequences_per_step} sequences make no step; at least 1")
         try:
             self.shards = [read_header(path) for path in paths.expand(files)]
         except paths.PathError as error:
             raise ShardError(str(error)) from error
-        self.sequence_tokens, self.sequences_per_step = sequence_tokens, sequences_per_step
+        self.sequence_tokens, self.sequences_per_step = self.lengths.tokens[-1], sequences_per_step
         self.vocab_size, self.drop_shard_tail, self.cycle = vocab_size, drop_shard_tail, cycle
         self.num_tokens = sum(shard.num_tokens for shard in self.shards)
-        step_tokens = sequence_tokens * sequences_per_step
-        usable = [max(shard.num_tokens - 2, 0) // step_tokens for shard in self.shards]
-        self._first_step = np.cumsum([0, *usable])  # of each shard, with drop_shard_tail
         self._first_token = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])
-        # Whole steps in one pass over the data. Only with drop_shard_tail does the next pass begin at a step.
-        self.steps_per_epoch = int(self._first_step[-1]) if drop_shard_tail else (self.num_tokens - 1) // step_tokens
-        if self.steps_per_epoch < 1:
-            raise ShardError(
-                f"{self._names()}: {self.num_tokens} tokens are too few for one step of "
-                f"{sequences_per_step} x {sequence_tokens} tokens and one target"
-                f"{' within one shard' if drop_shard_tail else ''}"
-            )
+        self.steps_per_epoch = self._lay_out()  # whole steps in the first pass over the data
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
+
+    def _lay_out(self) -> int:
+        """Decide where steps lie, as far as headers tell it; returns the number of whole steps in the first pass."""
+        within = ""
+        if self.drop_shard_tail:
+            sizes = [shard.num_tokens for shard in self.shards]
+            with contextlib.suppress(ValueError):
+                self._whole = WholeShards(sizes, self.lengths, self.sequences_per_step)
+                return self._whole.steps_per_epoch
+            within = " within one shard"
+        elif steps := self.lengths.within((self.num_tokens - 1) // self.sequences_per_step):
+            return steps
+        raise ShardError(
+            f"{self._names()}: {self.num_tokens} tokens are too few for one step of {self.sequences_per_step} x "
+            f"{max(self.lengths.tokens)} tokens and one target{within}"
+        )
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens of the first `step` steps, each sequence's inputs counted."""
+        return self.lengths.until(step) * self.sequences_per_step
 
     def _names(self) -> str:
         first, count = self.shards[0].path, len(self.shards)
@@ -313,16 +329,15 @@ class TokenStream:
     def epoch(self, step: int) -> int:
         """How many times the data had been used up, wholly, before `step` began."""
         if self.drop_shard_tail:
-            return step // self.steps_per_epoch
-        return step * self.sequences_per_step * self.sequence_tokens // self.num_tokens
+            return self._whole.place(step)[0]
+        return self.tokens_until(step) // self.num_tokens
 
     def shards_until(self, steps: int) -> list[ShardInfo]:
         """The shards that the first `steps` steps read from, in order, each once."""
         if self.drop_shard_tail:
-            used = int(np.searchsorted(self._first_step, min(steps, self.steps_per_epoch), side="left"))
-        else:
-            read = steps * self.sequences_per_step * self.sequence_tokens + 1
-            used = int(np.searchsorted(self._first_token, min(read, self.num_tokens), side="left"))
+            return [self.shards[shard] for shard in self._whole.shards_until(steps)]
+        read = self.tokens_until(steps) + 1
+        used = int(np.searchsorted(self._first_token, min(read, self.num_tokens), side="left"))
         return [shard for shard in self.shards[: max(used, 1)] if shard.num_tokens]
 
     def batch(self, step: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
@@ -333,18 +348,19 @@ class TokenStream:
         """The T + 1 tokens (uint16) of one sequence of one step, checked against the vocabulary."""
         if not 0 <= sequence < self.sequences_per_step or step < 0:
             raise IndexError(f"step {step}, sequence {sequence}: a step has {self.sequences_per_step} sequences")
+        return self._window(step, sequence)
+
+    def _window(self, step: int, sequence: int) -> np.ndarray:
         if not self.cycle and step >= self.steps_per_epoch:
             raise ShardError(
                 f"{self._names()}: step {step} asks for more than the {self.num_tokens} tokens there are; "
                 f"they last for {self.steps_per_epoch} steps"
             )
-        length = self.sequence_tokens + 1
+        length = self.lengths.at(step)
         if self.drop_shard_tail:
-            step %= self.steps_per_epoch
-            shard = int(np.searchsorted(self._first_step, step, side="right")) - 1
-            inside = (step - int(self._first_step[shard])) * self.sequences_per_step + sequence
-            return self._read(shard, inside * self.sequence_tokens, length)
-        return self._read_across((step * self.sequences_per_step + sequence) * self.sequence_tokens, length)
+            _, shard, start = self._whole.place(step)
+            return self._read(shard, start + sequence * length, length + 1)
+        return self._read_across(self.tokens_until(step) + sequence * length, length + 1)
 
     def _read_across(self, position: int, length: int) -> np.ndarray:
         """`length` tokens from `position` of the endless concatenation of all shards."""

@@ -86,7 +86,7 @@ def _check_tokens(checkpoint: Checkpoint, train: TokenStream, val: TokenStream) 
     """CheckpointError unless the shards hold what the run was fed and validated on; what was not checked, if
     something was too long to be read again."""
     told = {key: checkpoint.told[key] for key in ("data_hash", "val_data_hash")} | {"path": str(checkpoint.path)}
-    fed = checkpoint.step * train.sequences_per_step * train.sequence_tokens
+    fed = train.tokens_until(checkpoint.step)
     here = hash_of(val)
     if fed <= MOST_HASHED:
         check_same_data(told, checkpoint.step, TokenRecord(train), val, here)

@@ -43,7 +43,7 @@ class TokenRecord:
     @property
     def tokens(self) -> int:
         """Tokens that the hash covers, each sequence's inputs counted."""
-        return self.steps * self.stream.sequences_per_step * self.stream.sequence_tokens
+        return self.stream.tokens_until(self.steps)
 
     def told(self) -> dict[str, int | str]:
         """As log and JSON tell it."""

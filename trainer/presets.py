@@ -14,6 +14,7 @@ _OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it sta
     "record18": ("medium", dict(
         num_iterations=4740, extension_steps=40, val_loss_every=250, batch_schedule="131072,262144,393216",
         lr_schedule="1,1.52,1.73,2", lr_floor=0.1, muon_momentum_cooldown=50, mtp=3, loss_sum=True,
+        align_documents=True, max_document_tokens=4096,
         # The model
         attention_free_layers="", attention_scale=0.1, soft_cap="sigmoid", exact_windows=True,
         window_schedule="3,7,11,13,15,17,19,21,23", validation_window=27, short_window_max=11, yarn_until=13,

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from data.documents import DocumentStream
 from data.folder import check_encoding
 from data.shards import ShardError, TokenStream
+from trainer import schedule
 from trainer.evidence import same_content
 
 EMBEDDED = "embedded"
@@ -33,13 +35,13 @@ def open_streams(config: Any) -> tuple[TokenStream, TokenStream]:
     """Training and validation streams. Raises ShardError that names file and cause: among others if they share a
     shard, or if what lies beside the shards speaks of another vocabulary."""
     files = embedded_files(config)
-    train = TokenStream(
-        files.train_files,
-        sequence_tokens=config.train_seq_len,
-        sequences_per_step=config.tokens_per_step // config.train_seq_len,
-        vocab_size=config.vocab_size,
-        drop_shard_tail=config.drop_shard_tail,
-    )
+    lengths, count = schedule.sequence_lengths(config), schedule.sequences(config)
+    how = dict(sequence_tokens=lengths, sequences_per_step=count, vocab_size=config.vocab_size)
+    if config.align_documents:
+        of_documents = dict(eos_id=config.eos_id, document_tokens=config.max_document_tokens)
+        train: TokenStream = DocumentStream(files.train_files, **how, **of_documents)
+    else:
+        train = TokenStream(files.train_files, **how, drop_shard_tail=config.drop_shard_tail)
     val = TokenStream(
         files.val_files,
         sequence_tokens=config.val_seq_len,
