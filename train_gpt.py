@@ -30,7 +30,7 @@ SOURCE = Path(__file__).read_text()  # read before anything can change it: the l
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from trainer.threads import bound_spinning
 
@@ -719,8 +719,8 @@ class Trainer:
         part of it that is to be loaded. Collective."""
         spread_state(self.exchange, self.state(), layout, whole)
 
-    def set_window(self, step: int) -> None:
-        self.window.fill_(schedule.window_blocks_at(step, self.config))
+    def set_window(self, step: int, window_at: Callable[[int, Config], int] = schedule.window_blocks_at) -> None:
+        self.window.fill_(window_at(step, self.config))
         self.model.at_step(step)
 
     def loss_at(self, step: int) -> dict[str, Any]:
@@ -737,7 +737,7 @@ class Trainer:
     def step(self, step: int, batches) -> Tensor:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
         mean loss, detached."""
-        sequences = self.config.tokens_per_step // self.config.train_seq_len
+        sequences = schedule.sequences(self.config)
         self.set_window(step)
         self.exchange.wait_weights()
         self.exchange.begin([inputs_T for inputs_T, _ in batches], others=schedule.adam_steps(step, self.config))
@@ -789,14 +789,15 @@ class Trainer:
 
 def my_sequences(config: Config, rank: int, world_size: int) -> range:
     """The sequences of a step that this process works on; all processes together cover each once."""
-    return range(rank, config.tokens_per_step // config.train_seq_len, world_size)
+    return range(rank, schedule.sequences(config), world_size)
 
 
 @torch.no_grad()
 def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
-    """Mean loss in nats per token over the validation tokens, with the window of `step`; equal on all ranks."""
+    """Mean loss in nats per token over the validation tokens, with the window of `step`, after the last one that of
+    `validation_window`; equal on all ranks."""
     c = trainer.config
-    trainer.set_window(step)
+    trainer.set_window(step, schedule.validation_window_at)
     trainer.exchange.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
@@ -853,8 +854,9 @@ def set_up(config: Config) -> torch.device:
 def warm_up(trainer: Trainer, stop: StopRequest) -> None:
     """Train on random tokens so that everything is compiled and allocated, then put all state back.
 
-    The windows of the start and the end of the run both occur, as does a validation. The state waits on the host: the
-    GPU's peak is the training's own. A signal ends the warm-up at once."""
+    Every length of sequences and number of targets occurs, each a graph of its own; so do the windows of the start and
+    the end of the run, and a validation. The state waits on the host: the GPU's peak is the training's own. A signal
+    ends the warm-up at once."""
     c, device = trainer.config, trainer.device
     if not c.warmup_steps:
         return
@@ -862,12 +864,14 @@ def warm_up(trainer: Trainer, stop: StopRequest) -> None:
     random = torch.Generator().manual_seed(c.seed)
     draw = lambda length: torch.randint(c.vocab_size, (length,), generator=random)  # noqa: E731
     mine = len(my_sequences(c, rank(), trainer.world_size))
-    for i in range(c.warmup_steps):
+    last = max(0, c.num_iterations - 1 - c.num_iterations % c.adam_every)  # with all optimizers
+    steps = [last, *schedule.shapes(c).values()]
+    for i in range(max(c.warmup_steps, len(steps) if len(steps) > 2 else 1)):
         if stop.heard():
             break
-        step = 0 if i % 2 else c.num_iterations - 1
-        batches = [(draw(c.train_seq_len), draw(c.train_seq_len)) for _ in range(mine)]
-        trainer.step(step, batches)
+        step = steps[i % len(steps)]
+        length = schedule.sequence_tokens_at(step, c)
+        trainer.step(step, [(draw(length), draw(length)) for _ in range(mine)])
     with torch.no_grad():
         trainer.exchange.wait_weights()
         tokens, targets = to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
@@ -910,7 +914,8 @@ class Stretch:
         self.clock.seconds, log.validation[:], log.train_losses[:] = done.seconds, done.validation, done.losses
         c, flops = self.config, flops_per_token(trainer.model)
         self.watch = Watch(c, log, trainer, self.start)
-        self.progress = Progress(c.num_iterations, self.start, c.tokens_per_step, flops, ceiling, shows=rank() == 0)
+        tokens = lambda step: schedule.tokens_until(step, c)  # noqa: E731
+        self.progress = Progress(c.num_iterations, self.start, tokens, flops, ceiling, shows=rank() == 0)
 
     def train(self, stop: StopRequest) -> int:
         """Train to the end, or until a signal stops it. Returns that signal, or 0."""
@@ -1006,7 +1011,7 @@ def run(config: Config) -> int:
     device = set_up(config)
     config = on_rank_0(lambda: config)  # files that it was read from may be on one host only
     asked, length = config, processes.sequence_length_for(world_size(), config.tokens_per_step, config.train_seq_len)
-    config = dataclasses.replace(config, train_seq_len=length)
+    config = check_config(dataclasses.replace(config, train_seq_len=length))
     streams = open_streams(config)
     trainer = Trainer(config, device)
     log = open_log(config, trainer, streams)

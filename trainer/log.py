@@ -271,7 +271,7 @@ class Progress:
     """A bar on a terminal (loss, tokens/s, model FLOP utilisation, time left); a plain line now and then in a pipe.
 
     Args:
-        tokens_per_step, flops_per_token: of the whole run, all processes together.
+        tokens_until: tokens of so many steps from the first on, all processes together.
         ceiling: FLOP/s that count as 100 %, of `matmul_ceiling`; 0: not known, no utilisation is shown.
         shows: False on the ranks that only follow.
     """
@@ -279,10 +279,16 @@ class Progress:
     bar = None  # the one bar of this process, which `say` prints above
 
     def __init__(
-        self, total: int, start: int, tokens_per_step: int, flops_per_token: float, ceiling: float, shows: bool = True
+        self,
+        total: int,
+        start: int,
+        tokens_until: Callable[[int], int],
+        flops_per_token: float,
+        ceiling: float,
+        shows: bool = True,
     ):
         self.total, self.first, self.shows = total, start, shows
-        self.tokens_per_step, self.flops, self.ceiling = tokens_per_step, flops_per_token, ceiling
+        self.tokens_until, self.flops, self.ceiling = tokens_until, flops_per_token, ceiling
         self.shown = time.perf_counter()
         self.begin_ms: float | None = None
         if shows and sys.stderr.isatty():
@@ -301,8 +307,9 @@ class Progress:
         if not self.due():
             return
         self.shown = time.perf_counter()
-        seconds = (clock_ms - self.begin_ms) / 1000 / max(step - self.first - 1, 1)
-        tokens_s = self.tokens_per_step / max(seconds, 1e-9)
+        begin = min(self.first + 1, step - 1)  # the step whose end `begin_ms` is
+        tokens = self.tokens_until(step) - self.tokens_until(begin)
+        tokens_s = tokens / max((clock_ms - self.begin_ms) / 1000, 1e-9)
         speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s"
         if self.ceiling:
             share = tokens_s * self.flops / self.ceiling
@@ -315,7 +322,7 @@ class Progress:
                 Progress.bar = None
                 mute(sys.stderr)
         else:
-            left = (self.total - step) * seconds
+            left = (self.tokens_until(self.total) - self.tokens_until(step)) / tokens_s
             say(f"progress: step {step} of {self.total}, {speed}, {left:,.0f} s left")
 
     def close(self) -> None:

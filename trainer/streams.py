@@ -62,7 +62,7 @@ def describe_data(config: Any, train: TokenStream, val: TokenStream) -> tuple[di
     """(what the log's `data:` line and the JSON tell of the data, sentences that the user should read).
 
     Raises ShardError where tokens and vocabulary contradict."""
-    steps, a_pass = config.num_iterations, train.steps_per_epoch
+    steps, a_pass, most = config.num_iterations, train.steps_per_epoch, " at most" if config.align_documents else ""
     facts = {
         "train_shards": [[Path(s.path).name, s.num_tokens] for s in train.shards_until(steps)],
         "val_shards": [[Path(s.path).name, s.num_tokens] for s in val.shards_until(1)],
@@ -71,7 +71,7 @@ def describe_data(config: Any, train: TokenStream, val: TokenStream) -> tuple[di
     }
     remarks = []
     if steps > a_pass:
-        remarks.append(f"the data last for {a_pass} of {steps} steps: {steps / a_pass:.3g} passes over them")
+        remarks.append(f"the data last for{most} {a_pass} of {steps} steps: {steps / a_pass:.3g} passes over them")
     files = [shard.path for shard in (*train.shards, *val.shards)]
     if warning := check_encoding(files, val.window(0, 0), config.vocab_size, config.eos_id):
         remarks.append(f"warning: {warning}")
