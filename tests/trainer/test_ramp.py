@@ -96,30 +96,54 @@ def test_the_last_validation_has_its_own_window(files, whole, monkeypatch):
     assert seen == [1, 2, 3, 4]
 
 
-def test_warm_up_meets_every_shape_of_the_run_and_none_is_new_later(files, monkeypatch):
-    """What torch.compile would compile: counted by Dynamo, with a backend that does not compile."""
+class NeverStop:
+    heard = staticmethod(lambda: 0)
+
+
+def one_layer(files, *more):
+    words = small(*RAMP, f"--train_files={files}/train_*.bin", f"--val_files={files}/val_*.bin", "--warmup_steps=1")
+    config = train_gpt.parse_config(small(*words, "--num_layers=1", "--unet_skips=none", *more))
+    return config, train_gpt.Trainer(config, torch.device("cpu"))
+
+
+def train_all(trainer):
+    """All steps of a run and its validations."""
+    train, val = train_gpt.open_streams(trainer.config)
+    for step in range(trainer.config.num_iterations):
+        batches = [tuple(map(torch.from_numpy, train.batch(step, sequence))) for sequence in range(2)]
+        assert len(batches[0][0]) == schedule.sequence_tokens_at(step, trainer.config)
+        trainer.step(step, batches)
+        train_gpt.validate(trainer, val, step)
+
+
+def test_warm_up_meets_every_shape_of_the_run(files):
+    config, trainer = one_layer(files)
+    seen: set = set()
+
+    def forward(tokens, targets, target_weights=(), **how):
+        seen.add((tuple(tokens.shape), len(target_weights), torch.is_grad_enabled()))
+        return trainer.model(tokens, targets, target_weights=target_weights if len(target_weights) else None, **how)
+
+    trainer.forward = forward
+    before = {name: t.clone() for name, t in trainer.state().items()}
+    train_gpt.warm_up(trainer, NeverStop())
+    warm = set(seen)
+    assert len(warm) == len(schedule.shapes(config)) + 1 == 5  # four to train, one to validate
+    assert all(torch.equal(t, before[name]) for name, t in trainer.state().items())
+    train_all(trainer)
+    assert seen == warm
+
+
+@pytest.mark.slow
+def test_nothing_compiles_after_the_warm_up(files, monkeypatch):
+    """Counted by Dynamo, with a backend that does not compile."""
     from torch._dynamo.testing import CompileCounter
 
-    words = small(*RAMP, f"--train_files={files}/train_*.bin", f"--val_files={files}/val_*.bin", "--warmup_steps=1")
-    config = train_gpt.parse_config(small(*words, "--compile=on", "--num_layers=1", "--unet_skips=none"))
     counter, make = CompileCounter(), torch.compile
     counted = lambda f: make(f, backend=counter, dynamic=False, fullgraph=True)  # noqa: E731
     monkeypatch.setattr(torch, "compile", lambda f, **_: counted(f) if isinstance(f, torch.nn.Module) else f)
-    trainer = train_gpt.Trainer(config, torch.device("cpu"))
-    monkeypatch.setattr(torch, "compile", make)
-
-    class Stop:
-        heard = staticmethod(lambda: 0)
-
-    before = {name: t.clone() for name, t in trainer.state().items()}
-    train_gpt.warm_up(trainer, Stop())
-    graphs = counter.frame_count
-    assert graphs == len(schedule.shapes(config)) + 1 == 5  # four to train, one to validate
-    assert all(torch.equal(t, before[name]) for name, t in trainer.state().items())
-    train, val = train_gpt.open_streams(config)
-    for step in range(config.num_iterations):
-        batches = [tuple(map(torch.from_numpy, train.batch(step, sequence))) for sequence in range(2)]
-        assert len(batches[0][0]) == schedule.sequence_tokens_at(step, config)
-        trainer.step(step, batches)
-        train_gpt.validate(trainer, val, step)
-    assert counter.frame_count == graphs, "a step compiled inside the clock"
+    _, trainer = one_layer(files, "--compile=on")
+    train_gpt.warm_up(trainer, NeverStop())
+    assert counter.frame_count == 5
+    train_all(trainer)
+    assert counter.frame_count == 5, "a step compiled inside the clock"
