@@ -46,7 +46,7 @@ from data.shards import ShardError, TokenStream
 from kernels.assembler import choose_assembler, doubts
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
-from kernels.cross_entropy import linear_cross_entropy, next_targets, softcapped_logits
+from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.mlp import relu_squared_mlp
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
@@ -66,7 +66,16 @@ from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.start import expand, start_from
 from trainer.streams import describe_data, open_streams, to_device
-from trainer.techniques import Techniques, check_techniques, numbers, own_adam, scalar_layout, uses_techniques
+from trainer.techniques import (
+    Targets,
+    Techniques,
+    check_techniques,
+    numbers,
+    own_adam,
+    scalar_layout,
+    turn,
+    uses_techniques,
+)
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -151,6 +160,8 @@ class Config:
     validation_window: int = setting(0, "blocks", "the long window of the last validation; 0: the run's", at_least=0)
     short_window_max: int = setting(0, "blocks", "that half of the long window is cut to; 0: not cut", at_least=0)
     yarn_until: int = setting(-1, "blocks", "YaRN as the window grows, up to this one; 0: all; -1: none", at_least=-1)
+    prefix_loss: float = setting(0.0, "weight", "in mtp's first part, of the token that begins as the next", at_least=0)
+    vocab: str = setting("", "folder", "with GPT-2's encoder.json, which tells what a token begins with")
     mtp: int = setting(1, "targets", "of a token in the first twelfth, one fewer in each next", at_least=1, at_most=3)
     muon_momentum_cooldown: int = setting(0, "steps", "the run's last, over which the momentum falls", at_least=0)
     adam_every: int = setting(1, "steps", "between updates by Adam, on the sum of their gradients", at_least=1)
@@ -230,7 +241,7 @@ class Config:
 _RUN_FIELDS = frozenset(
     "config data init_from stop_after train_files val_files data_dir output_dir run_name checkpoint_every save_final "
     "keep_checkpoints resume overwrite plan_hash device compile tune kernels communication patience "
-    "log_train_loss log_words watch profile "
+    "log_train_loss log_words watch profile vocab "
     "deterministic warmup_steps".split()
 )
 
@@ -419,6 +430,7 @@ class GPT(nn.Module):
         self.rotary_tables: tuple[Tensor, Tensor] | None = None
         self.query_factor: Tensor | None = None  # on queries, where YaRN changes the scale of attention
         self.yarn: list[float] | None = None  # rotary frequencies, where it changes those
+        self.prefixes: Tensor | None = None  # of `prefix_loss`: each token's
         with_values = [*range(c.value_embeddings), *range(c.num_layers - c.value_embeddings, c.num_layers)]
         self.techniques = Techniques(c, self.skips, with_values) if uses_techniques(c) else None
         if not self.head_w.is_meta:
@@ -468,23 +480,16 @@ class GPT(nn.Module):
                 self.rotary_tables = kept
         return kept
 
-    @torch.no_grad()
     def at_step(self, step: int) -> None:
-        """Rotary and the scale of attention as YaRN (`yarn_until`) has them at a step; in place, so that nothing
-        compiles anew."""
-        c, device = self.config, self.head_w.device
-        if c.yarn_until < 0:
-            return
-        given = rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, "cpu").tolist()
-        frequencies, factor = schedule.yarn_at(step, c, given)
-        if self.query_factor is None:
-            self.query_factor = torch.ones((), device=device)
-        self.query_factor.fill_(factor)
-        if frequencies != self.yarn:
-            self.yarn = frequencies
-            for table in self.rotary_tables or ():
-                new = rotary_tables(table.size(0), torch.tensor(frequencies, device=device))
-                table.copy_(new[0] if table is self.rotary_tables[0] else new[1])
+        """Rotary and the scale of attention as they are at a step (`yarn_until`), changed in place."""
+        c = self.config
+        if c.yarn_until >= 0:
+            turn(
+                self,
+                step,
+                rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, "cpu"),
+                rotary_tables,
+            )
 
     def plan(self, tokens_BT: Tensor, window_blocks):
         """Which keys each query sees, for all layers with that window."""
@@ -535,7 +540,7 @@ class GPT(nn.Module):
         `window_blocks`: the long window, an int or a 0-d int tensor; by default the full window.
         `reduction`: mean, sum or none (then (B, T) losses).
         `cache`: a `trainer.sample.Cache` with the tokens before these.
-        `target_weights`: float32 (K,), `mtp`: a token's loss is their sum over its next K targets."""
+        `target_weights`: float32 (K,): a token's loss is their sum over K targets (`mtp`, `prefix_loss`)."""
         if window_blocks is None:
             window_blocks = schedule.validation_window_at(self.config.num_iterations, self.config)
         x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
@@ -546,7 +551,7 @@ class GPT(nn.Module):
         how = dict(softcap=cap, reduction=reduction, fp8=self.fp8(), impl=self.impls["loss"])
         targets = targets_BT.flatten()
         if target_weights is not None:
-            targets = next_targets(targets_BT, len(target_weights)).flatten(0, 1)
+            targets = Targets.columns(targets_BT, len(target_weights), self.prefixes).flatten(0, 1)
         loss = linear_cross_entropy(x_ND, self.head_w, targets, target_weights=target_weights, **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
@@ -671,7 +676,7 @@ class Trainer:
         self.muon, self.adam, self.average = self.optimizers(*mine, compiles)
         self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
-        self.targets: dict[int, Tensor] = {}  # weights of so many of them, likewise
+        self.targets = Targets(config, self.model, device)  # and their weights, likewise
         how = dict(dynamic=False, fullgraph=True, options=dict(coordinate_descent_tuning=config.tune))
         self.forward = torch.compile(self.model, **how) if compiles else self.model
         if self.world_size > 1:
@@ -723,17 +728,6 @@ class Trainer:
         self.window.fill_(window_at(step, self.config))
         self.model.at_step(step)
 
-    def loss_at(self, step: int) -> dict[str, Any]:
-        """What `forward` is told of a training step's loss: how it is summed, and the weights of several targets."""
-        how: dict[str, Any] = dict(reduction="sum") if self.config.loss_sum else {}
-        if self.config.mtp > 1:
-            weights = schedule.target_weights(step, self.config)
-            kept = self.targets.setdefault(len(weights), torch.ones(len(weights), device=self.device))
-            for number, weight in enumerate(weights):
-                kept[number].fill_(weight)
-            how["target_weights"] = kept
-        return how
-
     def step(self, step: int, batches) -> Tensor:
         """Accumulate gradients over this process's (inputs_T, targets_T) on the host, then update. Returns their
         mean loss, detached."""
@@ -741,7 +735,7 @@ class Trainer:
         self.set_window(step)
         self.exchange.wait_weights()
         self.exchange.begin([inputs_T for inputs_T, _ in batches], others=schedule.adam_steps(step, self.config))
-        losses, how = [], self.loss_at(step)
+        losses, how = [], self.targets.at(step)
         for number, batch in enumerate(batches, 1):
             inputs_T, targets_T = to_device(batch, self.device)
             loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window, **how)

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +90,25 @@ def token_bytes(vocab_size: int, vocab: str | None = None) -> np.ndarray:
     lengths = np.array([len(encoding.piece(token)) for token in range(vocab_size)])
     lengths[ENCODINGS[name].end_of_text] = 0
     return lengths
+
+
+def longest_prefixes(pieces: Sequence[bytes]) -> np.ndarray:
+    """int64 (tokens,): the number of the longest other token that each token's bytes begin with; -100: none."""
+    numbers = {piece: number for number, piece in enumerate(pieces) if piece}
+    found = np.full(len(pieces), -100, dtype=np.int64)
+    for number, piece in enumerate(pieces):
+        starts = (numbers[piece[:end]] for end in range(len(piece) - 1, 0, -1) if piece[:end] in numbers)
+        found[number] = next(starts, -100)
+    return found
+
+
+def prefix_tokens(vocab_size: int, vocab: str | None = None) -> np.ndarray:
+    """`longest_prefixes` of a vocabulary; the end of text has none and is none. Raises TokenizeError."""
+    encoding, name = encoding_for(vocab_size, vocab), encoding_name(vocab_size)
+    if name == "bytes":
+        raise TokenizeError("no byte is the beginning of another one; the vocabulary must have longer tokens")
+    end = ENCODINGS[name].end_of_text
+    return longest_prefixes([b"" if token == end else encoding.piece(token) for token in range(vocab_size)])
 
 
 def token_characters(vocab_size: int, vocab: str | None = None) -> np.ndarray:

@@ -12,6 +12,8 @@ from frontier_model import Literal, adam_rule, multiplier, plain_frequencies, rm
 from small_runs import folder_of, in_worlds, losses, tokens
 
 import train_gpt
+from data.encoding import longest_prefixes
+from kernels.cross_entropy import softcapped_logits
 from kernels.muon import join_master, orthogonalize, orthogonalize_gram, split_master
 from kernels.norm import rms_norm as norm
 from kernels.runtime import INTERPRETED
@@ -89,7 +91,7 @@ def model_agrees(trainer, preset, step=2):
     literal, ((tokens, targets),) = literal_of(trainer, preset), pairs(1, seed=step)
     loss, expected = literal.gradients(step, [(tokens, targets)], trainer.config.yarn_until, block=4)
     trainer.set_window(step)
-    how = dict(window_blocks=trainer.window, **trainer.loss_at(step))
+    how = dict(window_blocks=trainer.window, **trainer.targets.at(step))
     ours = trainer.model(tokens[None].int(), targets[None], **how)
     assert ours.item() / len(tokens) == pytest.approx(loss, rel=1e-5)
     ours.backward()
@@ -606,6 +608,35 @@ def test_the_last_weights_are_mixed_with_their_average(dtype):
         torch.testing.assert_close(average.master(name).double(), new, rtol=near, atol=1e-6)
         assert not torch.equal(last, new)
     assert {n for n in trainer.state() if n.startswith("ema.")} == {n for n in trainer.layout() if n.startswith("ema.")}
+
+
+def test_prefixes_are_the_longest_tokens_that_a_token_begins_with():
+    pieces = [b"a", b"b", b"ab", b"abc", b"abcde", b"", b"ca", b"xy"]
+    assert longest_prefixes(pieces).tolist() == [-100, -100, 0, 2, 3, -100, -100, -100]
+
+
+def test_a_prefix_is_one_more_target(monkeypatch):
+    """In the first part of the run with its whole weight, falling in the second, then gone; against plain torch."""
+    table = np.array([-100 if token % 3 else token // 2 for token in range(200)])
+    monkeypatch.setattr(techniques, "prefix_tokens", lambda size, vocab: table)
+    trainer = Trainer(plain_small(mtp=3, loss_sum=True, prefix_loss=0.25, num_iterations=120), CPU)
+    model, at = randomised(trainer.model), trainer.targets.at
+    found = {step: [round(w, 6) for w in at(step)["target_weights"].tolist()] for step in (0, 5, 10, 15, 20)}
+    expected = {0: [1, 0.5, 0.25, 0.25], 5: [1, 0.5, 0.125, 0.25], 10: [1, 0.5, 0.25], 15: [1, 0.25, 0.125], 20: [1]}
+    assert found == expected
+    drawn = documents(33, 1)
+    tokens, targets = drawn[:-1], drawn[1:]
+    loss = model(tokens[None], targets[None], window_blocks=2, **at(15)).item()
+    with torch.no_grad():
+        log_p = softcapped_logits(model.hidden(tokens[None], 2)[0], model.head_w).double().log_softmax(-1)
+    by_hand = 0.0
+    for t in range(32):
+        by_hand -= float(log_p[t, targets[t]])
+        by_hand -= 0.25 * float(log_p[t, targets[t + 1]]) if t + 1 < 32 else 0
+        by_hand -= 0.125 * float(log_p[t, table[targets[t]]]) if table[targets[t]] >= 0 else 0
+    assert loss == pytest.approx(by_hand, rel=1e-5)
+    validated = model(tokens[None], targets[None], window_blocks=2).item()  # on the next token alone
+    assert validated == pytest.approx(-float(log_p[torch.arange(32), targets].mean()), rel=1e-5)
 
 
 # --- what a run does with them ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ B batch, T time, D width, H heads, Dh head width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.encoding import TokenizeError, prefix_tokens
 from kernels.attention import attention
+from kernels.cross_entropy import next_targets
 from kernels.mlp import relu_squared_mlp
 from kernels.norm import rms_norm as norm
 from trainer import adam
 from trainer.normuon import factors
 from trainer.options import UsageError
-from trainer.schedule import short_window
+from trainer.schedule import short_window, target_weights, yarn_at
 
 GATE_INPUTS = 16  # a gate reads so many dimensions of its input
 
@@ -76,6 +79,8 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError("--two_rate_from, --muon_head_pairs, --gram_newton_schulz are NorMuon's: give --normuon_beta2")
     if c.muon_head_pairs and c.num_heads % 2:
         raise UsageError(f"--muon_head_pairs: of an even --num_heads, not {c.num_heads}")
+    if c.prefix_loss and c.mtp == 1:
+        raise UsageError(f"--prefix_loss={c.prefix_loss}: it ends with the second target, so give --mtp=2 or 3")
     if c.tail_ema and c.tail_ema_steps > c.num_iterations:
         raise UsageError(f"--tail_ema_steps={c.tail_ema_steps}: there are only --num_iterations={c.num_iterations}")
     if c.bigram_rows == 1:
@@ -205,6 +210,71 @@ def offset_keys(k_BTHDh: Tensor, before_B1HDh: Tensor | None = None) -> Tensor:
     moved = torch.cat([first, k_BTHDh[:, :-1]], 1)
     own, theirs = (x.unflatten(-1, (2, 2, -1)) for x in (k_BTHDh, moved))  # halves, then turning and still ones
     return torch.stack([own[..., 0, :], theirs[..., 1, :]], -2).flatten(-3)
+
+
+# ---- yarn_until ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def turn(gpt: Any, step: int, frequencies_R: Tensor, tables_of: Callable) -> None:
+    """`yarn_until` (trainer/schedule.py): rotary's tables and the factor on queries as they are at a step; in place, so
+    that nothing compiles anew. frequencies: those without YaRN; tables_of: (length, frequencies) -> (cos, sin)."""
+    frequencies, factor = yarn_at(step, gpt.config, frequencies_R.tolist())
+    if gpt.query_factor is None:
+        gpt.query_factor = torch.ones((), device=gpt.head_w.device)
+    gpt.query_factor.fill_(factor)
+    if frequencies != gpt.yarn:
+        gpt.yarn, kept = frequencies, gpt.rotary_tables or ()
+        new = torch.tensor(frequencies, device=gpt.head_w.device)
+        for table, values in zip(kept, tables_of(kept[0].size(0), new) if kept else ()):
+            table.copy_(values)
+
+
+# ---- mtp, loss_sum, prefix_loss --------------------------------------------------------------------------------
+
+
+class Targets:
+    """What a training step's loss is made of: `mtp` targets of each token from the same logits (#178; Gloeckle et al.
+    2024, arXiv:2404.19737), added up over a sequence with `loss_sum`, and with `prefix_loss` (#337) the longest token
+    that is a proper prefix of the next one's bytes: its weight is `prefix_loss` at first, falls to 0 in the second
+    twelfth's part of mtp, and a token without such a prefix has none.
+
+    model: its `prefixes` are set here. Raises UsageError where the vocabulary is not to be had."""
+
+    def __init__(self, config: Any, model: Any, device: torch.device):
+        self.config, self.device = config, device
+        self.kept: dict[int, Tensor] = {}  # weights of so many targets, filled in place: nothing compiles anew
+        if config.prefix_loss:
+            try:
+                table = prefix_tokens(config.vocab_size, config.vocab or None)
+            except TokenizeError as error:
+                raise UsageError(f"--prefix_loss={config.prefix_loss}: {error}; --vocab=FOLDER") from error
+            model.prefixes = torch.from_numpy(table).to(device)
+
+    def weights(self, step: int) -> tuple[float, ...]:
+        """Of the next tokens, and after them of the prefix, where it counts."""
+        c, found = self.config, target_weights(step, self.config)
+        if not c.prefix_loss or len(found) == 1:
+            return found
+        return *found, c.prefix_loss * (1.0 if len(found) > 2 else 2 * found[1])
+
+    def at(self, step: int) -> dict[str, Any]:
+        """What `train_gpt.GPT.forward` is told of a training step's loss."""
+        how: dict[str, Any] = dict(reduction="sum") if self.config.loss_sum else {}
+        if self.config.mtp > 1:
+            weights = self.weights(step)
+            kept = self.kept.setdefault(len(weights), torch.ones(len(weights), device=self.device))
+            for number, weight in enumerate(weights):
+                kept[number].fill_(weight)
+            how["target_weights"] = kept
+        return how
+
+    @staticmethod
+    def columns(targets_BT: Tensor, count: int, prefixes_V: Tensor | None) -> Tensor:
+        """(B, T, count) targets; the last of several is the prefix, if there are prefixes."""
+        if prefixes_V is None or count == 1:
+            return next_targets(targets_BT, count)
+        return torch.cat([next_targets(targets_BT, count - 1), prefixes_V[targets_BT][..., None]], -1)
 
 
 # ---- xsa -------------------------------------------------------------------------------------------------------
