@@ -45,7 +45,7 @@ def gpt_config(vocab_size: int, fields: GPTFields, num_iterations: int = 1) -> t
     values = dataclasses.asdict(fields)
     values.pop("dropout")  # train_gpt.py has none: a run that sees each token once does not overfit
     values |= {
-        "preset": "nano",
+        "preset": "nano-plain",
         "vocab_size": vocab_size,
         "eos_id": MARK,
         "num_iterations": num_iterations,
