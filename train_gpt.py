@@ -838,7 +838,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GPT, Config]:
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     checkpoints.check_tensors(path, weights, model.state_dict())
     model.load_state_dict(weights, strict=False, assign=True)
-    model.to(device).eval().at_step(int(told.get("step", config.num_iterations)))
+    model.to(device).eval().at_step(checkpoints.step_of(path, told, config.num_iterations))
     return model, config
 
 

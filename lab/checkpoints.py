@@ -124,6 +124,7 @@ def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None)
 
     with _told():
         gpt, config = train_gpt.load_model(path)
+        step = checkpoints.step_of(path, texts, config.num_iterations)
     if config.vocab_size == 256:
         tokenizer: Tokenizer = ByteTokenizer()
     elif config.vocab_size == GPT2Tokenizer.vocab_size:
@@ -134,7 +135,7 @@ def _load_train_gpt(path: Path, texts: dict[str, str], vocab_folder: str | None)
         raise LabError(f"{path}: documents open with token {config.eos_id}, expected {tokenizer.mark}")
     told = {"run_name": texts.get("run_name", ""), "preset": config.preset, "row_tokens": config.train_seq_len}
     told |= {"config": dataclasses.asdict(config)} | {k: texts.get(k, "") for k in ("data_hash", "val_data_hash")}
-    return Checkpoint(path, "gpt", int(texts.get("step", 0)), GPTRung.of(gpt).eval(), tokenizer, told)
+    return Checkpoint(path, "gpt", step, GPTRung.of(gpt).eval(), tokenizer, told)
 
 
 def find_checkpoints(place: str | Path) -> list[Path]:

@@ -64,9 +64,15 @@ def arguments(shards: Path, out: Path, **changes) -> list[str]:
 
 
 def start(args: list[str], **environment) -> subprocess.Popen:
+    """The command in a process of its own, which hears SIGINT even where a shell had these tests in the background."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(REPO / "train_gpt.py"), *args]
-    return subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    how = dict(cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # an ignored signal stays ignored in a child
+    try:
+        return subprocess.Popen(command, **how)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def run_here(args: list[str]) -> int:
@@ -178,7 +184,10 @@ def test_a_signal_leaves_a_checkpoint_that_continues(number, code, undisturbed, 
     while time.time() < deadline and not (log.exists() and len(losses(log)) >= 3):
         time.sleep(0.05)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code, output
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
     (checkpoint,) = (tmp_path / "run.checkpoints").glob("*.safetensors")

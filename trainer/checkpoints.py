@@ -166,6 +166,17 @@ class Done(NamedTuple):
         return cls(step, seconds, validation, losses)
 
 
+def step_of(path: str | Path, texts: Mapping[str, str], last_step: int) -> int:
+    """The step that a checkpoint was written after, by its header; `last_step` where it says none. CheckpointError."""
+    try:
+        step = int(texts.get("step", last_step))
+        if not 0 <= step <= last_step:
+            raise ValueError(f"step {step} of {last_step}")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: what it says of its step makes no sense ({error})") from error
+    return step
+
+
 def newest_whole(folder: Path, format: str) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:
     """The newest checkpoint in `folder` that is whole, as (path, texts, tensors); None if there is none at all.
 

@@ -9,7 +9,7 @@ from kernels.runtime import INTERPRETED
 SMALL = (
     "--preset=nano --device=cpu --num_iterations=6 --num_layers=2 --unet_skips= --long_window_layers=0 --model_dim=32 "
     "--num_heads=1 --train_seq_len=64 --tokens_per_step=64 --val_seq_len=64 --val_tokens=64 --warmup_steps=0 "
-    "--value_embeddings=0 --save_final=false"
+    "--value_embeddings=0 --attention_free_layers= --save_final=false"
 ).split()
 WAYS = ["auto", "reference", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="interpreter"))]
 PLACES = ("blocks.0.mlp_in_w", "blocks.1.qkvo_w", "scalars")

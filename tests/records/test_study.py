@@ -161,7 +161,7 @@ def test_a_study_keeps_its_plan(whole, capsys):
 def test_model_sizes_are_stated(tmp_path):
     """Held against the real trainer: what makes the model smaller says so, or is refused."""
     text = (
-        'preset = "nano"\nflags = { num_iterations = 5 }\n[design]\nlooks = [2]\nmargin = 0.1\n'
+        'preset = "nano-plain"\nflags = { num_iterations = 5 }\n[design]\nlooks = [2]\nmargin = 0.1\n'
         "[treatments.one]\nflags = { second_input_embedding = false }\n"
     )
     trainer = load_trainer(REPO / "train_gpt.py")
