@@ -226,7 +226,7 @@ FAMILY = Family(
             B=2,
             descriptors=True,
         ),
-        _layer("through the layer's inputs, two documents", 1, 45, 2, 1, 16, (0, 20), window_blocks=1),
+        _layer("through the layer's inputs, two sequences of documents", 2, 25, 2, 1, 16, (0, 20), window_blocks=1),
         _layer("through the layer's inputs, two sequences, no value embedding", 2, 19, 2, 2, 16, (4,), with_ve=False),
         _numeric("width 64, one-token documents", SQUARE, 70, 2, 2, 64, range(0, 70, 1), quick=False, window_blocks=1),
         _numeric(
