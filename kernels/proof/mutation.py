@@ -69,11 +69,31 @@ RULES = (
     Rule("off by one", r"\+ 1\b", "+ 2"),
 )
 
+_NOT_STORED = "what is read where the mask is off is not stored: the same program"
+_TIMES_ZERO = "the other operand is 0 where this mask is off: the same program"
 #: What a survivor means, by the mutant's name; one without a word here is an open question.
 EXPLAINED: dict[str, str] = {
-    "attention_layer: dropped dense: 289bf31bf5": "its own tensors are dense; no case hands it others yet",
-    "attention_layer: masks: 8f484f4e0c": "what is read where the mask is off is not stored: the same program",
-    "attention_layer: masks: f5f86ff99f": "what is read where the mask is off is not stored: the same program",
+    "attention: masks: 5391a4617e": _NOT_STORED,
+    "attention: masks: 9ca3749c7e": _NOT_STORED,
+    "attention: masks: affcc942cc": _NOT_STORED,
+    "attention_inputs: masks: 34936f7ce5": _NOT_STORED,
+    "attention_inputs: masks: 62e54388ce": _NOT_STORED,
+    "attention_layer: masks: 8f484f4e0c": _NOT_STORED,
+    "attention_layer: masks: f5f86ff99f": _NOT_STORED,
+    "attention_layer: strides: 06168a680c": "programs behind the last token do nothing: the same result",
+    "cross_entropy: comparison: 28458d38c0": "the other of two ways to the same sum: slower, not wrong",
+    "cross_entropy: comparison: 2b1743fc6a": "a row of just one block is read in blocks: the same result",
+    "cross_entropy: comparison: 68a38ea7ea": "of the 8-bit head, which tests/kernels/test_products8.py holds",
+    "cross_entropy: masks: 3f430a28e0": _NOT_STORED,
+    "cross_entropy: masks: 822c941a3a": "a target that equals a known one is known: the same program",
+    "cross_entropy: masks: 9bd5f3bc54": _NOT_STORED,
+    "mlp: masks: 24a5fd88d2": _TIMES_ZERO,
+    "mlp: masks: 4387fcfaf5": _NOT_STORED,
+    "mlp: masks: ad25c846a1": _TIMES_ZERO,
+    "muon: bounds: 8d20feae9a": "a mirrored tile's rows end before the matrix does: the same program",
+    "muon: masks: 79939c3115": _NOT_STORED,
+    "muon: masks: d2bc7c0af4": _NOT_STORED,
+    "muon: masks: f627658ba2": _TIMES_ZERO,
 }
 
 

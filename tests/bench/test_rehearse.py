@@ -186,8 +186,11 @@ def test_another_assembler_is_seen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_all_of_medium_holds_all_rules_and_budgets():
-    done = python("-m", "bench.rehearse", "--preset=medium", "--check", timeout=2900)
+@pytest.mark.parametrize(
+    "form", [("--preset=medium",), ("--preset=nano", "--world=1", "--dtype=bfloat16")], ids=["medium", "nano"]
+)
+def test_all_of_a_preset_holds_all_rules_and_budgets(form):
+    done = python("-m", "bench.rehearse", *form, "--check", timeout=2900)
     if done.returncode == 3:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
