@@ -66,6 +66,24 @@ def kept(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text())["result"] if path.is_file() else None
 
 
+def scanned() -> str:
+    """What `python -m kernels.proof --part scan` found in the machine code, as a table."""
+    path = REPO / "kernels" / "proof" / "scanned.json"
+    if not path.is_file():
+        return "Not scanned yet."
+    return table(
+        [
+            {
+                "compiled with": versions,
+                "kernels": told["kernels"],
+                "products that read registers": told["register_operands"],
+                "registers written too early": len(told["reused"]),
+            }
+            for versions, told in json.loads(path.read_text()).items()
+        ]
+    )
+
+
 def page() -> str:
     """docs/rehearsal.md, from the kept counts."""
     before, now = kept("before"), kept("medium")
@@ -106,6 +124,7 @@ def page() -> str:
         floor=shown["projection"]["floor_ms"],
         holders=table(holders),
         messages=table(messages) if messages else "none",
+        scanned=scanned(),
     )
 
 
@@ -146,6 +165,14 @@ All products and attention at their ceiling, and nothing else: {floor:.1f} ms.
 ## Messages a step and process
 
 {messages}
+
+## Registers under products in flight
+
+Assemblers before CUDA 13.3 may reuse a register that an asynchronous product on Hopper has yet to read
+(github.com/triton-lang/triton/pull/11781). The one that runs is chosen (kernels/assembler.py), and the machine code of
+every launch and of every tile that tuning may choose is searched for such places: `python -m kernels.proof --part scan`.
+
+{scanned}
 
 ## What a GPU must still confirm
 
