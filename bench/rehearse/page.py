@@ -170,7 +170,7 @@ All products and attention at their ceiling, and nothing else: {floor:.1f} ms.
 
 Assemblers before CUDA 13.3 may reuse a register that an asynchronous product on Hopper has yet to read
 (github.com/triton-lang/triton/pull/11781). The one that runs is chosen (kernels/assembler.py), and the machine code of
-every launch and of every tile that tuning may choose is searched for such places: `python -m kernels.proof --part scan`.
+every launch and every tile that tuning may choose is searched for such places: `python -m kernels.proof --part scan`.
 
 {scanned}
 
