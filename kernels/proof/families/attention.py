@@ -286,7 +286,7 @@ FAMILY = Family(
         "_attention_dq": Demand(
             instructions=("HGMMA", "UTMALDG"), wide=tuple("p_q p_k p_v p_o p_do p_lse p_dq p_delta p_rms".split())
         ),
-        # two accumulators of 128 x 128 leave no register to spare: code of older Tritons spills up to 144 bytes a thread
+        # two accumulators of 128 x 128 leave no register to spare: older Tritons spill up to 144 bytes a thread
         "_attention_dkdv": Demand(
             instructions=("HGMMA", "UTMALDG"),
             stack_bytes=160 if triton.__version__.startswith(("3.6.", "3.7.")) else 0,
