@@ -5,7 +5,8 @@
     cross_entropy.py   the head's product, soft cap and loss in one pass
     mlp.py             linear, relu squared, linear
     muon.py            orthogonalisation, momentum and the bfloat16 + mantissa update
-    products8.py       products in 8 bits, with safe scales
+    products8.py       products in 8 bits, with safe scales: conversion, linear layers
+    mlp8.py            the MLP with all its products in 8 bits
     residual.py        the learned mix of the stream with both input embeddings
     proof/             one command that proves them on a machine without a GPU: `python -m kernels.proof`
 

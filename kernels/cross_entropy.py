@@ -41,7 +41,7 @@ from kernels.guards import (
     without_autocast,
 )
 from kernels.products8 import DEVICES as FP8_DEVICES
-from kernels.products8 import E4M3, E5M2, MULTIPLE, in_8_bits, product
+from kernels.products8 import E4M3, E5M2, MULTIPLE, available_on, both_ways, in_8_bits, product
 from kernels.runtime import LOG2_E, device_kind, implementation_of, tl, triton
 
 SOFTCAPS = ("rsqrt", "sigmoid", None)
@@ -440,11 +440,13 @@ class _Eight(_Plain):
     largest: of x, w and the gradient at the logits, 0 where unknown, which is then measured."""
 
     def __init__(self, x_ND, weight_VD, gradient: bool, largest):
-        super().__init__(x_ND, weight_VD, gradient)
+        self.x, self.w, self.gradient = x_ND, weight_VD, gradient
         of_x, of_w, self.of_g = largest
-        self.x_8, self.w_8 = in_8_bits(self.x, E4M3, of_x), in_8_bits(self.w, E4M3, of_w)
         if gradient:
-            self.x_turned, self.w_turned = self.x_8.turned(), self.w_8.turned()
+            self.x_8, self.x_turned = both_ways(x_ND, E4M3, of_x)
+            self.w_8, self.w_turned = both_ways(weight_VD, E4M3, of_w)
+        else:
+            self.x_8, self.w_8 = in_8_bits(x_ND, E4M3, of_x), in_8_bits(weight_VD, E4M3, of_w)
 
     def _filled(self, rows: slice) -> slice:
         """The rows with those of zeros that fill them up to a multiple of 16."""
@@ -452,13 +454,13 @@ class _Eight(_Plain):
         return slice(rows.start, rows.start - -count // MULTIPLE * MULTIPLE)
 
     def logits(self, rows: slice) -> torch.Tensor:
-        z = product(self.x_8.rows(self._filled(rows)), self.w_8, self.x.dtype)
+        z = product(self.x_8.rows(self._filled(rows)), self.w_8, self.x.dtype, fast=True)
         return z[: len(self.x[rows]), : len(self.w)].contiguous()
 
     def gradients_(self, g, rows: slice, dx, dw) -> None:
-        g_8 = in_8_bits(g, E5M2, self.of_g)
+        g_8, g_turned = both_ways(g, E5M2, self.of_g)
         dx.copy_(product(g_8, self.w_turned, dx.dtype)[: dx.shape[0], : dx.shape[1]])
-        part = product(g_8.turned(), self.x_turned.columns(self._filled(rows)), dw.dtype)[: dw.shape[0], : dw.shape[1]]
+        part = product(g_turned, self.x_turned.columns(self._filled(rows)), dw.dtype)[: dw.shape[0], : dw.shape[1]]
         dw.copy_(part) if rows.start == 0 else dw.add_(part)
 
 
@@ -702,8 +704,8 @@ def linear_cross_entropy(
     reduction: "mean" over the tokens with a target that is not `ignore_index`, "sum", or "none" for float32 losses
     (N,), zero where all is ignored.
     chunk_tokens: rows of x whose logits are in memory at once (None: chosen for the device).
-    fp8: products of the head in 8 bits, on GPUs that have them: True, or the largest numbers of x, the weight and the
-    gradient at the logits of the losses' sum, which fix the scales (0 for one that is to be measured).
+    fp8: products of the head in 8 bits, on GPUs that have them and, slowly, on a CPU: True, or the largest numbers of
+    x, the weight and the gradient at the logits of the losses' sum, which fix the scales (0 for one to be measured).
     impl: "auto" | "triton" | "reference" (plain torch in chunks) | "eager" (plain torch, all logits).
     Errors: ValueError for shapes, devices or options that do not fit and, where asking costs no wait, for a target that
     is no class (on a GPU its loss and gradient are NaN); TypeError for dtypes.
@@ -711,8 +713,10 @@ def linear_cross_entropy(
     _check(x_ND, weight_VD, targets, target_weights, softcap, reduction, chunk_tokens)
     impl, targets_NK = implementation(impl, x_ND), _in_columns(targets)
     largest = (0.0, 0.0, 0.0) if fp8 is True else tuple(float(size) for size in fp8 or ())
-    if largest and impl != "triton":
-        raise ValueError("fp8 is a path of the Triton kernels; it needs a GPU that has 8-bit products")
+    if largest and impl == "eager":
+        raise ValueError("fp8 goes with impl='triton' or 'reference': the definition has no products in 8 bits")
+    if largest and not available_on(x_ND.device):
+        raise ValueError(f"fp8 needs one of {', '.join(FP8_DEVICES)} or a CPU, and this device is {device_kind()}")
     given = (x_ND, weight_VD, targets_NK, target_weights)
     if impl == "triton":
         return _on_gpu(*given, softcap, reduction, ignore_index, chunk_tokens, largest)
@@ -736,8 +740,6 @@ def _asks_for_gradients(*tensors: torch.Tensor) -> bool:
 
 def _on_gpu(x_ND, weight_VD, targets_NK, weights_K, softcap, reduction, ignore_index, chunk_tokens, largest):
     """The Triton way of `linear_cross_entropy`."""
-    if largest and device_kind() not in FP8_DEVICES:
-        raise ValueError(f"fp8 needs one of {', '.join(FP8_DEVICES)}, and this device is {device_kind()}")
     expect_floats("x", x_ND, KERNEL_DTYPES)
     refuse_tangents("linear_cross_entropy", x_ND, weight_VD)
     how = (softcap or "", ignore_index, chunk_tokens or 0, largest)

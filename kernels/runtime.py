@@ -46,6 +46,31 @@ def _read_numbers_of_one_element() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _convert_float8_as_torch_does() -> None:
+    """Triton's interpreter rounds to float8 without carrying into the exponent, and its e4m3 knows no NaN."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    kinds = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    convert, dot = InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
+
+    def widened(x):
+        kind = kinds.get(x.dtype.scalar)
+        if kind is None:
+            return x
+        return TensorHandle(torch.from_numpy(x.data.copy()).view(kind).float().numpy(), tl.float32)
+
+    def create_fp_to_fp(self, source, wanted, rounding):
+        source, kind = widened(source), kinds.get(wanted.scalar)
+        if kind is None or source.dtype.scalar != tl.float32:
+            return source if source.dtype.scalar == wanted.scalar else convert(self, source, wanted, rounding)
+        return TensorHandle(torch.from_numpy(source.data.copy()).to(kind).view(torch.uint8).numpy(), wanted.scalar)
+
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+
+
+if INTERPRETED:
+    _convert_float8_as_torch_does()
 if INTERPRETED and triton.__version__.startswith("3.6."):
     _read_numbers_of_one_element()
 

@@ -280,7 +280,7 @@ def test_wrong_arguments_are_named():
         ((x, w, targets), dict(softcap="tanh"), "softcap"),
         ((x, w, targets), dict(reduction="max"), "reduction"),
         ((x, w, targets), dict(impl="cuda"), "impl"),
-        ((x, w, targets), dict(fp8=True), "fp8"),
+        ((x, w, targets), dict(fp8=True, impl="eager"), "fp8"),
         ((x, w, targets), dict(chunk_tokens=0), "chunk_tokens"),
         ((x, w, targets), dict(target_weights=torch.ones(2)), "target_weights"),
         ((x, w, targets), dict(target_weights=torch.ones(1, requires_grad=True)), "target_weights"),
@@ -349,10 +349,7 @@ def test_the_head_in_8_bits_trains_nearly_as_in_float64():
     Sizes that 16 does not divide, and three chunks of which the last is ragged."""
     x, w, targets, _ = draw(N=71, D=40, V=90)
     targets[::7] = IGNORED
-    try:
-        losses, dx, dw = module.launch_head(x.bfloat16(), w, targets, "rsqrt", IGNORED, 32, (0, 0, 0), True)
-    except (RuntimeError, NotImplementedError) as missing:
-        pytest.skip(f"this torch has no scaled product on the CPU: {missing}")
+    losses, dx, dw = module.launch_head(x.bfloat16(), w, targets, "rsqrt", IGNORED, 32, (0, 0, 0), True)
     x, w = x.double().requires_grad_(), w.double().requires_grad_()
     truth = module.linear_cross_entropy_reference(x, w, targets, "rsqrt", "none", IGNORED)
     truth.sum().backward()
