@@ -7,6 +7,7 @@ preset (about 1.3M parameters, bytes) on a laptop. What has been measured, where
     torchrun --nproc_per_node=8 train_gpt.py                      # medium; 1, 2, 4 or 8 processes train alike
     python train_gpt.py --preset=nano --seed=1                    # one process, no GPU needed
     python train_gpt.py --help                                    # every field with its unit
+    python train_gpt.py explain medium f3                         # what one preset has that another has not
     python train_gpt.py sample CHECKPOINT --prompt "Once upon"    # text from what was trained
     python train_gpt.py evaluate CHECKPOINT --val_files=GLOB      # its loss a token and a byte
     python train_gpt.py export CHECKPOINT DIR                     # for the transformers library
@@ -57,6 +58,7 @@ from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
+from trainer.explain import explain_command
 from trainer.log import Clock, Progress, RunLog, unique_name
 from trainer.ngrams import NGramRows
 from trainer.normuon import NorMuon
@@ -219,6 +221,7 @@ class Config:
     deterministic: bool = setting(False, "flag", "ask torch for bitwise repeatable algorithms (slower on GPUs)")
     # Output
     output_dir: str = setting("local/runs", "folder", "for the log, its JSON and the checkpoints")
+    dry_run: bool = setting(False, "flag", "print the table of the run's steps and end; no data are needed")
     run_name: str = setting("", "name", "of the log; '': preset, time and a random suffix")
     log_train_loss: bool = setting(False, "flag", "training loss in every step's line (waits for the GPU)")
     log_words: str = setting("", "words", "of lr (Muon's), window and grad_norm, in every step's line")
@@ -241,7 +244,7 @@ class Config:
 _RUN_FIELDS = frozenset(
     "config data init_from stop_after train_files val_files data_dir output_dir run_name checkpoint_every save_final "
     "keep_checkpoints resume overwrite plan_hash device compile tune kernels communication patience "
-    "log_train_loss log_words watch profile vocab "
+    "log_train_loss log_words watch profile vocab dry_run "
     "deterministic warmup_steps".split()
 )
 
@@ -788,15 +791,9 @@ class Trainer:
 # ---- Data and evaluation -------------------------------------------------------------------------------------
 
 
-def my_sequences(config: Config, rank: int, world_size: int) -> range:
-    """The sequences of a step that this process works on; all processes together cover each once."""
-    return range(rank, schedule.sequences(config), world_size)
-
-
 @torch.no_grad()
 def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
-    """Mean loss in nats per token over the validation tokens, with the window of `step`, after the last one that of
-    `validation_window`; equal on all ranks."""
+    """Mean loss in nats per token over the validation tokens, with its window after `step`; equal on all ranks."""
     c = trainer.config
     trainer.set_window(step, schedule.validation_window_at)
     trainer.exchange.wait_weights()
@@ -855,16 +852,15 @@ def set_up(config: Config) -> torch.device:
 def warm_up(trainer: Trainer, stop: StopRequest) -> None:
     """Train on random tokens so that everything is compiled and allocated, then put all state back.
 
-    Every length of sequences and number of targets occurs, each a graph of its own; so do the windows of the start and
-    the end of the run, and a validation. The state waits on the host: the GPU's peak is the training's own. A signal
-    ends the warm-up at once."""
+    Every length of sequences and number of targets occurs, as each is a graph; so do the first and the last window and
+    a validation. The state waits on the host: the GPU's peak is the training's own. A signal ends it at once."""
     c, device = trainer.config, trainer.device
     if not c.warmup_steps:
         return
     before = {name: t.to("cpu", copy=True) for name, t in trainer.state().items()}
     random = torch.Generator().manual_seed(c.seed)
     draw = lambda length: torch.randint(c.vocab_size, (length,), generator=random)  # noqa: E731
-    mine = len(my_sequences(c, rank(), trainer.world_size))
+    mine = len(schedule.my_sequences(c, rank(), trainer.world_size))
     last = max(0, c.num_iterations - 1 - c.num_iterations % c.adam_every)  # with all optimizers
     steps = [last, *schedule.shapes(c).values()]
     for i in range(max(c.warmup_steps, len(steps) if len(steps) > 2 else 1)):
@@ -921,7 +917,7 @@ class Stretch:
     def train(self, stop: StopRequest) -> int:
         """Train to the end, or until a signal stops it. Returns that signal, or 0."""
         c, trainer = self.config, self.trainer
-        mine = my_sequences(c, rank(), trainer.world_size)
+        mine = schedule.my_sequences(c, rank(), trainer.world_size)
         end = max(self.start, min(c.stop_after or c.num_iterations, c.num_iterations))
         order = ((step, sequence) for step in range(self.start, end) for sequence in mine)
         pin_memory = trainer.device.type == "cuda"
@@ -1008,6 +1004,9 @@ def open_log(config: Config, trainer: Trainer, streams: tuple[TokenStream, Token
 
 def run(config: Config) -> int:
     """Everything from set-up to the report. Returns the exit code; errors are raised after they are logged."""
+    if config.dry_run:
+        print(schedule.table(config))
+        return 0
     stop = StopRequest()
     device = set_up(config)
     config = on_rank_0(lambda: config)  # files that it was read from may be on one host only
@@ -1039,6 +1038,8 @@ def main(arguments: list[str] | None = None) -> int:
     with processes.exit_code(EXIT_CODES) as ended:
         if arguments and arguments[0] in COMMANDS:
             ended.code = COMMANDS[arguments[0]](arguments[1:], load_model)
+        elif arguments[:1] == ["explain"]:
+            ended.code = explain_command(arguments[1:], Config, PRESETS)
         elif "--help" in arguments or "-h" in arguments:
             print(__doc__, help_text(Config, PRESETS, beside="nano"), sep="\n")
         else:

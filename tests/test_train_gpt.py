@@ -460,7 +460,7 @@ def test_more_processes_than_sequences_cut_the_sequences(world, length):
 
 def test_processes_share_the_sequences_of_a_step():
     for world in (1, 2, 4, 8):
-        shares = [list(train_gpt.my_sequences(Config(), rank, world)) for rank in range(world)]
+        shares = [list(schedule.my_sequences(Config(), rank, world)) for rank in range(world)]
         assert sorted(sequence for share in shares for sequence in share) == list(range(8))
 
 

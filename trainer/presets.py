@@ -10,7 +10,7 @@ optimizer track that no run of the medium track has combined: a guess until it i
 from typing import Any
 
 # fmt: off
-_OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it starts from, fields that differ)
+OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it starts from, fields that differ)
     "record18": ("medium", dict(
         num_iterations=4740, extension_steps=40, val_loss_every=250, batch_schedule="131072,262144,393216",
         lr_schedule="1,1.52,1.73,2", lr_floor=0.1, muon_momentum_cooldown=50, mtp=3, loss_sum=True,
@@ -61,6 +61,6 @@ _OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it sta
 def frontier_presets(base: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """{name: all fields that differ from the defaults} of the presets above. base: those that they may start from."""
     found = dict(base)
-    for name, (start, fields) in _OWN.items():
+    for name, (start, fields) in OWN.items():
         found[name] = found[start] | fields
-    return {name: found[name] for name in _OWN}
+    return {name: found[name] for name in OWN}

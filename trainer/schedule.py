@@ -96,6 +96,11 @@ def sequences(config: Any) -> int:
     return config.tokens_per_step // config.train_seq_len
 
 
+def my_sequences(config: Any, rank: int, world_size: int) -> range:
+    """The sequences of a step that a process works on; all processes together cover each once."""
+    return range(rank, sequences(config), world_size)
+
+
 def batch_tokens_at(step: int, config: Any) -> int:
     """Tokens of a step, over all processes: `batch_schedule` by twelfths, then `tokens_per_step`."""
     return _at([*_listed(config, "batch_schedule", int), config.tokens_per_step], part(step, config))
@@ -217,3 +222,63 @@ def check(config: Any) -> None:
                 f"--batch_schedule={c.batch_schedule}: {tokens} tokens are more than --tokens_per_step="
                 f"{c.tokens_per_step}, or do not divide into {count} sequences"
             )
+
+
+# ---- The whole run -------------------------------------------------------------------------------------------
+
+
+def phases(config: Any) -> list[dict[str, str]]:
+    """The run as rows of words: steps of one batch, window and number of targets, which cool down or do not."""
+    c, numbers = config, range(config.num_iterations)
+    cooling = lambda step: step / scheduled(c) > 1 - c.cooldown_frac  # noqa: E731
+    stages = len(_listed(c, "lr_schedule", float)) - 1
+
+    def kind(step: int) -> tuple:
+        fixed = batch_tokens_at(step, c), window_blocks_at(step, c), len(target_weights(step, c))
+        return (*fixed, cooling(step), step >= scheduled(c), min(part(step, c), stages))
+
+    rows = []
+    for _, group in itertools.groupby(numbers, kind):
+        steps = list(group)
+        first, last = steps[0], steps[-1]
+        window = window_blocks_at(first, c)
+        weights = zip(target_weights(first, c), target_weights(last, c))
+        rows.append(
+            {
+                "steps": f"{first}..{last}",
+                "batch": f"{batch_tokens_at(first, c):,}",
+                "window": " / ".join(str(w * c.block_tokens) for w in (window, short_window(window, c))),
+                "rate": _span(learning_rate_factor(min(first + 1, last), c), learning_rate_factor(last, c)),
+                "momentum": _span(muon_momentum_at(first, c), muon_momentum_at(last, c)),
+                "targets": " + ".join(_span(*pair) for pair in weights),
+                "logits": f"{c.attention_scale * yarn_at(first, c, [])[1]:.4f}",
+            }
+        )
+    return rows
+
+
+def _span(first: float, last: float) -> str:
+    """Two numbers as 0.85-0.95, or one if they are the same."""
+    begin, end = f"{first:.3g}", f"{last:.3g}"
+    return begin if begin == end else f"{begin}-{end}"
+
+
+def table(config: Any) -> str:
+    """`phases` as text, and below it what happens at one step only."""
+    rows = phases(config)
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [[name.rjust(width) for name, width in widths.items()]]
+    lines += [[row[name].rjust(width) for name, width in widths.items()] for row in rows]
+    last, c = validation_window_at(config.num_iterations, config), config
+    windows = " / ".join(str(w * c.block_tokens) for w in (last, short_window(last, c)))
+    notes = [
+        f"{c.num_iterations} steps of {sequences(c)} sequences, {tokens_until(c.num_iterations, c):,} tokens; "
+        f"the last {c.extension_steps} after the end of the schedules",
+        f"window: long / short, in tokens; the last validation's {windows}. rate: of all learning rates. momentum: "
+        "Muon's. targets: weights of the next tokens in the loss. logits: attention's scale",
+    ]
+    if c.adam_every > 1:
+        notes.append(f"Adam updates after every {c.adam_every} steps, on the sum of their gradients")
+    if split_step(c) >= 0:
+        notes.append(f"head and input embedding are one until step {split_step(c)}")
+    return "\n".join(["  ".join(line).rstrip() for line in lines] + notes)

@@ -113,7 +113,7 @@ class Rehearsal:
 
         with self.recorder.recording():
             self.trainer = train_gpt.Trainer(self.config, train_gpt.set_up(self.config))
-        self.sequences = len(train_gpt.my_sequences(self.config, 0, self.trainer.world_size))
+        self.sequences = len(schedule.my_sequences(self.config, 0, self.trainer.world_size))
         messages = [vars(m) for m in _grouped(self.recorder.messages)]
         return {"state_gib": self.recorder.memory.live / GIB, "set_up": {"messages": messages}}
 
