@@ -167,9 +167,10 @@ def short_window(window_blocks: Any, config: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def window_changes(config: Any) -> tuple[tuple[int, int], ...]:
-    """((first step, long window in blocks from it on), ...) over the run."""
-    windows = [window_blocks_at(step, config) for step in range(config.num_iterations)]
-    return tuple((s, w) for s, w in enumerate(windows) if s == 0 or windows[s - 1] != w)
+    """((first step, long window in blocks from it on), ...) of a `window_schedule` over the run."""
+    firsts = sorted({-(-twelfth * scheduled(config) // PARTS) for twelfth in range(PARTS)})
+    windows = [(first, window_blocks_at(first, config)) for first in firsts if first < config.num_iterations]
+    return tuple(now for before, now in zip([(0, 0), *windows], windows) if now[1] != before[1])
 
 
 def yarn_at(step: int, config: Any, frequencies: Sequence[float]) -> tuple[list[float], float]:
@@ -214,7 +215,8 @@ def check(config: Any) -> None:
         raise UsageError(f"--extension_steps={c.extension_steps}: fewer than --num_iterations={c.num_iterations}")
     if not _listed(c, "lr_schedule", float):
         raise UsageError("--lr_schedule is empty: 1 is a constant rate")
-    _listed(c, "window_schedule", int)
+    if not _listed(c, "window_schedule", int) and c.yarn_until >= 0:
+        raise UsageError(f"--yarn_until={c.yarn_until} follows the windows of a --window_schedule, and there is none")
     count = sequences(c)
     for tokens in _listed(c, "batch_schedule", int):
         if tokens % count or tokens > c.tokens_per_step:

@@ -162,3 +162,16 @@ def test_the_presets_differ_in_schedules_as_published():
         record18=4740, f2=4620, f3=4150
     )
     assert (RECORD18.extension_steps, F2.extension_steps, F3.extension_steps) == (40, 40, 25)
+
+
+def test_windows_of_a_run_of_any_length():
+    """The steps at which the window changes are those that a walk over all steps finds; a long run costs no walk."""
+    for steps, windows in ((4740, "3,7,11,13"), (7, "1,1,2"), (13, "5"), (100, "1,2,1,2,2")):
+        config = dataclasses.replace(RECORD18, num_iterations=steps, window_schedule=windows, extension_steps=0)
+        walked = [schedule.window_blocks_at(step, config) for step in range(steps)]
+        changes = tuple((s, w) for s, w in enumerate(walked) if s == 0 or walked[s - 1] != w)
+        assert schedule.window_changes(config) == changes
+    endless = dataclasses.replace(RECORD18, num_iterations=2**31 - 1)
+    assert len(schedule.window_changes(endless)) == 9
+    with pytest.raises(UsageError, match="--yarn_until=0 follows the windows of a --window_schedule"):
+        parse_config(["--yarn_until=0"])
