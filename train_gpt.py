@@ -752,7 +752,7 @@ class Trainer:
             if number == len(batches):
                 self.exchange.arm()
             (loss / sequences).backward()
-            losses.append(loss.detach() / (len(inputs_T) if self.config.loss_sum else 1))
+            losses.append(loss.detach() / len(inputs_T) if self.config.loss_sum else loss.detach())
         self.update(step)
         if self.average is not None:
             self.take_average(step)
