@@ -15,6 +15,7 @@ from records.folder import SeriesError
 from records.ledger import Ledger
 from records.logs import read_run_json, write_whole
 from records.study_plan import AGAIN, BASE, StudyError, StudyPlan, Treatment
+from stats.curve import crossing
 from stats.errors import StatsError
 from stats.paired import CONTINUE, DIVERGED, HELPS, HURTS, NO_EFFECT, UNDECIDED, Effect, judge, ratio
 from stats.series import read_runs
@@ -123,26 +124,17 @@ def _mean_curve(pairs: Pairs, arm: str) -> dict[int, float]:
     return {step: float(np.mean([curve[step] for curve in curves])) for step in sorted(common)}
 
 
-def _crossing(curve: Mapping[int, float], target: float) -> float | None:
-    """The step, linear between validations, at which a curve first reaches the target."""
-    steps = sorted(curve)
-    for before, step in zip([steps[0], *steps], steps) if steps else ():
-        if curve[step] <= target:
-            high, low = curve[before], curve[step]
-            return float(step) if high <= target else before + (high - target) / (high - low) * (step - before)
-    return None
-
-
 def row(arm: str, plan: StudyPlan, pairs: Pairs, effect: Effect, slope: float | None) -> dict:
     """One treatment's results as JSON."""
     both = [p for p in pairs.step_ms[arm] if p in pairs.step_ms[BASE]]
     timed = None
     if len(both) >= 2:
         timed = ratio([pairs.step_ms[BASE][p] for p in both], [pairs.step_ms[arm][p] for p in both])
-    target = _mean_curve(pairs, BASE)
+    target, treated = _mean_curve(pairs, BASE), _mean_curve(pairs, arm)
     to_target = None
-    if target and timed:
-        steps = _crossing(_mean_curve(pairs, arm), target[max(target)])
+    if target and treated and timed:
+        points = [(step, loss, None) for step, loss in treated.items()]
+        steps = crossing(arm, points, target[max(target)]).steps
         to_target = None if steps is None else steps / max(target) * timed[0]
     saved = None
     if slope is not None and slope < 0 and effect.estimate is not None:

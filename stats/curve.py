@@ -73,10 +73,10 @@ def curve(runs: Sequence[Run], target: float, alpha: float = 0.01, name: str = "
     runs = [run for run in runs if run.validations]
     if not runs:
         raise DataError("no validations, so no curve", name or None)
-    crossings = tuple(_crossing(run.name, _points(run), target) for run in runs)
+    crossings = tuple(crossing(run.name, _points(run), target) for run in runs)
     common = _common_steps(runs, target)
     mean_points = [(step.step, step.mean, step.time_s) for step in common]
-    mean = _crossing("mean", mean_points, target) if mean_points else None
+    mean = crossing("mean", mean_points, target) if mean_points else None
     significant = _from_here_on(common, alpha)
     slope, slope_s = _slopes(mean_points)
     spare = common[-1].step - mean.steps if mean and mean.steps is not None else None
@@ -103,8 +103,10 @@ def _points(run: Run) -> Points:
     return [(point.step, point.loss, point.time_s) for point in run.validations]
 
 
-def _crossing(name: str, points: Points, target: float) -> Crossing:
-    """First crossing from above, linear between validations."""
+def crossing(name: str, points: Points, target: float) -> Crossing:
+    """Where a curve first reaches the target from above, linear between validations.
+
+    points: (step, loss, seconds or None), at least one, in the order of the steps."""
     steps = time_s = None
     for (step0, loss0, time0), (step1, loss1, time1) in zip([points[0], *points], points):
         if loss1 <= target:
