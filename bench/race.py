@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     result = dict(target=TARGET, recipe=RECIPE, ours=f"{OURS} {options.ours}".strip(), runs=rows)
     if options.nanogpt:
-        ratios = [b["seconds_to_target"] / a["seconds"] for a, b in zip(rows["nanogpt"], rows["nano"])]
+        ratios = [b["seconds_to_target"] / a["seconds_to_target"] for a, b in zip(rows["nanogpt"], rows["nano"])]
         result["ratio_of_seconds"] = dict(median=statistics.median(ratios), min=min(ratios), max=max(ratios))
         print(f"time to {TARGET}: {result['ratio_of_seconds']['median']:.3f} of nanoGPT's, pair by pair")
     print(write_result("race", result).relative_to(REPO))

@@ -88,6 +88,12 @@ def measured() -> str:
     return "\n".join(lines)
 
 
+def _spread(values: list[float], style: str) -> str:
+    """Median, and where there are several the least and the greatest."""
+    median = format(statistics.median(values), style)
+    return f"{median} ({min(values):{style}} to {max(values):{style}})" if len(values) > 1 else median
+
+
 def race() -> str:
     """The race of `bench.race`, median over its repeats."""
     results = _results("race")
@@ -100,18 +106,22 @@ def race() -> str:
     for key, name in names.items():
         rows = told["runs"][key]
         if rows:
-            spread = [row["seconds_to_target"] for row in rows]
             lines.append(
-                f"| {name} | {statistics.median(spread):.1f} ({min(spread):.1f} to {max(spread):.1f}) "
+                f"| {name} | {_spread([row['seconds_to_target'] for row in rows], '.1f')} "
                 f"| {statistics.median(row['train_seconds'] for row in rows):.1f} "
                 f"| {statistics.median(row['final_loss'] for row in rows):.4f} | {len(rows)} |"
             )
     ratio = told.get("ratio_of_seconds")
     if ratio:
+        pairs = [
+            a["seconds_to_target"] / b["seconds_to_target"]
+            for a, b in zip(told["runs"]["nano"], told["runs"]["nanogpt"])
+        ]
+        how = "pair by pair" if len(pairs) > 1 else "of a single pair: no range yet"
         lines.append(
             f"\nOn the same 90/10 split of Shakespeare, to {told['target']} nats per character, taking turns on the "
-            f"same two cores: {ratio['median']:.2f} of nanoGPT's time ({ratio['min']:.2f} to {ratio['max']:.2f}, pair "
-            "by pair). nanoGPT ends above the target, so its time is that of its whole run."
+            f"same two cores: {_spread(pairs, '.2f')} of nanoGPT's time, {how}. nanoGPT ends above the target, so its "
+            "time is that of its whole run."
         )
     return "\n".join(lines)
 

@@ -18,8 +18,9 @@ NCCL_DTYPES = frozenset(
 )
 FILE = REPO / "bench" / "budgets.json"
 #: Goals for one of eight H100 at `medium`: memory of a 40 GB card with room, launches that a host can feed, the bytes
-#: that the mathematics needs outside of products and attention, and the milliseconds that follow.
-GOALS = {"peak_gib": 28, "launches": 250, "other_gb": 95, "projected_ms": 200}
+#: that the mathematics needs outside of products and attention, and the milliseconds that follow, in bfloat16 and with
+#: 8-bit products.
+GOALS = {"peak_gib": 28, "launches": 250, "other_gb": 95, "projected_ms": 200, "projected_ms_8bit": 160}
 _SLACK = {"peak_gib": 0.02, "warm_up_peak_gib": 0.02, "validation_peak_gib": 0.02, "other_gb": 0.02, "message_mb": 0.02}
 
 

@@ -84,6 +84,15 @@ def scanned() -> str:
     )
 
 
+def judged(key: str, text: str, sides: dict[str, float | None]) -> dict[str, Any]:
+    """A row of the page: what was counted, its budget, its goal and whether that is reached."""
+    limit = budgets.read().get("medium-h100-of-8", {}).get(key, "")
+    goal, now = budgets.GOALS.get(key), sides.get("now")
+    reached = "" if goal is None else "not counted" if now is None else "yes" if now <= goal else "**no**"
+    told = {name: "not counted" if value is None else value for name, value in sides.items()}
+    return {"counted": text, **told, "budget": limit, "goal": "" if goal is None else goal, "reached": reached}
+
+
 def page() -> str:
     """docs/rehearsal.md, from the kept counts."""
     before, now = kept("before"), kept("medium")
@@ -91,18 +100,11 @@ def page() -> str:
     if shown is None:
         raise FileNotFoundError("nothing is kept: python -m bench.rehearse --preset medium --keep medium")
     sides = {name: told for name, told in (("before", before), ("now", now)) if told is not None}
-    goals = budgets.GOALS
     rows = [
-        {"counted": text, **{name: told["measures"][key] for name, told in sides.items()}, "goal": goals.get(key, "")}
-        for key, text in ROWS.items()
+        judged(key, text, {name: told["measures"][key] for name, told in sides.items()}) for key, text in ROWS.items()
     ]
-    rows.append(
-        {
-            "counted": "projected ms a step",
-            **{n: t["projection"]["ms"] for n, t in sides.items()},
-            "goal": goals["projected_ms"],
-        }
-    )
+    rows.append(judged("projected_ms", "projected ms a step", {n: t["projection"]["ms"] for n, t in sides.items()}))
+    rows.append(judged("projected_ms_8bit", "projected ms a step with 8-bit products", dict.fromkeys(sides)))
     parts = sorted({part for told in sides.values() for part in told["projection"]["parts"]})
     projected = [{"part": p, **{n: t["projection"]["parts"].get(p, 0.0) for n, t in sides.items()}} for p in parts]
     kinds = [{"launched by": kind, **numbers} for kind, numbers in shown["kinds"].items()]
