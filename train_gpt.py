@@ -67,7 +67,7 @@ from trainer.presets import frontier_presets
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.start import expand, start_from
-from trainer.streams import describe_data, open_streams, to_device
+from trainer.streams import describe_data, open_streams, to_device, with_all_validation
 from trainer.techniques import (
     Targets,
     Techniques,
@@ -107,7 +107,7 @@ class Config:
     tokens_per_step: int = setting(524288, "tokens", "over all processes; split into packed sequences", at_least=1)
     train_seq_len: int = setting(65536, "tokens", "packed training sequence; smaller for smaller GPUs", at_least=1)
     val_seq_len: int = setting(262144, "tokens", "packed validation sequence", at_least=1)
-    val_tokens: int = setting(10485760, "tokens", "validation tokens, from the start of the shard", at_least=1)
+    val_tokens: int = setting(10485760, "tokens", "to validate on, the shards' first; 0: all there are", at_least=0)
     val_loss_every: int = setting(125, "steps", "between validations; 0: only at the end", at_least=0)
     cooldown_frac: float = setting(0.7, "fraction", "of the run, its end: the rate falls to 0", above=0, at_most=1)
     warmup_steps: int = setting(10, "steps", "compile and warm up before the clock, then reset all state", at_least=0)
@@ -1009,12 +1009,13 @@ def run(config: Config) -> int:
         return 0
     stop = StopRequest()
     device = set_up(config)
-    config = on_rank_0(lambda: config)  # files that it was read from may be on one host only
+    config = on_rank_0(lambda: with_all_validation(config))  # files that it was read from may be on one host only
     asked, length = config, processes.sequence_length_for(world_size(), config.tokens_per_step, config.train_seq_len)
     config = check_config(dataclasses.replace(config, train_seq_len=length))
     streams = open_streams(config)
     trainer = Trainer(config, device)
     log = open_log(config, trainer, streams)
+    stop.at_once = lambda: log.summary("interrupted")
     with log.failure_told():
         if config != asked:
             log.line(processes.cut_sequences_note(trainer.world_size, asked.train_seq_len, config.train_seq_len))
@@ -1024,7 +1025,7 @@ def run(config: Config) -> int:
         warm_up(trainer, stop)
         stretch = Stretch(trainer, log, streams, ceiling)
         signal_number = stretch.train(stop)
-    report.report(log, config, device, signal_number, stretch.saved)
+        report.report(log, config, device, signal_number, stretch.saved)
     return 128 + signal_number if signal_number else 0
 
 

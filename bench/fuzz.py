@@ -5,7 +5,8 @@
 
 Most inputs are damaged good ones: parts are cut, repeated, moved, overwritten, single bits flipped, numbers replaced
 by extreme ones. Checkpoints are also made anew with a digest that fits, as somebody would who means harm. Hypothesis
-generates, and on a failure finds the smallest case that shows it.
+generates, and on a failure finds the smallest case that shows it. bench/fuzz_program.py sends such inputs through the
+whole of train_gpt.py.
 """
 
 from __future__ import annotations
@@ -258,6 +259,34 @@ FORGERY = st.lists(
 )
 
 
+def forge(texts: dict, tensors: dict, forgery: list[tuple]) -> tuple[dict, dict]:
+    """(texts, tensors) of a checkpoint after a FORGERY."""
+    import torch
+
+    told, values, fields = dict(texts), dict(tensors), json.loads(texts["config"])
+    for what, number, *more in forgery:
+        names = sorted(told if "text" in what else fields if what == "config" else values)
+        if not names:
+            continue
+        name = names[number % len(names)]
+        if what == "config":
+            fields[name] = more[0]
+            told["config"] = json.dumps(fields)
+        elif what == "text":
+            told[name] = more[0]
+        elif what == "drop text":
+            del told[name]
+        elif what == "drop tensor":
+            del values[name]
+        elif what == "reshape":
+            values[name] = torch.zeros(more[0])
+        elif what == "type":
+            values[name] = values[name].to(getattr(torch, more[0]))
+        elif what == "rename":
+            values[more[0]] = values.pop(name)
+    return told, values
+
+
 def forged_checkpoints_check(folder: Path):
     """Checkpoints with a digest that fits and content that does not: no model, or one that writes text."""
     import torch
@@ -266,31 +295,10 @@ def forged_checkpoints_check(folder: Path):
     from trainer.checkpoints import CheckpointError, save_tensors
 
     path, texts, tensors = _tiny_checkpoint(folder)
-    config = json.loads(texts["config"])
     trainer = train_gpt.Trainer(train_gpt.checkpoint_config(path, texts), torch.device("cpu"))
 
     def check(forgery) -> str:
-        told, values, fields = dict(texts), dict(tensors), dict(config)
-        for what, number, *more in forgery:
-            names = sorted(told if "text" in what else fields if what == "config" else values)
-            if not names:
-                continue
-            name = names[number % len(names)]
-            if what == "config":
-                fields[name] = more[0]
-                told["config"] = json.dumps(fields)
-            elif what == "text":
-                told[name] = more[0]
-            elif what == "drop text":
-                del told[name]
-            elif what == "drop tensor":
-                del values[name]
-            elif what == "reshape":
-                values[name] = torch.zeros(more[0])
-            elif what == "type":
-                values[name] = values[name].to(getattr(torch, more[0]))
-            elif what == "rename":
-                values[more[0]] = values.pop(name)
+        told, values = forge(texts, tensors, forgery)
         if not values:
             return "answer"
         save_tensors(path, values, told)
@@ -426,35 +434,6 @@ WORD = st.one_of(
     st.sampled_from(["0", "1", "-1", "2.92", "nan", "inf", "1e999", "9" * 400, "", "true", "=", "--", "-", "\udcff"]),
     st.text(st.characters(exclude_characters="\0"), max_size=6),  # no program can be given a zero byte
 )
-
-
-def trainer_arguments_check(folder: Path):
-    """The trainer's command line: a configuration that makes sense, or an error: of usage, or of the checkpoint or data
-    that it names."""
-    import train_gpt
-
-    def check(words) -> str:
-        try:
-            config = train_gpt.parse_config(words)
-        except (train_gpt.UsageError, train_gpt.CheckpointError, train_gpt.ShardError):
-            return "error"
-        if config.tokens_per_step % config.train_seq_len or config.num_iterations < 1:
-            raise Wrong(f"accepted: {config}")
-        return "answer"
-
-    return check
-
-
-def trainer_arguments() -> st.SearchStrategy:
-    """Fields of the trainer with all sorts of values, now and then words of another kind."""
-
-    import train_gpt
-
-    names = [field.name for field in dataclasses.fields(train_gpt.Config)]
-    values = [str(field.default) for field in dataclasses.fields(train_gpt.Config)] + ["nano", "small", "9>2", "0,1,99"]
-    value = st.one_of(WORD, st.sampled_from(values))
-    pair = st.tuples(st.sampled_from(names), value).map(lambda p: f"--{p[0]}={p[1]}")
-    return st.lists(st.one_of(pair, pair, pair, WORD, st.sampled_from(names).map("--{}".format)), max_size=6)
 
 
 def other_arguments_check(folder: Path):
@@ -647,7 +626,6 @@ KINDS: dict[str, Kind] = {
     "plan files, hostile values": Kind(
         st.lists(st.tuples(st.integers(0, 60), HOSTILE_VALUES), max_size=3), plan_values_check
     ),
-    "command line of the trainer": Kind(st.deferred(trainer_arguments), trainer_arguments_check),
     "command lines of statistics and series": Kind(OTHER_ARGUMENTS, other_arguments_check),
     "tokenizer input": Kind(TOKENIZER_INPUT, tokenizer_check),
     "series folders": Kind(
@@ -676,9 +654,9 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def fuzz(name: str, cases: int, seed: int) -> Counter:
+def fuzz(name: str, cases: int, seed: int, kinds: dict[str, Kind] = KINDS) -> Counter:
     """Try `cases` cases of a kind; {"answer": n, "error": n}. Raises what the smallest failing case raises."""
-    kind, counts = KINDS[name], Counter()
+    kind, counts = kinds[name], Counter()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         check = kind.make(Path(folder))
 

@@ -48,6 +48,10 @@ class ShardError(ValueError):
     """A shard or set of shards that cannot be used; the message names the file and the cause."""
 
 
+class TooFewTokens(ShardError):
+    """The shards hold less than one step."""
+
+
 class ShardInfo(NamedTuple):
     """What a shard's checked header says."""
 
@@ -313,7 +317,7 @@ class TokenStream:
             within = " within one shard"
         elif steps := self.lengths.within((self.num_tokens - 1) // self.sequences_per_step):
             return steps
-        raise ShardError(
+        raise TooFewTokens(
             f"{self._names()}: {self.num_tokens} tokens are too few for one step of {self.sequences_per_step} x "
             f"{max(self.lengths.tokens)} tokens and one target{within}"
         )

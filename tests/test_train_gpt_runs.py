@@ -176,25 +176,6 @@ def test_resuming_continues_bit_for_bit(undisturbed, shards, tmp_path):
     assert [p["step"] for p in summary["validation"]] == [0, 4, 8, 12]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_a_checkpoint_that_continues(number, code, undisturbed, shards, tmp_path):
-    process = start(arguments(shards, tmp_path, num_iterations=100000, val_loss_every=0))
-    log = tmp_path / "run.txt"
-    deadline = time.time() + 60
-    while time.time() < deadline and not (log.exists() and len(losses(log)) >= 3):
-        time.sleep(0.05)
-    process.send_signal(number)
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code, output
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
-    (checkpoint,) = (tmp_path / "run.checkpoints").glob("*.safetensors")
-    told, _ = load_tensors(checkpoint, train_gpt.CHECKPOINT_FORMAT)
-    assert int(told["step"]) == len(losses(log))
-
-
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, shards, tmp_path, capsys):
     args = arguments(shards, tmp_path, checkpoint_every=4, keep_checkpoints=0)
     assert run_here(args) == 0

@@ -22,7 +22,7 @@ from trainer.evidence import hash_of
 from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
 from trainer.sample import device_of, find_checkpoint
 from trainer.start import from_data
-from trainer.streams import embedded_files
+from trainer.streams import validation_stream, with_all_validation
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EvaluateOptions:
     data: str = setting("", "path", "folder of shards, or a text: its validation part")
     val_files: str = setting("", "glob", "shards, or 'embedded'; '': those of the run")
     val_tokens: int = setting(
-        0, "tokens", "from the start of the shards; 0: as many as the run validated on", at_least=0
+        -1, "tokens", "from the start of the shards; 0: all; -1: as many as the run validated on", at_least=-1
     )
     val_seq_len: int = setting(0, "tokens", "packed sequence; 0: that of the run", at_least=0)
     by_document: bool = setting(False, "flag", "a line for each document")
@@ -53,21 +53,16 @@ def _stream(config: Any, options: EvaluateOptions) -> TokenStream:
         raise UsageError("--data and --val_files: give one of them")
     if options.data:
         found = from_data(options.data, dataclasses.asdict(config), {})
-        config = dataclasses.replace(config, val_files=found["val_files"], val_seq_len=found["val_seq_len"])
-        tokens = found["val_tokens"]
+        names = ("val_files", "val_seq_len", "val_tokens")
+        config = dataclasses.replace(config, **{name: found[name] for name in names})
     else:
         config = dataclasses.replace(config, val_files=options.val_files or config.val_files)
-        tokens = config.val_tokens
-    length, tokens = options.val_seq_len or config.val_seq_len, options.val_tokens or tokens
-    if tokens < length:
+    length = options.val_seq_len or config.val_seq_len
+    tokens = config.val_tokens if options.val_tokens < 0 else options.val_tokens
+    if 0 < tokens < length:
         raise UsageError(f"--val_tokens={tokens} is not one sequence of --val_seq_len={length}")
-    stream = TokenStream(
-        embedded_files(config).val_files,
-        sequence_tokens=length,
-        sequences_per_step=tokens // length,
-        vocab_size=config.vocab_size,
-        cycle=False,
-    )
+    config = with_all_validation(dataclasses.replace(config, val_seq_len=length, val_tokens=tokens))
+    stream = validation_stream(config)
     check_encoding([s.path for s in stream.shards], stream.window(0, 0)[:0], config.vocab_size, config.eos_id)
     return stream
 

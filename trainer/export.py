@@ -162,6 +162,8 @@ def export_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, 
         raise UsageError(USAGE.splitlines()[0])
     options = fill(ExportOptions, given)
     path, target = find_checkpoint(words[0]), Path(words[1])
+    if target.exists() and target.samefile(path):
+        raise UsageError(f"{target}: the checkpoint itself; export it to another place")
     there = target.exists() and (target.is_file() or any(target.iterdir()))
     if there and not options.overwrite:
         raise UsageError(f"{target}: there is something already; --overwrite replaces it")

@@ -177,12 +177,14 @@ class RunLog:
             say(text)
 
     def cut_back_to(self, step: int) -> None:
-        """On resuming: take lines of steps after `step` out, since those steps are about to be done again."""
+        """On resuming: take lines of steps after `step` out, since those steps are about to be done again. Raises
+        UsageError for a log that is damaged."""
         self.untouched = False
         if self.file is None:
             return
         self.file.close()
-        header, _, body = self.text_path.read_text().rpartition(RULER + "\n")
+        self.file = None
+        header, body = self._parts()
         kept, gone = [], 0
         for text in body[: body.rfind("\n") + 1].splitlines():  # a last line without an end was cut by the disk
             number = text.removeprefix("step:").partition("/")[0] if text.startswith("step:") else ""
@@ -197,6 +199,17 @@ class RunLog:
         self.file = open(self.text_path, "a")
         if self.echo:
             say(note)
+
+    def _parts(self) -> tuple[str, str]:
+        """Header and body of the log as it lies there. Raises UsageError if it is damaged."""
+        advice = "move it away, and the run goes on in a new log"
+        try:
+            header, ruler, body = self.text_path.read_text(encoding="utf-8").rpartition(RULER + "\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{self.text_path}: damaged, byte {error.start} is no UTF-8 text; {advice}") from error
+        if not ruler:
+            raise UsageError(f"{self.text_path}: damaged, its header has no end; {advice}")
+        return header, body
 
     def trained(self, step: int, clock_ms: float, loss: float | None, **words: str) -> None:
         """The line of a training step; `step` counts from 1. `words` follow the usual ones."""
@@ -341,6 +354,14 @@ def say(text: str) -> None:
             print(text, flush=True)
     except (OSError, ValueError):  # closed pipe, full disk behind it, lost terminal
         mute(sys.stdout)
+
+
+def flush_or_mute(stream: TextIO) -> None:
+    """Write what a stream still holds; if nobody can read it, nowhere."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        mute(stream)
 
 
 def mute(stream: TextIO) -> None:

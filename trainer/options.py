@@ -158,7 +158,7 @@ def from_json(kind: type[Options], text: str) -> Options:
 
 
 def _typed(field: dataclasses.Field, text: str) -> Any:
-    """`text` as the field's type; a number is switched off (0) by the words that switch off a flag."""
+    """`text` as the field's type; a number is 0 by the words that switch off a flag, and by "all"."""
     word, kind = text.lower(), kind_of(field)
     if kind is bool:
         if word not in YES + NO:
@@ -166,7 +166,7 @@ def _typed(field: dataclasses.Field, text: str) -> Any:
         return word in YES
     if kind is tuple:
         return tuple(text.split("\n"))
-    if kind is int and word in ("false", "off", "no"):
+    if kind is int and word in ("false", "off", "no", "all"):  # what 0 means where it is allowed
         return 0
     try:
         return kind(text)

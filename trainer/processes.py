@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.log import flush_or_mute
 from trainer.options import UsageError
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ _patience_s = 0.0  # of the group, once it is joined
 
 # What torch says when another process has gone, or has not answered for the time that `join_group` set.
 _GONE = re.compile(r"by peer|Broken pipe|Connection refused", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _SILENT = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
@@ -97,24 +99,46 @@ class Ended:
 
 @contextlib.contextmanager
 def exit_code(codes: Mapping[type[Exception], int]) -> Iterator[Ended]:
-    """Around a whole program: an error of `codes` is told in one line and becomes its exit code, the loss of another
-    process 1; the process group is left in order. An error that all ranks share is told by rank 0 alone."""
+    """Around a whole program: an error of `codes` is told in one line and becomes its exit code, as memory that does
+    not suffice (5), Ctrl-C where nothing hears it (130) and the loss of another process (1) do; the process group is
+    left in order. An error that all ranks share is told by rank 0 alone; a reader of the output that has gone, as with
+    `| head`, is not told."""
     ended = Ended()
     try:
         yield ended
+        sys.stdout.flush()
     except tuple(codes) as error:
-        if rank() == 0 or not getattr(error, "shared", False):
-            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, BrokenPipeError) and (rank() == 0 or not getattr(error, "shared", False)):
+            _say(str(error))
         ended.code = next(code for kind, code in codes.items() if isinstance(error, kind))
-    except RuntimeError as error:
-        if not dist.is_initialized() or not (cause := _cause_elsewhere(str(error))):
+    except KeyboardInterrupt:
+        _say("stopped by SIGINT")
+        ended.code = 128 + signal.SIGINT
+    except (RuntimeError, MemoryError) as error:
+        ended.code, said = _cause_of(error)
+        if not ended.code:
             raise
-        print(f"train_gpt.py: rank {rank()} {cause}", file=sys.stderr, flush=True)
-        ended.code = 1
+        _say(said)
     finally:
+        flush_or_mute(sys.stdout)
         if dist.is_initialized() and sys.exc_info()[0] is None:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
+
+
+def _say(text: str) -> None:
+    """One line on standard error, whatever characters a user's words have."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"train_gpt.py: {shown}", file=sys.stderr, flush=True)
+
+
+def _cause_of(error: Exception) -> tuple[int, str]:
+    """(exit code, what to say) of an error of torch's that has a cause of its own; (0, "") of any other."""
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        why = (str(error).strip() or "Python's own").splitlines()[0]
+        return 5, f"out of memory ({why}); smaller --train_seq_len, --val_seq_len or a smaller model take less"
+    cause = _cause_elsewhere(str(error)) if dist.is_initialized() else ""
+    return (1, f"rank {rank()} {cause}") if cause else (0, "")
 
 
 def _cause_elsewhere(error: str) -> str:
@@ -197,13 +221,14 @@ class StopRequest:
 
     Not sooner: Ctrl-C and `scancel` reach every process, and torchrun passes them on a second time. They are SIGINT,
     SIGTERM, SIGQUIT, SIGUSR1 (SLURM's warning before the time is up) and SIGHUP (the terminal is gone; under nohup it
-    stays ignored). `signal` is the number of the signal that asked, or 0. Only the main thread can hear signals:
-    elsewhere nobody asks."""
+    stays ignored). `signal` is the number of the signal that asked, or 0; `at_once` is called before the process ends
+    without having come to its checkpoint. Only the main thread can hear signals: elsewhere nobody asks."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGUSR1", "SIGHUP")
 
     def __init__(self) -> None:
         self.signal, self.asked_at = 0, -math.inf
+        self.at_once: Callable[[], object] = lambda: None
         hears = threading.current_thread() is threading.main_thread()
         numbers = [getattr(signal, name) for name in self.NAMES if hears and hasattr(signal, name)]
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -211,6 +236,8 @@ class StopRequest:
 
     def _asked(self, number: int, frame: object) -> None:
         if self.signal and time.monotonic() - self.asked_at > 5:
+            with contextlib.suppress(Exception):
+                self.at_once()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.signal:

@@ -25,7 +25,7 @@ from data.folder import open_folder, tokens_of
 from data.paths import PathError, is_remote
 from data.shards import ShardError
 from trainer.checkpoints import CheckpointError, load_tensors, read_texts
-from trainer.options import UsageError, read_words
+from trainer.options import UsageError, check_limits, fill, read_words
 from trainer.processes import on_rank_0
 
 #: What belongs to one run and not to the next one that a file or a checkpoint describes.
@@ -108,10 +108,11 @@ def expand(
 
 
 def _values(kind: type, presets: Mapping, found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
-    """All fields as they are so far; what is given, as text."""
-    preset = given.get("preset", found.get("preset", "medium"))
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    return defaults | dict(presets.get(preset, {})) | dict(found) | dict(given)
+    """All fields as they are so far. Raises UsageError."""
+    told = {**{name: str(value) for name, value in found.items()}, **given}
+    options = fill(kind, told, presets.get(told.get("preset", "medium"), {}))
+    check_limits(options)
+    return dataclasses.asdict(options)
 
 
 def _told(kind: type, values: Mapping[str, Any], without: Iterable[str]) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> 
     if not folder.is_dir():
         say = print if not int(os.environ.get("RANK", 0)) else lambda text: None
         try:
-            folder = tokens_of(path, encoding_name(int(known["vocab_size"])), say)
+            folder = tokens_of(path, encoding_name(known["vocab_size"]), say)
         except (TokenizeError, PathError, OSError) as error:
             raise ShardError(f"--data={path}: {error}") from error
     parts = open_folder(folder)
@@ -237,14 +238,15 @@ def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> 
 
 def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, int]:
     """As many whole validation sequences as there are tokens for, at most what the preset asks for; where there is not
-    even one, a shorter one."""
-    length, block = int(known["val_seq_len"]), int(known["block_tokens"])
+    even one, a shorter one. All of them where it asks for 0."""
+    length, block = known["val_seq_len"], known["block_tokens"]
     if "val_seq_len" not in given and held - 1 < length:
         length = (held - 1) // block * block or held - 1
     whole = (held - 1) // max(length, 1) * length
     if whole < 1:
         raise ShardError(f"the validation shards hold {held} tokens, too few for a sequence of {length} and a target")
-    return {"val_seq_len": length, "val_tokens": min(whole, int(known["val_tokens"]) // length * length or length)}
+    asked = known["val_tokens"] or whole
+    return {"val_seq_len": length, "val_tokens": min(whole, asked // length * length or length)}
 
 
 # -------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from data import paths
 from data.documents import DocumentStream
 from data.folder import check_encoding
-from data.shards import ShardError, TokenStream
+from data.shards import ShardError, TokenStream, TooFewTokens, read_header
 from trainer import schedule
 from trainer.evidence import same_content
 
@@ -31,24 +32,61 @@ def embedded_files(config: Any) -> Any:
     return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) == EMBEDDED})
 
 
+def with_all_validation(config: Any) -> Any:
+    """`config` with a number in place of `val_tokens` 0: the tokens of as many whole sequences as the validation shards
+    hold. Raises ShardError."""
+    if config.val_tokens:
+        return config
+    try:
+        held = sum(read_header(path).num_tokens for path in paths.expand(embedded_files(config).val_files))
+    except paths.PathError as error:
+        raise ShardError(str(error)) from error
+    whole = (held - 1) // config.val_seq_len * config.val_seq_len
+    if whole < 1:
+        raise ShardError(
+            f"--val_files={config.val_files}: {held} tokens are too few for one sequence of "
+            f"--val_seq_len={config.val_seq_len} and a target; give a shorter one"
+        )
+    return dataclasses.replace(config, val_tokens=whole)
+
+
+def validation_stream(config: Any) -> TokenStream:
+    """The validation tokens, one step. Raises ShardError."""
+    try:
+        return TokenStream(
+            embedded_files(config).val_files,
+            sequence_tokens=config.val_seq_len,
+            sequences_per_step=max(config.val_tokens // config.val_seq_len, 1),
+            vocab_size=config.vocab_size,
+            cycle=False,
+        )
+    except TooFewTokens as error:
+        raise ShardError(
+            f"--val_files={config.val_files}: too few for --val_tokens={config.val_tokens} and a target ({error}); "
+            f"--val_tokens=0 takes all there are, in whole sequences of --val_seq_len={config.val_seq_len}"
+        ) from error
+
+
+def training_stream(config: Any) -> TokenStream:
+    """The training tokens, without an end. Raises ShardError."""
+    files = embedded_files(config).train_files
+    lengths, count = schedule.sequence_lengths(config), schedule.sequences(config)
+    how = dict(sequence_tokens=lengths, sequences_per_step=count, vocab_size=config.vocab_size)
+    try:
+        if config.align_documents:
+            return DocumentStream(files, **how, eos_id=config.eos_id, document_tokens=config.max_document_tokens)
+        return TokenStream(files, **how, drop_shard_tail=config.drop_shard_tail)
+    except TooFewTokens as error:
+        raise ShardError(
+            f"--train_files={config.train_files}: too few for one step of --tokens_per_step={config.tokens_per_step} "
+            f"({error}); give more, or smaller steps"
+        ) from error
+
+
 def open_streams(config: Any) -> tuple[TokenStream, TokenStream]:
     """Training and validation streams. Raises ShardError that names file and cause: among others if they share a
     shard, or if what lies beside the shards speaks of another vocabulary."""
-    files = embedded_files(config)
-    lengths, count = schedule.sequence_lengths(config), schedule.sequences(config)
-    how = dict(sequence_tokens=lengths, sequences_per_step=count, vocab_size=config.vocab_size)
-    if config.align_documents:
-        of_documents = dict(eos_id=config.eos_id, document_tokens=config.max_document_tokens)
-        train: TokenStream = DocumentStream(files.train_files, **how, **of_documents)
-    else:
-        train = TokenStream(files.train_files, **how, drop_shard_tail=config.drop_shard_tail)
-    val = TokenStream(
-        files.val_files,
-        sequence_tokens=config.val_seq_len,
-        sequences_per_step=config.val_tokens // config.val_seq_len,
-        vocab_size=config.vocab_size,
-        cycle=False,
-    )
+    train, val = training_stream(config), validation_stream(config)
     named = {os.path.realpath(shard.path) for shard in train.shards}
     for shard in val.shards:
         if os.path.realpath(shard.path) in named:

@@ -124,3 +124,33 @@ def test_a_folder_says_all_of_its_data(tmp_path):
         train_gpt.parse_config([f"--data={data}"])
     with pytest.raises(ValueError, match="no such folder or file"):
         train_gpt.parse_config(["--preset=nano", "--data=nowhere.txt"])
+
+
+def test_all_validation_tokens_that_there_are(tmp_path, capsys):
+    """Too few are an error that names the flags; 0, or the word all, takes them in whole sequences."""
+    data = folder_of(tmp_path / "data", tokens(2000))
+    assert run(data, tmp_path, "--val_tokens=64000") == 3
+    said = capsys.readouterr().err
+    for part in (
+        f"--val_files={data}/val_*.bin",
+        "--val_tokens=64000",
+        "--val_seq_len=64",
+        "--val_tokens=0",
+        "200 tok",
+    ):
+        assert part in said, said
+    assert run(data, tmp_path, "--val_tokens=all", "--num_iterations=1") == 0
+    assert told(tmp_path)["config"]["val_tokens"] == 192  # 3 x 64, and a target for the last
+    assert '"val_tokens": 192,' in (tmp_path / "run.txt").read_text()
+    assert train_gpt.main(["evaluate", str(tmp_path / "run"), "--val_tokens=all", "--val_seq_len=50"]) == 0
+    assert "(150 tokens" in capsys.readouterr().out
+    assert run(data, tmp_path, "--val_tokens=0", "--val_seq_len=256", "--overwrite") == 3
+    assert "too few for one sequence of --val_seq_len=256" in capsys.readouterr().err
+    assert run(data, tmp_path, "--tokens_per_step=4096") == 3
+    said = capsys.readouterr().err
+    assert f"--train_files={data}/train_*.bin" in said and "--tokens_per_step=4096" in said
+    (data / "tokenize.json").write_text('{"vocab_size": 256, "end_of_text": 0}')
+    config = train_gpt.parse_config([*SMALL[:4], f"--data={data}", "--val_tokens=all"])
+    assert (config.val_seq_len, config.val_tokens) == (192, 0)  # the number comes when the run starts
+    with pytest.raises(UsageError, match="--val_seq_len=abc: expected int"):
+        train_gpt.parse_config([f"--data={data}", "--val_seq_len=abc"])
