@@ -96,13 +96,15 @@ def _spread(values: list[float], style: str) -> str:
 
 def race() -> str:
     """The race of `bench.race`, median over its repeats."""
+    from bench.race import OURS
+
     results = _results("race")
     if not results:
         return "Not measured yet: `python -m bench.race`."
     told = results[-1].get("result", results[-1])
     columns = "| | seconds to the target, whole process | training steps alone, s | final loss, nats a character | n |"
     lines = [columns, "|-|-|-|-|-|"]
-    names = {"nanogpt": "nanoGPT, published CPU recipe", "nano": "`--preset=nano`"}
+    names = {"nanogpt": "nanoGPT, published CPU recipe", "nano": "ours"}
     for key, name in names.items():
         rows = told["runs"][key]
         if rows:
@@ -123,6 +125,9 @@ def race() -> str:
             f"same two cores: {_spread(pairs, '.2f')} of nanoGPT's time, {how}. nanoGPT ends above the target, so its "
             "time is that of its whole run."
         )
+    if told.get("ours") != OURS:
+        lines.append(f"\nOur run was `{told.get('ours')}`, of the presets of {results[-1].get('date', '')[:10]}. ")
+        lines[-1] += f"Today's is `{OURS}`: **not yet measured**."
     return "\n".join(lines)
 
 
