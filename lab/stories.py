@@ -3,6 +3,7 @@
     python -m lab.stories clean RAW.txt --out=clean.txt                  # what was repaired and dropped, and why
     python -m lab.stories clean RAW.csv --out=clean.txt --common_words=1500 --replaced_share=0.05
     python -m lab.stories train --model=gpt --path=clean.txt             # about a million parameters; or recurrent
+    python -m lab.stories sweep --path=clean.txt --layers=1,2,4 --widths=64,128   # layers against width, a map
     python -m lab.stories judge gpt=RUN recurrent=RUN --path=clean.txt   # perplexity, novelty, a sample of each
 
 A story ends with the end mark (the document mark of every lab vocabulary), which the models learn to write:
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import LabError, cli, train
+from lab import LabError, cli, train, vary
 from lab.analyses.quality import MEASURES, assess
 from lab.analyses.scoring import score
 from lab.checkpoints import best_checkpoint, load_checkpoint
@@ -61,6 +62,14 @@ class Cleaning:
     replaced_share: float = setting(
         0.0, "fraction", "of a story's words that may be rarer, and are then replaced by <unk>", at_least=0, at_most=1
     )
+
+
+@dataclass(frozen=True)
+class Sweeping:
+    """Train story transformers of several depths and widths; the fields of lab.train may stand beside these."""
+
+    layers: str = setting("1,2,4", "numbers", "of layers, with commas")
+    widths: str = setting("64,128", "numbers", "of the residual stream, with commas")
 
 
 @dataclass(frozen=True)
@@ -154,15 +163,34 @@ def train_command(words: list[str]) -> int:
     model = next((w.partition("=")[2] for w in words if w.startswith("--model=")), "gpt")
     if model not in STORY_MODELS:
         raise LabError(f"--model={model}: stories are for {' and '.join(STORY_MODELS)}")
+    return train.main(words, _start(model))
+
+
+def _start(model: str) -> dict[str, str]:
+    """The settings of a story model, as texts."""
     start = {"model": model, "data": "stories", "tokens": "word", **STORY_MODELS[model]}
-    return train.main(words, {name: str(value) for name, value in start.items()})
+    return {name: str(value) for name, value in start.items()}
+
+
+def sweep_command(words: list[str]) -> int:
+    """`sweep`: lab.vary over layers and width of the transformer. Value embeddings, which one layer alone cannot
+    have, are off, so that only depth and width differ."""
+    name = lambda word: word.partition("=")[0].removeprefix("--")  # noqa: E731
+    own = [word for word in words if name(word) in ("layers", "widths")]
+    asked = cli.filled(Sweeping, cli.read(own, Sweeping)[1])
+    others = [word for word in words if word not in own]
+    given = {name(word).replace("-", "_") for word in others} | {"num_layers", "model_dim"}
+    start = [
+        f"--{key}={value}" for key, value in (_start("gpt") | {"value_embeddings": "0"}).items() if key not in given
+    ]
+    return vary.main([*start, *others, "--field=num_layers,model_dim", f"--values={asked.layers}/{asked.widths}"])
 
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
-    verbs = {"clean": clean_command, "train": train_command, "judge": judge_command}
+    verbs = {"clean": clean_command, "train": train_command, "sweep": sweep_command, "judge": judge_command}
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__, cli.describe(Cleaning, Judging))
+        print(__doc__, cli.describe(Cleaning, Sweeping, Judging))
         return 0 if words else 2
     if words[0] not in verbs:
         raise LabError(f"lab.stories has no {words[0]!r}; there are {', '.join(verbs)}")

@@ -30,28 +30,36 @@ class AttentionMap:
 
 
 class _Watching(Cache):
-    """A cache that keeps the map of every attention which passes through it."""
+    """A cache that keeps the map of every attention which passes through it. Paired heads have none of tokens: each
+    of their queries and keys is half of one."""
 
     def __init__(self, gpt: train_gpt.GPT):
         super().__init__()
         self.gpt, self.maps = gpt, []
 
-    def attend(self, layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale):
+    def attend(self, layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale, per_token=1):
+        if per_token == 1:
+            self.maps.append(self._map(layer, q_BTHDh, k_BTHDh, first_key_BS, scale))
+        return super().attend(layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale, per_token)
+
+    def _map(self, layer, q_BTHDh, k_BTHDh, first_key_BS, scale) -> AttentionMap:
         score_HTT = torch.einsum("thd,shd->hts", q_BTHDh[0].float(), k_BTHDh[0].float()) * scale
         place = torch.arange(self.length)
         allowed_TT = (place >= first_key_BS[0][:, None]) & (place <= place[:, None])
         weights = score_HTT.masked_fill(~allowed_TT, -torch.inf).softmax(-1)
-        self.maps.append(AttentionMap(layer, weights, allowed_TT, self.gpt.blocks[layer].long_window))
-        return super().attend(layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale)
+        return AttentionMap(layer, weights, allowed_TT, self.gpt.blocks[layer].long_window)
 
 
 @torch.no_grad()
 def attention_maps(checkpoint: Checkpoint, ids: Sequence[int]) -> list[AttentionMap]:
-    """Of every layer with attention, for one row of tokens (the mark is not added). LabError for other rungs."""
+    """Of every layer whose heads attend to tokens, for one row of them (the mark is not added). LabError for other
+    rungs, and where there is no such layer."""
     if not isinstance(checkpoint.model, GPTRung):
         raise LabError(f"{checkpoint.name} has no attention to look at")
     watching = _Watching(checkpoint.model.gpt)
     checkpoint.model.gpt(torch.tensor([list(ids)]), cache=watching)
+    if not watching.maps:
+        raise LabError("no layer of this model has a map of tokens: all attend with paired heads, or not at all")
     return watching.maps
 
 
@@ -75,10 +83,16 @@ def attention(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> F
     summary = (
         f"{len(maps)} layers of {heads} heads over {len(ids)} tokens: the mark gets {firsts[0]:.0%} of the attention "
         f"in the first layer and {firsts[-1]:.0%} in the last, a token itself {own[0]:.0%} and {own[-1]:.0%}."
+        f"{_left_out(checkpoint)}"
     )
     layers = [{"layer": m.layer, "long_window": m.long_window, "weights": rounded(m.weights)} for m in maps]
     data = {"tokens": pieces, "layers": layers, "to_mark": firsts, "to_itself": own}
     return write_finding(out, "attention", summary, data, fig)
+
+
+def _left_out(checkpoint: Checkpoint) -> str:
+    paired = checkpoint.model.gpt.config.paired_heads
+    return f" Layers {paired}, of paired heads, are left out." if paired else ""
 
 
 def rounded(x: Tensor) -> Any:

@@ -160,7 +160,7 @@ class GPTRung(LanguageModel):
         there; of models with techniques those of trainer/techniques.py too."""
         gpt, c = self.gpt, self.gpt.config
         own = {kind: numbers.detach().float() for kind, numbers in gpt.scalars_by_kind().items()}
-        layers, tables = range(c.num_layers), len(gpt.value_embeds)
+        layers, tables = range(c.num_layers), c.value_embeddings
         attending = [i for i in layers if gpt.blocks[i].has_attention]
         tabled = [i for i in attending if i < tables or i >= c.num_layers - tables]
         mixes = gpt.techniques.mixes if c.mix_lr else own["mixes"][:, 1:]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lab.studio.catalogue import Models, steps_of
 from lab.studio.places import Places, Refused
+from trainer.files import checkpoints_of
 
 if TYPE_CHECKING:
     from lab.analyses import Finding
@@ -53,6 +54,18 @@ class Microscope:
             look.second = self.models.load(second)
         with _drawing:
             return look_at(look, name)
+
+    def page(self, path: str | Path, text: str = "") -> Path:
+        """The page of `lab.page` of the run whose checkpoint lies at `path`: one HTML file with everything. `text` as
+        for `look`."""
+        from lab.page import Keeping, write_page
+
+        checkpoint = self.models.load(path)
+        run = checkpoint.path.parent if checkpoints_of(checkpoint.path.parent) else checkpoint.path
+        out = self.places.pictures / checkpoint.label / f"{checkpoint.label}.html"
+        own = str(self.places.inside(text)) if text else ""
+        with _drawing:
+            return write_page([str(run)], Keeping(str(out), path=own, limit=SCORED_CHARS))
 
     def _look(self, checkpoint: Checkpoint, prompt: str = "", text: str = "") -> Look:
         """The run of a checkpoint under the microscope."""

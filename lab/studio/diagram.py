@@ -14,10 +14,11 @@ ROW, LEFT, WIDTH = 34, 150, 130  # pixels: height of a layer, where its box begi
 _STREAM, _EMBEDDING, _VALUE, _SKIP = "currentColor", "#3b82f6", "#059669", "#d97706"
 
 
-def value_layers(tables: int, layers: int) -> dict[int, int]:
-    """{layer: value table}: the first and the last `tables` layers, in the same order."""
-    first = {table: table for table in range(tables)}
-    return first | {layers - tables + table: table for table in range(tables)}
+def value_layers(count: int, layers: int, untied: bool = False) -> dict[int, int]:
+    """{layer: value table} of the first and the last `count` layers; these have the same tables in the same order, or
+    with `untied` ones of their own."""
+    first = {table: table for table in range(count)}
+    return first | {layers - count + table: table + (count if untied else 0) for table in range(count)}
 
 
 def gpt_paths(gpt: GPT) -> str:
@@ -25,7 +26,7 @@ def gpt_paths(gpt: GPT) -> str:
     layers, skips = len(gpt.blocks), dict(gpt.skips)
     inputs = ["first embedding"] + (["second embedding"] if gpt.embed2 is not None else [])
     inputs += ["bigram table"] if gpt.config.bigram_rows else []
-    values = value_layers(len(gpt.value_embeds), layers)
+    values = value_layers(gpt.config.value_embeddings, layers, gpt.config.untied_values)
     top = 24 + ROW * len(inputs)
     middle = [top + ROW * layer + ROW // 2 for layer in range(layers)]
     parts = _inputs(inputs, middle)

@@ -17,7 +17,7 @@ from lab.tokens import ByteTokenizer
 from trainer.checkpoints import save_tensors
 
 HASHED = "--preset=nano --second_embedding_context=3 --value_embedding_context=2 --context_rows=100"
-FRONTIER = "--preset=nano-frontier --bigram_rows=300"
+FRONTIER = "--preset=nano-frontier --bigram_rows=300 --paired_heads=1 --untied_values"
 SMALL = "--model_dim=32 --num_heads=2"
 
 
@@ -74,6 +74,8 @@ def test_what_has_no_row_of_a_token_is_said(words, tmp_path, capsys):
     gpt.at_step(7)
     assert torch.allclose(logits, gpt(torch.tensor([[0, *b"the c"]])), atol=1e-5)
     if words is FRONTIER:
+        told = json.loads((tmp_path / "look" / "attention.json").read_text())
+        assert [one["layer"] for one in told["layers"]] == [0, 2, 3] and "Layers 1, of paired heads" in told["summary"]
         assert cli.run(look.main, [str(path), "--only=logit_lens", *flags]) == 2
         assert "--only=logit_lens: does not fit this model" in capsys.readouterr().err
 

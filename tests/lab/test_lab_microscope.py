@@ -3,13 +3,13 @@
 import json
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
 
 import lab.analyses.__main__ as look
-from lab import LabError, cli, duel, page, train, vary
+from lab import LabError, cli, duel, page, stories, train, vary
 from lab.analyses.anatomy import attention_maps, lens
 from lab.analyses.attribution import by_layer
 from lab.analyses.curves import noise
@@ -20,10 +20,12 @@ from lab.analyses.pairs import count_pairs, in_the_plane, learned_pairs, neighbo
 from lab.analyses.samples import positions, symbols
 from lab.analyses.tasks import grammar, pair_share, ranked_share, sentence_nats
 from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
+from lab.datasets import row_batches, tokenize_documents
 from lab.models import build_model
 from lab.models.initial import different_units, initialise_
+from lab.texts import texts_of
 from lab.tokens import ByteTokenizer, CharTokenizer
-from lab.train import TrainConfig, complete, rate_factor
+from lab.train import TrainConfig, complete, evaluate, rate_factor
 from trainer.sample import Cache
 
 
@@ -145,6 +147,48 @@ def test_what_is_forgotten_is_watched_for_every_pair(tmp_path):
     assert [(p["first"], p["second"]) for p in found] == [(x, y) for x in "abc" for y in "abc" if x != y]
     first = found[0]["points"][0]
     assert first["first"] == pytest.approx(found[1]["points"][0]["first"]), "before training both watch the same"
+
+
+def test_forgetting_is_told_for_all_six_pairs_of_the_three_corpora(tmp_path):
+    """By hand: what the first model loses in the one step of AdamW that is taken on the second corpus."""
+    words = f"--model=bigram --limit_chars=3000 --steps=3 --row_tokens=64 --checkpoints=1 --output_dir={tmp_path}/"
+    named = {}
+    for kind in ("names", "sums", "text"):
+        assert cli.run(train.main, f"{words}{kind} --data={kind}".split()) == 0
+        named[kind] = load_checkpoint(best_checkpoint(tmp_path / kind))
+    flags = [f"{kind}={tmp_path / kind}" for kind in named]
+    assert cli.run(look.main, ["forgetting", *flags, "--steps=1", f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "forgetting.json").read_text())["pairs"]
+    assert [(p["first"], p["second"]) for p in found] == list(permutations(named, 2))
+    first, second = named["names"], texts_of(named["text"]).documents
+    tokens = tokenize_documents(second["train"], first.tokenizer, "keep")
+    own = tokenize_documents(texts_of(first).documents["val"], first.tokenizer)
+    before = evaluate(first.model, own, 64)
+    first.model(*next(row_batches(tokens, 64, 2048 // 64, 0)))[1].backward()
+    with torch.no_grad():
+        for p in first.model.parameters():
+            p -= 1e-3 * p.grad / (p.grad.abs() + 1e-8)  # AdamW's first step: both moments are the gradient's own
+    points = next(p["points"] for p in found if (p["first"], p["second"]) == ("names", "text"))
+    assert [p["first"] for p in points] == pytest.approx([before, evaluate(first.model, own, 64)], abs=1e-5)
+    assert points[0]["first"] != pytest.approx(points[1]["first"], abs=1e-5)
+
+
+def test_story_models_are_swept_over_layers_and_width(tmp_path):
+    path = tmp_path / "stories.txt"
+    story = "Once upon a time a {} cat sat on the {} mat. " + "It was happy, and it sang and slept. " * 3 + "The end."
+    told = (story.format(a, b) for a in ("red", "big", "old", "sad") for b in ("red", "big", "old", "sad"))
+    path.write_text("\n<|endoftext|>\n".join(told))
+    words = f"sweep --path={path} --layers=1,2 --widths=16,32 --steps=2 --row_tokens=64 --batch_tokens=64"
+    assert cli.run(stories.main, [*words.split(), f"--output_dir={tmp_path / 'o'}", "--checkpoints=1"]) == 0
+    found = json.loads((tmp_path / "o/vary.json").read_text())["table"]
+    assert [(row["num_layers"], row["model_dim"]) for row in found] == [(a, b) for a in "12" for b in ("16", "32")]
+    config = json.loads(next((tmp_path / "o").glob("*/runs/*.json")).read_text())["config"]
+    assert (config["data"], config["tokens"]) == ("stories", "word"), "a story model's own"
+    vocabulary = load_checkpoint(next((tmp_path / "o").glob("*/runs/*/best.safetensors"))).tokenizer.vocab_size
+    for row in found:
+        fields = {"num_layers": int(row["num_layers"]), "model_dim": int(row["model_dim"]), "num_heads": 4}
+        same = build_model("gpt", vocabulary, fields | {"second_input_embedding": False, "value_embeddings": 0})
+        assert row["parameters"] == same.num_parameters()
 
 
 def test_one_page_holds_everything(own, tmp_path, capsys):

@@ -192,7 +192,7 @@ def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys):
         (stories.main, "judge gpt=x --pth=a", "did you mean --path"),
         (stories.main, "judge run", "write name=RUN"),
         (stories.main, "clean a b", "1 words are needed"),
-        (stories.main, "polish", "there are clean, train, judge"),
+        (stories.main, "polish", "there are clean, train, sweep, judge"),
         (stories.main, "train --model=mlp", "stories are for gpt and recurrent"),
         (sample.main, "x --cuont=2", "did you mean --count"),
         (sample.main, "x --top_p=0", "above 0"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from lab_studio.studio_tools import Server, series
+from lab_studio.test_tour_page import tour_page
 
 from lab.studio.places import REPO
 
@@ -129,12 +130,15 @@ class Browser:
         self.errors += [message for message in found if not any(word in message for word in left)]
 
     def picture(self, name: str) -> None:
-        """Screenshots of the page, wide and narrow, if wanted."""
+        """Screenshots of the page, wide and narrow, in the light and in the dark, if wanted."""
         if folder := os.environ.get("STUDIO_SCREENSHOTS"):
-            for width in (400, 1400):
+            for width, dark in ((400, True), (400, False), (1400, True), (1400, False)):
                 self.driver.set_window_size(width, 1000)
+                self.driver.execute_script("document.body.classList.toggle('dark', arguments[0])", dark)
+                tall = self.driver.execute_script("return document.documentElement.scrollHeight")
+                self.driver.set_window_size(width, min(3000, tall + 150))
                 time.sleep(1)
-                self.driver.save_screenshot(str(Path(folder) / f"{name}-{width}.png"))
+                self.driver.save_screenshot(str(Path(folder) / f"{name}-{width}{'-dark' if dark else ''}.png"))
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""
@@ -193,6 +197,14 @@ def test_every_page_fits_and_can_be_read_and_reached(browser, page, theme):
         browser.until(lambda: browser.find("h1").is_displayed(), f"the heading of {page!r}")
         time.sleep(2.0)  # what comes with the first answers of the server
         assert browser.overflow() <= 0 and browser.wrong() == []
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_of_the_tour_fits_and_can_be_read(browser, tmp_path, width):
+    browser.driver.set_window_size(width, 1000)
+    browser.driver.get(tour_page(tmp_path / "tour").as_uri())
+    assert browser.overflow() <= 0 and browser.wrong() == []
+    browser.picture("tour")
 
 
 def test_a_first_visit_says_what_to_do_and_nothing_becomes_a_word(browser):
@@ -333,5 +345,12 @@ def test_the_whole_drive(browser, folder):
             lambda: browser.text("#verdict pre") == printed_verdict(made).strip(), "the verdict on the record"
         )
     browser.picture("series")
+    duel, blind = ("#side_a", "#compare", "#duel_b .sample"), ("#blind_one", "#blind_begin", "#blind_grade input")
+    for page, (field, button, answer) in (("duel", duel), ("blind", blind)):
+        browser.open(page)
+        browser.until(lambda: browser.value(f"{field} input"), f"a choice on {page}")  # noqa: B023
+        browser.click(button)
+        browser.until(lambda: browser.all(answer), f"what {page} shows", 120)  # noqa: B023
+        browser.picture(page)
     nothing_from_outside(browser)
     print(f"studio, runner and trainer together: {memory:.0f} MiB")

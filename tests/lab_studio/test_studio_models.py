@@ -315,6 +315,20 @@ def test_every_analysis_leaves_a_picture_and_a_line(trained, name):
     assert found.png_path.is_relative_to(places.pictures)
 
 
+def test_a_run_can_be_kept_as_one_page(trained, monkeypatch):
+    monkeypatch.setattr("lab.page.SHOWN", ("curve", "samples"))  # all of them take a minute
+    places = Places(trained.parents[1], (trained.parents[1],))
+    path = trained / "runs" / "seed-000.checkpoints" / "best.safetensors"
+    page = Microscope(places, Models(places)).page(path)
+    assert page.is_relative_to(places.pictures) and page.suffix == ".html"
+    text = page.read_text()
+    assert all(f'<h2 id="{name}">' in text for name in ("curve", "samples")) and "mlp" in text
+    steps = [int(one.stem[5:]) for one in steps_of(path)[1:]]
+    assert len(steps) > 2 and all(f"<td>{step}<td>" in text for step in steps), "along the whole training"
+    with pytest.raises(Refused, match="outside"):
+        Microscope(places, Models(places)).page(path, "/etc/passwd")
+
+
 def test_analyses_that_make_no_sense_are_refused(trained):
     places = Places(trained.parents[1], (trained.parents[1],))
     scope = Microscope(places, Models(places))
@@ -416,6 +430,7 @@ def test_the_ways_through_a_gpt_are_drawn():
     plain = GPTFields(num_layers=2, model_dim=16, num_heads=1, value_embeddings=0, second_input_embedding=False)
     assert "2 layers; the input embedding mixed in at each." in gpt_paths(GPT(gpt_config(9, plain)))
     assert value_layers(2, 6) == {0: 0, 1: 1, 4: 0, 5: 1}
+    assert value_layers(2, 6, untied=True) == {0: 0, 1: 1, 4: 2, 5: 3}
 
 
 def test_long_trainings_are_looked_at_from_first_to_last(tmp_path):

@@ -45,6 +45,8 @@ def build(studio, page: gr.Blocks) -> None:
     with gr.Row(visible=False) as details:
         with gr.Column(scale=1, min_width=320):
             facts = gr.HTML(elem_id="facts")
+            keep = gr.Button("Make a page to keep", size="sm", elem_id="keep")
+            kept = gr.HTML(elem_id="kept")
             drawing = gr.HTML(elem_id="diagram")
         with gr.Column(scale=1, min_width=320):
             kind, inputs, run, answer = _microscope(studio)
@@ -58,7 +60,7 @@ def build(studio, page: gr.Blocks) -> None:
 
     def opened(chosen):
         if not chosen:  # the field was left without a choice
-            return [gr.skip()] * 6
+            return [gr.skip()] * 7
         checkpoint = studio.models.load(chosen)
         shown = studio.places.shown
         steps = [(step_label(one), shown(one)) for one in steps_of(checkpoint.path)]
@@ -67,7 +69,7 @@ def build(studio, page: gr.Blocks) -> None:
         drawn = paths + markup.finding(studio.microscope.look("architecture", chosen, ""))
         kinds = [(words, name) for words, name in studio.microscope.kinds(chosen) if name != "architecture"]
         offered = gr.update(choices=kinds, value=FIRST)
-        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn, "", offered
+        return listed, gr.update(visible=True), facts_html(studio, checkpoint), drawn, "", offered, ""
 
     @told
     def open_row(event: gr.SelectData):
@@ -77,10 +79,22 @@ def build(studio, page: gr.Blocks) -> None:
 
     page.load(told(refresh), None, [table, path, empty])
     again.click(told(refresh), None, [table, path, empty])
-    shown = [path, details, facts, drawing, answer, kind]
+    shown = [path, details, facts, drawing, answer, kind, kept]
     table.select(open_row, None, shown)
     path.input(told(opened), path, shown)
     run([path, *inputs])
+
+    @told
+    def make_page(chosen, own):
+        yield markup.hint("Everything that fits this model is gathered; that takes a minute or two ...")
+        try:
+            made = studio.microscope.page(chosen, own or "")
+        except EXPECTED as error:
+            yield markup.told_error(error)
+            return
+        yield f"<p>{markup.download(made, 'Save the page')} (one HTML file, which needs no network)</p>"
+
+    keep.click(make_page, [path, inputs[-1]], kept, show_progress="hidden")
 
 
 def _microscope(studio):
