@@ -1,6 +1,7 @@
 """Eight short lessons, from counting letters to what the medium record adds: commands, and the pictures they make.
 
     python -m lab.lessons                      # all of them; pictures in docs/lessons, text in lab/README.md
+    python -m lab.lessons --only=1,2           # some of them; the pictures of the others stay as they are
     python -m lab.lessons --scale=0.01 --chars=4000 --out=DIR   # tiny: does every command still run?
 
 The text stands here and nowhere else: lab/README.md's lessons are written from it. Every command is run as it stands,
@@ -9,7 +10,7 @@ but for its output folder and its number of steps.
 
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,11 +180,23 @@ def picture_name(number: int, lesson: Lesson) -> str:
     return f"{number}-{Path(lesson.picture).stem}.png"
 
 
-def teach(out: Path, pictures: Path, scale: float, chars: int, say: Callable[[str], None]) -> list[Path]:
-    """Run every lesson's commands below `out`; the pictures that answer go to `pictures`. Returns their paths."""
+def chosen(text: str) -> list[int]:
+    """Numbers of lessons, as 1,3; '': all. LabError for one that is not there."""
+    there = list(range(1, len(LESSONS) + 1))
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if wrong := [word for word in words if not word.isdigit() or int(word) not in there]:
+        raise LabError(f"--only={text}: there is no lesson {wrong[0]!r}; they are numbered from 1 to {len(LESSONS)}")
+    return [int(word) for word in words] or there
+
+
+def teach(
+    out: Path, pictures: Path, scale: float, chars: int, say: Callable[[str], None], numbers: Sequence[int]
+) -> list[Path]:
+    """Run the commands of these lessons below `out`; the pictures that answer go to `pictures`. Returns their paths."""
     pictures.mkdir(parents=True, exist_ok=True)
     made = []
-    for number, lesson in enumerate(LESSONS, 1):
+    for number in numbers:
+        lesson = LESSONS[number - 1]
         say(f"lesson {number}: {lesson.title}")
         for command in lesson.commands:
             run_command(command, out, scale, chars)
@@ -197,6 +210,7 @@ class Teaching:
 
     out: str = setting("", "folder", "for runs and pictures; '': lab/out/lessons, docs/lessons and README")
     scale: float = setting(1.0, "factor", "on the number of steps of every training", above=0, at_most=10)
+    only: str = setting("", "numbers", "of lessons, with commas; '': all")
     only_text: bool = setting(False, "flag", "write the README's lessons anew, and run nothing")
     chars: int = setting(0, "characters", "of each corpus; 0: all", at_least=0)
 
@@ -208,9 +222,9 @@ def main(words: list[str]) -> int:
         write_text(PAGE, replace_part(PAGE.read_text(encoding="utf-8"), *MARKS, as_markdown()))
         print(f"wrote {PAGE.name}")
         return 0
-    out = Path(asked.out or RUNS)
+    numbers, out = chosen(asked.only), Path(asked.out or RUNS)
     pictures = out / "pictures" if asked.out else PICTURES
-    made = teach(out, pictures, asked.scale, asked.chars, lambda line: print(line, flush=True))
+    made = teach(out, pictures, asked.scale, asked.chars, lambda line: print(line, flush=True), numbers)
     if not asked.out:
         write_text(PAGE, replace_part(PAGE.read_text(encoding="utf-8"), *MARKS, as_markdown()))
         print(f"wrote {PAGE.name}")

@@ -61,7 +61,7 @@ LADDER: dict[str, Rung] = {
     ),
     "mlp": Rung(
         "Three letters instead of one, each as a vector, through one hidden layer (Bengio et al. 2003).",
-        "the letters in the plane: before training they lie anywhere, after it vowels find each other.",
+        "the letters in the plane: before training they lie anywhere, do vowels lie together after it?",
         ("embeddings",),
         {"steps": 900},
     ),
@@ -226,6 +226,10 @@ def _link(words: str, path: Path, page: Path) -> str:
     return f'<a href="{html.escape(quote(Path(target).as_posix()))}">{html.escape(words)}</a>'
 
 
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
+
+
 def rungs_html(chart: analyses.Finding, pages: Mapping[str, Path], page: Path) -> str:
     """Every rung in a few words: what it is, its loss, what to look at; its source and the page of its run."""
     parts = []
@@ -234,7 +238,9 @@ def rungs_html(chart: analyses.Finding, pages: Mapping[str, Path], page: Path) -
         half = "" if row["half_width_95"] is None else f" ± {row['half_width_95']:.4f}"
         source = Path(models.__file__).with_name(f"{SOURCES.get(rung, rung)}.py")
         links = " · ".join((_link("source", source, page), _link("the run, looked into", pages[rung], page)))
-        loss = f"{row['mean']:.4f}{half} nats a character, {row['parameters']:,} parameters, {len(row['losses'])} runs"
+        loss = (
+            f"{row['mean']:.4f}{half} nats a character, {row['parameters']:,} parameters, {_runs(len(row['losses']))}"
+        )
         parts.append(
             f'<div class=rung id="rung-{rung}"><h3>{rung}</h3><p>{html.escape(told.idea)}</p><p>{loss}</p>'
             f"<p><b>Look at</b> {html.escape(told.look)}</p><p>{links}</p></div>"
