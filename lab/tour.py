@@ -226,10 +226,6 @@ def _link(words: str, path: Path, page: Path) -> str:
     return f'<a href="{html.escape(quote(Path(target).as_posix()))}">{html.escape(words)}</a>'
 
 
-def _runs(count: int) -> str:
-    return f"{count} run{'' if count == 1 else 's'}"
-
-
 def rungs_html(chart: analyses.Finding, pages: Mapping[str, Path], page: Path) -> str:
     """Every rung in a few words: what it is, its loss, what to look at; its source and the page of its run."""
     parts = []
@@ -238,9 +234,8 @@ def rungs_html(chart: analyses.Finding, pages: Mapping[str, Path], page: Path) -
         half = "" if row["half_width_95"] is None else f" ± {row['half_width_95']:.4f}"
         source = Path(models.__file__).with_name(f"{SOURCES.get(rung, rung)}.py")
         links = " · ".join((_link("source", source, page), _link("the run, looked into", pages[rung], page)))
-        loss = (
-            f"{row['mean']:.4f}{half} nats a character, {row['parameters']:,} parameters, {_runs(len(row['losses']))}"
-        )
+        runs = f"{len(row['losses'])} run{'' if len(row['losses']) == 1 else 's'}"
+        loss = f"{row['mean']:.4f}{half} nats a character, {row['parameters']:,} parameters, {runs}"
         parts.append(
             f'<div class=rung id="rung-{rung}"><h3>{rung}</h3><p>{html.escape(told.idea)}</p><p>{loss}</p>'
             f"<p><b>Look at</b> {html.escape(told.look)}</p><p>{links}</p></div>"

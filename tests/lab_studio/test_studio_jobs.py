@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -245,3 +246,20 @@ def test_a_trainer_that_has_just_ended_is_no_stop(queue):
     ledger.append("launch", **where, seed=0, pid=dead.pid, pid_start=0)
     ledger.append("start", **where, pid=dead.pid, pid_start=0)
     assert queue.entry(id).state == "stopped"
+
+
+def test_an_answer_that_comes_late_does_not_put_the_old_training_back(monkeypatch):
+    """The clock asked for the first training; before it was answered the user started another."""
+    gr = pytest.importorskip("gradio")
+    from lab.studio.pages import train
+
+    mine, other = SimpleNamespace(session_hash="mine"), SimpleNamespace(session_hash="other")
+    with gr.Blocks():
+        watch = train._Watch(SimpleNamespace())
+    monkeypatch.setattr(watch, "shown", lambda id, seen=(): [f"status of {id}", (id or "first", 0)])
+    assert watch.turned(None, mine)[0] == "status of None"
+    assert watch.followed("first", (), mine)[0] == "status of first"
+    watch.turned("second", mine)
+    assert watch.followed("first", (), mine) == [gr.skip()] * 2
+    assert watch.followed("second", (), mine)[0] == "status of second"
+    assert watch.followed("first", (), other)[0] == "status of first", "another window looks at what it looks at"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import OrderedDict
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lab.studio.telling import told
 REFRESH_S = 1.5
 FIRST = "gpt"
 MOST_SEEDS = 10
+MOST_SESSIONS = 1000  # whose choice is remembered
 STATE_SIGNS = {
     "running": "▶",
     "queued": "…",
@@ -47,15 +49,15 @@ def build(studio, page: gr.Blocks) -> None:
             watch = _Watch(studio)
 
     @told
-    def begin(seeds, *given):
-        request = Request(**dict(zip(form.fields, given)))
+    def begin(request: gr.Request, seeds, *given):
+        wanted = Request(**dict(zip(form.fields, given)))
         if not isinstance(seeds, (int, float)) or not 1 <= seeds <= MOST_SEEDS:
             raise Refused(f"runs: from 1 to {MOST_SEEDS}")
-        chosen = [replace(request, seed=(request.seed or 0) + k) for k in range(int(seeds))]
+        chosen = [replace(wanted, seed=(wanted.seed or 0) + k) for k in range(int(seeds))]
         made = [training_of(one, studio.places) for one in chosen]  # all of them are checked before one is queued
         first, *_ = [studio.queue.add(one) for one in made]
         studio.queue.work()
-        return watch.shown(first)
+        return watch.turned(first, request)
 
     form.start.click(begin, [form.seeds, *form.values], watch.outputs, show_progress="hidden")
     form.connect(page)
@@ -196,14 +198,19 @@ class _Watch:
         self.samples = gr.HTML(elem_id="samples")
         self.seen = gr.State(())  # what the plot shows, so that it is drawn again only when there is more
         self.removed = gr.State("")
+        self.turned_to: OrderedDict[str, str] = OrderedDict()  # by session: the training that is looked at
         self.buttons = [self.pause, self.resume, self.stop, self.remove]
         self.outputs = [self.chosen, self.status, *self.buttons, self.plot, self.samples, self.seen]
 
     def connect(self, page: gr.Blocks) -> None:
         quiet = dict(show_progress="hidden", concurrency_limit=None)
-        page.load(lambda: self.shown(None), None, self.outputs, **quiet)
-        self.chosen.input(self.shown, self.chosen, self.outputs, **quiet)
-        gr.Timer(REFRESH_S).tick(self.shown, [self.chosen, self.seen], self.outputs, **quiet)
+
+        def open_page(request: gr.Request):
+            return self.turned(None, request)
+
+        page.load(open_page, None, self.outputs, **quiet)
+        self.chosen.input(self.turned, self.chosen, self.outputs, **quiet)
+        gr.Timer(REFRESH_S).tick(self.followed, [self.chosen, self.seen], self.outputs, **quiet)
 
         def asking(wish):
             @told
@@ -218,19 +225,36 @@ class _Watch:
             button.click(asking(wish), self.chosen, self.outputs, **quiet)
 
         @told
-        def remove(id):
+        def remove(id, request: gr.Request):
             place = self.studio.queue.remove(id)
             gr.Info(f"moved to {html.escape(self.studio.places.shown(place))}", duration=6)
-            return [*self.shown(None), id, gr.update(visible=True)]
+            return [*self.turned(None, request), id, gr.update(visible=True)]
 
         @told
-        def put_back(id):
+        def put_back(id, request: gr.Request):
             self.studio.queue.put_back(id)
-            return [*self.shown(id), "", gr.update(visible=False)]
+            return [*self.turned(id, request), "", gr.update(visible=False)]
 
         after = [*self.outputs, self.removed, self.back]
         self.remove.click(remove, self.chosen, after, **quiet)
         self.back.click(put_back, self.removed, after, **quiet)
+
+    def turned(self, id: str | None, request: gr.Request) -> list:
+        """Values of `outputs` for a training that the user turns to (None: see `shown`)."""
+        values = self.shown(id)
+        self.turned_to[request.session_hash] = values[-1][0] if values[-1] else ""
+        self.turned_to.move_to_end(request.session_hash)
+        while len(self.turned_to) > MOST_SESSIONS:
+            self.turned_to.popitem(last=False)
+        return values
+
+    def followed(self, id: str | None, seen: tuple, request: gr.Request) -> list:
+        """Values of `outputs` as time goes on; none if the user has turned to another training since the clock asked,
+        or an answer that comes late would put the old one back."""
+        values = self.shown(id, seen)
+        if (self.turned_to.get(request.session_hash) or id) != id:
+            return [gr.skip()] * len(values)
+        return values
 
     def shown(self, id: str | None, seen: tuple = ()) -> list:
         """Values of `outputs` for training `id` (None: the one that runs, else the latest)."""
