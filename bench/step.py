@@ -388,11 +388,12 @@ def attention_flops(config, inputs: Sequence[Tensor], step: int) -> float:
     long = len([x for x in config.long_window_layers.split(",") if x])
     free = len([x for x in config.attention_free_layers.split(",") if x])
     total = 0.0
-    for layers, blocks in ((long, window), (config.num_layers - long - free, window // 2)):
+    for layers, blocks in ((long, window), (config.num_layers - long - free, schedule.short_window(window, config))):
+        reach = dict(window_blocks=blocks, block_tokens=config.block_tokens)
+        if config.exact_windows:
+            reach = dict(window_tokens=blocks * config.block_tokens + 1)
         for tokens_T in inputs:
-            plan = attention_plan(
-                tokens_T[None], eos_id=config.eos_id, window_blocks=blocks, block_tokens=config.block_tokens
-            )
+            plan = attention_plan(tokens_T[None], eos_id=config.eos_id, **reach)
             query = torch.arange(1, tokens_T.numel() + 1, device=tokens_T.device)
             total += layers * 14.0 * config.model_dim * int((query - plan.first_key_BT.to(torch.int64)).sum())
     return total

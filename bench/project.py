@@ -1,0 +1,301 @@
+"""Seconds of a whole run on 8 H100, projected from counts: no measurement, and for no table of results.
+
+    python -m bench.project --preset frontier     # beside the published runs; writes the JSON and docs/projection.md
+    python -m bench.project --check               # exit 1 if the page does not say what the file says
+
+What is counted: the parameters of a preset by kind (from its own model, on the meta device), its steps with their
+tokens and windows (trainer/schedule.py), the allowed pairs of attention at each of them over drawn documents, the bytes
+that a process exchanges. What is taken over: the milliseconds of `medium`'s parts, from its rehearsal
+(bench/results/rehearsal-medium.json) at the ceilings and efficiencies of bench/rehearse/project.py. A part of another
+preset costs in proportion of its weights, tokens and layers; a whole rehearsal of each preset would count its own
+kernels, and was not made. What is estimated: passes over the stream that techniques add (STREAMS).
+
+The reference run's published seconds calibrate: one factor, its measured over its projected time. The other published
+runs were not used for it, so their errors tell what the projection is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import REPO, RESULTS, table, write_json
+from bench.rehearse.page import kept
+from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, HIDDEN
+from trainer import schedule
+
+WORLD = 8
+GOAL_S = 600
+FILE, PAGE = RESULTS / "projection-8xh100.json", REPO / "docs" / "projection.md"
+
+#: Seconds of published runs, and ms of steps of 131,072, 262,144, 393,216 and 524,288 tokens, where logs tell them.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "medium": {"source": "#124", "seconds": 1412.4, "ms": (None, None, None, 247.4)},
+    "record18": {"source": "#188", "seconds": 1041.3, "ms": (72.0, 129.0, 189.0, 248.5)},
+    "f2": {"source": "#252", "seconds": 950.3, "ms": (67.0, None, None, 234.7)},
+    "f3": {"source": "#261", "seconds": 860.5, "ms": (67.0, 121.0, 180.0, 234.5)},
+}
+SIZES = (131072, 262144, 393216, 524288)
+#: Field -> passes over a stream of tokens x D in 16 bits that it adds, forward and backward together, for each
+#: attention layer ("layer"), layer it names ("named") or step ("step"). Read off trainer/techniques.py, not counted.
+STREAMS = {
+    "norm_before_attention": (5, "layer"),
+    "output_gates": (5, "layer"),
+    "bigram_rows": (3, "layer"),
+    "xsa": (5, "layer"),
+    "key_offset": (4, "named"),
+    "paired_heads": (4, "named"),
+    "smear": (5, "step"),
+    "dynamic_skips": (24, "step"),
+    "untied_values": (15, "step"),
+}
+TOUCHED = {"embed": 0.611, "bigram": 0.2}  # rows of a table a step exchanges: rehearsed; published (#252)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters by the part of a step that they belong to."""
+
+    mlp: int
+    projections: int
+    head: int
+    tables: int
+    bigram: int
+
+
+def weights_of(config: Any) -> Weights:
+    """Counted in the preset's own model, without memory."""
+    import train_gpt
+
+    with torch.device("meta"):
+        model = train_gpt.GPT(config)
+    counts = dict.fromkeys(("mlp", "projections", "head", "tables", "bigram"), 0)
+    for name, p in model.named_parameters():
+        if "bigram_embed" in name:
+            counts["bigram"] += p.numel()
+        elif "embed" in name:
+            counts["tables"] += p.numel()
+        elif "mlp" in name:
+            counts["mlp"] += p.numel()
+        elif "qkvo" in name or "dynamic.in_w" in name or "dynamic.out_w" in name:
+            counts["projections"] += p.numel()
+        elif name == "head_w":
+            counts["head"] += p.numel()
+    return Weights(**counts)
+
+
+class Projection:
+    """Milliseconds of one preset's steps, from the rehearsed parts of `medium`."""
+
+    def __init__(self, config: Any, medium: Any, parts: dict[str, float], rehearsed_tokens: int):
+        self.config, self.parts, self.tokens = config, parts, rehearsed_tokens
+        self.own, self.ref = weights_of(config), weights_of(medium)
+        self.layers = [c.num_layers - len(_numbers(c.attention_free_layers)) for c in (config, medium)]
+        self.deep = config.num_layers / medium.num_layers
+        self.h100 = CEILINGS["h100"]
+        self._attention: dict[tuple[int, int], float] = {}
+
+    def attention_ms(self, step: int) -> float:
+        """Over the allowed pairs of a step's sequence of drawn documents, at its windows."""
+        from bench.step import attention_flops, draw_documents
+
+        c, length = self.config, schedule.sequence_tokens_at(step, self.config)
+        key = length, schedule.window_blocks_at(step, c)
+        if key not in self._attention:
+            drawn = draw_documents(length, c.vocab_size, c.eos_id)
+            self._attention[key] = attention_flops(c, [drawn], step) / ATTENTION_TFLOPS / 1e9
+        return self._attention[key]
+
+    def head_ms(self) -> float:
+        """Products at 16 or 8 bits, and what the loss moves, of the rehearsed number of tokens."""
+        products = 6.0 * self.ref.head * self.tokens / self.h100.tflops_16 / EFFICIENCY["product", True] / 1e9
+        rest = self.parts["head and loss"] - products
+        eight = bool(self.config.fp8_scales) or self.config.fp8_head
+        return products * (self.h100.tflops_16 / self.h100.tflops_8 if eight else 1.0) + rest
+
+    def streams_ms(self) -> float:
+        """Norms, mixes and embeddings of the rehearsed number of tokens, with what techniques add."""
+        c, passes = self.config, 0.0
+        for field, (count, per) in STREAMS.items():
+            value = getattr(c, field)
+            times = {"layer": self.layers[0], "named": len(_numbers(str(value))), "step": 1}[per]
+            passes += count * times if value not in (False, 0, "") else 0
+        moved = passes * self.tokens * c.model_dim * 2
+        own = moved / self.h100.tb_per_s / EFFICIENCY["inductor", False] / 1e9
+        return self.parts["norms, mixes, embeddings"] * self.deep + own
+
+    def sent_bytes(self) -> float:
+        """That a process sends a step: matrices there and back, head and touched rows as often as Adam steps."""
+        c, w = self.config, self.own
+        matrix = 4 if (c.matrix_dtype or c.dtype) == "float32" else 2
+        head = 2 if c.tie_embeddings_frac else 4
+        tables = 2 * (TOUCHED["embed"] * w.tables + TOUCHED["bigram"] * w.bigram)
+        return 2 * matrix * (w.mlp + w.projections) + (2 * head * w.head + tables) / c.adam_every
+
+    def step_ms(self, step: int) -> dict[str, float]:
+        """Milliseconds of a step by part."""
+        own, ref, p = self.own, self.ref, self.parts
+        share = schedule.batch_tokens_at(step, self.config) / WORLD / self.tokens
+        matrices = (own.mlp + own.projections) / (ref.mlp + ref.projections)
+        others = (own.head + own.tables + own.bigram) / (ref.head + ref.tables) / self.config.adam_every
+        return {
+            "MLP": p["MLP"] * share * own.mlp / ref.mlp,
+            "attention projections": p["attention projections"] * share * own.projections / ref.projections,
+            "head and loss": self.head_ms() * share,
+            "attention": self.attention_ms(step),
+            "attention inputs": p["attention inputs"] * share * self.layers[0] / self.layers[1],
+            "norms, mixes, embeddings": self.streams_ms() * share,
+            "Muon": p["Muon"] * matrices,
+            "AdamW": p["AdamW"] * others,
+            "messages not hidden": (1 - HIDDEN) * self.sent_bytes() / self.h100.link_gb_per_s / 1e6,
+            "gaps between launches": p["gaps between launches"] * self.deep,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """The whole run: seconds, mean ms by size of the batch, ms by part of the last step."""
+        c = self.config
+        kind = lambda step: (schedule.batch_tokens_at(step, c), schedule.window_blocks_at(step, c))  # noqa: E731
+        total_ms, by_size = 0.0, {size: [0, 0.0] for size in SIZES}
+        for (size, _), group in itertools.groupby(range(c.num_iterations), kind):
+            steps = list(group)
+            ms = sum(self.step_ms(steps[0]).values())
+            total_ms += ms * len(steps)
+            kept_of = by_size.setdefault(size, [0, 0.0])
+            kept_of[0], kept_of[1] = kept_of[0] + len(steps), kept_of[1] + ms * len(steps)
+        means = {size: ms / count for size, (count, ms) in by_size.items() if count}
+        last = self.step_ms(c.num_iterations - 1)
+        return {"steps": c.num_iterations, "seconds": total_ms / 1e3, "ms": means, "parts_of_last_step": last}
+
+
+def _numbers(text: str) -> list[str]:
+    return [word for word in text.split(",") if word.strip()]
+
+
+def project(presets: Sequence[str]) -> dict[str, Any]:
+    """The projection of `presets` and of the published runs, calibrated by the reference run."""
+    import train_gpt
+
+    rehearsed = kept("medium")
+    if rehearsed is None:
+        raise FileNotFoundError("no rehearsal is kept: python -m bench.rehearse --preset medium --keep medium")
+    medium = train_gpt.parse_config(["--preset=medium"])
+    runs: dict[str, Any] = {}
+    for name in dict.fromkeys((*PUBLISHED, *presets)):
+        config = train_gpt.parse_config([f"--preset={name}"])
+        runs[name] = Projection(config, medium, rehearsed["projection"]["parts"], rehearsed["tokens"]).run()
+    factor = PUBLISHED["medium"]["seconds"] / runs["medium"]["seconds"]
+    for name, told in runs.items():
+        told["calibrated_seconds"] = told["seconds"] * factor
+        if name in PUBLISHED:
+            told["published_seconds"] = PUBLISHED[name]["seconds"]
+            told["error"] = told["calibrated_seconds"] / told["published_seconds"] - 1
+        else:
+            told["steps_within_goal"] = int(GOAL_S / told["calibrated_seconds"] * told["steps"])
+    return {"schema": 1, "name": "projection", "calibration": factor, "goal_s": GOAL_S, "runs": runs}
+
+
+def page(told: dict[str, Any]) -> str:
+    """docs/projection.md from the file."""
+    runs = told["runs"]
+    rows = [
+        {
+            "preset": name,
+            "steps": run["steps"],
+            "projected s": round(run["seconds"], 1),
+            "calibrated s": round(run["calibrated_seconds"], 1),
+            "published s": run.get("published_seconds", "none"),
+            "error": f"{run['error']:+.1%}" if "error" in run else "",
+        }
+        for name, run in runs.items()
+    ]
+    sizes = []
+    for name, run in runs.items():
+        means = [run["ms"].get(str(size), run["ms"].get(size)) for size in SIZES]
+        published = PUBLISHED.get(name, {}).get("ms", [None] * 4)
+        cells = [_pair(m and m * told["calibration"], p) for m, p in zip(means, published)]
+        sizes.append({"preset": name} | {f"{size:,}": cell for size, cell in zip(SIZES, cells)})
+    names = list(runs)
+    parts = [
+        {"part": part, **{name: runs[name]["parts_of_last_step"][part] for name in names}}
+        for part in runs[names[0]]["parts_of_last_step"]
+    ]
+    goals = [
+        f"`{name}`: {run['steps_within_goal']} of its {run['steps']} steps fit into {told['goal_s']} s."
+        for name, run in runs.items()
+        if "steps_within_goal" in run
+    ]
+    errors = [abs(run["error"]) for name, run in runs.items() if "error" in run and name != "medium"]
+    return TEXT.format(
+        runs=table(rows), sizes=table(sizes), parts=table(parts), goals="\n".join(goals),
+        factor=told["calibration"], worst=max(errors), what=__doc__.split("\n\n")[2],
+    )  # fmt: skip
+
+
+def _pair(projected: float | None, published: float | None) -> str:
+    if projected is None:
+        return ""
+    return f"{projected:.0f}" + (f" ({published:g})" if published is not None else "")
+
+
+TEXT = """# Seconds of a run on 8 H100: a projection
+
+Generated by `python -m bench.project`. **Nothing here is measured by us**, no figure of it belongs into a table of
+results, and whether a preset reaches 2.92 in its steps is not a question that it answers: steps are the presets' own.
+
+{what}
+
+One factor, {factor:.3f}, makes the reference run's projected time its published one. The other published runs are then
+projected without having been looked at: the largest error among them is {worst:.1%}.
+
+{runs}
+
+{goals}
+
+## Milliseconds a step, by tokens of the step: calibrated (published)
+
+{sizes}
+
+Published ones are differences of cumulative times, where the logs tell them. A head with scales for 8 bits
+(`fp8_scales`) counts as one in 8 bits.
+
+## Parts of the last step, ms, not calibrated
+
+{parts}
+
+## Not in it
+
+Kernels of each preset's own step (only `medium` was rehearsed whole), NorMuon's second pass over its matrices, memory
+limits, data loading, and everything a GPU must still confirm (docs/rehearsal.md).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.project", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", action="append", help="of train_gpt.py, beside the published ones (frontier)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    parser.add_argument("--page", type=Path, default=PAGE, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.check:
+        current = options.page.is_file() and options.page.read_text("utf-8") == page(json.loads(FILE.read_text()))
+        print(f"docs/projection.md is {'up to date' if current else 'out of date: python -m bench.project'}")
+        return int(not current)
+    write_json(FILE, project(options.preset or ["frontier"]))
+    text = page(json.loads(FILE.read_text()))
+    options.page.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The projection of whole runs, and the page of schedules: what is counted, and that pages say what files say."""
+
+import dataclasses
+
+import pytest
+
+import train_gpt
+from bench import project, schedules
+from bench.rehearse.page import kept
+from trainer import schedule
+
+MEDIUM = train_gpt.parse_config(["--preset=medium"])
+RECORD18 = train_gpt.parse_config(["--preset=record18"])
+
+
+def projection(config):
+    rehearsed = kept("medium")
+    return project.Projection(config, MEDIUM, rehearsed["projection"]["parts"], rehearsed["tokens"])
+
+
+def test_weights_are_counted_from_the_model():
+    D, V, padded = 1024, 50257, 50304
+    assert project.weights_of(MEDIUM) == project.Weights(
+        mlp=16 * 8 * D * D, projections=15 * 4 * D * D, head=padded * D, tables=7 * V * D, bigram=0
+    )
+    f3 = project.weights_of(train_gpt.parse_config(["--preset=f3"]))
+    assert f3.bigram == 251_520 * D and f3.tables == 7 * padded * D
+    assert f3.projections == 16 * 4 * D * D + 2 * 64 * D + 2 * 16 * 64
+
+
+def test_the_rehearsed_run_costs_what_was_rehearsed():
+    """Attention is that of a step's own windows, messages of counted bytes; all else is taken over."""
+    parts, ms = kept("medium")["projection"]["parts"], projection(MEDIUM).step_ms(MEDIUM.num_iterations - 1)
+    assert set(ms) == set(parts)
+    for name in set(parts) - {"attention", "messages not hidden"}:
+        assert ms[name] == pytest.approx(parts[name], rel=1e-9), name
+    assert ms["messages not hidden"] == pytest.approx(parts["messages not hidden"], rel=0.02)
+
+
+def test_attention_is_of_the_allowed_pairs():
+    """One document over a whole sequence, counted in closed form: a query at p sees min(p, w) + 1 keys."""
+    import torch
+
+    from bench.step import attention_flops
+
+    tokens = torch.ones(4096, dtype=torch.int32)
+    step = 2000
+    window = schedule.window_blocks_at(step, RECORD18)
+    pairs = lambda blocks: sum(min(p, 128 * blocks) + 1 for p in range(4096))  # noqa: E731
+    wanted = 14 * 1024 * (4 * pairs(window) + 12 * pairs(schedule.short_window(window, RECORD18)))
+    assert attention_flops(RECORD18, [tokens], step) == wanted
+
+
+def test_tokens_layers_and_bits_tell_on_the_parts_that_they_concern():
+    small, full = (projection(RECORD18).step_ms(step) for step in (0, 4000))
+    for name in ("MLP", "head and loss", "attention projections", "norms, mixes, embeddings"):
+        assert small[name] == pytest.approx(full[name] / 4)
+    for name in ("Muon", "AdamW", "messages not hidden"):
+        assert small[name] == full[name]
+    assert full["attention projections"] == pytest.approx(
+        projection(MEDIUM).step_ms(0)["attention projections"] * 16 / 15
+    )
+    eight = dataclasses.replace(RECORD18, fp8_scales="32,2.25,1.5")
+    assert projection(eight).head_ms() < 0.75 * projection(RECORD18).head_ms()
+    rare = dataclasses.replace(RECORD18, adam_every=1)
+    assert projection(rare).sent_bytes() > projection(RECORD18).sent_bytes()
+
+
+def test_a_run_is_the_sum_of_its_steps():
+    config = dataclasses.replace(RECORD18, num_iterations=24, extension_steps=0)
+    one = projection(config)
+    told = one.run()
+    assert told["seconds"] == pytest.approx(sum(sum(one.step_ms(step).values()) for step in range(24)) / 1e3)
+    assert list(told["ms"]) == [131072, 262144, 393216, 524288]
+
+
+def test_pages_say_what_files_and_presets_say(capsys, tmp_path):
+    assert project.main(["--check"]) == 0 and schedules.main(["--check"]) == 0
+    edited = tmp_path / "projection.md"
+    edited.write_text(project.PAGE.read_text("utf-8").replace("1412", "1411", 1), "utf-8")
+    assert project.main(["--check", "--page", str(edited)]) == 1
+    assert "out of date" in capsys.readouterr().out
