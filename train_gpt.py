@@ -48,11 +48,10 @@ from kernels.assembler import choose_assembler, doubts
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
-from kernels.mlp import relu_squared_mlp
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from trainer import checkpoints, evaluate, export, implementations, processes, report, sample, schedule
+from trainer import checkpoints, evaluate, export, implementations, processes, products, report, sample, schedule
 from trainer.adam import Adam
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
@@ -210,7 +209,7 @@ class Config:
     # Machine
     seed: int = setting(0, "number", "of the initial weights; the data order does not depend on it", at_least=0)
     dtype: str = setting("bfloat16", "name", "of all but head and scalars", choices=("bfloat16", "float32"))
-    fp8_head: bool = setting(False, "flag", "the head's products in 8 bits, on GPUs that have them")
+    products: str = setting("bf16", "name", "what is multiplied in 8 bits; bf16: nothing", choices=products.NAMES)
     fp8_scales: str = setting("", "numbers", "largest ones of its input, weight, gradient: 32,2.25,1.5; '': measured")
     device: str = setting("auto", "name", "to train on", choices=("auto", "cuda", "cpu"))
     compile: str = setting("auto", "name", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
@@ -389,7 +388,7 @@ class Block(nn.Module):
         if self.has_attention:
             x_BTD = x_BTD + self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
         h_ND = norm(x_BTD).flatten(0, 1)
-        y_ND = relu_squared_mlp(h_ND, self.mlp_in_w, self.mlp_out_w, impl=impls["mlp"])
+        y_ND = products.mlp(h_ND, self.mlp_in_w, self.mlp_out_w, impls)
         return x_BTD + y_ND.view_as(x_BTD)
 
     def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
@@ -400,11 +399,12 @@ class Block(nn.Module):
         shape, scale, of_inputs = dict(heads=H, width=D // H), self.config.attention_scale, impls["attention_inputs"]
         if cache is None:
             impl = impls["attention"]
-            y_BTHDh = attention_layer(*given, plan, **shape, scale=scale, impl=impl, inputs_impl=of_inputs)
+            how = dict(scale=scale, impl=impl, inputs_impl=of_inputs, linear=products.linear_of(impls))
+            y_BTHDh = attention_layer(*given, plan, **shape, **how)
         else:
             q, k, v = projected(*given, **shape, impl=of_inputs)
             y_BTHDh = cache.attend(self.layer, q, k, v, plan.first_key_BT, scale)
-        return F.linear(y_BTHDh.reshape(B, T, D), self.qkvo_w[3])
+        return products.linear(y_BTHDh.reshape(B, T, D), self.qkvo_w[3], impls)
 
 
 class GPT(nn.Module):
@@ -436,7 +436,7 @@ class GPT(nn.Module):
         layout = scalar_layout(c, len(self.skips))
         self.scalar_sizes = {kind: len(values) for kind, values in layout.items()}
         self.scalars = nn.Parameter(torch.empty(sum(self.scalar_sizes.values()), dtype=torch.float32))
-        self.impls = implementations.asked(c.kernels, c.device)
+        self.impls = implementations.asked(c.kernels, c.device, c.products)
         self.rotary_tables: tuple[Tensor, Tensor] | None = None
         self.query_factor: Tensor | None = None  # on queries, where YaRN changes the scale of attention
         self.yarn: list[float] | None = None  # rotary frequencies, where it changes those
@@ -558,19 +558,13 @@ class GPT(nn.Module):
         if targets_BT is None:
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]
             return logits.view(*tokens_BT.shape, -1)
-        how = dict(softcap=cap, reduction=reduction, fp8=self.fp8(), impl=self.impls["loss"])
+        fp8 = products.of_head(self.impls, self.config.fp8_scales)
+        how = dict(softcap=cap, reduction=reduction, fp8=fp8, impl=self.impls["loss"])
         targets = targets_BT.flatten()
         if target_weights is not None:
             targets = Targets.columns(targets_BT, len(target_weights), self.prefixes).flatten(0, 1)
         loss = linear_cross_entropy(x_ND, self.head_w, targets, target_weights=target_weights, **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
-
-    def fp8(self) -> bool | tuple[float, ...]:
-        """The head's products in 8 bits: no, with measured scales, or with those of `fp8_scales`, in training only."""
-        scales = tuple(float(size) for size in self.config.fp8_scales.split(",") if size)
-        if not self.config.fp8_head or not scales:
-            return self.config.fp8_head
-        return scales if torch.is_grad_enabled() else False
 
 
 def flops_per_token(model: GPT) -> float:
@@ -844,7 +838,7 @@ def set_up(config: Config) -> torch.device:
     c = config
     device = processes.choose_device(c.device, c.deterministic)
     width, dtype = c.model_dim // c.num_heads, getattr(torch, c.dtype)
-    implementations.check_device(c.kernels, width, device, dtype, c.fp8_head)
+    implementations.check_device(c.kernels, width, device, dtype)
     processes.join_group(device, c.patience)
     return device
 
@@ -988,7 +982,7 @@ def open_log(config: Config, trainer: Trainer, streams: tuple[TokenStream, Token
         world_size=trainer.world_size,
         source=SOURCE,
         program=program_files(__file__),
-        implementations=implementations.running(trainer.model.impls, device, dtype, c.fp8_head),
+        implementations=implementations.running(trainer.model.impls, device, dtype, c.products),
         assembler=choose_assembler() if device.type == "cuda" else "none",
         val_data_hash=hash_of(streams[1]),
         plan_hash=c.plan_hash,

@@ -131,7 +131,7 @@ def _choices(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     return [
         Stage("tiles", tiles, 200, gpu_only=True),
         Stage("step-untuned", (*step, "--label=untuned", "--tune=false"), 180),
-        Stage("step-fp8", (*step, "--label=fp8", "--fp8_head"), 200, gpu_only=True),
+        Stage("step-fp8", (*step, "--label=fp8", "--products=fp8_head"), 200, gpu_only=True),
     ]
 
 

@@ -15,6 +15,8 @@ Shapes: x (B, T, D), w ((H + 2 K) Dh, D), ve (B, T, K, Dh), s float32 (2,), cos,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -267,9 +269,9 @@ _layer.register_autograd(_layer_grad, setup_context=_layer_setup)
 # ---- public functions -------------------------------------------------------------------------------------
 
 
-def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto"):
+def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto", linear=F.linear):
     """(q, k, v) of the formula above, before attention; arguments as in `attention_layer`."""
-    q, k, v = _slices(F.linear(x_BTD, w_ED).unflatten(2, (-1, width)), heads)
+    q, k, v = _slices(linear(x_BTD, w_ED).unflatten(2, (-1, width)), heads)
     return attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=impl)
 
 
@@ -287,6 +289,7 @@ def attention_layer(
     scale: float,
     impl: str = "auto",
     inputs_impl: str = "auto",
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """o (B, T, H, Dh) of the formula above, differentiable once in x, w, ve and s.
 
@@ -296,6 +299,7 @@ def attention_layer(
         rotary: cos and sin, float32 (T, Dh / 2). plan: of `attention_plan`, for the same B and T.
         heads, width: H and Dh; scale: factor on the logits.
         impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU: one operator.
+        linear: another product x w^T than this operator's own, which then is taken apart.
 
     Raises: ValueError or TypeError naming the argument.
     """
@@ -308,8 +312,9 @@ def attention_layer(
     if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
         raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
     fused = [attention_implementation(name, x_BTD) for name in (impl, inputs_impl)] == ["triton"] * 2
-    if not fused:
-        inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, heads=heads, width=width, impl=inputs_impl)
+    if linear or not fused:
+        how = dict(heads=heads, width=width, impl=inputs_impl, linear=linear or F.linear)
+        inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, **how)
         return attention(*inputs, plan, scale=scale, impl=impl)
     _check(x_BTD, w_ED, ve_BTKDh, s, rotary, plan, heads, width, scale)
     refuse_tangents("attention_layer", x_BTD, w_ED, ve_BTKDh, s)

@@ -154,7 +154,15 @@ def from_json(kind: type[Options], text: str) -> Options:
 
     Raises ValueError, TypeError, AttributeError, OverflowError or RecursionError for what is no such JSON."""
     types = {field.name: kind_of(field) for field in _fields(kind)}
-    return kind(**{name: types[name](value) for name, value in json.loads(text).items() if name in types})
+    given = dict(modern(name, value) for name, value in json.loads(text).items())
+    return kind(**{name: types[name](value) for name, value in given.items() if name in types})
+
+
+def modern(name: str, value: Any) -> tuple[str, Any]:
+    """A field and its value as they are called now: `fp8_head` has become one of `products`."""
+    if name != "fp8_head":
+        return name, value
+    return "products", "fp8_head" if str(value).lower() in YES else "bf16"
 
 
 def _typed(field: dataclasses.Field, text: str) -> Any:

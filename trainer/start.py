@@ -25,7 +25,7 @@ from data.folder import open_folder, tokens_of
 from data.paths import PathError, is_remote
 from data.shards import ShardError
 from trainer.checkpoints import CheckpointError, load_tensors, read_texts
-from trainer.options import UsageError, check_limits, fill, read_words
+from trainer.options import UsageError, check_limits, fill, modern, read_words
 from trainer.processes import on_rank_0
 
 #: What belongs to one run and not to the next one that a file or a checkpoint describes.
@@ -90,7 +90,7 @@ def expand(
 ) -> list[str]:
     """`arguments` (words of a command line over the dataclass `kind`) and, behind them, the fields that the file, the
     checkpoint or the data that they name decides. Raises UsageError, CheckpointError, ShardError."""
-    words = list(arguments)
+    words = [_modern_word(word) for word in arguments]
     _, given = read_words([kind], words, bare, FOREIGN)
     found: dict[str, Any] = {}
     if path := given.get("config"):
@@ -105,6 +105,13 @@ def expand(
         known = _values(kind, presets, found, given)
         found |= from_data(path, known, given)
     return [*words, *(f"--{name}={value}" for name, value in found.items() if name not in given)]
+
+
+def _modern_word(word: str) -> str:
+    """An argument under its present name."""
+    name, equals, text = word.removeprefix("--").partition("=")
+    now, value = modern(name.replace("-", "_"), text if equals else "true")
+    return f"--{now}={value}" if word.startswith("--") and now != name.replace("-", "_") else word
 
 
 def _values(kind: type, presets: Mapping, found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
@@ -134,10 +141,11 @@ def from_file(path: str, kind: type) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--config={path}: {getattr(error, 'strerror', None) or error}") from error
     if isinstance(told.get("config"), dict):
-        return _told(kind, told["config"], OF_ONE_RUN)
+        return _told(kind, dict(modern(*pair) for pair in told["config"].items()), OF_ONE_RUN)
     flat: dict[str, Any] = {}
     for name, value in told.items():
         flat |= value if isinstance(value, dict) else {name: value}
+    flat = dict(modern(*pair) for pair in flat.items())
     names = [field.name for field in dataclasses.fields(kind)]
     for name, value in flat.items():
         if name not in names:

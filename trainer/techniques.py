@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from data.encoding import TokenizeError, prefix_tokens
 from kernels.attention import attention
 from kernels.cross_entropy import next_targets
-from kernels.mlp import relu_squared_mlp
 from kernels.norm import rms_norm as norm
-from trainer import adam
+from trainer import adam, products
 from trainer.normuon import factors
 from trainer.options import UsageError
 from trainer.schedule import short_window, target_weights, yarn_at
@@ -433,7 +432,7 @@ class Techniques(nn.Module):
             a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
             h_ND = norm(x_BTD).flatten(0, 1)
-            y_ND = relu_squared_mlp(h_ND, block.mlp_in_w, block.mlp_out_w, impl=gpt.impls["mlp"])
+            y_ND = products.mlp(h_ND, block.mlp_in_w, block.mlp_out_w, gpt.impls)
             if factors is None:
                 x_BTD = x_BTD + y_ND.view_as(x_BTD)
             else:
@@ -504,7 +503,7 @@ class Techniques(nn.Module):
         w_ED = block.qkvo_w[:3].flatten(0, 1).to(y_BTD.dtype)
         if c.output_scalar:
             w_ED = scalars_2[0] * w_ED
-        q, k, v = F.linear(y_BTD, w_ED).view(B, T, 3, H, D // H).unbind(2)
+        q, k, v = products.linear(y_BTD, w_ED, gpt.impls).view(B, T, 3, H, D // H).unbind(2)
         v = own_v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
         q, k, pair = norm(q), norm(k), layer in self.paired
         if pair:
@@ -525,7 +524,8 @@ class Techniques(nn.Module):
         if self.output_gates is not None:  # #117
             o_BTHDh = o_BTHDh * gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))[..., None]
         w_o_DD = block.qkvo_w[3].to(y_BTD.dtype)
-        return F.linear(o_BTHDh.reshape(B, T, D), scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD)
+        w_o_DD = scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD
+        return products.linear(o_BTHDh.reshape(B, T, D), w_o_DD, gpt.impls)
 
     def valued(
         self, v: Tensor, ve_BTD: Tensor | None, y_BTD: Tensor, layer: int, scalars_2: Tensor, dynamic: Any

@@ -1,0 +1,85 @@
+"""`--products`: what trains in 8 bits, what the log says of it, and its older name."""
+
+import json
+
+import pytest
+import torch
+
+import train_gpt
+from kernels import cross_entropy, mlp8, products8
+from trainer import implementations, products
+from trainer.options import from_json
+
+TINY = (
+    "--preset=nano --num_layers=2 --attention_free_layers=1 --unet_skips= --long_window_layers=0 --model_dim=32 "
+    "--num_heads=1 --device=cpu --train_seq_len=64 --tokens_per_step=64 --val_seq_len=64 --val_tokens=64 "
+    "--warmup_steps=0"
+).split()
+
+
+def two_steps(*arguments):
+    trainer = train_gpt.Trainer(train_gpt.parse_config([*TINY, *arguments]), torch.device("cpu"))
+    tokens = torch.randint(1, 256, (65,), generator=torch.Generator().manual_seed(0))
+    losses = [trainer.step(s, [(tokens[:-1].int(), tokens[1:])]).item() for s in range(2)]
+    return losses, trainer, tokens
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return two_steps()[0]
+
+
+@pytest.mark.parametrize("chosen, linears, mlps", [("fp8_head", 0, 0), ("fp8_mlp", 0, 2), ("fp8", 2, 2)])
+def test_training_by_8_bits_goes_nearly_the_same_way_and_a_validation_is_in_full(
+    chosen, linears, mlps, plain, monkeypatch
+):
+    seen = {"linear": 0, "mlp": 0, "head": 0}
+
+    def counted(name, function):
+        def run(*arguments, **options):
+            seen[name] += 1
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(products8, "linear", counted("linear", products8.linear))
+    monkeypatch.setattr(products, "relu_squared_mlp_8", counted("mlp", mlp8.relu_squared_mlp_8))
+    monkeypatch.setattr(cross_entropy._Eight, "logits", counted("head", cross_entropy._Eight.logits))
+    losses, trainer, tokens = two_steps(f"--products={chosen}")
+    assert seen == {"linear": 2 * linears, "mlp": 2 * mlps, "head": 2}
+    assert losses[1] < losses[0] - 0.05 and 0 < abs(losses[1] - plain[1]) <= 0.02
+    before = dict(seen)
+    with torch.no_grad():
+        trainer.forward(tokens[None, :-1], tokens[None, 1:], window_blocks=trainer.window)
+    assert seen == before
+
+
+def test_the_log_says_what_runs_and_a_device_without_8_bits_is_no_error(monkeypatch):
+    device = torch.device("cpu")
+    running = lambda asked: implementations.running(  # noqa: E731
+        implementations.asked("reference", "cpu", asked), device, torch.float32, asked
+    )
+    assert "8 bits" not in " ".join(running("bf16").values())
+    assert running("fp8_head")["loss"] == "reference, products in 8 bits"
+    assert "8 bits" not in running("fp8_head")["mlp"] and "8 bits" in running("fp8_mlp")["mlp"]
+    assert "8 bits" in running("fp8")["attention"]
+    monkeypatch.setattr(products8, "available_on", lambda device: False)
+    assert implementations.asked("auto", "cpu", "fp8")["products"] == "bf16"
+    assert running("fp8")["loss"].endswith("asked for products in 8 bits, fp8: this device has none)")
+
+
+def test_the_older_name_is_understood(tmp_path):
+    parse = train_gpt.parse_config
+    for words, now in (
+        (["--fp8_head"], "fp8_head"),
+        (["--fp8-head=false"], "bf16"),
+        (["--products", "fp8"], "fp8"),
+        ([], "bf16"),
+    ):
+        assert parse([*TINY, *words]).products == now
+    file = tmp_path / "of_a_run.json"
+    file.write_text(json.dumps({"config": {"preset": "nano", "fp8_head": True}}))
+    assert parse([f"--config={file}"]).products == "fp8_head"
+    assert from_json(train_gpt.Config, '{"fp8_head": true}').products == "fp8_head"
+    with pytest.raises(train_gpt.UsageError, match="products"):
+        parse(["--products=fp4"])
