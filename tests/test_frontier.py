@@ -712,7 +712,7 @@ def test_two_processes_train_as_one_does(shards, tmp_path):
 
 
 def test_what_knows_only_the_plain_model_says_so(shards, tmp_path, capsys):
-    assert train_gpt.main(words(shards, tmp_path, "--num_iterations=2", "--warmup_steps=0")) == 0
+    assert train_gpt.main(words(shards, tmp_path, "--num_iterations=2", "--warmup_steps=0", "--tail_ema=0")) == 0
     path = str(next((tmp_path / "run.checkpoints").glob("*.safetensors")))
     assert train_gpt.main(["export", path, str(tmp_path / "folder")]) == 2
     assert "smear" in capsys.readouterr().err
@@ -724,6 +724,13 @@ def test_what_knows_only_the_plain_model_says_so(shards, tmp_path, capsys):
     assert told["loss"] == pytest.approx(run["final_loss"], abs=1e-5)
     with pytest.raises(LabError, match="smear"):
         load_checkpoint(path)
+    own = [word for word in words(shards, tmp_path) if word.partition("=")[0] in ("--train_files", "--val_files")]
+    own += [f"--output_dir={tmp_path}", "--run_name=second", "--device=cpu", "--warmup_steps=0"]
+    assert train_gpt.main([f"--init_from={path}", *own]) == 0  # begins after the split, so that the two part
+    second = next((tmp_path / "second.checkpoints").glob("*.safetensors"))
+    first, second = (load_tensors(p, FORMAT)[1] for p in (path, second))
+    assert torch.equal(first["model.embed1.weight"], first["model.head_w"])
+    assert not torch.equal(second["model.embed1.weight"], second["model.head_w"])
 
 
 # fmt: off
