@@ -17,8 +17,6 @@ from kernels.cross_entropy import softcapped_logits
 from kernels.muon import join_master, orthogonalize, orthogonalize_gram, split_master
 from kernels.norm import rms_norm as norm
 from kernels.runtime import INTERPRETED
-from lab import LabError
-from lab.checkpoints import load_checkpoint
 from train_gpt import CHECKPOINT_FORMAT as FORMAT
 from train_gpt import GPT, Trainer, parse_config
 from trainer import adam, normuon, techniques
@@ -722,8 +720,6 @@ def test_what_knows_only_the_plain_model_says_so(shards, tmp_path, capsys):
     assert train_gpt.main(["evaluate", path, "--json", "--device=cpu"]) == 0
     told, run = json.loads(capsys.readouterr().out), json.loads((tmp_path / "run.json").read_text())
     assert told["loss"] == pytest.approx(run["final_loss"], abs=1e-5)
-    with pytest.raises(LabError, match="smear"):
-        load_checkpoint(path)
     own = [word for word in words(shards, tmp_path) if word.partition("=")[0] in ("--train_files", "--val_files")]
     own += [f"--output_dir={tmp_path}", "--run_name=second", "--device=cpu", "--warmup_steps=0"]
     assert train_gpt.main([f"--init_from={path}", *own]) == 0  # begins after the split, so that the two part
