@@ -94,8 +94,13 @@ class DocumentStream(TokenStream):
         self._first_steps: list[int] = []
         self._kept: OrderedDict[int, Documents] = OrderedDict()
         self._walking = threading.Lock()
-        how = dict(sequence_tokens=sequence_tokens, sequences_per_step=sequences_per_step, vocab_size=vocab_size)
-        super().__init__(files, drop_shard_tail=True, **how)
+        super().__init__(
+            files,
+            sequence_tokens=sequence_tokens,
+            sequences_per_step=sequences_per_step,
+            vocab_size=vocab_size,
+            drop_shard_tail=True,
+        )
         self._visit_of(0)  # data that hold not one step are refused now
 
     def _lay_out(self) -> int:

@@ -117,7 +117,7 @@ def _modern_word(word: str) -> str:
 def _values(kind: type, presets: Mapping, found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
     """All fields as they are so far. Raises UsageError."""
     told = {**{name: str(value) for name, value in found.items()}, **given}
-    options = fill(kind, told, presets.get(told.get("preset", "medium"), {}))
+    options: Any = fill(kind, told, presets.get(told.get("preset", "medium"), {}))
     check_limits(options)
     return dataclasses.asdict(options)
 
