@@ -44,6 +44,7 @@ def condensed(counted: dict[str, Any]) -> dict[str, Any]:
         **{name: counted[name] for name in heads},
         "measures": budgets.measures(counted),
         "kinds": kinds,
+        "most_launched": most_launched(counted["step"]["kernels"]),
         "projection": counted["projection"],
         "messages": counted["step"]["messages"],
         "holders_gib": dict(list(counted["step"]["peak_holders_gib"].items())[:12]),
@@ -52,6 +53,17 @@ def condensed(counted: dict[str, Any]) -> dict[str, Any]:
         "kernels": len(counted["kernels"]),
         "largest_registers": max(kernel["registers"] for kernel in counted["kernels"]),
     }
+
+
+def most_launched(kernels: Sequence[dict[str, Any]], shown: int = 12) -> list[dict[str, Any]]:
+    """The kernels that a step launches most often, products of the library left out."""
+    sums: dict[tuple[str, str, str], int] = {}
+    for row in kernels:
+        if row["kind"] != "product":
+            key = (row["kernel"], row["kind"], row["phase"])
+            sums[key] = sums.get(key, 0) + row["launches"]
+    most = sorted(sums.items(), key=lambda item: -item[1])[:shown]
+    return [dict(zip(("kernel", "by", "phase", "launches"), (*key, count))) for key, count in most]
 
 
 def keep(counted: dict[str, Any], name: str) -> None:
@@ -122,6 +134,7 @@ def page() -> str:
         registers=shown["largest_registers"],
         counts=table(rows),
         kinds=table(kinds),
+        most=table(shown.get("most_launched", [])),
         projected=table(projected),
         floor=shown["projection"]["floor_ms"],
         holders=table(holders),
@@ -152,6 +165,10 @@ when a count goes over its budget in `bench/budgets.json`; budgets are what the 
 Bytes count every operand once, so a table that rows are gathered from counts whole: an upper bound.
 
 {kinds}
+
+The most often launched, products of the library left out:
+
+{most}
 
 ## Projected milliseconds
 
