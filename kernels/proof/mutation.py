@@ -73,6 +73,7 @@ _NOT_STORED = "what is read where the mask is off is not stored: the same progra
 _TIMES_ZERO = "the other operand is 0 where this mask is off: the same program"
 #: What a survivor means, by the mutant's name; one without a word here is an open question.
 EXPLAINED: dict[str, str] = {
+    "attention: masks: 3c670c19b0": _TIMES_ZERO,
     "attention: masks: 5391a4617e": _NOT_STORED,
     "attention: masks: 9ca3749c7e": _NOT_STORED,
     "attention: masks: affcc942cc": _NOT_STORED,

@@ -33,7 +33,9 @@ def _symmetric_reference(module, given):
 
 def _vectors(size):
     def make(random):
-        return {name: torch.randn(size, generator=random) for name in ("weight", "buffer", "grad", "update")}
+        drawn = {name: torch.randn(size, generator=random) for name in ("weight", "buffer", "grad", "update")}
+        drawn["update"].view(-1)[::5] = 0  # where a cautious decay must decide
+        return drawn
 
     return make
 
