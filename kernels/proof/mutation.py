@@ -93,6 +93,7 @@ EXPLAINED: dict[str, str] = {
     "mlp: masks: ad25c846a1": _TIMES_ZERO,
     "muon: bounds: 8d20feae9a": "a mirrored tile's rows end before the matrix does: the same program",
     "muon: masks: 79939c3115": _NOT_STORED,
+    "muon: masks: 9f50b3d7f2": _NOT_STORED,
     "muon: masks: d2bc7c0af4": _NOT_STORED,
     "muon: masks: f627658ba2": _TIMES_ZERO,
 }
