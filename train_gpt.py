@@ -51,7 +51,18 @@ from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import residual_mix
-from trainer import checkpoints, evaluate, export, implementations, processes, products, report, sample, schedule
+from trainer import (
+    checkpoints,
+    evaluate,
+    export,
+    implementations,
+    processes,
+    products,
+    report,
+    sample,
+    schedule,
+    techniques,
+)
 from trainer.adam import Adam
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
@@ -67,16 +78,6 @@ from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling, program_files, unproven_versions
 from trainer.start import expand, start_from
 from trainer.streams import describe_data, open_streams, to_device, with_all_validation
-from trainer.techniques import (
-    Targets,
-    Techniques,
-    check_techniques,
-    numbers,
-    own_adam,
-    scalar_layout,
-    turn,
-    uses_techniques,
-)
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -285,7 +286,7 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def _layers(text: str) -> frozenset[int]:
-    return frozenset(numbers(text))
+    return frozenset(techniques.numbers(text))
 
 
 def _skips(text: str) -> dict[int, int]:
@@ -318,7 +319,7 @@ def check_config(config: Config) -> Config:
     if any(source >= target for target, source in skips.items()):
         raise UsageError(f"--unet_skips={c.unet_skips}: a skip leads from an earlier to a later layer")
     schedule.check(c)
-    check_techniques(c, skips)
+    techniques.check_techniques(c, skips)
     listed("log_words", c.log_words, WORDS), listed("watch", c.watch, WRITERS)
     if c.run_name != Path(c.run_name).name or c.run_name.startswith("."):
         raise UsageError(f"--run_name={c.run_name}: a plain file name, no folder")
@@ -433,7 +434,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(tables)
         self.blocks = nn.ModuleList([Block(c, layer) for layer in range(c.num_layers)])
         self.head_w = nn.Parameter(torch.empty(classes, c.model_dim, dtype=dtype if self.tied else torch.float32))
-        layout = scalar_layout(c, len(self.skips))
+        layout = techniques.scalar_layout(c, len(self.skips))
         self.scalar_sizes = {kind: len(values) for kind, values in layout.items()}
         self.scalars = nn.Parameter(torch.empty(sum(self.scalar_sizes.values()), dtype=torch.float32))
         self.impls = implementations.asked(c.kernels, c.device, c.products)
@@ -442,7 +443,7 @@ class GPT(nn.Module):
         self.yarn: list[float] | None = None  # rotary frequencies, where it changes those
         self.prefixes: Tensor | None = None  # of `prefix_loss`: each token's
         with_values = [*range(c.value_embeddings), *range(c.num_layers - c.value_embeddings, c.num_layers)]
-        self.techniques = Techniques(c, self.skips, with_values) if uses_techniques(c) else None
+        self.techniques = techniques.Techniques(c, self.skips, with_values) if techniques.uses_techniques(c) else None
         if not self.head_w.is_meta:
             self.reset_parameters()
 
@@ -460,7 +461,7 @@ class GPT(nn.Module):
         self.head_w.zero_()
         if self.tied:
             self.head_w.copy_(self.embed1.weight.mul_(c.tied_init_std))
-        initial = torch.cat(list(scalar_layout(c, len(self.skips)).values()))
+        initial = torch.cat(list(techniques.scalar_layout(c, len(self.skips)).values()))
         self.scalars.copy_(initial.to(self.scalars.device))
         if self.techniques is not None:
             self.techniques.reset_parameters()
@@ -494,12 +495,8 @@ class GPT(nn.Module):
         """Rotary and the scale of attention as they are at a step (`yarn_until`), changed in place."""
         c = self.config
         if c.yarn_until >= 0:
-            turn(
-                self,
-                step,
-                rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, "cpu"),
-                rotary_tables,
-            )
+            frequencies = rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, "cpu")
+            techniques.turn(self, step, frequencies, rotary_tables)
 
     def plan(self, tokens_BT: Tensor, window_blocks):
         """Which keys each query sees, for all layers with that window."""
@@ -562,7 +559,7 @@ class GPT(nn.Module):
         how = dict(softcap=cap, reduction=reduction, fp8=fp8, impl=self.impls["loss"])
         targets = targets_BT.flatten()
         if target_weights is not None:
-            targets = Targets.columns(targets_BT, len(target_weights), self.prefixes).flatten(0, 1)
+            targets = techniques.Targets.columns(targets_BT, len(target_weights), self.prefixes).flatten(0, 1)
         loss = linear_cross_entropy(x_ND, self.head_w, targets, target_weights=target_weights, **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
@@ -680,7 +677,7 @@ class Trainer:
         self.muon, self.adam, self.average = self.optimizers(*mine, compiles)
         self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
-        self.targets = Targets(config, self.model, device)  # and their weights, likewise
+        self.targets = techniques.Targets(config, self.model, device)  # and their weights, likewise
         how = dict(dynamic=False, fullgraph=True, options=dict(coordinate_descent_tuning=config.tune))
         self.forward = torch.compile(self.model, **how) if compiles else self.model
         if self.world_size > 1:
@@ -700,7 +697,7 @@ class Trainer:
         trainer/adam.py where a field asks for them; None, or that of trainer/averages.py."""
         c, impl = self.config, self.model.impls["muon"]
         muon = (NorMuon if c.normuon_beta2 else Muon)(matrices, c, impl)
-        other = Adam(others, c, self.exchange, compiled) if own_adam(c) else AdamW(others, c)
+        other = Adam(others, c, self.exchange, compiled) if techniques.own_adam(c) else AdamW(others, c)
         return muon, other, TailAverage(c, matrices, others, muon.mantissa) if c.tail_ema else None
 
     def state(self) -> dict[str, Tensor]:
