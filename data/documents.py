@@ -10,8 +10,8 @@ left for a whole step is left, and so is what lies before a shard's first docume
 since "align documents" (#108, @varunneal and @classiclarryd); what is a sequence here is one of its eight processes
 there, so any number of processes sees the same sequences.
 
-Where a step begins depends on all documents before it, which takes one look through the shards up to it: a tenth of a
-second or so for 100 million tokens. It is done when a shard is reached, in the thread that reads ahead.
+Where a step begins depends on all documents before it, which takes one look through the shards up to it. It is done
+when a shard is reached, in the thread that reads ahead.
 """
 
 from __future__ import annotations

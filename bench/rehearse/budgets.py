@@ -59,8 +59,10 @@ def broken_rules(counted: dict[str, Any]) -> list[str]:
     """What no budget allows, in words."""
     said = []
     compiled, windows = counted["compile"], counted["windows"]
-    if compiled["graphs"] != 2 or compiled["breaks"]:
-        said.append(f"{compiled['graphs']} graphs in place of one to train and one to validate; {compiled['breaks']}")
+    shapes = counted.get("shapes", 1)  # of sequences and targets in training, each a graph
+    if compiled["graphs"] != shapes + 1 or compiled["breaks"]:
+        wanted = f"{shapes} to train and one to validate"
+        said.append(f"{compiled['graphs']} graphs in place of {wanted}; {compiled['breaks']}")
     if windows["new_graphs"]:
         said.append(f"{windows['new_graphs']} recompilations over {windows['tried']} windows of the run")
     for when in ("set_up", "step", "checkpoint"):

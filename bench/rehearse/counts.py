@@ -74,7 +74,11 @@ def rehearse(
             counted["other_orders"] = rehearsal.other_orders(counted["step"]["message_order"])
     counted["kernels"] = resources(recorder.kernels)
     head = dict(preset=config.preset, device=device, world=world, one_block=config.num_layers == 1)
-    head |= dict(sequences=rehearsal.sequences, tokens=config.train_seq_len * rehearsal.sequences)
+    head |= dict(
+        shapes=len(schedule.shapes(config)),
+        sequences=rehearsal.sequences,
+        tokens=config.train_seq_len * rehearsal.sequences,
+    )
     head |= dict(torch=torch.__version__, triton=_triton_version(), assembler=assembler)
     join(0, 1)
     return {"schema": 1, **head, **counted}
