@@ -147,3 +147,14 @@ def test_nothing_compiles_after_the_warm_up(files, monkeypatch):
     assert counter.frame_count == 5
     train_all(trainer)
     assert counter.frame_count == 5, "a step compiled inside the clock"
+
+
+def test_speed_and_time_left_count_tokens_not_steps(monkeypatch, capsys):
+    from trainer.log import Progress
+
+    until = lambda step: min(step, 4) * 100 + max(step - 4, 0) * 400  # noqa: E731  (100 tokens a step, then 400)
+    progress = Progress(10, 0, until, flops_per_token=2.0, ceiling=1600.0)
+    monkeypatch.setattr(progress, "due", lambda: True)
+    progress.update(1, 1000.0, torch.tensor(3.0))
+    progress.update(6, 3000.0, torch.tensor(2.5))  # 3 x 100 + 2 x 400 tokens in 2 s, 4 x 400 are left
+    assert "progress: step 6 of 10, loss 2.5000, 550 tokens/s, MFU 69%, 3 s left" in capsys.readouterr().out
