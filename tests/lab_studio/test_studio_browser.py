@@ -345,7 +345,7 @@ def test_the_whole_drive(browser, folder):
             lambda: browser.text("#verdict pre") == printed_verdict(made).strip(), "the verdict on the record"
         )
     browser.picture("series")
-    duel, blind = ("#side_a", "#compare", "#duel_b .sample"), ("#blind_one", "#blind_begin", "#blind_grade input")
+    duel, blind = ("#side_a", "#compare", "#duel_verdict pre"), ("#blind_one", "#blind_begin", "#blind_grade input")
     for page, (field, button, answer) in (("duel", duel), ("blind", blind)):
         browser.open(page)
         browser.until(lambda: browser.value(f"{field} input"), f"a choice on {page}")  # noqa: B023
