@@ -20,14 +20,24 @@ from trainer.evidence import same_content
 EMBEDDED = "embedded"
 
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def corpus_folder(checkout: Path = CHECKOUT) -> Path:
+    """Where the embedded corpus lies or is to be made: in the checkout, or in the cache if that is read-only."""
+    folder = checkout / "data" / "embedded"
+    if folder.is_dir() or os.access(folder.parent, os.W_OK):
+        return folder
+    return paths.cache_folder() / "embedded"
+
+
 def embedded_files(config: Any) -> Any:
     """`config` with 'embedded' replaced by the shards of the embedded corpus, which is generated if need be."""
     if EMBEDDED not in (config.train_files, config.val_files):
         return config
     from data.corpus import ensure_corpus
 
-    folder = config.data_dir or str(Path(__file__).resolve().parent.parent / "data" / "embedded")
-    corpus = ensure_corpus(folder)  # one process writes, the others wait
+    corpus = ensure_corpus(config.data_dir or corpus_folder())  # one process writes, the others wait
     found = {"train_files": str(corpus.train_files), "val_files": str(corpus.val_files)}
     return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) == EMBEDDED})
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bench import fuzz_program
 from bench.fuzz import KINDS, damage, fuzz
 
 CASES = {"series folders": 40, "plan files, hostile values": 60}
@@ -20,6 +21,12 @@ def test_hostile_input_gives_an_answer_or_an_error_of_ours(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_input_at_length(kind):
     assert sum(fuzz(kind, 10000, seed=1).values()) >= 5000  # some kinds have fewer distinct cases
+
+
+@pytest.mark.parametrize("kind", fuzz_program.KINDS)
+def test_hostile_input_through_the_whole_program(kind):
+    counts = fuzz(kind, 12, 0, fuzz_program.KINDS)
+    assert sum(counts.values()) >= 10, counts  # longer, by hand: bench/results/fuzz-program-cpu.json
 
 
 def test_damage_does_what_its_operations_say():

@@ -36,6 +36,7 @@ FIELDS = {
     "checkpoint_every": "0",
     "silent_exit_seeds": "",
     "delays": "",
+    "other_validation_seeds": "",
 }
 
 
@@ -93,6 +94,7 @@ def main():
             "config_hash": sha256(json.dumps(comparable)),
             "code_hash": sha256(SOURCE),
             "data_hash": "0" * 64,
+            "val_data_hash": ("1" if str(seed) in config["other_validation_seeds"].split(":") else "0") * 32,
             "kernels_hash": "0" * 64,
             "plan_hash": config["plan_hash"],
             "validation": points,

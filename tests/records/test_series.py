@@ -234,6 +234,13 @@ def test_code_that_changes_while_the_series_runs_stops_it(run, tmp_path):
     assert statuses(tmp_path / "s") == {"seed-000": "finished"}
 
 
+def test_validation_data_that_changed_between_two_runs_stop_the_series(run, tmp_path):
+    code, _, err = run("--other_validation_seeds=1", repeats=4)
+    assert code == series.EXIT_CRASHED
+    assert f"{'0' * 32} in seed-000, {'1' * 32} in seed-001" in err and "cannot be judged together" in err
+    assert set(statuses(tmp_path / "s")) == {"seed-000", "seed-001"}, "no other was started"
+
+
 def test_drop_needs_a_reason_and_never_takes_a_finished_run(run, tmp_path, capfd):
     run("--crash_seeds=1", "--crash_code=1")
 

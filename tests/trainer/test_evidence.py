@@ -12,6 +12,7 @@ from data.shards import TokenStream, read_header
 from stats.series import read_runs
 from trainer.checkpoints import load_tensors, save_tensors
 from trainer.evidence import TokenRecord, hash_of
+from trainer.streams import corpus_folder
 
 
 def told(out):
@@ -142,3 +143,19 @@ def test_the_configuration_is_the_same_wherever_the_data_lie():
     one = train_gpt.parse_config([*SMALL, "--train_files=/mnt/a/*.bin", "--data_dir=/x"])
     two = dataclasses.replace(one, train_files="s3://b/*.bin", val_files="elsewhere", data_dir="/y")
     assert train_gpt.config_hash(one) == train_gpt.config_hash(two)
+
+
+def test_tails_of_shards_are_dropped_as_the_specification_says():
+    """By the medium preset, and by no other that says nothing of it (docs/spec.md)."""
+    assert train_gpt.parse_config([]).drop_shard_tail and train_gpt.parse_config(["--preset=small"]).drop_shard_tail
+    assert not train_gpt.parse_config(["--preset=nano"]).drop_shard_tail
+
+
+def test_the_embedded_corpus_of_a_checkout_that_is_read_only_lies_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    assert corpus_folder(tmp_path) == tmp_path / "data" / "embedded"
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith(str(tmp_path / "data")))
+    assert corpus_folder(tmp_path) == tmp_path / "cache" / "embedded"
+    (tmp_path / "data" / "embedded").mkdir()
+    assert corpus_folder(tmp_path) == tmp_path / "data" / "embedded", "what is there can be read"
