@@ -21,6 +21,7 @@ from bench.common import REPO
 #: FLOPs of our own kernels that multiply matrices, from the names of their arguments and their grid.
 WORK: dict[str, Callable[[dict, tuple], float]] = {
     "_product": lambda a, grid: 2.0 * a["M"] * a["N"] * a["K"],
+    "_product_8": lambda a, grid: 2.0 * a["M"] * a["N"] * a["K"],
     "_symmetric": lambda a, grid: 1.0 * grid[1] * a["M"] ** 2 * a["K"],  # one triangle of each
 }
 #: Operators that launch nothing: views, allocations, questions. (Nor do those that hand back what they were given.)

@@ -212,6 +212,10 @@ def test_operator_contracts():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE), test_utils=tests)
+    with torch.no_grad():
+        o, lse = module._attention(*leaves, *plan[:4], SCALE)
+        given = o, *(x.detach() for x in leaves), o.clone(), lse, *plan[:4], SCALE
+        torch.library.opcheck(module._attention_backward, given, test_utils=tests[:2])
     torch.library.opcheck(
         torch.ops.speedrun.banded_attention.default, (*leaves, plan.first_key_BT, SCALE), test_utils=tests
     )

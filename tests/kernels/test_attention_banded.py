@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels import attention_banded
 from kernels.attention import attention, attention_inputs, attention_plan, attention_reference
 from kernels.attention_banded import CHUNK_TOKENS, band_mask, banded_attention
 from kernels.attention_inputs import attention_inputs_reference
@@ -61,3 +62,16 @@ def test_written_prologue_equals_float64(with_ve):
     ours = gradients(lambda *t: stacked(attention_inputs, *t), given, dy)
     for exact, got in zip(truth, ours):
         assert (got - exact).abs().max() <= 1e-5 * max(exact.abs().max(), 1)
+
+
+def test_the_operators_keep_their_contracts():
+    """torch.library.opcheck, on more than one chunk of queries and with fewer key heads than heads of queries."""
+    T, random = CHUNK_TOKENS + 8, torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, T, heads, 8, generator=random) for heads in (2, 1, 1, 2))
+    first_key = attention_plan(length=T, window_tokens=70).first_key_BT
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(attention_banded._banded, (*leaves, first_key, 0.3))
+    with torch.no_grad():
+        o, lse = attention_banded._banded(q, k, v, first_key, 0.3)
+        given = do, *(x.detach() for x in (q, k, v)), o, lse, first_key, 0.3
+        torch.library.opcheck(attention_banded._banded_backward, given)

@@ -124,6 +124,10 @@ def test_operator_contracts():
             tuple(given.values()),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
+        plain = [None if x is None else x.detach() for x in given.values()]
+        upstream = [x.clone() for x in plain[:3]]
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(module._attention_inputs_backward, (*upstream, *plain), test_utils=checks)
 
 
 @pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=interpreted)])
