@@ -102,6 +102,7 @@ class Config:
     drop_shard_tail: bool = setting(True, "flag", "skip each shard's last incomplete step, as the reference run")
     align_documents: bool = setting(False, "flag", "training sequences begin at documents, which are cut to fit")
     max_document_tokens: int = setting(0, "tokens", "kept of an aligned document; 0: as many as it has", at_least=0)
+    early_document_tokens: int = setting(0, "tokens", "kept in the run's first third; 0: as later", at_least=0)
     # Length of the run
     num_iterations: int = setting(5690, "steps", "optimizer steps", at_least=1)
     tokens_per_step: int = setting(524288, "tokens", "over all processes; split into packed sequences", at_least=1)

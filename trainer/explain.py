@@ -19,7 +19,8 @@ PRESETS = {"medium": "#124", "record18": "#188", "f2": "#252", "f3": "#261", "fr
 
 #: Field -> where the technique that it switches or tunes was first shown.
 SOURCES = {
-    "align_documents": "#108", "max_document_tokens": "#108", "batch_schedule": "#163", "lr_schedule": "#163",
+    "align_documents": "#108", "max_document_tokens": "#108",
+    "early_document_tokens": "#224", "batch_schedule": "#163", "lr_schedule": "#163",
     "extension_steps": "#131", "lr_floor": "#131", "window_schedule": "#122", "validation_window": "#127",
     "short_window_max": "#188", "yarn_until": "#122; every window: #248; arXiv:2309.00071",
     "mtp": "#178; arXiv:2404.19737", "muon_momentum_cooldown": "#188", "adam_every": "#188",

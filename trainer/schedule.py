@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from trainer.options import UsageError
+from trainer.options import MOST, UsageError
 
 PARTS = 12  # of the scheduled steps, each with one value of a list
 Number = TypeVar("Number", int, float)
@@ -116,6 +116,14 @@ def sequence_lengths(config: Any) -> list[tuple[int, int]]:
     firsts = [-(-twelfth * scheduled(config) // PARTS) for twelfth in range(PARTS)]
     found = [(first, sequence_tokens_at(first, config)) for first in sorted({*firsts, 0})]
     return [now for before, now in zip([(0, 0), *found], found) if now[1] != before[1]]
+
+
+def document_tokens(config: Any) -> list[tuple[int, int]]:
+    """[(first step, the most that is kept of an aligned document from it on), ...], as data.documents.DocumentStream
+    takes it. Shorter ones in the first third: a curriculum of the short track (#224)."""
+    later = config.max_document_tokens or MOST
+    early = config.early_document_tokens or later
+    return [(0, early), (-(-scheduled(config) // 3), later)] if early != later else [(0, later)]
 
 
 def tokens_until(step: int, config: Any) -> int:

@@ -84,7 +84,7 @@ def training_stream(config: Any) -> TokenStream:
     how = dict(sequence_tokens=lengths, sequences_per_step=count, vocab_size=config.vocab_size)
     try:
         if config.align_documents:
-            return DocumentStream(files, **how, eos_id=config.eos_id, document_tokens=config.max_document_tokens)
+            return DocumentStream(files, **how, eos_id=config.eos_id, document_tokens=schedule.document_tokens(config))
         return TokenStream(files, **how, drop_shard_tail=config.drop_shard_tail)
     except TooFewTokens as error:
         raise ShardError(

@@ -149,6 +149,14 @@ def test_nothing_compiles_after_the_warm_up(files, monkeypatch):
     assert counter.frame_count == 5, "a step compiled inside the clock"
 
 
+def test_documents_cut_shorter_at_first_are_what_the_model_is_fed(files):
+    words = small(*RAMP, f"--train_files={files}/train_*.bin", f"--val_files={files}/val_*.bin")
+    config = train_gpt.parse_config([*words, "--early_document_tokens=20"])
+    train, _ = train_gpt.open_streams(config)
+    longest = [max(map(len, b"".join(b"x" if t else b"|" for t in train.window(s, 0)).split(b"|"))) for s in (3, 4)]
+    assert longest == [19, 39]  # tokens between openings: documents have 50
+
+
 def test_speed_and_time_left_count_tokens_not_steps(monkeypatch, capsys):
     from trainer.log import Progress
 

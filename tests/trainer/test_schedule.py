@@ -117,6 +117,14 @@ def test_yarn_follows_the_window():
     assert max(base) == 1.0 and schedule.yarn_at(4740, always, base)[0][0] == pytest.approx(1.0)  # it turns often
 
 
+def test_documents_may_be_cut_shorter_in_the_first_third():
+    assert schedule.document_tokens(RECORD18) == [(0, 4096)]
+    early = dataclasses.replace(RECORD18, early_document_tokens=896)
+    assert schedule.document_tokens(early) == [(0, 896), (1567, 4096)]  # the first step of the fifth twelfth
+    assert (schedule.part(1566, early), schedule.part(1567, early)) == (3, 4)
+    assert schedule.document_tokens(dataclasses.replace(early, max_document_tokens=0))[1][1] > 10**9
+
+
 def test_medium_has_one_shape_and_record_18_four():
     assert schedule.shapes(Config()) == {(65536, 1): 0}
     assert schedule.shapes(RECORD18) == {(16384, 3): 0, (32768, 2): 392, (49152, 1): 784, (65536, 1): 1175}
