@@ -101,6 +101,7 @@ class Projection:
         self.layers = [c.num_layers - len(_numbers(c.attention_free_layers)) for c in (config, medium)]
         self.deep = config.num_layers / medium.num_layers
         self.h100 = CEILINGS["h100"]
+        self.faster = self.h100.tflops_16 / self.h100.tflops_8
         self._attention: dict[tuple[int, int], float] = {}
 
     def attention_ms(self, step: int) -> float:
@@ -114,12 +115,17 @@ class Projection:
             self._attention[key] = attention_flops(c, [drawn], step) / ATTENTION_TFLOPS / 1e9
         return self._attention[key]
 
+    def eight(self, least: str) -> float:
+        """Time of a product that is in 8 bits from `--products={least}` on, over its time in 16."""
+        from trainer.products import NAMES
+
+        return self.faster if NAMES.index(self.config.products) >= NAMES.index(least) else 1.0
+
     def head_ms(self) -> float:
         """Products at 16 or 8 bits, and what the loss moves, of the rehearsed number of tokens."""
         products = 6.0 * self.ref.head * self.tokens / self.h100.tflops_16 / EFFICIENCY["product", True] / 1e9
         rest = self.parts["head and loss"] - products
-        eight = bool(self.config.fp8_scales) or self.config.fp8_head
-        return products * (self.h100.tflops_16 / self.h100.tflops_8 if eight else 1.0) + rest
+        return products * (self.faster if self.config.fp8_scales else self.eight("fp8_head")) + rest
 
     def streams_ms(self) -> float:
         """Norms, mixes and embeddings of the rehearsed number of tokens, with what techniques add."""
@@ -143,12 +149,13 @@ class Projection:
     def step_ms(self, step: int) -> dict[str, float]:
         """Milliseconds of a step by part."""
         own, ref, p = self.own, self.ref, self.parts
+        projections = own.projections / ref.projections
         share = schedule.batch_tokens_at(step, self.config) / WORLD / self.tokens
         matrices = (own.mlp + own.projections) / (ref.mlp + ref.projections)
         others = (own.head + own.tables + own.bigram) / (ref.head + ref.tables) / self.config.adam_every
         return {
-            "MLP": p["MLP"] * share * own.mlp / ref.mlp,
-            "attention projections": p["attention projections"] * share * own.projections / ref.projections,
+            "MLP": p["MLP"] * share * own.mlp / ref.mlp * self.eight("fp8_mlp"),
+            "attention projections": p["attention projections"] * share * projections * self.eight("fp8"),
             "head and loss": self.head_ms() * share,
             "attention": self.attention_ms(step),
             "attention inputs": p["attention inputs"] * share * self.layers[0] / self.layers[1],
