@@ -201,6 +201,10 @@ def narrow_pointers(ttir: str) -> set[str]:
     return narrow
 
 
+# A demand on PTX, and what stands for it in the intermediate code where there is no PTX (AMD's cards).
+_WITHOUT_PTX = {r"max\.NaN": r"arith\.maximumf", r"min\.NaN": r"arith\.minimumf"}
+
+
 def unmet_structure(family: Family, compiled: Compiled) -> list[str]:
     """What the family demands of a kernel's intermediate code and this compilation does not show, in words."""
     demand, options = family.demands.get(compiled.kernel, Demand()), compiled.options
@@ -208,6 +212,7 @@ def unmet_structure(family: Family, compiled: Compiled) -> list[str]:
     unmet = [f"{name} is reached by 32-bit offsets" for name in sorted(narrow_pointers(ttir) & set(demand.wide))]
     for pattern, where in demand.shows:
         option, _, value = where.partition("=")
+        pattern = pattern if ptx else _WITHOUT_PTX.get(pattern, pattern)
         if (not where or str(options.get(option)) == value) and not re.search(pattern, ttir + ptx):
             unmet.append(f"no {pattern} in the code" + f" for {where}" * bool(where))
     if options.get("PRECISION") == "ieee" and re.search(r"inputPrecision = tf32", ttir):
