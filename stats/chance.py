@@ -1,56 +1,137 @@
 """How near two loss curves may lie by accident: the test behind the search for copied and jittered logs.
 
-Two runs of one recipe differ at every validation by noise. At each step the differences of all pairs give its size, and
+Two runs of one recipe differ at every validation by noise. At each step the differences of pairs give its size, and
 their autocorrelation along the steps how many independent differences a pair of curves really holds. The mean square of
 one pair's differences, in units of that noise, is then nearly chi-square over its degrees of freedom; only its lower
 tail is of interest: nearer than noise allows. Half of the degrees of freedom that the autocorrelation gives are used,
 so that an honest pair is not accused where the approximation is poor.
+
+Only pairs that near are looked for, in a tree, so that the search in a folder of thousands of runs stays far below the
+square of their number and loses none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import scipy
 
-ACCUSED_BELOW = 1e-6  # chance of an accident, over all pairs of a series
+ACCUSED_BELOW = 1e-6  # chance of an accident, over all pairs that were looked at
 FEWEST_CURVES = 3
 FEWEST_POINTS = 4
+MOST_PAIRS = 20_000  # that the size of the noise is taken from
 _NORMAL_MEDIAN = 0.6744897501960817  # median of |z| for a standard normal z
 
 
 @dataclass(frozen=True, slots=True)
 class Nearness:
-    """Two curves that are nearer than the others."""
+    """Two curves that are nearer than noise allows."""
 
     first: int
     second: int
     ratio: float  # root mean square of their differences, in units of the noise between runs
-    chance: float  # that any pair of the series comes so near by accident
+    chance: float  # that any pair of those looked at comes so near by accident
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How the runs of one series differ."""
+
+    scale: np.ndarray  # (steps,) of the difference of two runs; 0 where most of them are equal
+    freedom: float  # independent differences that a pair of curves holds, halved
+
+
+def noise_of(curves: np.ndarray) -> Noise | None:
+    """The noise between `curves` (runs, common validation steps); None where too few of either tell it."""
+    if curves.ndim != 2 or len(curves) < FEWEST_CURVES or curves.shape[1] < FEWEST_POINTS:
+        return None
+    if not np.isfinite(curves).all():
+        return None
+    first, second = _some_pairs(len(curves))
+    differences = curves[first] - curves[second]
+    scale = np.median(np.abs(differences), axis=0) / _NORMAL_MEDIAN
+    if (scale > 0).sum() < FEWEST_POINTS:
+        return None
+    z = differences[:, scale > 0] / scale[scale > 0]
+    return Noise(scale, max(1.0, 0.5 * independent_points(z)))
+
+
+def _some_pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of n, or as many as tell their noise well enough."""
+    if n * (n - 1) // 2 <= MOST_PAIRS:
+        first, second = np.triu_indices(n, 1)
+        return first, second
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, n, MOST_PAIRS)
+    return first, (first + rng.integers(1, n, MOST_PAIRS)) % n
 
 
 def nearest_pairs(curves: Sequence[Sequence[float]]) -> list[Nearness]:
-    """All pairs of `curves` (runs, common validation steps), the nearest first; empty where there are too few runs or
-    steps to tell noise from likeness."""
+    """The pairs of `curves` (runs, common validation steps) that are nearer than an accident explains, the nearest
+    first; empty where there are too few runs or steps to tell noise from likeness."""
     x = np.asarray(curves, dtype=np.float64)
-    if x.ndim != 2 or len(x) < FEWEST_CURVES or x.shape[1] < FEWEST_POINTS or not np.isfinite(x).all():
+    noise = noise_of(x)
+    if noise is None:
         return []
-    pairs = list(combinations(range(len(x)), 2))
-    first, second = (np.array([pair[side] for pair in pairs]) for side in (0, 1))
-    differences = x[first] - x[second]
-    scale = np.median(np.abs(differences), axis=0) / _NORMAL_MEDIAN
-    differences, scale = differences[:, scale > 0], scale[scale > 0]
-    if len(scale) < FEWEST_POINTS:
+    pairs = len(x) * (len(x) - 1) // 2
+    told = noise.scale > 0
+    z = (x[:, told] - x[:, told].mean(axis=0)) / noise.scale[told]
+    first, second = _within(z, _limit(noise.freedom, pairs))
+    squares = ((z[first] - z[second]) ** 2).mean(axis=1)
+    return _accused(first, second, squares, noise.freedom, pairs)
+
+
+def near_across(series: Sequence[np.ndarray]) -> list[tuple[int, int, Nearness]]:
+    """(series, other series, runs of the two) that are nearer than an accident explains, the nearest first.
+
+    `series`: curves (runs, steps) over one set of steps. The noise of a pair is the lesser of its two series', so that
+    a quiet recipe is not taken for a copy of a noisy one; a series of fewer than three runs tells none and is left out.
+    """
+    told = [(index, curves, noise) for index, curves in enumerate(series) if (noise := noise_of(curves)) is not None]
+    if len(told) < 2:
         return []
-    z = differences / scale
-    freedom = max(1.0, 0.5 * independent_points(z))
-    squares = (z * z).mean(axis=1)
-    chances = np.minimum(1.0, scipy.stats.chi2.cdf(freedom * squares, freedom) * len(pairs))
-    order = np.argsort(squares)
-    return [Nearness(pairs[i][0], pairs[i][1], float(np.sqrt(squares[i])), float(chances[i])) for i in order]
+    owner = np.concatenate([np.full(len(curves), place) for place, (_, curves, _) in enumerate(told)])
+    member = np.concatenate([np.arange(len(curves)) for _, curves, _ in told])
+    x = np.concatenate([curves for _, curves, _ in told])
+    widest = np.max([noise.scale for _, _, noise in told], axis=0)
+    x = (x - x.mean(axis=0))[:, widest > 0]
+    pairs = len(x) * (len(x) - 1) // 2
+    first, second = _within(x / widest[widest > 0], 1.0)
+    other = owner[first] != owner[second]
+    found = []
+    for a, b in zip(first[other], second[other]):
+        noises = [told[owner[one]][2] for one in (a, b)]
+        scale = np.minimum(noises[0].scale, noises[1].scale)[widest > 0]
+        if (scale > 0).sum() >= FEWEST_POINTS:
+            square = float((((x[a] - x[b])[scale > 0] / scale[scale > 0]) ** 2).mean())
+            freedom = min(noise.freedom for noise in noises)
+            for near in _accused(member[[a]], member[[b]], np.array([square]), freedom, pairs):
+                found.append((told[owner[a]][0], told[owner[b]][0], near))
+    return sorted(found, key=lambda one: one[2].ratio)
+
+
+def _limit(freedom: float, pairs: int) -> float:
+    """The mean square below which one of `pairs` is accused."""
+    return float(scipy.stats.chi2.ppf(ACCUSED_BELOW / pairs, freedom) / freedom)
+
+
+def _within(z: np.ndarray, square: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows of z whose mean square difference is at most `square`."""
+    radius = np.sqrt(square * z.shape[1]) * (1 + 1e-9) + 1e-12
+    found = scipy.spatial.cKDTree(z).query_pairs(radius, output_type="ndarray")
+    return found[:, 0], found[:, 1]
+
+
+def _accused(first: np.ndarray, second: np.ndarray, squares: np.ndarray, freedom: float, pairs: int) -> list[Nearness]:
+    """Those whose chance is below ACCUSED_BELOW, the nearest first."""
+    chances = np.minimum(1.0, scipy.stats.chi2.cdf(freedom * squares, freedom) * pairs)
+    return [
+        Nearness(int(first[i]), int(second[i]), float(np.sqrt(squares[i])), float(chances[i]))
+        for i in np.argsort(squares)
+        if chances[i] < ACCUSED_BELOW
+    ]
 
 
 def independent_points(z: np.ndarray) -> float:

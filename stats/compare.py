@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy
 
-from stats.correct import dunnett_p, holm_p, tost_p
+from stats.correct import below_p, dunnett_p, holm_p, tost_p
 from stats.curve import curve
 from stats.errors import DataError, UsageError
 from stats.plans import make_plan
@@ -136,8 +136,8 @@ def compare(
         except DataError as error:
             raise DataError(f"{sample.name}: {error.cause}") from None
     groups = [_group(sample, threshold) for sample in (baseline, *candidates)]
-    losses = holm([_welch(candidate.losses, baseline.losses, alpha) for candidate in candidates])
-    times = holm([_welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates])
+    losses = holm([welch(candidate.losses, baseline.losses, alpha) for candidate in candidates])
+    times = holm([welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates])
     if correction == "dunnett":
         losses = dunnett(losses, [one.losses for one in candidates], baseline.losses)
         times = dunnett(times, [one.times_s for one in candidates], baseline.times_s)
@@ -240,18 +240,17 @@ def compare_sequentially(
 def _group(sample: Sample, threshold: float) -> Group:
     steps = {point.step for point in sample.finals}
     times = sample.times_s
-    p_value = scipy.stats.ttest_1samp(sample.losses, threshold, alternative="less").pvalue
     return Group(
         sample.name,
         steps.pop() if len(steps) == 1 else None,
         summarize(sample.losses),
         summarize(times) if times else None,
-        float(p_value),
+        below_p(sample.losses, threshold),
     )
 
 
-def _welch(candidate: Sequence[float], baseline: Sequence[float], alpha: float) -> Difference | None:
-    """None where there are not two values a side, or no scatter at all."""
+def welch(candidate: Sequence[float], baseline: Sequence[float], alpha: float) -> Difference | None:
+    """Welch's test of candidate minus baseline; None where there are not two values a side, or no scatter at all."""
     a, b = np.asarray(candidate, float), np.asarray(baseline, float)
     if min(len(a), len(b)) < 2 or np.ptp(a) + np.ptp(b) == 0:
         return None

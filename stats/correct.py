@@ -33,6 +33,14 @@ def tost_p(a: Sequence[float], b: Sequence[float], margin: float) -> float:
     return float(max(low, high))
 
 
+def below_p(values: Sequence[float], threshold: float) -> float:
+    """p of the one-sided one-sample t-test that the mean of two or more `values` that differ is below `threshold`;
+    what scipy.stats.ttest_1samp gives, without its overhead, for the many small tests of curves and boards."""
+    x = np.asarray(values, float)
+    t = (x.mean() - threshold) / (x.std(ddof=1) / math.sqrt(len(x)))
+    return float(scipy.special.stdtr(len(x) - 1, t))
+
+
 def welch_anova_p(groups: Sequence[Sequence[float]]) -> float:
     """p that all groups have one mean, without one spread for all (Welch 1951)."""
     sizes = np.array([len(group) for group in groups], float)

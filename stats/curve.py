@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy
 
+from stats.correct import below_p
 from stats.errors import DataError, UsageError
 from stats.values import Run
 
@@ -135,7 +135,7 @@ def _common_steps(runs: Sequence[Run], target: float) -> tuple[CommonStep, ...]:
         losses = [point.loss for point in at]
         times = [point.time_s for point in at if point.time_s is not None]
         several = len(losses) > 1 and np.ptp(losses) > 0
-        p_value = float(scipy.stats.ttest_1samp(losses, target, alternative="less").pvalue) if several else None
+        p_value = below_p(losses, target) if several else None
         found.append(
             CommonStep(
                 step,

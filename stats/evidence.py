@@ -18,8 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stats.chain import HEAD, check_links, cut_at, link
-from stats.chance import ACCUSED_BELOW, nearest_pairs
+from stats.chance import near_across, nearest_pairs
 from stats.errors import StatsError, UsageError
 from stats.planfile import read_plan
 from stats.samples import RUN_FIELDS, Sample
@@ -234,8 +236,6 @@ def copies(series: Series, sample: Sample | None) -> Iterator[Finding]:
     common = sorted(set.intersection(*({p.step for p in run.validations} for run in runs))) if runs else []
     curves = [[run.losses_by_step[step] for step in common] for run in runs]
     for near in nearest_pairs(curves)[:20]:
-        if near.chance >= ACCUSED_BELOW:
-            break
         a, b = runs[near.first], runs[near.second]
         if a.losses_by_step != b.losses_by_step:
             text = f"{a.name} and {b.name} lie {near.ratio:.2g} of the noise apart over {len(common)} validations"
@@ -270,7 +270,32 @@ def across(series: Sequence[Series]) -> dict[str, list[Finding]]:
             what = "are runs of" if same_log else "have every loss of runs of"
             text = f"{len(names)} runs ({', '.join(names[:3])}) {what} {path}: told twice, they are no new evidence"
             found.setdefault(one.path, []).append(Finding("copied", "F" if same_log else "C", text))
+    for path, finding in _near_copies(series):
+        if not any(one.check == "copied" for one in found.get(path, ())):
+            found.setdefault(path, []).append(finding)
     return found
+
+
+def _near_copies(series: Sequence[Series]) -> Iterator[tuple[str, Finding]]:
+    """(path of a series, finding) where runs of another series stand once more with other digits."""
+    groups: dict[tuple[int, ...], list[Series]] = {}
+    for one in series:
+        steps = {tuple(point.step for point in run.validations) for run in one.runs}
+        if len(steps) == 1:
+            groups.setdefault(steps.pop(), []).append(one)
+    for alike in groups.values():
+        curves = [np.array([[point.loss for point in run.validations] for run in one.runs]) for one in alike]
+        accused: dict[tuple[int, int], list] = {}
+        for a, b, near in near_across(curves):
+            if (curves[a][near.first] != curves[b][near.second]).any():  # equal ones are told as what they are
+                accused.setdefault((a, b), []).append(near)
+        for (a, b), pairs in accused.items():
+            names = list(dict.fromkeys(alike[b].runs[near.second].name for near in pairs))
+            text = (
+                f"{len(names)} runs ({', '.join(names[:3])}) lie within {pairs[-1].ratio:.2g} of the noise of runs of "
+                f"{alike[a].path}: by accident with probability {max(pairs[-1].chance, 1e-300):.1g}"
+            )
+            yield alike[b].path, Finding("copied", "F", text)
 
 
 def _same_times(a: Run, b: Run) -> bool:

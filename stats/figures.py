@@ -121,6 +121,7 @@ def p_path(p_values: Sequence[tuple[int, float]], alpha: float, label: str) -> s
     figure, axes = _axes(height=2.8)
     runs, shown = [n for n, _ in p_values], [max(p, 1e-300) for _, p in p_values]
     axes.semilogy(runs, shown, color=BLUE, marker="o", markersize=3.5, linewidth=1.1)
+    axes.minorticks_off()  # over many decades they are most of the work, and say nothing
     axes.axhline(alpha, color=RED, linewidth=1, linestyle="--")
     _line_name(axes, f"alpha {alpha:g}", alpha)
     axes.set(xlabel="runs, in the order of launch", ylabel="one-sided p", title="p after each run")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from stats.compare import Difference, compare, holm
+from stats.compare import Difference, holm, welch
 from stats.errors import StatsError
 from stats.samples import Sample, selected
 from stats.series import Series
@@ -122,14 +122,10 @@ def _rank(entry: Entry) -> tuple:
 
 def _pairs(couples: Sequence[tuple[Entry, Entry, Sample, Sample]]) -> list[Pair]:
     """Welch's tests between every two series of the board, corrected together."""
-    found = []
-    for first, second, a, b in couples:
-        try:
-            one = compare(a, [b]).comparisons[0]
-        except StatsError:
-            found.append(Pair(first.path, second.path, None, None))
-            continue
-        found.append(Pair(first.path, second.path, one.loss, one.time_s))
+    found = [
+        Pair(first.path, second.path, welch(b.losses, a.losses, 0.05), welch(b.times_s, a.times_s, 0.05))
+        for first, second, a, b in couples
+    ]
     losses, times = holm([pair.loss for pair in found]), holm([pair.time_s for pair in found])
     return [Pair(pair.first, pair.second, loss, time) for pair, loss, time in zip(found, losses, times)]
 

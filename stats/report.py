@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import scipy
-
+from stats.correct import below_p
 from stats.errors import Exit, StatsError, UsageError
 from stats.judge import judge_sample
 from stats.leaderboard import Leaderboard, leaderboard
@@ -111,8 +110,7 @@ def _p_path(losses: Sequence[float], threshold: float) -> tuple[PeekedP, ...]:
     found = []
     for n in range(2, len(losses) + 1):
         if len(set(losses[:n])) > 1:
-            p_value = scipy.stats.ttest_1samp(losses[:n], threshold, alternative="less").pvalue
-            found.append(PeekedP(n, float(p_value)))
+            found.append(PeekedP(n, below_p(losses[:n], threshold)))
     return tuple(found)
 
 

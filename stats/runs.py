@@ -55,7 +55,7 @@ _FACTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("triton", re.compile(r"\btriton(?: version)?[ :=]+v?(\d+\.\d+\S*?)[,;)]?(?=\s|$)", re.IGNORECASE)),
     ("hardware", re.compile(r"\bdevice_name=(.+?)(?= with | world_size|$)", re.MULTILINE)),
     ("hardware", re.compile(r"\bcompiled for CUDA \S+ on (.+?)(?= with world_size| world_size|$)", re.MULTILINE)),
-    ("hardware", re.compile(r"^(?:hardware|device|gpu)[ :=]+(.+?)\s*$", re.MULTILINE | re.IGNORECASE)),
+    ("hardware", re.compile(r"^(?:hardware|device|gpu)[ :=]+(?!\d+:|name\b)(.+?)\s*$", re.MULTILINE | re.IGNORECASE)),
     ("world_size", re.compile(r"\bworld_size[ :=]+(\d{1,6})\b")),
     ("seed", re.compile(r"\bseed[ :=]+(\d{1,18})\b")),
     ("host", re.compile(r"\bhost(?:name)?(?:_hash)?[ :=]+(\S+)")),
@@ -71,6 +71,12 @@ _GPU_ROW = re.compile(
     r"^\|\s+\d+\s+((?:NVIDIA|Tesla|Quadro|GeForce|AMD)\b.*?|[A-Z]\w+.*?)\s+(?:On|Off)\s*\|", re.MULTILINE
 )
 _PROGRAM_LINE = re.compile(rb"^(?:import|from) \w+|^def \w+\(|^class \w+", re.MULTILINE)
+# The same, where a program asks the library (`0   NVIDIA H100 80GB HBM3     35 ...`) or prints `nvidia-smi -L`.
+_GPU_LINE = re.compile(
+    r"^(?:GPU )?\d+(?::\s+|\s{2,})((?:NVIDIA|Tesla|Quadro|GeForce|AMD)\b.*?)(?:\s{2,}| \(UUID|$)", re.MULTILINE
+)
+# A line of its own kind (`tailavg step:2720 tau:25 val_loss:3.28`): a word, then whole pairs and no planned steps.
+_OTHER_KIND = re.compile(rb"^(?!\w*tep\b)[A-Za-z]{3,}(?:\s+[A-Za-z_][\w.]*[:=][^\s/]+)+\s*$")
 _CONFIG = re.compile(r"^config:(\{.*\})\s*$", re.MULTILINE)
 _PEAK_MEMORY = re.compile(r"peak memory (?:allocated|resident):\s*(\d{1,12}) MiB")
 
@@ -256,7 +262,7 @@ class _LogReader:
             return
         elif len(self.between) < 500:
             self.between.append(line[:20_000].decode("utf-8", "replace"))
-        if _BROKEN.search(line):
+        if _BROKEN.search(line) and not _OTHER_KIND.match(line):
             self.broken = Problem(number, f"a broken result line: {_shown(line)}")
             if self.run is not None:
                 self.run.problem(self.broken.line, self.broken.text)
@@ -291,9 +297,9 @@ class _RunBuilder:
         self.last_step_line: int | None = None
         self.step_gap: int | None = None  # between the last two step lines
 
-    def problem(self, line: int | None, text: str) -> None:
+    def problem(self, line: int | None, text: str, doubt: bool = False) -> None:
         if len(self.problems) < self.MOST_PROBLEMS:
-            self.problems.append(Problem(line, text))
+            self.problems.append(Problem(line, text, doubt))
 
     def step_line(self, number: int, step: int) -> None:
         """One line between validations. They come at one cadence, of which only the first (`1, 10, 20`) and the
@@ -328,7 +334,9 @@ class _RunBuilder:
                 self.problem(number, "no train_time, unlike the validations before")
             elif point.time_s < before.time_s:
                 self.problem(number, f"train_time runs backwards, from {before.time_s:g} s to {point.time_s:g} s")
-        if self.last_step_line is not None and step - self.last_step_line >= (self.step_gap or step + 1):
+        # llm.c validates before it trains the step of that number, everyone else after it
+        ahead = step - (self.dialect == "llmc")
+        if self.last_step_line is not None and ahead - self.last_step_line >= (self.step_gap or step + 1):
             self.problem(number, f"step lines between {self.last_step_line} and {step} are missing")
         self._check_end(number, step)
         self.last_step = step
@@ -346,7 +354,8 @@ class _RunBuilder:
             if len(gaps) - index >= 3 and min(later) >= gaps[index]:
                 continue
             before, after = points[index].step, points[index + 1].step
-            self.problem(points[index + 1].line, f"a validation is missing between steps {before} and {after}")
+            text = f"a validation is missing between steps {before} and {after}, unless a second run has this cadence"
+            self.problem(points[index + 1].line, text, doubt=True)
 
     def _check_end(self, number: int | None, step: int) -> None:
         if self.planned_steps is not None and step > self.planned_steps:
@@ -366,9 +375,10 @@ class _RunBuilder:
         gaps = [after - before for before, after in pairwise(steps)]
         at_cadence = steps[0] <= 1 or steps[:1] == gaps[:1] or steps == [self.planned_steps] if steps else True
         if not at_cadence and (self.first_step_line is None or len(steps) > 2):
-            self.problem(self.first_line, f"a validation is missing before step {steps[0]}")
+            self.problem(self.first_line, f"a validation is missing before step {steps[0]}", doubt=True)
         if len(gaps) > 2 and gaps[0] == 2 * gaps[1] and gaps[1] == gaps[2]:
-            self.problem(self.first_line, f"a validation is missing between steps {steps[0]} and {steps[1]}")
+            text = f"a validation is missing between steps {steps[0]} and {steps[1]}"
+            self.problem(self.first_line, text, doubt=True)
 
     def _told_by_its_end(self) -> int | None:
         """llm.c does not say how many steps were planned. It trains on until the last validation, which comes after the
@@ -405,8 +415,8 @@ def _facts(head: str) -> dict:
     found: dict = {}
     for name, pattern in _FACTS:
         if name not in found and (match := pattern.search(head)):
-            found[name] = int(match[1]) if name in ("world_size", "seed") else match[1]
-    if rows := _GPU_ROW.findall(head):
+            found[name] = int(match[1]) if name in ("world_size", "seed") else match[1].strip()
+    if rows := _GPU_ROW.findall(head) or _GPU_LINE.findall(head):
         found = {"hardware": rows[0].strip(), "world_size": len(rows)} | found
     if match := _CONFIG.search(head):
         try:

@@ -16,6 +16,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,9 +123,9 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
         else:
             files.append(path)
     if files:
-        runs = [run for path in files for run in read_runs(path)]
+        runs, excerpts = settled([run for path in files for run in read_runs(path)])
         name = files[0].name if len(files) == 1 else f"{len(files)} files"
-        found.append(Series(name, str(files[0]), tuple(runs)))
+        found.append(Series(name, str(files[0]), tuple(runs), passed_over=tuple(excerpts)))
     if not found:
         raise DataError("no file or folder was named")
     return found
@@ -182,7 +183,43 @@ def _read_folder(folder: Path, known: set[str]) -> tuple[list[Run], list[PassedO
             passed_over.append(PassedOver(str(path), f"the same run as {Path(twin.path).name}, kept twice"))
             continue
         runs += found
-    return runs, passed_over
+    runs, excerpts = settled(runs)
+    return runs, passed_over + excerpts
+
+
+def settled(runs: list[Run]) -> tuple[list[Run], list[PassedOver]]:
+    """(runs in the light of one another, excerpts among them).
+
+    A cadence that looks as if a validation were gone is the recipe's own where a second run has the same validations.
+    A few lines of another run, with its losses and times (a summary, a log that was cut), are no run.
+    """
+    cadences = Counter(_steps(run) for run in runs)
+    agreed = [
+        replace(run, problems=tuple(one for one in run.problems if not one.doubt))
+        if cadences[_steps(run)] > 1 and any(one.doubt for one in run.problems)
+        else run
+        for run in runs
+    ]
+    places: dict[tuple, list[int]] = {}
+    points = [{(p.step, p.loss, p.time_s) for p in run.validations} for run in agreed]
+    for index, told in enumerate(points):
+        for point in told:
+            places.setdefault(point, []).append(index)
+    kept, passed_over = [], []
+    for run, told in zip(agreed, points):
+        last = run.validations[-1] if run.validations and run.dialect in ("steps", "llmc") else None
+        telling = last is not None and last.step > 0 and (last.time_s is not None or len(told) > 2)
+        around = places[last.step, last.loss, last.time_s] if telling else ()
+        whole = next((agreed[other] for other in around if told < points[other]), None)
+        if whole is None:
+            kept.append(run)
+        else:
+            passed_over.append(PassedOver(run.label, f"lines of {whole.name} once more, and not all of them"))
+    return kept, passed_over
+
+
+def _steps(run: Run) -> tuple[int, ...]:
+    return tuple(point.step for point in run.validations)
 
 
 def _same_output(run: Run, found: list[Run]) -> bool:

@@ -35,6 +35,7 @@ class Problem:
 
     line: int | None
     text: str
+    doubt: bool = False  # of the cadence alone: a second run with the very same validations settles it
 
 
 @dataclass(frozen=True, slots=True)
