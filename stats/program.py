@@ -32,10 +32,12 @@ def source_of(run: Run) -> str | None:
         if kept.is_file():
             return kept.read_text(encoding="utf-8", errors="replace")
     try:
-        with open(log, encoding="utf-8", errors="replace") as file:
-            text = file.read(LARGEST_SOURCE_BYTES)
+        with open(log, "rb") as file:
+            data = file.read(LARGEST_SOURCE_BYTES)
     except OSError:
         return None
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = data.decode(encoding, "replace").replace("\r\n", "\n")
     parts = [part for part in _SEPARATOR.split(text) if part.strip()]
     return None if not parts or parts[0].startswith("source sha256:") else parts[0]
 

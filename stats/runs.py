@@ -188,7 +188,15 @@ class _LogReader:
             self._llmc_line(number, int(match[1]), match[2], match[3])
             self.broken = None
         elif line and not line.isspace():
+            if self.run is not None and line[:1] == b"=" and _SEPARATOR.fullmatch(line):
+                self._no_second_program(number)
             self._other_line(number, line)
+
+    def _no_second_program(self, number: int) -> None:
+        """Logs that were written one after the other into one file, each with its source, are not taken apart."""
+        if any(_PROGRAM_LINE.match(line.encode()) for line in self.between):
+            text = "a second program stands above this line, after a run: keep the logs of different programs apart"
+            raise DataError(text, self.path, number)
 
     def read_unended(self, number: int, line: bytes) -> None:
         """A last line without its end: it is being written, or was cut off. It counts only if it is whole."""

@@ -112,7 +112,7 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            series = [load_series(folder) for folder in _series_folders(path)]
+            series = _gathered([load_series(folder) for folder in _series_folders(path)])
             with_runs = [one for one in series if one.runs or one.launches is not None or one.record is not None]
             if not with_runs:
                 raise DataError(_nothing_here(series), path)
@@ -128,6 +128,34 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
         found.append(Series(name, str(files[0]), tuple(runs), passed_over=tuple(excerpts)))
     if not found:
         raise DataError("no file or folder was named")
+    return found
+
+
+def _gathered(series: list[Series]) -> list[Series]:
+    """Series of one run each whose folders lie side by side, differ in a number or a last letter, and hold logs of one
+    name (`seed_0/stdout.txt`, `seed_1/stdout.txt`; event files) are the runs of one series: the folder above."""
+    beside: dict[tuple, list[Series]] = {}
+    keys: dict[int, tuple] = {}
+    for one in series:
+        if len(one.runs) == 1 and one.record is None and one.launches is None:
+            log, folder = Path(one.runs[0].path), Path(one.path).resolve()
+            name = "events" if is_event_file(log) else log.name
+            key = (folder.parent, name, re.sub(r"\d+|(?<=[._-])[a-z]$", "#", folder.name))
+            beside.setdefault(key, []).append(one)
+            keys[id(one)] = key
+    above = {Path(one.path).resolve() for one in series if one.runs}
+    found, taken = [], set()
+    for one in series:
+        key = keys.get(id(one))
+        if key is None or len(beside[key]) < 2 or key[0] in above:
+            found.append(one)
+        elif key not in taken:
+            taken.add(key)
+            parts = beside[key]
+            runs = [replace(part.runs[0], name=Path(part.path).name) for part in parts]
+            others = tuple(entry for part in parts for entry in part.passed_over)
+            folder = Path(parts[0].path).parent
+            found.append(Series(folder.resolve().name, str(folder), tuple(settled(runs)[0]), passed_over=others))
     return found
 
 
@@ -280,7 +308,7 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
 def _parse(stream: BinaryIO, path: str, suffix: str) -> list[Run]:
     """Log or table, by the file's suffix or, without one that tells, by what it starts with."""
     stream = _as_utf8(stream, path)
-    start = stream.read(4096).lstrip()
+    start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     stream.seek(0)
     if not start:
         raise EmptyLog("an empty file", path)

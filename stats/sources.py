@@ -31,7 +31,7 @@ def parse_console(stream: BinaryIO, path: str) -> list[Run]:
     planned = seed = last_step = None
     dialect, steps, time_s = "", 0, 0.0
     for number, raw in enumerate(stream, 1):
-        line = raw[:2000].decode("utf-8", "replace").rstrip()
+        line = raw[:2000].decode("utf-8-sig" if number == 1 else "utf-8", "replace").rstrip()
         if match := _NANOGPT_END.match(line):
             planned = int(match[1])
         elif match := _SEED.match(line):

@@ -212,7 +212,8 @@ def _table_run(name: str, rows: list[dict], path: str, origin: str | None = None
         time_s, _ = _value(row, "time_s", path)
         if time_s is None and (milliseconds := _value(row, "time_ms", path)[0]) is not None:
             time_s = milliseconds / 1e3
-        step = int(_value(row, "step", path)[0] or _value(row, "planned_steps", path)[0] or 0)
+        told = [_value(row, key, path)[0] for key in ("step", "planned_steps")]
+        step = int(next((number for number in told if number is not None), 0))  # step 0 is one
         points.append(Validation(step, loss, time_s, None, decimals, row.get("line")))
     points.sort(key=lambda point: point.step)
     steps = [point.step for point in points]

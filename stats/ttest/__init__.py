@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy
 
-from stats.correct import studentised_bound
+from stats.correct import below_p, studentised_bound
 from stats.errors import DataError, UsageError, check_alpha
 from stats.power import least_margin
 from stats.values import LeftOut
@@ -175,9 +175,9 @@ def outlook_of(losses: np.ndarray, threshold: float, alpha: float, power: float 
     n, std = len(losses), float(losses.std(ddof=1))
 
     def p_with(loss: float) -> float:
-        return float(scipy.stats.ttest_1samp([*losses, loss], threshold, alternative="less").pvalue)
+        return below_p([*losses, loss], threshold)
 
-    passes = float(scipy.stats.ttest_1samp(losses, threshold, alternative="less").pvalue) < alpha
+    passes = below_p(losses, threshold) < alpha
     # From where the decision surely stays, towards where it may turn; far out the new loss itself spreads the sample
     # so much that p goes back.
     away = std * np.geomspace(0.01, 100.0, 60)
