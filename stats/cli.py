@@ -98,17 +98,25 @@ def _asked(options: argparse.Namespace) -> dict:
 
 def _find(options: argparse.Namespace, paths: Sequence[str]) -> list:
     """The series at `paths`, taken apart where --group-by says so; what was passed over is told."""
-    from stats.series import find_series, reading_of
+    from stats.series import find_series
 
     series = find_series(paths)
-    options.reading = reading_of(series)
+    _note_reading(options, series)
     if by := getattr(options, "group_by", None):
         from stats.samples import split
 
         series = [part for one in series for part in split(one, by)]
-    if not getattr(options, "json", False):
-        _tell_reading(options.reading)
     return series
+
+
+def _note_reading(options: argparse.Namespace, series: list) -> None:
+    """What this command has read goes into its JSON, or onto standard error where something was passed over."""
+    from stats.series import reading_of
+
+    options.sources = [*getattr(options, "sources", ()), *series]
+    options.reading = reading_of(options.sources)
+    if not options.json:
+        _tell_reading(reading_of(series))
 
 
 def _tell_reading(reading: Any) -> None:
@@ -282,21 +290,21 @@ def _run_compare_sequentially(samples: list, options: argparse.Namespace) -> int
     return {"CONTINUE": Exit.CONTINUE, "FUTILE": Exit.NOT_SIGNIFICANT}.get(result.verdict, Exit.PASS)
 
 
-def _sample(path: str, options: argparse.Namespace) -> Any:
-    """The sample of the one series at `path`; drops apply where a run of that name is."""
+def _sample(path: str, options: argparse.Namespace, of_a_pilot: bool = False) -> Any:
+    """The sample of the one series at `path`; drops apply where a run of that name is. The --stop-step of a plan is not
+    its pilot's."""
     from stats.errors import DataError
     from stats.samples import sample_of
-    from stats.series import find_series, reading_of
+    from stats.series import find_series
 
     series = find_series([path])
-    if not getattr(options, "json", True):
-        _tell_reading(reading_of(series))
+    _note_reading(options, series)
     if len(series) > 1:
         names = ", ".join(one.name for one in series[:4])
         raise DataError(f"{len(series)} series here ({names}, ...): name one of them", path)
     known = {run.name for run in series[0].runs}
     drops = {run: reason for run, reason in _drops(options).items() if run in known}
-    return sample_of(series[0], options.stop_step, drops, options.allow_mixed)
+    return sample_of(series[0], None if of_a_pilot else options.stop_step, drops, options.allow_mixed)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -343,7 +351,10 @@ def _run_plan(options: argparse.Namespace) -> int:
     from stats.plans import POOLED_SIGMA_SOURCE, make_plan
     from stats.ttest import POOLED_SIGMA
 
-    facts = pilot_facts(_sample(options.sigma_from, _no_selection())) if options.sigma_from else {}
+    facts = {}
+    if options.sigma_from:
+        options.drop, options.allow_mixed = [], False  # a pilot is judged as it lies there, to its planned end
+        facts = pilot_facts(_sample(options.sigma_from, options, of_a_pilot=True))
     if options.sigma is not None:
         facts |= {"sigma": options.sigma, "sigma_source": options.sigma_source or "given on the command line"}
     facts = {"sigma": POOLED_SIGMA, "sigma_source": POOLED_SIGMA_SOURCE} | facts
@@ -357,10 +368,6 @@ def _run_plan(options: argparse.Namespace) -> int:
         write_plan(plan, options.write, options.overwrite)
     _show(options, result, render)
     return Exit.PASS
-
-
-def _no_selection() -> argparse.Namespace:
-    return argparse.Namespace(stop_step=None, drop=[], allow_mixed=False)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def tost_p(a: Sequence[float], b: Sequence[float], margin: float) -> float:
     return float(max(low, high))
 
 
-def below_p(values: Sequence[float], threshold: float) -> float:
+def below_p(values: Sequence[float] | np.ndarray, threshold: float) -> float:
     """p of the one-sided one-sample t-test that the mean of two or more `values` that differ is below `threshold`;
     what scipy.stats.ttest_1samp gives, without its overhead, for the many small tests of curves and boards."""
     x = np.asarray(values, float)

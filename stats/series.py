@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -99,6 +99,7 @@ class Series:
         return step if isinstance(step, int) else None
 
 
+WANDB = "the binary of an offline run of Weights & Biases: `wandb sync` it and export the run's history as CSV"
 STUDY = "a study, whose runs are compared with one another: python -m records.study report"
 
 
@@ -140,9 +141,9 @@ def _gathered(series: list[Series]) -> list[Series]:
         if len(one.runs) == 1 and one.record is None and one.launches is None:
             log, folder = Path(one.runs[0].path), Path(one.path).resolve()
             name = "events" if is_event_file(log) else log.name
-            key = (folder.parent, name, re.sub(r"\d+|(?<=[._-])[a-z]$", "#", folder.name))
-            beside.setdefault(key, []).append(one)
-            keys[id(one)] = key
+            alike = (folder.parent, name, re.sub(r"\d+|(?<=[._-])[a-z]$", "#", folder.name))
+            beside.setdefault(alike, []).append(one)
+            keys[id(one)] = alike
     above = {Path(one.path).resolve() for one in series if one.runs}
     found, taken = [], set()
     for one in series:
@@ -236,8 +237,9 @@ def settled(runs: list[Run]) -> tuple[list[Run], list[PassedOver]]:
     kept, passed_over = [], []
     for run, told in zip(agreed, points):
         last = run.validations[-1] if run.validations and run.dialect in ("steps", "llmc") else None
-        telling = last is not None and last.step > 0 and (last.time_s is not None or len(told) > 2)
-        around = places[last.step, last.loss, last.time_s] if telling else ()
+        around: Sequence[int] = ()
+        if last is not None and last.step > 0 and (last.time_s is not None or len(told) > 2):
+            around = places[last.step, last.loss, last.time_s]
         whole = next((agreed[other] for other in around if told < points[other]), None)
         if whole is None:
             kept.append(run)
@@ -269,6 +271,8 @@ def _others(folder: Path) -> list[PassedOver]:
             continue
         if path.is_symlink() and path.is_dir():
             found.append(PassedOver(str(path), "a link to a folder: name the folder itself"))
+        elif path.suffix == ".wandb":
+            found.append(PassedOver(str(path), WANDB))
         elif path.name in NOT_LOGS:
             found.append(PassedOver(str(path), "no log, by its name"))
         else:
@@ -285,6 +289,8 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
     try:
         if str(path) == "-":
             return _parse(io.BytesIO(sys.stdin.buffer.read()), "<stdin>", "")
+        if path.suffix == ".wandb":
+            raise DataError(WANDB, path)
         if is_event_file(path):
             return read_events(path)
         with open(path, "rb") as stream:

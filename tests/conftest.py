@@ -2,6 +2,7 @@
 triton: so it is chosen here, once, for the whole test process, unless that is for the tests that need a GPU."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in expression or "not gpu" in expression:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+    # A shell has its background jobs ignore SIGINT, and a child ignores what its parent does: tests of signals would
+    # wait for ever there.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 REPO = Path(__file__).resolve().parent.parent

@@ -64,15 +64,9 @@ def arguments(shards: Path, out: Path, **changes) -> list[str]:
 
 
 def start(args: list[str], **environment) -> subprocess.Popen:
-    """The command in a process of its own, which hears SIGINT even where a shell had these tests in the background."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(REPO / "train_gpt.py"), *args]
-    how = dict(cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # an ignored signal stays ignored in a child
-    try:
-        return subprocess.Popen(command, **how)
-    finally:
-        signal.signal(signal.SIGINT, heard)
+    return subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run_here(args: list[str]) -> int:
