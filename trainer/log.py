@@ -124,6 +124,8 @@ class RunLog:
                 self.summary("failed", error=f"{type(error).__name__}: {error}")
                 self.line(f"failed: {error}", echo=False)
             raise
+        finally:
+            self.close()  # now, not when it is collected: the next start in this process finds no lock
 
     def close(self) -> None:
         """Let go of the log and its lock; the process's end does the same."""

@@ -34,8 +34,8 @@ def test_attention_maps_are_what_the_model_attends_with(own, monkeypatch):
     checkpoint = load_checkpoint(best_checkpoint(own[0]))
     used, truth = [], Cache.attend
 
-    def recording(cache, layer, q, k, v, first_key, scale):
-        out = truth(cache, layer, q, k, v, first_key, scale)
+    def recording(cache, layer, q, k, v, *how):
+        out = truth(cache, layer, q, k, v, *how)
         used.append((v, out))
         return out
 

@@ -34,4 +34,4 @@ def test_a_head_width_that_no_kernel_has_is_refused_at_start(heads, width, monke
     told = capsys.readouterr().err
     assert f"--model_dim / --num_heads = {width}" in told and "widths 16, 32, 64 and 128" in told
     assert "impl='reference'" in told and not list(tmp_path.iterdir())
-    implementations.check_device("auto", 64, torch.device("cpu"), torch.float32, False)
+    implementations.check_device("auto", 64, torch.device("cpu"), torch.float32)

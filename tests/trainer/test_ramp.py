@@ -102,7 +102,9 @@ class NeverStop:
 
 def one_layer(files, *more):
     words = small(*RAMP, f"--train_files={files}/train_*.bin", f"--val_files={files}/val_*.bin", "--warmup_steps=1")
-    config = train_gpt.parse_config(small(*words, "--num_layers=1", "--unet_skips=none", *more))
+    config = train_gpt.parse_config(
+        small(*words, "--num_layers=1", "--attention_free_layers=", "--unet_skips=none", *more)
+    )
     return config, train_gpt.Trainer(config, torch.device("cpu"))
 
 
