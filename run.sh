@@ -132,10 +132,10 @@ fetch_fineweb() {
     local word preset=""
     for word in "$@"; do
         case $word in
-        --train_files* | --preset=nano) return ;;
+        --train_files* | --preset=nano*) return ;;
         --preset=*) preset=${word#--preset=} ;;
         medium | small) preset=$word ;;
-        nano) return ;;
+        nano | nano-plain | nano-frontier) return ;;
         esac
     done
     if [ -z "$preset" ] && [ "$(gpus)" = 0 ]; then

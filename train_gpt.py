@@ -72,7 +72,7 @@ from trainer.explain import explain_command
 from trainer.log import Clock, Progress, RunLog, unique_name
 from trainer.ngrams import NGramRows
 from trainer.normuon import NorMuon
-from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting
+from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting, wants_help
 from trainer.presets import frontier_presets
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import describe_environment, matmul_ceiling, program_files, unproven_versions
@@ -1033,7 +1033,7 @@ def main(arguments: list[str] | None = None) -> int:
             ended.code = COMMANDS[arguments[0]](arguments[1:], load_model)
         elif arguments[:1] == ["explain"]:
             ended.code = explain_command(arguments[1:], Config, PRESETS)
-        elif "--help" in arguments or "-h" in arguments:
+        elif wants_help(arguments):
             print(__doc__, help_text(Config, PRESETS, beside="nano"), sep="\n")
         else:
             ended.code = run(parse_config(arguments))

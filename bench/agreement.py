@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from bench.common import table
-from bench.options import wants_help
+from bench.options import helped
 from bench.step import make_batches
 
 STEPS = 5
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code of the module's docstring."""
     import train_gpt
 
-    if wants_help(sys.argv[1:] if argv is None else argv, __doc__):
+    if helped(sys.argv[1:] if argv is None else argv, __doc__):
         return 0
     fields = list(sys.argv[1:] if argv is None else argv)
     try:

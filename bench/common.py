@@ -417,3 +417,15 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = 
     widths = [max([len(column), *(len(line[i]) for line in body)]) for i, column in enumerate(columns)]
     lines = [columns, ["-" * width for width in widths], *body]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pages that are made from results
+
+
+def up_to_date(file: Path, text: str, module: str) -> int:
+    """Print whether a file holds that text, or is to be made anew by `python -m <module>`; 0 or 1, as exit codes go."""
+    current = file.is_file() and file.read_text(encoding="utf-8") == text
+    shown = file.relative_to(REPO) if file.is_relative_to(REPO) else file.name
+    print(f"{shown} is " + ("up to date" if current else f"out of date: python -m {module}"))
+    return int(not current)

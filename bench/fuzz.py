@@ -116,6 +116,20 @@ def damage(data: bytes, operations: list[tuple]) -> bytes:
     return data
 
 
+def damaged_copy(good: Path, target: Path, files: list[Path], changes: list[tuple]) -> Path:
+    """`target`, made anew: the folder `good` with its `files` (relative to it) changed. changes: (number of a file, its
+    `damage`; None: the file is gone)."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(good, target)
+    for number, operations in changes:
+        path = target / files[number % len(files)]
+        if operations is None:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            path.write_bytes(damage(path.read_bytes(), operations))
+    return target
+
+
 def _replace_number(data: bytes, where: float, by: bytes) -> bytes:
     """The number that `where` falls on, or the next one, replaced."""
     digits = b"0123456789.+-"
@@ -587,15 +601,7 @@ def series_check(folder: Path):
     ours = (StatsError, SeriesError, LedgerError)
 
     def check(changes) -> str:
-        bad = folder / "bad"
-        shutil.rmtree(bad, ignore_errors=True)
-        shutil.copytree(good, bad)
-        for number, operations in changes:
-            path = bad / files[number % len(files)]
-            if operations is None:
-                path.unlink(missing_ok=True)
-            elif path.exists():
-                path.write_bytes(damage(path.read_bytes(), operations))
+        bad = damaged_copy(good, folder / "bad", files, changes)
         readers = (
             lambda: judge(load_series(bad), sensitivity=False),
             lambda: monitor(load_series(bad)),

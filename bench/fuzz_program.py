@@ -46,6 +46,7 @@ from bench.fuzz import (
     _packed,
     _parquet,
     damage,
+    damaged_copy,
     forge,
     fuzz,
 )
@@ -503,15 +504,7 @@ def going_on_check(folder: Path):
     files = sorted(path.relative_to(stopped) for path in stopped.rglob("*") if path.is_file())
 
     def check(changes) -> str:
-        again = folder / "again"
-        shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(stopped, again)
-        for number, operations in changes:
-            path = again / files[number % len(files)]
-            if operations is None:
-                path.unlink(missing_ok=True)
-            elif path.exists():
-                path.write_bytes(damage(path.read_bytes(), operations))
+        again = damaged_copy(stopped, folder / "again", files, changes)
         ran = program.settled(small([*program.words, f"--output_dir={again}", "--resume=auto"]))
         if ran is None:
             return "error"

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.options import check_limits, fields_text, fill, read_words
+from trainer.options import check_limits, fields_text, fill, read_words, wants_help
 
 
-def wants_help(argv: Sequence[str], doc: str | None, kind: type | None = None) -> bool:
+def helped(argv: Sequence[str], doc: str | None, kind: type | None = None) -> bool:
     """Whether the user asked what there is; if so, `doc` and the fields of the dataclass `kind` are printed."""
-    asked = bool({"-h", "--help"} & set(argv))
+    asked = wants_help(argv)
     if asked:
         print(doc, *(fields_text(kind) if kind else ()), sep="\n")
     return asked

@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from bench.common import REPO, RESULTS, table, write_json
+from bench.common import REPO, RESULTS, table, up_to_date, write_json
 from bench.rehearse.page import kept
 from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, HIDDEN
 from trainer import schedule
+from trainer.techniques import numbers
 
 WORLD = 8
 GOAL_S = 600
@@ -98,7 +99,7 @@ class Projection:
     def __init__(self, config: Any, medium: Any, parts: dict[str, float], rehearsed_tokens: int):
         self.config, self.parts, self.tokens = config, parts, rehearsed_tokens
         self.own, self.ref = weights_of(config), weights_of(medium)
-        self.layers = [c.num_layers - len(_numbers(c.attention_free_layers)) for c in (config, medium)]
+        self.layers = [c.num_layers - len(numbers(c.attention_free_layers)) for c in (config, medium)]
         self.deep = config.num_layers / medium.num_layers
         self.h100 = CEILINGS["h100"]
         self.faster = self.h100.tflops_16 / self.h100.tflops_8
@@ -132,7 +133,7 @@ class Projection:
         c, passes = self.config, 0.0
         for field, (count, per) in STREAMS.items():
             value = getattr(c, field)
-            times = {"layer": self.layers[0], "named": len(_numbers(str(value))), "step": 1}[per]
+            times = len(numbers(value)) if per == "named" else {"layer": self.layers[0], "step": 1}[per]
             passes += count * times if value not in (False, 0, "") else 0
         moved = passes * self.tokens * c.model_dim * 2
         own = moved / self.h100.tb_per_s / EFFICIENCY["inductor", False] / 1e9
@@ -180,10 +181,6 @@ class Projection:
         means = {size: ms / count for size, (count, ms) in by_size.items() if count}
         last = self.step_ms(c.num_iterations - 1)
         return {"steps": c.num_iterations, "seconds": total_ms / 1e3, "ms": means, "parts_of_last_step": last}
-
-
-def _numbers(text: str) -> list[str]:
-    return [word for word in text.split(",") if word.strip()]
 
 
 def project(presets: Sequence[str]) -> dict[str, Any]:
@@ -294,9 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.check:
-        current = options.page.is_file() and options.page.read_text("utf-8") == page(json.loads(FILE.read_text()))
-        print(f"docs/projection.md is {'up to date' if current else 'out of date: python -m bench.project'}")
-        return int(not current)
+        return up_to_date(options.page, page(json.loads(FILE.read_text())), "bench.project")
     write_json(FILE, project(options.preset or ["frontier"]))
     text = page(json.loads(FILE.read_text()))
     options.page.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.common import REPO
+from bench.common import REPO, up_to_date
 from trainer import schedule
 
 PAGE, PICTURE = REPO / "docs" / "schedules.md", REPO / "docs" / "schedules.png"
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     text = page()
     if options.check:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        print(f"docs/schedules.md is {'up to date' if current else 'out of date: python -m bench.schedules'}")
-        return int(not current)
+        return up_to_date(PAGE, text, "bench.schedules")
     PAGE.write_text(text, encoding="utf-8")
     draw(PICTURE)
     return 0

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import REPO, copy_ceiling, matmul_ceiling, measure, summary, table, write_result
-from bench.options import own_and_config, wants_help
+from bench.options import helped, own_and_config
 from trainer import schedule
 from trainer.options import UsageError, setting
 
@@ -452,7 +452,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if wants_help(argv, __doc__, Options):
+    if helped(argv, __doc__, Options):
         return 0
     on_gpu = torch.cuda.is_available()
     try:

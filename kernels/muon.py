@@ -133,6 +133,13 @@ def join_master(weight: torch.Tensor, mantissa: torch.Tensor) -> torch.Tensor:
     return (high | low).view(torch.float32)
 
 
+def put_master_(weight: torch.Tensor, mantissa: torch.Tensor, master: torch.Tensor) -> None:
+    """Make the pair what `split_master` makes of the float32 `master`, in place."""
+    with in_place("weight", weight) as high, in_place("mantissa", mantissa) as low:
+        for half, new in zip((high, low), split_master(master)):
+            half.view(torch.int16).copy_(new.view(torch.int16))
+
+
 # ---- tiles ------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +456,4 @@ def apply_update_(
         return
     master = join_master(weight, mantissa)
     _apply_plain_(master, update, lr, weight_decay, cautious)
-    with in_place("weight", weight) as high, in_place("mantissa", mantissa) as low:
-        for half, new in zip((high, low), split_master(master)):
-            half.view(torch.int16).copy_(new.view(torch.int16))
+    put_master_(weight, mantissa, master)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lab import LabError
-from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
+from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 __all__ = ["checked", "command", "describe", "filled", "read", "run", "setting", "wants_help"]
 
@@ -33,11 +33,6 @@ def filled(kind: type, given: dict[str, str]) -> Any:
         return checked(fill(kind, given))
     except UsageError as error:
         raise LabError(str(error)) from None
-
-
-def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether the user asked what there is."""
-    return bool({"-h", "--help"} & set(arguments))
 
 
 def describe(*kinds: type) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from data.paths import cache_folder
 from records.folder import REPO, SeriesError
 from records.launch import Local, slots, visible_gpus
-from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
+from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 SET_BY_SERIES = ("seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash")
 
@@ -33,7 +33,7 @@ class Machines:
     gpus: int | None = setting(
         None,
         "GPUs",
-        "for slurm: of a run (--nproc with GPUs on this machine or with another preset than nano, else 0)",
+        "for slurm: of a run (--nproc with GPUs on this machine or with another preset than the nano ones, else 0)",
         at_least=0,
     )
     slurm: tuple = setting((), "KEY=VALUE", "for slurm: any other sbatch option")
@@ -111,9 +111,9 @@ def read_flags(
     return found, flags
 
 
-def wants_help(argv: Sequence[str], doc: str | None, *kinds: type) -> bool:
+def helped(argv: Sequence[str], doc: str | None, *kinds: type) -> bool:
     """Whether the user asked what there is; if so, that is printed."""
-    if not {"-h", "--help"} & set(argv):
+    if not wants_help(argv):
         return False
     print(doc)
     for kind in kinds:
@@ -136,7 +136,7 @@ def make_launcher(folder: Path, flags: Machines, nproc: int, preset: str) -> Any
 
         gpus = flags.gpus
         if gpus is None:
-            gpus = nproc if visible_gpus() or preset != "nano" else 0
+            gpus = nproc if visible_gpus() or not preset.startswith("nano") else 0
         request = Request(
             minutes=flags.minutes,
             partition=flags.partition,

@@ -38,7 +38,7 @@ from pathlib import Path
 
 from records import report
 from records.asking import ask_trainer
-from records.flags import AmendFlags, SeriesFlags, default_root, make_launcher, read_flags, wants_help
+from records.flags import AmendFlags, SeriesFlags, default_root, helped, make_launcher, read_flags
 from records.folder import (
     EXIT_CRASHED,
     Identity,
@@ -231,7 +231,7 @@ def amend_command(verb: str, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(argv, __doc__, SeriesFlags, AmendFlags):
+    if helped(argv, __doc__, SeriesFlags, AmendFlags):
         return 0
     try:
         if argv[:1] in (["drop"], ["lost"]):

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records.flags import StudyFlags, default_root, make_launcher, read_flags, wants_help
+from records.flags import StudyFlags, default_root, helped, make_launcher, read_flags
 from records.folder import EXIT_CRASHED, EXIT_MORE_RUNS, EXIT_USAGE, SCHEMA, Identity, Series, SeriesError, sole_start
 from records.launch import EXIT_IO, default_nproc, visible_gpus
 from records.ledger import Ledger, LedgerError, now
@@ -224,7 +224,7 @@ def report_command(folders: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code of the module's docstring."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(argv, __doc__, StudyFlags):
+    if helped(argv, __doc__, StudyFlags):
         return 0
     try:
         return report_command(argv[1:]) if argv[:1] == ["report"] else run_command(argv)

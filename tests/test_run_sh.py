@@ -109,6 +109,7 @@ def test_fineweb_is_fetched_only_for_what_trains_on_it():
     assert fetch in call("--repeats", "2", "--preset", "medium")[1]
     assert fetch not in call("--repeats", "2", "--preset=medium", "--train_files=x.bin")[1]
     assert fetch not in call("--repeats", "2", "--preset", "nano")[1]
+    assert fetch not in call("--repeats", "2", "--preset=nano-plain")[1]
 
 
 def test_without_a_gpu_the_main_job_is_nano(monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.muon import join_master, split_master
+from kernels.muon import join_master, put_master_
 
 AVERAGED = ("head_w", "embed1.weight")  # beside the blocks' matrices
 
@@ -53,11 +53,10 @@ class TailAverage:
         new = old.lerp(self.mean[name], self.share[name])
         before, after = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (old, new))
         new = new * (before / after.clamp(min=torch.finfo(torch.float32).tiny))
-        if name not in self.mantissa:
+        if name in self.mantissa:
+            put_master_(p, self.mantissa[name], new)
+        else:
             p.copy_(new)
-            return
-        for half, value in zip((p, self.mantissa[name]), split_master(new)):
-            half.view(torch.int16).copy_(value.view(torch.int16))
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; live, not copies."""

@@ -19,7 +19,7 @@ from data.encoding import TokenizeError, token_bytes
 from data.folder import check_encoding
 from data.shards import TokenStream
 from trainer.evidence import hash_of
-from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
+from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 from trainer.sample import device_of, find_checkpoint
 from trainer.start import from_data
 from trainer.streams import validation_stream, with_all_validation
@@ -128,7 +128,7 @@ def evaluate(model: Any, config: Any, options: EvaluateOptions) -> dict[str, Any
 
 def evaluate_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, Any]]) -> int:
     """`train_gpt.py evaluate CHECKPOINT`. load: (checkpoint, device) -> (model, configuration)."""
-    if "--help" in arguments or "-h" in arguments:
+    if wants_help(arguments):
         print(USAGE, *fields_text(EvaluateOptions), sep="\n")
         return 0
     words, given = read_words([EvaluateOptions], arguments, {"json": "-"})

@@ -18,7 +18,7 @@ from typing import Any
 from data.encoding import ENCODINGS, MARKER, TokenizeError, encoding_name, gpt2_ranks
 from data.paths import atomic_file
 from trainer.checkpoints import CheckpointError, read_tensors, read_texts, save_tensors
-from trainer.options import UsageError, fields_text, fill, read_words, setting
+from trainer.options import UsageError, fields_text, fill, read_words, setting, wants_help
 from trainer.sample import find_checkpoint
 from trainer.start import OF_A_MODEL, starting_layout
 from trainer.techniques import techniques_of
@@ -154,7 +154,7 @@ of text: put it before a prompt. There is no cache of keys and values.
 
 def export_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, Any]]) -> int:
     """`train_gpt.py export CHECKPOINT DIR`. load: (checkpoint, device) -> (model, configuration)."""
-    if "--help" in arguments or "-h" in arguments:
+    if wants_help(arguments):
         print(USAGE, *fields_text(ExportOptions), sep="\n")
         return 0
     words, given = read_words([ExportOptions], arguments, {})

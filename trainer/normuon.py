@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from kernels.muon import apply_update_, momentum_, normalize_rows_, orthogonalize, orthogonalize_gram
 from trainer.schedule import learning_rate_factor, muon_momentum_at, scheduled
 
+KINDS = ("qkvo", "mlp_in", "mlp_out", "gates")  # of matrices, by a part of their names
 FAST, SLOW, SHARE = 0.85, 0.98, 0.4385  # momenta of `two_rate_from`, and the share of the fast one
 
 
 def kind_of(name: str) -> str:
-    """Of a matrix by its parameter's name: qkvo, mlp_in, mlp_out or gates."""
-    return next(kind for kind in ("qkvo", "mlp_in", "mlp_out", "gates") if kind in name)
+    """Of a matrix by its parameter's name, of KINDS."""
+    return next(kind for kind in KINDS if kind in name)
 
 
 def factors(text: str) -> dict[str, float]:
     """{kind: factor} from 'qkvo=2,mlp_out=4'. Raises ValueError."""
     pairs = (word.partition("=") for word in text.split(",") if word.strip())
     found = {name.strip(): float(value) for name, _, value in pairs}
-    if unknown := found.keys() - {"qkvo", "mlp_in", "mlp_out", "gates"}:
+    if unknown := found.keys() - set(KINDS):
         raise ValueError(f"no matrices are called {', '.join(sorted(unknown))}")
     return found
 

@@ -38,6 +38,11 @@ def setting(
     return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "choices": tuple(choices), **told})
 
 
+def wants_help(words: Iterable[str]) -> bool:
+    """Whether a command line asks what there is, anywhere in it."""
+    return not {"-h", "--help"}.isdisjoint(words)
+
+
 MOST = 2**31 - 1  # of a whole number without a lower limit of its own: sizes and counts travel as int32
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.checkpoints import CheckpointError, checkpoints_of
-from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting
+from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 # -------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -241,7 +241,7 @@ def sample_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, 
     """`train_gpt.py sample CHECKPOINT`: write text, token by token.
 
     load: (checkpoint, device) -> (model, configuration). Raises UsageError, and what `load` raises."""
-    if "--help" in arguments or "-h" in arguments:
+    if wants_help(arguments):
         print(USAGE, *fields_text(SampleOptions), sep="\n")
         return 0
     words, given = read_words([SampleOptions], arguments, {})

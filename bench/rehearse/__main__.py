@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import table, write_json
-from bench.options import own_and_config, wants_help
+from bench.options import helped, own_and_config
 from trainer.options import UsageError, setting
 
 
@@ -77,7 +77,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code of the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv
-    if wants_help(argv, __doc__, Options):
+    if helped(argv, __doc__, Options):
         return 0
     from bench.rehearse import budgets
     from bench.rehearse.counts import one_block, rehearse

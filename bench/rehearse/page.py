@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench.common import REPO, RESULTS, table, write_json
+from bench.common import REPO, RESULTS, table, up_to_date, write_json
 from bench.rehearse import budgets
 
 PAGE = REPO / "docs" / "rehearsal.md"
@@ -209,9 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     text = page()
     if options.check:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        print(f"docs/rehearsal.md is {'up to date' if current else 'out of date: python -m bench.rehearse.page'}")
-        return int(not current)
+        return up_to_date(PAGE, text, "bench.rehearse.page")
     PAGE.write_text(text, encoding="utf-8")
     return 0
 
