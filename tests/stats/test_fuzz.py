@@ -141,6 +141,16 @@ def test_mutated_logs(name, mutations, seed):
     _check(name, mutations, seed)
 
 
+@pytest.mark.parametrize("at, step", [(0, 1), (1, 11), (1, 9), (2, 21), (10, 101)])
+def test_one_changed_step_is_noticed(at, step):
+    steps = list(range(0, 120, 10))
+    steps[at] = step
+    text = "".join(f"s:{step} tel:{4 - step / 100:.4f}\n" for step in steps)
+    (run,) = parse_log(io.BytesIO(text.encode()), "changed.txt")
+    with pytest.raises(DataError, match=r"^changed\.txt:"):
+        final_validation(run, 110)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOGS)
 def test_ten_thousand_mutated_logs(name):
