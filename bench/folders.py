@@ -70,12 +70,16 @@ def cadence(rng: random.Random) -> tuple[int, ...]:
 
 
 def series_of(rng: random.Random, runs: int, steps: tuple[int, ...], **same) -> list[Truth]:
-    """Runs of one recipe."""
-    center, found = round(rng.uniform(2.9, 2.99), 3), []
+    """Runs of one recipe. No two end at one loss: that is a kind of its own (`equal`)."""
+    center, found, finals = round(rng.uniform(2.9, 2.99), 3), [], set()
     for seed in range(runs):
         losses = [round(center + (steps[-1] - at) / 50 + rng.gauss(0, 0.003), 4) for at in steps]
         # a fourth digit that is never 0 survives every format
         losses = tuple(loss if round(loss * 1e4) % 10 else round(loss + 0.0003, 4) for loss in losses)
+        while losses[-1] in finals:
+            losses = (*losses[:-1], round(losses[-1] + 0.0011, 4))
+            losses = (*losses[:-1], round(losses[-1] + 0.0001 * (round(losses[-1] * 1e4) % 10 == 0), 4))
+        finals.add(losses[-1])
         found.append(Truth(f"r{rng.getrandbits(24):06x}", seed, steps, losses, steps[-1], rng.uniform(20, 30), **same))
     return found
 

@@ -12,6 +12,7 @@ square of their number and loses none of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ import scipy
 ACCUSED_BELOW = 1e-6  # chance of an accident, over all pairs that were looked at
 FEWEST_CURVES = 3
 FEWEST_POINTS = 4
+FEWEST_DIGITS = 4  # printed units that the noise at a point must hold, for the point to tell near from equal
 MOST_PAIRS = 20_000  # that the size of the noise is taken from
 _NORMAL_MEDIAN = 0.6744897501960817  # median of |z| for a standard normal z
 
@@ -52,10 +54,36 @@ def noise_of(curves: np.ndarray) -> Noise | None:
     first, second = _some_pairs(len(curves))
     differences = curves[first] - curves[second]
     scale = np.median(np.abs(differences), axis=0) / _NORMAL_MEDIAN
+    scale[scale <= FEWEST_DIGITS * grid_of(curves)] = 0.0  # digits too coarse to tell near from equal
     if (scale > 0).sum() < FEWEST_POINTS:
         return None
     z = differences[:, scale > 0] / scale[scale > 0]
     return Noise(scale, max(1.0, 0.5 * independent_points(z)))
+
+
+def grid_of(values: np.ndarray) -> float:
+    """The distance of neighbouring values as they were printed: 1e-4 for four digits; 0 for full precision."""
+    digits = (digits for digits in range(8) if np.allclose(values, np.round(values, digits), rtol=0, atol=1e-11))
+    return next((10.0**-one for one in digits), 0.0)
+
+
+def chance_of_equality(samples: Sequence[np.ndarray], least_noise: float) -> float:
+    """The chance that two of the curves (runs, points) of `samples` print alike at every point by accident.
+
+    The noise between runs is that of the quietest sample, or `least_noise` where none has three runs. Neighbouring
+    points remember one another: every one after the first counts half.
+    """
+    if not samples or samples[0].shape[1] == 0:
+        return 1.0
+    grid = max([1e-9, *(grid_of(curves) for curves in samples)])
+    scales = [np.full(samples[0].shape[1], least_noise)]
+    if larger := [curves for curves in samples if len(curves) >= FEWEST_CURVES and np.isfinite(curves).all()]:
+        pairs = [(curves, _some_pairs(len(curves))) for curves in larger]
+        scales = [np.median(np.abs(x[a] - x[b]), axis=0) / _NORMAL_MEDIAN for x, (a, b) in pairs]
+    scale = np.maximum(np.min(scales, axis=0), grid / 4)
+    each = np.minimum(1.0, grid / (math.sqrt(2 * math.pi) * scale))
+    weight = 0.5 + 0.5 / len(each)
+    return math.exp(weight * float(np.log(each).sum()))
 
 
 def _some_pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,14 +96,15 @@ def _some_pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
     return first, (first + rng.integers(1, n, MOST_PAIRS)) % n
 
 
-def nearest_pairs(curves: Sequence[Sequence[float]]) -> list[Nearness]:
+def nearest_pairs(curves: Sequence[Sequence[float]], looks: int = 1) -> list[Nearness]:
     """The pairs of `curves` (runs, common validation steps) that are nearer than an accident explains, the nearest
-    first; empty where there are too few runs or steps to tell noise from likeness."""
+    first; empty where there are too few runs or steps to tell noise from likeness. `looks`: at how many parts of the
+    curves the caller looks, each of which is a chance of an accident."""
     x = np.asarray(curves, dtype=np.float64)
     noise = noise_of(x)
     if noise is None:
         return []
-    pairs = len(x) * (len(x) - 1) // 2
+    pairs = looks * len(x) * (len(x) - 1) // 2
     told = noise.scale > 0
     z = (x[:, told] - x[:, told].mean(axis=0)) / noise.scale[told]
     first, second = _within(z, _limit(noise.freedom, pairs))

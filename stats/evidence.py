@@ -12,33 +12,21 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stats.chain import HEAD, check_links, cut_at, link
-from stats.chance import near_across, nearest_pairs
+from stats.copies import within
 from stats.errors import StatsError, UsageError
 from stats.planfile import read_plan
 from stats.samples import RUN_FIELDS, Sample
 from stats.series import Series, read_runs
-from stats.values import Run, is_finished
+from stats.values import Finding, Run, is_finished
 
 GRADES = "ABCDF"
 CLOCK_TOLERANCE_S = 300.0  # between the clocks of two hosts
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check. `grade` is the best that it allows: A if it is met."""
-
-    check: str
-    grade: str
-    text: str
 
 
 def ledger_bytes(series: Series) -> bytes | None:
@@ -219,91 +207,6 @@ def plan_is_sealed(series: Series, plan_hash: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Curves
-
-
-def copies(series: Series, sample: Sample | None) -> Iterator[Finding]:
-    """Runs that are one run: every loss or every time equal, or nearer than noise allows."""
-    seen: dict[tuple, Run] = {}
-    for run in series.runs:
-        for key in _fingerprints(run):
-            if key in seen and seen[key] is not run:
-                what = "every loss" if key[0] == "loss" else "every time"
-                yield Finding("duplicates", "F", f"{run.name} and {seen[key].name} are the same run: {what} is equal")
-                break
-            seen.setdefault(key, run)
-    runs = [run for run in series.runs if len(run.validations) >= 4]
-    common = sorted(set.intersection(*({p.step for p in run.validations} for run in runs))) if runs else []
-    curves = [[run.losses_by_step[step] for step in common] for run in runs]
-    for near in nearest_pairs(curves)[:20]:
-        a, b = runs[near.first], runs[near.second]
-        if a.losses_by_step != b.losses_by_step:
-            text = f"{a.name} and {b.name} lie {near.ratio:.2g} of the noise apart over {len(common)} validations"
-            yield Finding("duplicates", "F", f"{text}: by accident with probability {max(near.chance, 1e-300):.1g}")
-
-
-def _fingerprints(run: Run) -> Iterator[tuple]:
-    """What no two runs have alike: all losses after the start, and all times where they are finer than a second."""
-    points = [point for point in run.validations if point.step]
-    if len(points) >= 2:
-        yield ("loss", *((point.step, point.loss) for point in points))
-        times = [point.time_s for point in points if point.time_s is not None]
-        told = len(times) == len(points) >= 3
-        if told and len(set(times)) > 2 and any(t % 1 for t in times):
-            yield ("time", *zip((point.step for point in points), times))
-
-
-def across(series: Sequence[Series]) -> dict[str, list[Finding]]:
-    """{path of a series: findings} for runs that stand in more than one series of those that are judged together."""
-    seen: dict[tuple, tuple[Series, Run]] = {}
-    found: dict[str, list[Finding]] = {}
-    for one in series:
-        copied: dict[tuple[str, bool], list[str]] = {}
-        for run in one.runs:
-            for key in _fingerprints(run):
-                other = seen.setdefault(key, (one, run))
-                if other[0].path != one.path:
-                    same_log = _same_times(run, other[1])
-                    copied.setdefault((other[0].path, same_log), []).append(run.name)
-        for (path, same_log), names in copied.items():
-            names = list(dict.fromkeys(names))
-            what = "are runs of" if same_log else "have every loss of runs of"
-            text = f"{len(names)} runs ({', '.join(names[:3])}) {what} {path}: told twice, they are no new evidence"
-            found.setdefault(one.path, []).append(Finding("copied", "F" if same_log else "C", text))
-    for path, finding in _near_copies(series):
-        if not any(one.check == "copied" for one in found.get(path, ())):
-            found.setdefault(path, []).append(finding)
-    return found
-
-
-def _near_copies(series: Sequence[Series]) -> Iterator[tuple[str, Finding]]:
-    """(path of a series, finding) where runs of another series stand once more with other digits."""
-    groups: dict[tuple[int, ...], list[Series]] = {}
-    for one in series:
-        steps = {tuple(point.step for point in run.validations) for run in one.runs}
-        if len(steps) == 1:
-            groups.setdefault(steps.pop(), []).append(one)
-    for alike in groups.values():
-        curves = [np.array([[point.loss for point in run.validations] for run in one.runs]) for one in alike]
-        accused: dict[tuple[int, int], list] = {}
-        for a, b, near in near_across(curves):
-            if (curves[a][near.first] != curves[b][near.second]).any():  # equal ones are told as what they are
-                accused.setdefault((a, b), []).append(near)
-        for (a, b), pairs in accused.items():
-            names = list(dict.fromkeys(alike[b].runs[near.second].name for near in pairs))
-            text = (
-                f"{len(names)} runs ({', '.join(names[:3])}) lie within {pairs[-1].ratio:.2g} of the noise of runs of "
-                f"{alike[a].path}: by accident with probability {max(pairs[-1].chance, 1e-300):.1g}"
-            )
-            yield alike[b].path, Finding("copied", "F", text)
-
-
-def _same_times(a: Run, b: Run) -> bool:
-    times = [[point.time_s for point in run.validations] for run in (a, b)]
-    return times[0] == times[1]
-
-
-# ----------------------------------------------------------------------------------------------------
 # Times, steps, configurations
 
 
@@ -448,4 +351,4 @@ def _at_commit(series: Series, commit: str, name: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-CHECKS = (chain, order, holes, seals, first_line, copies, clocks, steps, configurations)
+CHECKS = (chain, order, holes, seals, first_line, within, clocks, steps, configurations)

@@ -8,7 +8,7 @@ from typing import Any
 
 from stats.errors import DataError, StatsError
 from stats.planfile import read_plan
-from stats.samples import Sample, sample_of
+from stats.samples import Sample, drops_in, sample_of
 from stats.series import Series
 from stats.ttest import TRACK_THRESHOLD, TTest, ttest
 
@@ -64,12 +64,15 @@ def _plan_note(series: Series) -> tuple[str, ...]:
     return (f"this series has a {plan.method} plan: the verdict of `python -m stats monitor` counts, not this p",)
 
 
-def judge_each(series: Sequence[Series], *arguments: Any, **settings: Any) -> TTests:
-    """`judge` for every series; one that cannot be judged does not hide the others."""
+def judge_all(series: Sequence[Series], drop: Mapping[str, str] | None = None, **settings: Any) -> TTests:
+    """`judge` for every series; drops apply where a run of that name is. One that cannot be judged does not hide the
+    others; where there is only one, its error is raised."""
     results, errors = [], []
     for one in series:
         try:
-            results.append(judge(one, *arguments, **settings))
+            results.append(judge(one, drop=drops_in(one, drop), **settings))
         except StatsError as error:
+            if len(series) == 1:
+                raise
             errors.append(str(error))
     return TTests(tuple(results), tuple(errors))

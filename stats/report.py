@@ -191,9 +191,8 @@ def to_html(report: Report) -> str:
     """One HTML page that needs nothing else: styles and pictures are in it, scripts there are none."""
     try:
         import jinja2
-        import matplotlib  # noqa: F401  (the pictures)
     except ImportError as error:
-        raise UsageError(f"--html needs {error.name}: pip install jinja2 matplotlib") from None
+        raise UsageError(f"--html needs {error.name}: pip install jinja2") from None
 
     from stats import figures
 

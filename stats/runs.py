@@ -365,7 +365,7 @@ class _RunBuilder:
             if len(gaps) - index >= 3 and min(later) >= gaps[index] and not moved:
                 continue
             before, after = points[index].step, points[index + 1].step
-            text = f"a validation is missing between steps {before} and {after}, unless a second run has this cadence"
+            text = f"a validation is missing between steps {before} and {after}, unless enough runs share that cadence"
             self.problem(points[index + 1].line, text, doubt=True)
 
     def _check_end(self, number: int | None, step: int) -> None:

@@ -121,6 +121,17 @@ def split(series: Series, by: str) -> list[Series]:
     return [replace(parts[0], passed_over=series.passed_over), *parts[1:]]
 
 
+def names_in(series: Series) -> list[str]:
+    """Names of all runs of a series, those that only its ledger knows as well."""
+    return list(dict.fromkeys([*(run.name for run in series.runs), *(one.run for one in series.launches or ())]))
+
+
+def drops_in(series: Series, drop: Mapping[str, str] | None) -> dict[str, str]:
+    """Of {run: reason}, what is about this series."""
+    names = names_in(series) if drop else []
+    return {run: reason for run, reason in (drop or {}).items() if run in names}
+
+
 def selected(
     series: Series,
     threshold: float | None = None,
@@ -129,9 +140,7 @@ def selected(
     allow_mixed: bool = False,
 ) -> Sample:
     """`sample_of` with the selection that several series share: drops apply where a run of that name is."""
-    known = {run.name for run in series.runs} | {launch.run for launch in series.launches or ()}
-    own = {run: reason for run, reason in (drop or {}).items() if run in known}
-    return sample_of(series, stop_step, own, allow_mixed)
+    return sample_of(series, stop_step, drops_in(series, drop), allow_mixed)
 
 
 def _not_finished(run: Run) -> str | None:

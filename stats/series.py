@@ -17,8 +17,9 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -212,20 +213,23 @@ def _read_folder(folder: Path, known: set[str]) -> tuple[list[Run], list[PassedO
             passed_over.append(PassedOver(str(path), f"the same run as {Path(twin.path).name}, kept twice"))
             continue
         runs += found
-    runs, excerpts = settled(runs)
+    runs, excerpts = settled(runs, known)
     return runs, passed_over + excerpts
 
 
-def settled(runs: list[Run]) -> tuple[list[Run], list[PassedOver]]:
-    """(runs in the light of one another, excerpts among them).
+def settled(runs: list[Run], known: Collection[str] = ()) -> tuple[list[Run], list[PassedOver]]:
+    """(runs in the light of one another, excerpts among them). `known`: runs that the ledger accounts for.
 
-    A cadence that looks as if a validation were gone is the recipe's own where a second run has the same validations.
-    A few lines of another run, with its losses and times (a summary, a log that was cut), are no run.
+    A cadence that looks as if a validation were gone is the recipe's own where a second run has the same validations;
+    one that is regular but for a hole, where three have: a line can be lost at the same place in two logs. It is not
+    where another run has these validations and those between them. A few lines of another run, with its losses and
+    times (a summary, a log that was cut), are no run; most of its lines, up to its end, are a copy that was tampered
+    with.
     """
     cadences = Counter(_steps(run) for run in runs)
     agreed = [
         replace(run, problems=tuple(one for one in run.problems if not one.doubt))
-        if cadences[_steps(run)] > 1 and any(one.doubt for one in run.problems)
+        if any(one.doubt for one in run.problems) and _is_a_recipes(_steps(run), cadences)
         else run
         for run in runs
     ]
@@ -241,11 +245,37 @@ def settled(runs: list[Run]) -> tuple[list[Run], list[PassedOver]]:
         if last is not None and last.step > 0 and (last.time_s is not None or len(told) > 2):
             around = places[last.step, last.loss, last.time_s]
         whole = next((agreed[other] for other in around if told < points[other]), None)
-        if whole is None:
+        if whole is None or last is None:
             kept.append(run)
+        elif run.name in known or (2 * len(told) > len(whole.validations) and last.step == whole.validations[-1].step):
+            text = f"{len(told)} of the {len(whole.validations)} validations of {whole.name}, once more: a copy"
+            kept.append(replace(run, problems=(Problem(run.first_line, text), *run.problems)))
         else:
             passed_over.append(PassedOver(run.label, f"lines of {whole.name} once more, and not all of them"))
     return kept, passed_over
+
+
+def _is_a_recipes(steps: tuple[int, ...], cadences: Counter[tuple[int, ...]]) -> bool:
+    """Whether enough runs have these validation steps to believe that the recipe made them so."""
+    if cadences[steps] < (3 if _regular_but_for_a_hole(steps) else 2):
+        return False
+    return not any(set(steps) < set(other) for other in cadences if other[-1:] == steps[-1:])
+
+
+def _regular_but_for_a_hole(steps: tuple[int, ...]) -> bool:
+    """Whether one distance holds throughout, but for a place or two where it is a multiple, and goes on after it; the
+    last distance may be a shorter one."""
+    gaps = [after - before for before, after in pairwise(steps)]
+    gaps = [steps[0], *gaps] if steps[0] > 1 else gaps
+    if len(gaps) < 4:
+        return False
+    usual, count = Counter(gaps).most_common(1)[0]
+    holes = [index for index, gap in enumerate(gaps[:-1]) if gap != usual]
+    after = (gaps[index + 1] for index in holes)
+    return 0 < len(holes) <= min(2, count - 1) and all(
+        gaps[index] % usual == 0 and (later == usual or (index + 2 == len(gaps) and later < usual))
+        for index, later in zip(holes, after)
+    )
 
 
 def _steps(run: Run) -> tuple[int, ...]:

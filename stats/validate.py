@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from stats import evidence
+from stats.copies import across
 from stats.errors import StatsError
-from stats.evidence import GRADES, Finding
+from stats.evidence import GRADES
 from stats.judge import judge
 from stats.monitor import monitor
 from stats.planfile import read_plan
 from stats.plans import Plan
-from stats.samples import Sample, sample_of
+from stats.samples import Sample, drops_in, sample_of
 from stats.sequential import ACCEPT
 from stats.series import Series
 from stats.ttest import FEWEST_RUNS, STRICT_ALPHA, TRACK_THRESHOLD, TTest, ttest
-from stats.values import LeftOut, Run
+from stats.values import Finding, LeftOut, Run
 
 NO_CLAIM = ("none", "no effect")  # record.json's "claim" of a series that is published for what it did not find
 
@@ -80,7 +81,7 @@ def validate(
     """Grade a series by its folder. Never raises for what it finds there: that is what the grades are for.
 
     `against`: a head of its ledger, or a commit, that was published earlier. `others`: what comparing it with other
-    series found (`stats.evidence.across`). Raises UsageError for an `against` that is neither head nor commit.
+    series found (`stats.copies.across`). Raises UsageError for an `against` that is neither head nor commit.
     """
     findings: list[Finding] = list(others)
     sample = test = plan = None
@@ -115,13 +116,11 @@ def validate(
 
 def validate_each(series: Sequence[Series], alpha: float = STRICT_ALPHA, **settings: Any) -> Assessments:
     """`validate` for every series, with a look for runs that stand in more than one of them."""
-    copied = evidence.across(series)
+    copied = across(series)
     drop = settings.pop("drop", None) or {}
     found = []
     for one in series:
-        names = {run.name for run in one.runs} | {launch.run for launch in one.launches or ()}
-        own = {run: reason for run, reason in drop.items() if run in names}
-        found.append(validate(one, alpha, own, others=copied.get(one.path, ()), **settings))
+        found.append(validate(one, alpha, drops_in(one, drop), others=copied.get(one.path, ()), **settings))
     return Assessments(tuple(found))
 
 

@@ -17,6 +17,15 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """One check. `grade` is the best that it allows: A if it is met."""
+
+    check: str
+    grade: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """One validation of a run."""
 

@@ -9,10 +9,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # stats/, from the ground up; a module imports from its own floor or from below.
 FLOORS = (
     ("errors", "text", "jsonio", "values"),
-    ("correct", "chance", "power", "ttest", "plans", "sequential", "curve", "figures", "paired"),
+    ("correct", "chance", "power", "ttest", "plans", "sequential", "curve", "svg", "figures", "paired"),
     ("chain", "program", "runs", "tables", "sources", "series", "planfile"),
-    ("samples", "compare", "times", "judge", "monitor", "design", "evidence"),
+    ("samples", "compare", "times", "judge", "monitor", "design", "copies", "evidence"),
     ("validate", "leaderboard", "report", "importing"),
+    ("verbs", *(f"verbs.{name}" for name in ("options", "judging", "planning", "showing", "sources"))),
     ("cli", "__main__", "ttest.__main__"),
 )
 FLOOR_OF = {f"stats.{name}": floor for floor, names in enumerate(FLOORS) for name in names}

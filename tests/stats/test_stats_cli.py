@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from stats.cli import SCHEMA_CLASSES, build_parser, main, verb_schema
+from stats.cli import build_parser, main
 from stats.jsonio import to_jsonable
 from stats.plans import make_plan
 from stats.series import read_runs
+from stats.verbs.sources import SCHEMA_CLASSES, verb_schema
 
 GOOD = [2.9180 + 0.0001 * ((3 * i) % 7) for i in range(8)]
 PLAN = make_plan(margin=0.0006, sigma=0.00063, cap=30)
