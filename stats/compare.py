@@ -19,7 +19,7 @@ from stats.correct import below_p, dunnett_p, holm_p, tost_p
 from stats.curve import curve
 from stats.errors import DataError, UsageError
 from stats.plans import make_plan
-from stats.samples import Sample
+from stats.samples import Sample, unlike_losses
 from stats.sequential import ACCEPT, CONTINUE, FUTILE, Decision, decide
 from stats.ttest import TRACK_THRESHOLD, Summary, check_alpha, checked_losses, summarize
 
@@ -135,6 +135,8 @@ def compare(
             checked_losses(sample.losses)
         except DataError as error:
             raise DataError(f"{sample.name}: {error.cause}") from None
+    if "unit" in unlike_losses([sample.runs for sample in (baseline, *candidates)]):
+        raise DataError("losses in different units (nats a token, bits a byte): they cannot be compared")
     groups = [_group(sample, threshold) for sample in (baseline, *candidates)]
     losses = holm([welch(candidate.losses, baseline.losses, alpha) for candidate in candidates])
     times = holm([welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates])
@@ -177,6 +179,8 @@ def _notes(baseline: Sample, candidates: Sequence[Sample], correction: str) -> t
         if len(sample.losses) < FEW_RUNS:
             runs = len(sample.losses)
             notes.append(f"{sample.name}: only {runs} runs, so the test rests on normality that they cannot show")
+    if unlike := unlike_losses([sample.runs for sample in samples]):
+        notes.append(f"different {unlike}: a difference of the losses is theirs as well")
     machines = {(run.hardware, run.world_size) for sample in samples for run in sample.runs if run.hardware}
     if len(machines) > 1:
         told = "; ".join(f"{name}, {count or '?'} processes" for name, count in sorted(machines, key=str))

@@ -12,8 +12,9 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stats.series import Series, read_runs
 from stats.values import Finding, Run, is_finished
 
 GRADES = "ABCDF"
+FEWEST_TIMED = 4  # runs, to call one of them too quick
 CLOCK_TOLERANCE_S = 300.0  # between the clocks of two hosts
 
 
@@ -216,11 +218,16 @@ def clocks(series: Series, sample: Sample | None) -> Iterator[Finding]:
     seconds = {e.get("run"): e.get("seconds") for e in events if e["event"] == "end" and e.get("status") == "finished"}
     resumed = {e.get("run") for e in events if e["event"] == "launch" and e.get("attempt", 1) != 1}
     launched = {e.get("run"): _moment(e.get("time")) for e in events if e["event"] == "launch"}
+    yield from _too_quick(sample.runs if sample else ())
     for run in sample.runs if sample else ():
         for point in run.validations:
             if point.time_s is not None and point.step_avg_ms and not _average_fits(point):
                 text = f"{point.time_s:g} s over {point.step} steps, but an average of {point.step_avg_ms:g} ms"
                 yield Finding("clocks", "D", f"{run.name}: {text} at line {point.line}")
+                break
+        for step, after, took in _stretches(run):
+            if took <= 0:
+                yield Finding("clocks", "D", f"{run.name}: no time between steps {step} and {after}")
                 break
         last, lived = run.validations[-1].time_s, seconds.get(run.name)
         if last and isinstance(lived, (int, float)) and lived and run.name not in resumed and last > lived + 1:
@@ -235,6 +242,33 @@ def clocks(series: Series, sample: Sample | None) -> Iterator[Finding]:
         if begun is not None and start < begun - CLOCK_TOLERANCE_S:
             text = f"its JSON says that it began {begun - start:.0f} s before the ledger launched it"
             yield Finding("clocks", "D", f"{run.name}: {text}")
+
+
+def _stretches(run: Run) -> Iterator[tuple[int, int, float]]:
+    """(step, next step, seconds between them) of the validations, where the log tells them; without the first steps,
+    after which some programs set their clock back."""
+    for before, after in pairwise(run.validations):
+        if before.step >= 20 and before.time_s is not None and after.time_s is not None:
+            yield before.step, after.step, after.time_s - before.time_s
+
+
+def _too_quick(runs: Sequence[Run]) -> Iterator[Finding]:
+    """A stretch between two validations in less than half of the time that every other run took for it, on one kind of
+    machine, by a run that is no quicker elsewhere: its clock was moved there."""
+    stretches: dict[tuple, list[tuple[float, str]]] = {}
+    for run in runs:
+        for start, end, seconds in _stretches(run):
+            stretches.setdefault((run.hardware, run.world_size, start, end), []).append((seconds, run.name))
+    quick: dict[str, list[str]] = {}
+    for (*_, start, end), told in stretches.items():
+        if len(told) < FEWEST_TIMED:
+            continue
+        (least, name), (second, _) = sorted(told)[:2]
+        if 0 < least < 0.5 * second:
+            quick.setdefault(name, []).append(f"{least:g} s from step {start} to {end}, the next took {second:g} s")
+    for name, where in quick.items():
+        if len(where) < 3:
+            yield Finding("clocks", "D", f"{name}: {where[0]}")
 
 
 def _average_fits(point: Any) -> bool:

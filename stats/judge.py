@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stats.errors import DataError, StatsError
+from stats.errors import DataError, StatsError, UsageError
 from stats.planfile import read_plan
 from stats.samples import Sample, drops_in, sample_of
 from stats.series import Series
 from stats.ttest import TRACK_THRESHOLD, TTest, ttest
+from stats.values import unit_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ def judge(
 
 def judge_sample(series: Series, sample: Sample, threshold: float | None = None, **settings: Any) -> TTest:
     """`judge` where the sample of the series is at hand."""
+    unit = unit_of(sample.finals[0]) if sample.finals else None
+    if threshold is None and unit and series.threshold is None:
+        text = f"its losses are in {unit}, for which no threshold is known: name one with --threshold"
+        raise UsageError(f"{series.path}: {text}")
     if threshold is None:
         threshold = TRACK_THRESHOLD if series.threshold is None else series.threshold
     settings.setdefault("decimals", sample.decimals)

@@ -10,7 +10,7 @@ from typing import Any
 
 from stats.compare import Difference, holm, welch
 from stats.errors import StatsError
-from stats.samples import Sample, selected
+from stats.samples import Sample, selected, unlike_losses
 from stats.series import Series
 from stats.ttest import STRICT_ALPHA, TRACK_THRESHOLD, Summary
 from stats.validate import Assessment, validate_each
@@ -79,9 +79,10 @@ def leaderboard(
     entries.sort(key=_rank)
     judged = [(entry, sample) for entry in entries if entry.error is None and (sample := samples[entry.path])]
     pairs = _pairs([(a, b, x, y) for (a, x), (b, y) in combinations(judged, 2)])
-    return Leaderboard(
-        tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha, _machines(entries, samples))
-    )
+    notes = [_machines(entries, samples)]
+    if unlike := unlike_losses([sample.runs for _, sample in judged]):
+        notes.append(f"Losses of different {unlike} cannot be compared.")
+    return Leaderboard(tuple(entries), tuple(pairs), alpha, _markdown(entries, pairs, alpha, notes))
 
 
 def _entry(series: Series, sample: Sample | None, assessment: Assessment, error: str | None) -> Entry:
@@ -146,7 +147,7 @@ def _machines(entries: Sequence[Entry], samples: dict[str, Sample | None]) -> st
     return f"Times of different machines cannot be compared ({parts})."
 
 
-def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float, machines: str) -> str:
+def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float, notes: Sequence[str]) -> str:
     from stats.text import p_text, table
 
     def cell(value: float | None, style: str) -> str:
@@ -188,7 +189,7 @@ def _markdown(entries: Sequence[Entry], pairs: Sequence[Pair], alpha: float, mac
             table(header, rows),
             "",
             legend,
-            *([machines] if machines else []),
+            *filter(None, notes),
             *(f"\n{e.series}: {e.error}" for e in entries if e.error),
         ]
     )

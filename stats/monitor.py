@@ -6,8 +6,11 @@ preferred. At the first launch whose end is not known yet the test waits, even i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from stats.errors import DataError, UsageError
 from stats.planfile import read_plan
@@ -15,7 +18,8 @@ from stats.plans import Plan
 from stats.samples import final_of, in_launch_order, mixture, reason_left_out
 from stats.sequential import Decision, decide
 from stats.series import Launch, Series
-from stats.values import LeftOut, Run, is_finished
+from stats.ttest import t_range
+from stats.values import LeftOut, Run, Validation, is_finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ def monitor(series: Series, plan: Plan | None = None, drop: Mapping[str, str] | 
     stop_step = series.stop_step if plan.stop_step is None else plan.stop_step
     runs = {run.name: run for run in series.runs}
     counted: list[Run] = []
-    losses: list[float] = []
+    finals: list[Validation] = []
     waiting, early, left_out = [], [], []
     for name, launch in _launches(series, stop_step):
         run = runs.get(name)
@@ -58,17 +62,18 @@ def monitor(series: Series, plan: Plan | None = None, drop: Mapping[str, str] | 
             early.append(name)
         else:
             counted.append(run)
-            losses.append(final_of(run, launch, stop_step).loss)
+            finals.append(final_of(run, launch, stop_step))
     if mixed := mixture(counted, stop_step):
         raise DataError(f"runs of different configurations: {'; '.join(mixed)}", series.path)
+    decision = decide([point.loss for point in finals], plan)
     return Monitoring(
         series.name,
-        decide(losses, plan),
+        decision,
         tuple(run.name for run in counted),
         tuple(waiting),
         tuple(early),
         tuple(left_out),
-        _notes(series, plan, counted),
+        (*_notes(series, plan, counted), *_notes_on_digits(finals, plan, decision)),
     )
 
 
@@ -88,6 +93,25 @@ def _launches(series: Series, stop_step: int | None) -> list[tuple[str, Launch |
         (run.name, None if is_finished(run, stop_step) or run.problems else Launch(run.name, "running", 0))
         for run in order
     ]
+
+
+def _notes_on_digits(finals: Sequence[Validation], plan: Plan, decision: Decision) -> list[str]:
+    """That the printed digits decide: all losses equal, or a verdict that those which were not printed could turn."""
+    look = decision.path[-1] if decision.path else None
+    if look is None:
+        return []
+    used = finals[: look.n]
+    if math.isnan(look.t):
+        return [f"all {look.n} losses are {used[0].loss}, which decides nothing: copies of one run, or too few digits?"]
+    digits = [point.decimals for point in used if point.decimals is not None]
+    if look.t_accept is None or look.t_futile is None or len(digits) < len(used):
+        return []
+    above, below = t_range(np.array([point.loss for point in used]), plan.threshold, max(digits))
+    low, high = -below, -above
+    if (low >= look.t_accept) == (high >= look.t_accept) and (low <= look.t_futile) == (high <= look.t_futile):
+        return []
+    text = f"the losses are rounded to {max(digits)} decimals, which leaves t anywhere in [{low:.3g}, {high:.3g}]"
+    return [f"{text}: the verdict hangs on digits not printed"]
 
 
 def _notes(series: Series, plan: Plan, counted: list[Run]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from stats.errors import DataError
 from stats.program import differing_lines, program_key
 from stats.series import Launch, Series
-from stats.values import LeftOut, Run, Validation, final_validation
+from stats.values import LeftOut, Run, Validation, final_validation, unit_of
 
 DIVERGED = 4  # exit code of a trainer whose loss was no longer finite
 
@@ -186,6 +186,29 @@ def mixture(runs: Sequence[Run], stop_step: int | None = None) -> list[str]:
     return found + _configs(runs)
 
 
+def unlike_losses(samples: Sequence[Sequence[Run]]) -> str:
+    """What makes the losses of several samples unlike, in words: their unit, the data that they were measured on. What
+    a run does not tell is not held against it; empty where nothing differs."""
+    runs = [run for sample in samples for run in sample]
+    found = []
+    for what, key in (
+        ("unit", lambda run: (unit_of(run.validations[-1]) or "nats") if run.validations else None),
+        ("validation data", lambda run: run.val_data_hash),
+        ("val_files", lambda run: configuration_of(run).get("val_files")),
+        ("val_tokens", lambda run: configuration_of(run).get("val_tokens")),
+    ):
+        values = sorted({str(value) for run in runs if (value := key(run)) is not None})
+        if len(values) > 1:
+            found.append(f"{what} ({', '.join(value[:24] for value in values[:3])})")
+    return ", ".join(found)
+
+
+def configuration_of(run: Run) -> dict:
+    """The configuration that a run's log prints, else that of the JSON beside it; empty if neither has one."""
+    beside = (run.sidecar or {}).get("config")
+    return run.config or (beside if isinstance(beside, dict) else {})
+
+
 def grouped(runs: Sequence[Run], key: Callable[[Run], object]) -> dict[object, list[Run]]:
     """Runs by what `key` says of them, in the order of their first."""
     groups: dict[object, list[Run]] = {}
@@ -253,6 +276,7 @@ _CONFIGURATION: tuple[tuple[str, Callable[[Run, int | None], object]], ...] = (
     ("data (data hash)", _data_hash),
     ("validation data (val data hash)", lambda run, stop: run.val_data_hash),
     ("presets", lambda run, stop: run.preset),
+    ("units of the loss", lambda run, stop: unit_of(run.validations[-1]) or "nats" if run.validations else None),
     ("sets of validation steps", _steps),
 )
 

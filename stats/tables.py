@@ -70,7 +70,7 @@ def understood(keys: Iterable[str], path: str) -> tuple[dict[str, str], list[str
                 continue  # a name beside an id, a time beside a runtime: the first one counts
             raise DataError(f"two columns for {meaning}, {other!r} and {key!r}: take one out", path)
         taken[key] = meaning
-    return taken, [str(key) for key in plain if key not in taken and key not in ("line", "")]
+    return taken, [str(key) for key in plain if key not in taken and key not in ("line", "semicolons", "")]
 
 
 def parse_csv(text: str, path: str) -> list[Run]:
@@ -91,7 +91,7 @@ def parse_csv(text: str, path: str) -> list[Run]:
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(header):
             raise DataError(f"{len(line)} cells under a header of {len(header)}", path, number)
-        table.append({**dict(zip(header, line)), "line": number})
+        table.append({**dict(zip(header, line)), "line": number, "semicolons": delimiter != ","})
     return _runs(table, path)
 
 
@@ -179,7 +179,7 @@ def _is_final(row: dict) -> bool:
 
 def _wide_table(rows: list[dict], path: str) -> list[Run]:
     """Runs of a chart that Weights & Biases exports: `Step`, then `NAME - KEY` (with __MIN and __MAX) a run."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "line"))
+    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("line", "semicolons")))
     columns = [key for key in keys if " - " in str(key) and not str(key).lower().endswith(("__min", "__max"))]
     step = next((key for key in keys if str(key).strip().lower() in ("step", "_step", "global_step")), None)
     if not columns or step is None:
@@ -194,7 +194,7 @@ def _wide_table(rows: list[dict], path: str) -> list[Run]:
             continue
         name = column.rpartition(" - ")[0]
         points = [
-            {"step": row[step], "loss": row[column], "line": row.get("line")}
+            {"step": row[step], "loss": row[column], "line": row.get("line"), "semicolons": row.get("semicolons")}
             for row in rows
             if row.get(column) not in (None, "")
         ]
@@ -295,8 +295,12 @@ def _value(row: dict, key: str, path: str) -> tuple[float | None, int | None]:
         return None, None
     if isinstance(cell, str):
         text = cell.strip()
-        if re.fullmatch(r"[+-]?\d+,\d+", text):  # in a table whose cells are not divided by commas
-            text = text.replace(",", ".")
+        if re.fullmatch(r"[+-]?\d+,\d+", text):
+            thousands = re.search(r",\d{3}$", text) and not row.get("semicolons")
+            if thousands or key not in ("loss", "time_s", "time_ms"):
+                told = f"{key} {text[:80]}: does the comma divide thousands? Write it without"
+                raise DataError(told, path, row.get("line"))
+            text = text.replace(",", ".")  # a decimal comma
     elif isinstance(cell, (int, float)) and not isinstance(cell, bool):
         text = repr(cell)
     else:

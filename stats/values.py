@@ -93,6 +93,11 @@ class Run:
         return {point.step: point.loss for point in self.validations}
 
 
+def unit_of(point: Validation) -> str | None:
+    """The unit of a loss that is not in nats a token; None for those that are, or do not say."""
+    return dict(point.extra).get("unit")
+
+
 def final_validation(run: Run, stop_step: int | None = None) -> Validation:
     """The validation that the run is judged by: at `stop_step` if given, else at the planned last step.
 

@@ -208,6 +208,13 @@ def rounding_interval(losses: np.ndarray, threshold: float, alpha: float, decima
     since centring does not lengthen the vector of errors. t is taken at the corners of that box, so the
     interval contains the true one and is slightly wider.
     """
+    low, high = (float(scipy.stats.t.cdf(t, len(losses) - 1)) for t in t_range(losses, threshold, decimals))
+    decisive = all((low < level) == (high < level) for level in (alpha, 0.05, STRICT_ALPHA))
+    return RoundingInterval(decimals, low, high, decisive)
+
+
+def t_range(losses: np.ndarray, threshold: float, decimals: int) -> tuple[float, float]:
+    """Least and greatest t statistic over the box of `rounding_interval`; negative: below the threshold."""
     n, half = len(losses), 0.5 * 10.0**-decimals
     mean, norm = float(losses.mean()), float(losses.std()) * math.sqrt(n)
     corners = []
@@ -215,11 +222,8 @@ def rounding_interval(losses: np.ndarray, threshold: float, alpha: float, decima
         for spread in (max(norm - half * math.sqrt(n), 0.0), norm + half * math.sqrt(n)):
             gap = mean + shift - threshold
             error = spread / math.sqrt(n * (n - 1))
-            t = math.copysign(math.inf, gap) if error == 0 else gap / error
-            corners.append(float(scipy.stats.t.cdf(t, n - 1)))
-    low, high = min(corners), max(corners)
-    decisive = all((low < level) == (high < level) for level in (alpha, 0.05, STRICT_ALPHA))
-    return RoundingInterval(decimals, low, high, decisive)
+            corners.append(math.copysign(math.inf, gap) if error == 0 else gap / error)
+    return min(corners), max(corners)
 
 
 def sensitivity_of(losses: np.ndarray, threshold: float, alpha: float, resamples: int, seed: int) -> Sensitivity:
