@@ -48,6 +48,17 @@ class Checkpoint:
         """Tokens of a packed row in training."""
         return int(self.told.get("row_tokens") or DEFAULT_ROW)
 
+    def within(self, ids: Sequence[int]) -> list[int]:
+        """The last of `ids` that the model may be given at once, see `context`; all of them where it looks at a fixed
+        number of tokens, and so cannot look at more."""
+        return list(ids) if self.model.context else list(ids)[-self.row_tokens :]
+
+    def told_within(self, prompt: str) -> str:
+        """A sentence on a prompt that is longer than what `within` leaves of it; '' for a shorter one."""
+        ids = self.encode_prompt(prompt)
+        rest = len(ids) - len(self.within(ids))
+        return f" Its first {rest:,} tokens are not read: a row in training had {self.row_tokens:,}." if rest else ""
+
     def reading(self) -> str:
         """Which weights these are, in words."""
         why = " (of the least validation loss)" if self.path.stem == "best" else ""

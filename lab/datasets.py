@@ -20,7 +20,7 @@ from torch import Tensor
 from lab import LabError
 from lab.cleaning import STORY_END, read_stories
 from lab.embedded import embedded_documents, floor_on
-from lab.models.base import IGNORE
+from lab.models.base import IGNORE, MARK
 from lab.tables import read_table, read_utf8
 from lab.tokens import ByteTokenizer, CharTokenizer, Tokenizer, word_tokenizer
 
@@ -251,6 +251,15 @@ class Corpus:
         if not self.embedded or self.tokenizer.kind not in ("char", "byte"):
             return None
         return floor_on(self.documents["val"], self.kind)
+
+    def floor_of(self, targets_RT: Tensor) -> float | None:
+        """The same for a part of the validation text: the targets of its first packed rows, the last document maybe
+        cut."""
+        if self.floor is None:
+            return None
+        ids = targets_RT[targets_RT != IGNORE].numpy()
+        *whole, rest = (self.tokenizer.decode(d.tolist()) for d in np.split(ids, np.flatnonzero(ids == MARK) + 1))
+        return floor_on(whole, self.kind, rest)
 
 
 def make_tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:

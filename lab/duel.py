@@ -14,10 +14,14 @@ from lab import LabError, cli, plots
 from lab.analyses.colours import coloured
 from lab.analyses.curves import told_by
 from lab.analyses.finding import Finding, write_finding, write_summary
+from lab.analyses.menu import COLOURED_CHARS
+from lab.analyses.scoring import limit_documents
 from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
 from lab.cli import setting
+from lab.comparable import NOT_COMPARABLE, validated_on
 from lab.sample import generate
 from lab.texts import starting_prompt, texts_of
+from lab.words import unread_words
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Side:
     """A series in a duel: its runs' JSON, and the checkpoint that its first run kept."""
 
     name: str
+    folder: Path
     runs: list[dict[str, Any]]
     checkpoint: Checkpoint
 
@@ -40,22 +45,30 @@ def side(folder: str | Path, vocab: str | None = None) -> Side:
     runs = [told_by(path) for path in sorted((folder / "runs").glob("*.json"))]
     if not runs:
         raise LabError(f"no run's JSON in {folder / 'runs'}; give the folder of a series")
-    return Side(folder.name, runs, load_checkpoint(best_checkpoint(folder), vocab))
+    return Side(folder.name, folder, runs, load_checkpoint(best_checkpoint(folder), vocab))
 
 
-def verdict(first: str | Path, second: str | Path, alpha: float = 0.05) -> dict[str, Any]:
+def comparable(sides: tuple[Side, Side]) -> bool:
+    """Whether all finished runs of both sides were validated on the same tokens of the same text."""
+    return len({validated_on(run) for one in sides for run in one.runs if run["status"] == "finished"}) <= 1
+
+
+def verdict(sides: tuple[Side, Side], alpha: float = 0.05) -> dict[str, Any]:
     """What `stats compare` says of two series' final losses: `text` for people; `estimate` (second minus first),
-    `low`, `high` and `p_value`, None where there are too few runs to say."""
+    `low`, `high` and `p_value`, None where there are too few runs to say, or losses that do not compare."""
     from stats.compare import compare, render
     from stats.errors import StatsError
     from stats.samples import sample_of
     from stats.series import load_series
 
+    none = {"estimate": None, "low": None, "high": None, "p_value": None}
+    if not comparable(sides):
+        return {"text": f"No verdict: {NOT_COMPARABLE}", **none}
     try:
-        baseline, candidate = (sample_of(load_series(Path(folder))) for folder in (first, second))
+        baseline, candidate = (sample_of(load_series(one.folder)) for one in sides)
         found = compare(baseline, [candidate], alpha=alpha)
     except StatsError as error:
-        return {"text": f"No verdict: {error}", "estimate": None, "low": None, "high": None, "p_value": None}
+        return {"text": f"No verdict: {error}", **none}
     losses = found.comparisons[0].loss
     told = {key: getattr(losses, key, None) for key in ("estimate", "low", "high", "p_value")}
     return {"text": render(found), "alpha": alpha, **told}
@@ -115,14 +128,19 @@ def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     (first, second), asked = cli.command(__doc__, words, Duelling, (2, 2))
     sides = side(first, asked.vocab or None), side(second, asked.vocab or None)
-    told = verdict(first, second, asked.alpha)
+    for one in sides:
+        print(f"reading {one.checkpoint.reading()}")
+        if unknown := unread_words(one.checkpoint.tokenizer, asked.prompt):
+            print(f"{one.name}: {unknown}")
+    told = verdict(sides, asked.alpha)
     findings = [curves(sides, told, Path(asked.out))]
     documents = texts_of(sides[0].checkpoint, asked.path).documents
     written = samples(sides, asked.prompt or starting_prompt(sides[0].checkpoint, documents))
     for name, texts in written.items():
         print(f"{name}:", *texts, sep="\n  ")
-    if sides[0].checkpoint.tokenizer.digest() == sides[1].checkpoint.tokenizer.digest():
-        findings.append(coloured([one.checkpoint for one in sides], documents["val"][:40], Path(asked.out)))
+    if comparable(sides):
+        text = limit_documents(documents["val"], COLOURED_CHARS)
+        findings.append(coloured([one.checkpoint for one in sides], text, Path(asked.out)))
     print(told["text"])
     print(findings[0].summary)
     print(f"page: {write_summary(Path(asked.out), findings, f'{sides[0].name} against {sides[1].name}')}")

@@ -37,18 +37,21 @@ def entropy_floor(kind: str) -> float:
     return measure.nats / measure.size_bytes
 
 
-def floor_on(documents: list[str], kind: str) -> float:
+def floor_on(documents: list[str], kind: str, rest: str = "") -> float:
     """The mean loss of the predictor that knows the grammar on these very documents: what a perfect model would show.
-    A model may lie below `entropy_floor` on a lucky sample, below this only by luck of its own.
+    A model may lie below `entropy_floor` on a lucky sample, below this only by luck of its own. `rest`: the beginning
+    of one more document, where the text is cut.
 
     LabError for text that the grammar cannot write."""
-    nats = [_nats_of_name(d) if kind == "names" else -log_prob(d, DOMAINS[kind]) for d in documents]
+    nats = [_nats(d, kind) for d in documents] + ([_nats(rest, kind, whole=False)] if rest else [])
     if not all(map(math.isfinite, nats)):
         raise LabError("the text is not of the embedded corpus: its grammar cannot write it")
-    return sum(nats) / sum(len(d) + 1 for d in documents)
+    return sum(nats) / (sum(len(d) + 1 for d in documents) + len(rest))
 
 
-def _nats_of_name(name: str) -> float:
-    """Of one name and its line end, over all ways in which the grammar can write it."""
-    ways = [log_p for log_p, _ in grammar().derivations((Choice("name", None),), name + "\n")]
+def _nats(document: str, kind: str, whole: bool = True) -> float:
+    """Of one document and its end (or of a beginning), over all ways in which the grammar can write it."""
+    if kind != "names":
+        return -log_prob(document, DOMAINS[kind], whole=whole)
+    ways = [log_p for log_p, _ in grammar().derivations((Choice("name", None),), document + "\n" * whole)]
     return -float(np.logaddexp.reduce(ways)) if ways else math.inf

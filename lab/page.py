@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lab import LabError, cli
-from lab.analyses.colours import STYLE
 from lab.analyses.curves import run_json, told_by
 from lab.analyses.finding import Finding, page
 from lab.analyses.menu import MENU, Look, fitting, look_at
@@ -106,11 +105,8 @@ def section(finding: Finding, shows: str) -> str:
     """A finding with everything in it: picture, coloured text or samples as text, and its numbers."""
     name = html.escape(finding.name.replace("_", " "))
     parts = [f'<h2 id="{finding.name}">{name}: {html.escape(shows)}</h2><p>{html.escape(finding.summary)}</p>']
-    if finding.name == "coloured":
-        parts.append(f"<p class=legend>{html.escape(_legend(finding))}</p>{finding.data['html']}")
-    elif finding.name == "samples":
-        rows = (f"<tr><td>{r['step']:,}<td>{html.escape(r['text'])}</tr>" for r in finding.data["samples"])
-        parts.append(f"<table class=samples><tr><th>step<th>text</tr>{''.join(rows)}</table>")
+    if finding.html:
+        parts.append(finding.html)
     else:
         picture = base64.b64encode(finding.png_path.read_bytes()).decode()
         parts.append(f'<img alt="{html.escape(finding.summary)}" src="data:image/png;base64,{picture}">')
@@ -120,12 +116,6 @@ def section(finding: Finding, shows: str) -> str:
         href = f"data:application/json;base64,{link}"
         parts.append(f'<p><a download="{finding.name}.json" href="{href}">numbers</a></p>')
     return "\n".join(parts)
-
-
-def _legend(finding: Finding) -> str:
-    if "before" in finding.data:
-        return "Blue: the later (or first named) model pays less for this token; orange: it pays more. Hover or tab."
-    return "White costs nothing, orange 6 nats and more. Hover over a token, or reach it with the tab key."
 
 
 def facts(look: Look, place: str) -> str:
@@ -142,8 +132,8 @@ def facts(look: Look, place: str) -> str:
             rows["validation loss at the end"] = f"{told['final_loss']:.4f}"
         if told.get("test_loss") is not None:
             rows["test loss"] = f"{told['test_loss']:.4f}"
-        if told.get("floor") is not None:
-            rows["loss of the grammar itself on that text"] = f"{told['floor']:.4f}"
+        if (floor := told.get("floor_whole", told.get("floor"))) is not None:  # the kept one is scored on all of it
+            rows["loss of the grammar itself on that text"] = f"{floor:.4f}"
         if told.get("overlap"):
             rows["validation documents that stand in training too"] = f"{told['overlap']['val']:.1%}"
         settings = html.escape(json.dumps(config, sort_keys=True, indent=1))
@@ -154,9 +144,8 @@ def facts(look: Look, place: str) -> str:
     return f"<table class=facts>{cells}</table>{told}"
 
 
-OWN_STYLE = """<style>.samples td:last-child,.facts td{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}
-.facts th{text-align:left;font-weight:600}.legend{color:#555}
-"""
+OWN_STYLE = """<style>.facts td{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere}
+.facts th{text-align:left;font-weight:600}</style>"""
 
 
 def write_page(places: Sequence[str], asked: Keeping, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -165,7 +154,7 @@ def write_page(places: Sequence[str], asked: Keeping, say: Callable[[str], None]
         sections, look = gather(places, asked, Path(folder), say)
         title = f"{look.final.name}: {look.final.label}"
         said = f"<p>{html.escape(look.texts.said)}</p>" if "texts" in vars(look) and look.texts.said else ""
-        head = f"{OWN_STYLE}{STYLE}</style>{facts(look, places[0])}{said}"
+        head = f"{OWN_STYLE}{facts(look, places[0])}{said}"
         path = Path(asked.out)
         write_text(path, page(title, [head, *sections]))
     return path

@@ -13,6 +13,7 @@ from lab import cli
 from lab.checkpoints import Checkpoint, best_checkpoint, load_checkpoint
 from lab.cli import setting
 from lab.models.gpt import GPTRung
+from lab.words import unread_words
 from trainer.sample import cached, draw, recomputed
 
 
@@ -91,6 +92,10 @@ def main(words: list[str]) -> int:
     (place,), asked = cli.command(__doc__, words, Writing, (1, 1))
     checkpoint = load_checkpoint(best_checkpoint(Path(place)), asked.vocab or None)
     print(f"reading {checkpoint.reading()}", file=sys.stderr)
+    if told := unread_words(checkpoint.tokenizer, asked.prompt):
+        print(told, file=sys.stderr)
+    if told := checkpoint.told_within(asked.prompt):
+        print(f"The prompt is long.{told}", file=sys.stderr)
     how = {name: value for name, value in vars(asked).items() if name != "vocab"}
     for sample in generate(checkpoint, **how):
         print(sample.text + ("" if sample.ended else " ..."))

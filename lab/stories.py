@@ -10,7 +10,6 @@ A story ends with the end mark (the document mark of every lab vocabulary), whic
 they end their stories by themselves. The stories of Eldan and Li (2023), "TinyStories", are the pattern.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import LabError, cli, train, vary
+from lab.analyses.curves import run_json, told_by
 from lab.analyses.quality import MEASURES, assess
 from lab.analyses.scoring import score
 from lab.checkpoints import best_checkpoint, load_checkpoint
@@ -90,7 +90,8 @@ def judge(runs: Mapping[str, Path], asked: Judging) -> dict[str, Any]:
     for name, run in runs.items():
         checkpoint = load_checkpoint(best_checkpoint(run))
         split = texts_of(checkpoint, asked.path).documents
-        log = json.loads(next((run / "runs").glob("*.json")).read_text(encoding="utf-8"))
+        log = told_by(run_json(run))  # of the very run whose checkpoint is read
+        print(f"{name}: reading {checkpoint.reading()}", flush=True)
         drawn = generate(
             checkpoint,
             "Once upon a time",

@@ -18,13 +18,18 @@ from lab import LabError, cli, plots
 from lab.cli import setting
 from lab.datasets import Corpus, row_batches
 from lab.models import build_model
+from lab.models.initial import initialise_
 from lab.runlog import write_json
-from lab.train import ScheduledAdamW, TrainConfig, corpus_of, evaluate, parse
+from lab.train import ScheduledAdamW, TrainConfig, corpus_of, evaluate, parse, use_threads
+
+# Fields of lab.train that a sweep would not read.
+UNREAD = {"seeds", "resume", "overwrite", "keep", "val_every", "log_every", "checkpoints", "diagnostics", "test"}
+UNREAD |= {"learning_rate", "repeat_batches"}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The rates of a sweep; all fields of lab.train may stand beside them."""
+    """The rates of a sweep; fields of lab.train may stand beside them, but UNREAD."""
 
     low: float = setting(-4.0, "exponent", "of ten: the least rate", at_least=-12, at_most=6)
     high: float = setting(0.0, "exponent", "of ten: the greatest rate", at_least=-12, at_most=6)
@@ -50,6 +55,7 @@ def one_run(config: TrainConfig, fields: Any, corpus: Corpus, rate: float) -> fl
         scaled = {name: getattr(fields, name) * factor for name in ("muon_lr", "head_lr", "embed_lr", "scalar_lr")}
         fields = dataclasses.replace(fields, **scaled)
     model = build_model(config.model, corpus.tokenizer.vocab_size, fields)
+    initialise_(model, config.initial)
     own = hasattr(model, "make_optimizer")
     optimizer = model.make_optimizer(config.steps) if own else ScheduledAdamW(model, config)
     rows = max(1, config.batch_tokens // config.row_tokens)
@@ -105,7 +111,11 @@ def main(words: list[str]) -> int:
     if cli.wants_help(words):
         print(__doc__, cli.describe(Rates))
         return 0
+    named = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    if unread := sorted(named & UNREAD):
+        raise LabError(f"--{unread[0]} has no part in a sweep, whose short runs have one seed and leave nothing behind")
     config, fields, where, rates = parse(words, {"steps": "200"}, Rates)
+    use_threads(where)
     folder = Path(where.output_dir or f"lab/out/sweep-{config.data}-{config.model}")
     found = sweep(config, fields, corpus_of(config), rates.low, rates.high, rates.count)
     for e, loss in zip(found.exponents, found.losses):

@@ -44,6 +44,11 @@ def texts_of(checkpoint: Checkpoint, path: str = "", other: str = "", kind: str 
         documents = load_documents(kind or checkpoint.told.get("data", "text"), other)
         return Texts(split_documents(documents), f"on another text than the model's own: {Path(other).name}")
     if "config" in checkpoint.told:
+        if path:
+            raise LabError(
+                f"{checkpoint.path} was trained on shards of tokens, which it names, not on a text such as {path}; "
+                "leave --path out, or look at that text with --other=FILE"
+            )
         return _of_shards(checkpoint)
     return Texts(_own(checkpoint, path))
 

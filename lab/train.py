@@ -200,13 +200,17 @@ class ScheduledAdamW:
         return {f"adam.{key}.{n}": kind[n] for n in self.named for key, kind in kinds.items()}
 
 
+def scored_rows(tokens: Tokens, row_tokens: int, limit_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of the first packed rows that hold `limit_tokens` (one at least; 0: all rows)."""
+    idx, targets = pack_rows(tokens, row_tokens)
+    rows = max(1, limit_tokens // row_tokens) if limit_tokens else len(idx)
+    return idx[:rows], targets[:rows]
+
+
 @torch.no_grad()
 def evaluate(model: LanguageModel, tokens: Tokens, row_tokens: int, limit_tokens: int = 0) -> float:
     """Mean loss in nats over every prediction of `tokens` (or of the first rows that hold `limit_tokens`)."""
-    idx, targets = pack_rows(tokens, row_tokens)
-    if limit_tokens:
-        rows = max(1, limit_tokens // row_tokens)
-        idx, targets = idx[:rows], targets[:rows]
+    idx, targets = scored_rows(tokens, row_tokens, limit_tokens)
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -276,11 +280,18 @@ class Run:
         self.checkpoints = folder / "runs" / f"{self.name}.checkpoints"
         self.seconds = 0.0
         self.best: dict[str, Any] = {"step": -1, "loss": math.inf}
-        self.floor, self.overlap = corpus.floor, overlap(corpus.documents)
+        self.floor, self.overlap = self._floor(), overlap(corpus.documents)
         looks = config.diagnostics and config.model != "counts"  # counting has no gradients to look at
         self.diagnostics = (
             Diagnostics(self.model, corpus.tokenizer.vocab_size, max(1, config.steps // 100)) if looks else None
         )
+
+    def _floor(self) -> float | None:
+        """The grammar's own loss on the very text that validations read, which may be a part of the split."""
+        val, c = self.corpus.tokens["val"], self.config
+        if not c.val_tokens or c.val_tokens >= val.num_predictions + c.row_tokens:
+            return self.corpus.floor
+        return self.corpus.floor_of(scored_rows(val, c.row_tokens, c.val_tokens)[1])
 
     def _check_context(self) -> None:
         smallest = min(t.num_predictions for t in self.corpus.tokens.values())
@@ -385,7 +396,8 @@ class Run:
         self.log.open(resuming=resuming, overwrite=overwrite)
         start = self.load_state() if resuming else 0
         if not resuming:
-            (self.checkpoints / "best.safetensors").unlink(missing_ok=True)  # of a run that is overwritten
+            for old in self.checkpoints.glob("*.safetensors"):  # of a run that is overwritten: none may be read as ours
+                old.unlink()
             self.tell_split()
         marks = set(checkpoint_steps(c.steps, c.checkpoints))
         batches = self.batches(start)
@@ -468,6 +480,7 @@ class Run:
             kept_by=c.keep,
             test_loss=test_loss if test_loss is None or math.isfinite(test_loss) else None,
             floor=self.floor,
+            floor_whole=self.corpus.floor,
             overlap=self.overlap,
             num_parameters=self.model.num_parameters(),
             tokens_per_s=tokens_per_s,
@@ -508,21 +521,35 @@ def corpus_of(config: TrainConfig) -> Corpus:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """'0-4' or '0,3,7' as numbers; LabError otherwise."""
+    """'0-4' or '0,3,7' as numbers; LabError otherwise, and for a range that goes down or a seed named twice."""
     seeds: list[int] = []
     for part in text.split(","):
-        low, _, high = part.partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
             raise LabError(f"--seeds={text}: write 0-4 or 0,3,7")
-        seeds += range(int(low), int(high or low) + 1)
+        if not (found := range(int(low), int(high or low) + 1)):
+            raise LabError(f"--seeds={text}: {part} goes down; write the smaller number first")
+        seeds += found
+    if len(set(seeds)) < len(seeds):
+        raise LabError(f"--seeds={text}: a seed is named twice, and would train the same run again")
     return seeds
+
+
+def _names(kind: type) -> str:
+    """The settings of a model, in words."""
+    return ", ".join(f"--{field.name}" for field in dataclasses.fields(kind)) or "no settings of its own"
 
 
 def parse(words: Sequence[str], start: dict[str, str] | None = None, *more: type) -> tuple[Any, ...]:
     """(TrainConfig, the model's settings, Where, an instance of each of `more`) from a command line; `start`: texts
     that it may replace. LabError for an unknown field, told with the chosen model's own."""
     rungs = {rung: fields_class(rung) for rung in LADDER}
-    positional, given = cli.read(words, TrainConfig, Where, *more, *rungs.values())
+    try:
+        positional, given = cli.read(words, TrainConfig, Where, *more, *rungs.values())
+    except LabError as error:
+        asked = next((w.partition("=")[2] for w in words if w.startswith("--model=")), (start or {}).get("model", ""))
+        rung = asked if asked in rungs else TrainConfig.model
+        raise LabError(f"{error}; {rung} has {_names(rungs[rung])}") from None
     if positional:
         raise LabError(f"{positional[0]!r} is not a --field=value; see --help")
     given = (start or {}) | given
@@ -531,10 +558,17 @@ def parse(words: Sequence[str], start: dict[str, str] | None = None, *more: type
     for name in given:
         if name not in own:
             theirs = ", ".join(r for r, kind in rungs.items() if name in {f.name for f in dataclasses.fields(kind)})
-            has = ", ".join(f.name for f in dataclasses.fields(fields_class(rung))) or "no settings of its own"
-            raise LabError(f"--{name} belongs to {theirs}, not to {rung}, which has {has}")
+            raise LabError(f"--{name} belongs to {theirs}, not to {rung}, which has {_names(fields_class(rung))}")
+    if given.get("seeds") and "seed" in given:
+        raise LabError(f"--seed={given['seed']} and --seeds={given['seeds']}: give one of them")
     others = [cli.filled(kind, given) for kind in (fields_class(rung), Where, *more)]
     return complete(cli.filled(TrainConfig, given)), *others
+
+
+def use_threads(where: Where) -> None:
+    """Torch's threads as they were asked for."""
+    if where.threads:
+        torch.set_num_threads(where.threads)
 
 
 def main(words: list[str], start: dict[str, str] | None = None, progress: Callable[[str], None] = print) -> int:
@@ -543,8 +577,7 @@ def main(words: list[str], start: dict[str, str] | None = None, progress: Callab
         print(__doc__, cli.describe(TrainConfig, Where, *(fields_class(name) for name in LADDER)))
         return 0
     config, fields, where = parse(words, start)
-    if where.threads:
-        torch.set_num_threads(where.threads)
+    use_threads(where)
     corpus = corpus_of(config)
     folder = Path(where.output_dir or Path("lab/out") / f"{config.data}-{config.model}")
     for seed in parse_seeds(where.seeds) if where.seeds else [config.seed]:

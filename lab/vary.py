@@ -18,9 +18,10 @@ from typing import Any
 from lab import LabError, cli, plots
 from lab.analyses.finding import Finding, write_finding
 from lab.cli import setting
+from lab.comparable import NOT_COMPARABLE, validated_on
 from lab.datasets import Corpus
 from lab.models.initial import different_units
-from lab.train import Run, corpus_of, parse, parse_seeds
+from lab.train import Run, corpus_of, parse, parse_seeds, use_threads
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ def tell(fields: Sequence[str], found: Sequence[Varied], out: Path) -> Finding:
     if not scored:
         raise LabError("no value led to a finite validation loss; see the runs' logs")
     best = min(scored, key=lambda row: row["mean"])
+    if len({validated_on(run) for one in found for run in one.runs}) > 1:
+        summary = f"{len(table)} choices, of which none is the best: {NOT_COMPARABLE}."
+        return write_finding(out, "vary", summary, {"fields": list(fields), "table": table}, fig)
     seeds = len(found[0].runs)
     summary = f"Best of {len(table)}: {', '.join(f'{f}={best[f]}' for f in fields)} at {best['mean']:.4f} "
     spread = f"± {best['std']:.4f} over {seeds} seeds" if best["std"] is not None else "(one seed: no spread)"
@@ -150,6 +154,7 @@ def main(words: list[str]) -> int:
         return 0
     config, _, where, varying = parse(words, None, Varying)
     fields, _ = choices(varying)
+    use_threads(where)
     folder = Path(where.output_dir or f"lab/out/vary-{config.data}-{config.model}-{'-'.join(fields)}")
     finding = tell(fields, vary(words, folder), folder)
     for row in finding.data["table"]:
@@ -157,7 +162,8 @@ def main(words: list[str]) -> int:
         loss = "infinite" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
         units = "".join(f", {told} units of {name} differ" for name, told in row["different_units"].items())
         told = ", ".join(f"{f}={row[f]}" for f in fields)
-        print(f"{told}: {loss} (first loss {row['first_loss']:.3f}, {row['parameters']:,} parameters{units})")
+        first = "infinite" if row["first_loss"] is None else f"{row['first_loss']:.3f}"
+        print(f"{told}: {loss} (first loss {first}, {row['parameters']:,} parameters{units})")
     print(f"{finding.summary} Curves in {finding.png_path}")
     return 0
 

@@ -1,16 +1,49 @@
-"""Words of a text and back: splitting, joining with spaces and capitals restored, and the commonest words."""
+"""Words of a text and back: splitting, joining with spaces and capitals restored, and the commonest words.
+
+In any alphabet: a word is a run of letters with the signs that belong to them (accents, the vowel signs of Hindi). Of
+scripts that put no spaces between words (Chinese, Japanese, Thai, Khmer, Burmese) a word is one character.
+"""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-WORD = re.compile(r"<unk>|[A-Za-z]+(?:'[A-Za-z]+)*|[0-9]|\n|[^\sA-Za-z0-9]")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_FIRST_SIGN, _LAST_SIGN = 0x300, 0x12000  # where Unicode has nearly all of its combining characters
+
+
+def _signs() -> str:
+    """The inside of a class of a regular expression: what belongs to the letter before it and is none, as Python's
+    `\\w` has it: combining characters, and the joiners of Persian and Hindi."""
+    points = (chr(p) for p in range(_FIRST_SIGN, _LAST_SIGN))
+    return "\u200c\u200d" + "".join(c for c in points if unicodedata.category(c).startswith("M"))
+
+
+_LETTER = rf"(?:[A-Za-z]+|(?![{_UNSPACED}])[^\W\d_])"
+_SIGN = rf"(?=[^\x00-\u02ff])[{_signs()}]"  # the first look is quick, and enough for most texts
+_RUN = rf"{_LETTER}(?:{_LETTER}|{_SIGN})*"
+WORD = re.compile(rf"<unk>|{_RUN}(?:['\u2019]{_RUN})*|[{_UNSPACED}](?:{_SIGN})*|\S|\n")
+_TIGHT = re.compile(f"[{_UNSPACED}\u3000-\u303f\uff00-\uff65]")  # with the punctuation of such scripts
 
 
 def split_words(text: str) -> list[str]:
     """Words (with inner apostrophes), single digits, punctuation signs and line ends, in the text's case; `<unk>`, the
     word that stands for a rarer one, is a word."""
     return WORD.findall(text)
+
+
+def unread_words(tokenizer: Any, text: str) -> str:
+    """A sentence that names the words which a vocabulary of words lacks and so reads as its unknown word; '' if there
+    are none, or the vocabulary is of another kind (it refuses what it does not know)."""
+    if tokenizer.kind != "word":
+        return ""
+    missing = [w for w in dict.fromkeys(split_words(text)) if tokenizer.encode(w, "keep").min() < 0]
+    if not missing:
+        return ""
+    listed = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+    return f"The model knows {tokenizer.vocab_size - 2:,} words and reads these as <unk>: {listed}."
 
 
 def common_words(documents: Sequence[str], size: int = 2000, min_count: int = 2) -> tuple[list[str], list[str]]:
@@ -73,7 +106,7 @@ def join_words(words: Iterable[str], names: set[str] | frozenset[str] = frozense
         shown = word
         if start or word in names or word == "i" or word.startswith("i'"):
             shown = word[0].upper() + word[1:]
-        both_digits = word.isdigit() and last.isdigit()
-        out.append(shown if glue or both_digits else f" {shown}")
+        together = (word.isdigit() and last.isdigit()) or (_TIGHT.match(word) and _TIGHT.match(last))
+        out.append(shown if glue or together else f" {shown}")
         start, last, glue = False, word, word == "("
     return "".join(out)

@@ -10,7 +10,7 @@ A run's own text is found where it lay when it was trained (or give --path, or n
 refused, unless it is asked for with --other. `python -m lab.analyses list` tells what there is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def _named(words: list[str], asked: Looking) -> tuple[dict[str, Checkpoint], dic
         if not equals or not name:
             raise LabError(f"write name=RUN or name=RUN:FILE, not {word!r}")
         models[name] = load_checkpoint(best_checkpoint(run or place), asked.vocab or None)
+        print(f"{name}: reading {models[name].reading()}")
         corpora[name] = texts_of(models[name], path if run else "").documents
     return models, corpora
 
@@ -65,7 +66,36 @@ def _domains(words: list[str], asked: Looking) -> analyses.Finding:
 def _forgetting(words: list[str], asked: Looking) -> analyses.Finding:
     models, corpora = _named(words, asked)
     how = {"steps": asked.steps, "every": max(1, asked.steps // 4), "progress": lambda line: print(line, flush=True)}
-    return analyses.forgetting(models, corpora, Path(asked.out), **how)
+    return analyses.forgetting(models, corpora, Path(asked.out), chars=asked.limit, **how)
+
+
+_VERBS = {  # verb: what it does, and the options that it reads
+    "domains": (_domains, ("out", "limit", "vocab")),
+    "forgetting": (_forgetting, ("out", "limit", "vocab", "steps")),
+}
+
+
+def _refuse_unread(places: list[str], asked: Looking) -> None:
+    """LabError for the first option that was given, but that nothing here would read: it would change nothing."""
+    given = {field.name for field in fields(asked) if getattr(asked, field.name) != field.default}
+    if places[0] in _VERBS:
+        read = _VERBS[places[0]][1]
+        if unread := sorted(given.difference(read)):
+            raise LabError(f"--{unread[0]} has no part in {places[0]}, which reads --{', --'.join(read)}")
+        return
+    if asked.path and asked.other:
+        raise LabError("--path says where the run's own text lies, --other names another text: give one of them")
+    if asked.data and not (asked.other or asked.fewshot_path):
+        raise LabError("--data says how --other or --fewshot_path is read; give one of them, or leave --data out")
+    only = {name.strip() for name in asked.only.split(",") if name.strip()}
+    readers = {"target": {"attribution"}, "grammar": {"grammar"}, "fewshot_path": {"fewshot", "fewshot_early"}}
+    readers |= {"hellaswag": {"benchmarks"}, "lambada": {"benchmarks"}, "text": {"coloured"}}
+    for name in sorted(given & set(readers)):
+        if only and not only & readers[name]:
+            reader = " and ".join(sorted(readers[name]))
+            raise LabError(f"--{name} is read by {reader}, which --only={asked.only} leaves out")
+    if len(places) == 2 and only and "coloured" not in only:
+        raise LabError(f"a second run is read by coloured alone, which --only={asked.only} leaves out")
 
 
 def _look(words: list[str], asked: Looking) -> Look:
@@ -132,12 +162,12 @@ def _chosen(look: Look, asked: Looking) -> list[analyses.Finding]:
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     places, asked = cli.command(__doc__, words, Looking, (1, None))
-    verbs = {"domains": _domains, "forgetting": _forgetting}
     if places == ["list"]:
         print("\n".join(f"{name:20} {item.shows}" for name, item in MENU.items()))
         return 0
-    if places[0] in verbs:
-        findings = [verbs[places[0]](places[1:], asked)]
+    _refuse_unread(places, asked)
+    if places[0] in _VERBS:
+        findings = [_VERBS[places[0]][0](places[1:], asked)]
         print(f"{findings[0].name}: {findings[0].summary}")
     elif len(places) > 2:
         raise LabError(f"one run is looked at, or two are compared, not {len(places)}")

@@ -66,7 +66,7 @@ def attention_maps(checkpoint: Checkpoint, ids: Sequence[int]) -> list[Attention
 def attention(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> Finding:
     """Every layer's heads as maps over a text or documents (their first MOST_MAP_TOKENS tokens); grey: outside of
     window or document."""
-    ids = checkpoint.encode_documents(text)[:MOST_MAP_TOKENS]
+    ids = checkpoint.encode_documents(text)[: min(MOST_MAP_TOKENS, checkpoint.context)]
     maps = attention_maps(checkpoint, ids)
     pieces = [checkpoint.tokenizer.piece(i) for i in ids]
     heads = maps[0].weights.shape[0]
@@ -148,7 +148,8 @@ def lens(checkpoint: Checkpoint, ids: Sequence[int]) -> list[Said]:
 
 def logit_lens(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> Finding:
     """A table: layers up the side, the text's first tokens along, in each cell what that layer would say next."""
-    ids = checkpoint.encode_documents(text)[:MOST_LENS_TOKENS]
+    longest = MOST_LENS_TOKENS if checkpoint.model.context else min(MOST_LENS_TOKENS, checkpoint.row_tokens)
+    ids = checkpoint.encode_documents(text)[:longest]
     said = lens(checkpoint, ids)
     piece = checkpoint.tokenizer.piece
     fig, ax = plots.figure(size=(max(6, 0.55 * len(ids) + 1.5), 0.45 * len(said) + 1.4))
@@ -170,7 +171,7 @@ def logit_lens(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> 
         words = [[piece(int(t)), float(p)] for t, p in zip(best.indices[i], best.values[i])]
         table.append({"layer": s.layer, "likeliest": words, "agrees_with_output": float(agreed[i].float().mean())})
     told = ", ".join(f"{row['layer']} {row['agrees_with_output']:.0%}" for row in table[:-1])
-    summary = f"Share of places at which a layer already says what the model says in the end: {told}."
+    summary = f"Share of {len(ids)} places at which a layer already says what the model says in the end: {told}."
     data = {"tokens": [piece(i) for i in ids], "table": table}
     return write_finding(out, "logit_lens", summary, data, fig)
 

@@ -136,7 +136,7 @@ def captum_integrated_gradients(opened: EmbeddedModel, target: int, points: int 
 
 def attribute(checkpoint: Checkpoint, prompt: str, target: str | None = None, points: int = 128) -> Attribution:
     """Attribute the logit of `target` (one token; default: the likeliest) after `prompt` to the prompt's tokens."""
-    ids = checkpoint.encode_prompt(prompt)
+    ids = checkpoint.within(checkpoint.encode_prompt(prompt))
     opened = EmbeddedModel(checkpoint, ids)
     values, base = opened.values()
     with torch.no_grad():
@@ -146,6 +146,8 @@ def attribute(checkpoint: Checkpoint, prompt: str, target: str | None = None, po
         if len(wanted) != 1:
             raise LabError(f"the target {target!r} is {len(wanted)} tokens of this vocabulary; give exactly one")
         token = int(wanted[0])
+        if token == getattr(checkpoint.tokenizer, "unknown_id", None):
+            raise LabError(f"the target {target!r} is not among the words that the model knows; give one of those")
     leaves = [v.clone().requires_grad_() for v in values]
     logit = opened.logit(leaves, token)
     gradients = torch.autograd.grad(logit.sum(), leaves, allow_unused=True)
@@ -166,7 +168,7 @@ def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str |
     data: dict[str, Any] = {"prompt": prompt, **vars(found)}
     check = ""
     try:
-        ids = checkpoint.encode_prompt(prompt)
+        ids = checkpoint.within(checkpoint.encode_prompt(prompt))
         opened = EmbeddedModel(checkpoint, ids)
         theirs, _ = opened.by_token(captum_integrated_gradients(opened, found.target_id))
         data["largest_difference_to_captum"] = max(abs(a - b) for a, b in zip(theirs, found.integrated))
@@ -177,7 +179,7 @@ def attribution(checkpoint: Checkpoint, prompt: str, out: Path, *, target: str |
     several = checkpoint.several_tokens("what it does is counted at the last of them")
     summary = (
         f"{found.target!r} after {prompt!r} is driven most by {strongest!r}; integrated gradients add up to the change "
-        f"of the logit within {abs(found.completeness_error):.1e}{check}.{several}"
+        f"of the logit within {abs(found.completeness_error):.1e}{check}.{several}{checkpoint.told_within(prompt)}"
     )
     return write_finding(out, "attribution", summary, data, _picture(found))
 
@@ -236,7 +238,7 @@ def by_layer(checkpoint: Checkpoint, ids: Sequence[int], target: int) -> dict[st
 
 def attribution_layers(checkpoint: Checkpoint, prompt: str, out: Path) -> Finding:
     """Where in depth and place the likeliest next token comes from: gradient times activation, layer by layer."""
-    ids = checkpoint.encode_prompt(prompt)[-60:]
+    ids = checkpoint.within(checkpoint.encode_prompt(prompt))
     with torch.no_grad():
         target = int(checkpoint.model.logits(torch.tensor([ids]))[0, -1].argmax())
     found = by_layer(checkpoint, ids, target)
@@ -244,16 +246,18 @@ def attribution_layers(checkpoint: Checkpoint, prompt: str, out: Path) -> Findin
         raise LabError(f"{checkpoint.name} has no layers to attribute to")
     piece = checkpoint.tokenizer.piece
     pieces = [piece(i) for i in ids]
-    fig, ax = plots.figure(size=(max(7, 0.32 * len(pieces) + 2), 0.5 * len(found) + 1.4))
+    names = [plots.plain(p) for p in pieces[-ROW_DRAWN:]]
+    fig, ax = plots.figure(size=(max(7, 0.32 * len(names) + 2), 0.5 * len(found) + 1.4))
     reach = max(abs(v) for row in found.values() for v in row) or 1.0
-    ax.imshow(list(found.values()), cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
-    names = [plots.plain(p) for p in pieces]
+    ax.imshow([row[-ROW_DRAWN:] for row in found.values()], cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if max(map(len, names[1:]), default=1) > 1 else 0)
     ax.set_yticks(range(len(found)), list(found))
     ax.grid(False)
-    ax.set_title(f"blue pushed towards {plots.plain(repr(piece(target)))}, red away from it")
+    rest = len(pieces) - len(names)
+    cut = f" ({rest} tokens before are not drawn)" if rest else ""
+    ax.set_title(f"blue pushed towards {plots.plain(repr(piece(target)))}, red away from it{cut}")
     ends = {name: abs(row[-1]) / (sum(map(abs, row)) or 1.0) for name, row in found.items()}
     told = ", ".join(f"{name} {share:.0%}" for name, share in ends.items())
-    summary = f"Share of the attribution that has reached the last place: {told}."
+    summary = f"Share of the attribution that has reached the last place: {told}.{checkpoint.told_within(prompt)}"
     data = {"prompt": prompt, "tokens": pieces, "target": piece(target), "target_id": target, "layers": found}
     return write_finding(out, "attribution_layers", summary, data, fig)

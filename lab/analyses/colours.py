@@ -32,7 +32,7 @@ class Coloured:
 def read_tokens(checkpoint: Checkpoint, text: str | Sequence[str], top: int = 5) -> list[Coloured]:
     """Every token of a text (or of several documents, whose marks are guessed too, and shown as •), its loss, and the
     `top` likeliest tokens in its place. Text that the vocabulary lacks raises UnknownTextError."""
-    ids = checkpoint.encode_documents(text)[1 : MOST_TOKENS + 1]
+    ids = checkpoint.encode_documents(text)[1 : MOST_TOKENS + 1]  # `coloured` tells of the rest
     if not ids:
         raise LabError("there is no text to colour; give one with --prompt or --text")
     logp = token_logits(checkpoint, ids).log_softmax(-1)
@@ -72,7 +72,9 @@ font-family:ui-monospace,Menlo,Consolas,monospace}
 .coloured span{position:relative;border-radius:3px}
 .coloured span>i{display:none;position:absolute;z-index:5;left:0;top:1.6em;background:#222;color:#fff;padding:.4em .6em;
 font:13px/1.4 ui-monospace,monospace;white-space:pre;border-radius:4px}
-.coloured span:hover>i,.coloured span:focus>i{display:block}"""
+.coloured span:hover>i,.coloured span:focus>i{display:block}
+@media(max-width:600px){.coloured span{position:static}
+.coloured span>i{position:fixed;left:0;right:0;top:auto;bottom:0;border-radius:0}}"""
 
 
 def as_html(tokens: Sequence[Coloured], spaced: bool, before: Sequence[Coloured] | None = None) -> str:
@@ -94,7 +96,8 @@ def as_html(tokens: Sequence[Coloured], spaced: bool, before: Sequence[Coloured]
 
 
 def coloured(checkpoints: Sequence[Checkpoint], text: str | Sequence[str], out: Path, *, top: int = 5) -> Finding:
-    """The text as one checkpoint reads it, or two (the earlier one first). Leaves <out>/coloured.html besides."""
+    """The text as one checkpoint reads it, or two (the earlier one first); pages show it as text, with what else was
+    expected on hover."""
     if not 1 <= len(checkpoints) <= 2:
         raise LabError(f"text is coloured by one checkpoint or two, not {len(checkpoints)}")
     tokenizer = same_vocabulary(checkpoints)
@@ -109,13 +112,20 @@ def coloured(checkpoints: Sequence[Checkpoint], text: str | Sequence[str], out: 
     if before is not None:
         better = sum(t.nats < b.nats for t, b in zip(tokens, before))
         summary += f"; {means[0]:.3f} under {checkpoints[0].reading()}; {better} of them got better"
+    if rest := len(checkpoints[-1].encode_documents(text)) - 1 - len(tokens):
+        summary += f"; the {rest:,} tokens after them are left out"
     worst = max(tokens, key=lambda t: t.nats)
     summary += f". The greatest surprise is {worst.piece!r} with {worst.nats:.1f} nats."
     data: dict[str, Any] = {"tokens": [asdict(t) for t in tokens], "mean_nats": means}
     if before is not None:
         data["before"] = [asdict(t) for t in before]
-    data["html"] = as_html(tokens, tokenizer.kind == "word", before)
-    return write_finding(out, "coloured", summary, data, _picture(rows))
+    legend = f"White costs nothing, orange {DARK_NATS:g} nats and more."
+    if before is not None:
+        legend = "Blue: the later (or first named) model pays less for this token; orange: it pays more."
+    legend += " Hover over a token, or reach it with the tab key, for what else was expected."
+    text = as_html(tokens, tokenizer.kind == "word", before)
+    shown = f"<style>{STYLE}</style><p class=legend>{legend}</p>{text}"
+    return write_finding(out, "coloured", summary, data, _picture(rows), shown)
 
 
 def _picture(rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Any:

@@ -11,13 +11,15 @@ from lab.runlog import write_json, write_text
 
 @dataclass(frozen=True)
 class Finding:
-    """`name` of the analysis, its one-line `summary`, its `data`, and where JSON and PNG lie."""
+    """`name` of the analysis, its one-line `summary`, its `data`, and where JSON and PNG lie. `html`: what a page shows
+    instead of the picture, where text says it better."""
 
     name: str
     summary: str
     data: dict[str, Any]
     json_path: Path
     png_path: Path
+    html: str = ""
 
     def noted(self, said: str) -> "Finding":
         """The same, with a remark in summary and JSON: of a text that is not the model's own, for example."""
@@ -26,11 +28,11 @@ class Finding:
         return replace(self, summary=summary)
 
 
-def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figure: Any) -> Finding:
-    """Write <out>/<name>.json and .png. Raises OSError."""
+def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figure: Any, shown_as: str = "") -> Finding:
+    """Write <out>/<name>.json and .png; `shown_as` is HTML for pages. Raises OSError."""
     json_path = out / f"{name}.json"
     write_json(json_path, {"analysis": name, "summary": summary, **data})
-    return Finding(name, summary, data, json_path, plots.save(figure, out / f"{name}.png"))
+    return Finding(name, summary, data, json_path, plots.save(figure, out / f"{name}.png"), shown_as)
 
 
 PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;
@@ -39,7 +41,8 @@ h1{font-size:1.7em} h2{font-size:1.15em;margin:1.6em 0 .2em} h3{font-size:1em;ma
 img{max-width:100%;height:auto} .rung{border-left:3px solid #0072b2;padding-left:.8em;margin:.8em 0}
 table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap}
-nav a{margin-right:.9em;white-space:nowrap} @media(max-width:600px){body{margin:1em auto} td,th{padding:.2em .4em}}"""
+nav a{margin-right:.9em;white-space:nowrap} .samples td:last-child{text-align:left;white-space:pre-wrap;
+overflow-wrap:anywhere} .legend{color:#555} @media(max-width:600px){body{margin:1em auto} td,th{padding:.2em .4em}}"""
 
 
 def page(title: str, sections: list[str]) -> str:
@@ -50,14 +53,13 @@ def page(title: str, sections: list[str]) -> str:
 
 
 def section(finding: Finding, folder: Path) -> str:
-    """A finding as HTML: heading, its line, its picture, a link to the numbers."""
+    """A finding as HTML: heading, its line, its text or picture, a link to the numbers."""
     picture = finding.png_path.relative_to(folder).as_posix()
     numbers = finding.json_path.relative_to(folder).as_posix()
     name = html.escape(finding.name.replace("_", " "))
-    return (
-        f'<h2 id="{finding.name}">{name}</h2><p>{html.escape(finding.summary)} '
-        f'<a href="{numbers}">numbers</a></p><img src="{picture}" alt="{name}" loading=lazy>'
-    )
+    shown = finding.html or f'<img src="{picture}" alt="{name}" loading=lazy>'
+    line = f'<p>{html.escape(finding.summary)} <a href="{numbers}">numbers</a></p>'
+    return f'<h2 id="{finding.name}">{name}</h2>{line}{shown}'
 
 
 def write_summary(out: Path, findings: list[Finding], title: str = "What the checkpoints show") -> Path:

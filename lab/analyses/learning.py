@@ -16,11 +16,13 @@ from lab.sample import generate
 from lab.words import split_words
 
 MOST_LAYERS = 8  # drawn; the numbers have all
+WRITTEN_TOKENS = 60  # of what a checkpoint writes beside its layers
 
 
 def inside(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out: Path, *, tokens: int = 2048) -> Finding:
     """Activations and gradients of every layer on the same `tokens` tokens at every checkpoint, and over training:
-    saturation, gradient to weight, change of the weights since the checkpoint before, gain and bias of norms."""
+    saturation, gradient to weight, change of the weights since the checkpoint before, gain and bias of norms; beside
+    them what each checkpoint writes."""
     tokenizer = same_vocabulary(checkpoints)
     unknown = "error" if tokenizer.kind == "word" else "keep"
     chosen = tokenize_documents(limit_documents(documents, 4 * tokens), tokenizer, unknown)
@@ -33,13 +35,16 @@ def inside(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out: Pat
         moments.append(Diagnostics(checkpoint.model, tokenizer.vocab_size).look(checkpoint.step, idx, targets))
         if before is not None and before.step < checkpoint.step:
             changes.append({"step": checkpoint.step, "since": before.step, "change": _change(before, checkpoint)})
+    drawn = [generate(c, "", max_tokens=WRITTEN_TOKENS, temperature=0.8, seed=1)[0] for c in checkpoints]
+    texts = [{"step": c.step, "text": s.text + ("" if s.ended else " ...")} for c, s in zip(checkpoints, drawn)]
     last = moments[-1]
     flat = [n for n, layer in last["layers"].items() if layer["squashed"] and layer["saturated"] > 0.5]
     summary = (
         f"{len(moments)} checkpoints on the same {idx.numel():,} tokens: loss {moments[0]['loss']:.3f} to "
         f"{last['loss']:.3f}; more than half saturated at the end: {', '.join(flat) or 'no layer'}."
     )
-    return write_finding(out, "inside", summary, {"moments": moments, "changes": changes}, _small(moments, changes))
+    data = {"moments": moments, "changes": changes, "samples": texts}
+    return write_finding(out, "inside", summary, data, _small(moments, changes, texts))
 
 
 def _change(before: Checkpoint, after: Checkpoint) -> dict[str, float]:
@@ -53,11 +58,19 @@ def _change(before: Checkpoint, after: Checkpoint) -> dict[str, float]:
     return found
 
 
-def _small(moments: list[dict[str, Any]], changes: list[dict[str, Any]]) -> Any:
-    """Small multiples: a column a layer with activations above and gradients below, then a row of lines."""
+def _small(moments: list[dict[str, Any]], changes: list[dict[str, Any]], texts: list[dict[str, Any]]) -> Any:
+    """Small multiples: a column a layer with activations above and gradients below, then a row of lines; at the foot
+    what was written."""
     layers = list(moments[-1]["layers"])[:MOST_LAYERS]
     columns = max(4, len(layers))
-    fig, axes = plots.figure(3, columns, size=(3 * columns, 8))
+    fig, axes = plots.figure(4, columns, size=(3 * columns, 8 + 0.2 * len(texts)))
+    for ax in axes[3]:
+        ax.axis("off")
+    for i, row in enumerate(texts):
+        words = f"step {row['step']:<9,} {row['text'].replace(chr(10), ' ')}"
+        place = (0, 0.95 - (i + 0.5) / max(6, len(texts)))
+        cut = plots.short(words, 33 * columns)
+        axes[3][0].text(*place, cut, fontsize=8, family=plots.MONO).set_in_layout(False)
     for row, what in enumerate(("activation", "gradient")):
         for ax, name in zip(axes[row], [*layers, *[None] * columns]):
             if name is None:
@@ -101,12 +114,12 @@ def spelling(
     """Share of the words in `count` samples of each checkpoint that the training text has too (`names`: whole
     documents instead, without those that are copied: then what counts is the share of copies)."""
     same_vocabulary(checkpoints)
-    known = set(train) if names else {w.lower() for d in train for w in split_words(d) if w.isalpha()}
+    known = set(train) if names else {w.lower() for d in train for w in split_words(d) if w[0].isalpha()}
     table = []
     for checkpoint in checkpoints:
         drawn = generate(checkpoint, prompt, count=count, max_tokens=max_tokens, temperature=0.8, seed=3)
         texts = [s.written for s in drawn if s.written]
-        words = texts if names else [w.lower() for t in texts for w in split_words(t) if w.isalpha()]
+        words = texts if names else [w.lower() for t in texts for w in split_words(t) if w[0].isalpha()]
         share = sum(w in known for w in words) / len(words) if words else 0.0
         table.append({"step": checkpoint.step, "words": len(words), "known_share": share, "examples": words[:12]})
     fig, ax = plots.figure(size=(7, 3.6))
@@ -117,7 +130,7 @@ def spelling(
     ax.set_xlabel("step (the start is drawn at 1)")
     ax.set_ylabel("%")
     ax.set_title(f"Spelling along training: {what}")
-    summary = f"Written {what}: {table[0]['known_share']:.0%} at step {table[0]['step']:,}, "
+    summary = f"Of {count} samples each, {what}: {table[0]['known_share']:.0%} at step {table[0]['step']:,}, "
     summary += f"{table[-1]['known_share']:.0%} at step {table[-1]['step']:,}."
     return write_finding(out, "spelling", summary, {"prompt": prompt, "table": table}, fig)
 

@@ -12,7 +12,7 @@ import torch
 
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
-from lab.analyses.scoring import limit_documents, row_tokens_of, score
+from lab.analyses.scoring import limit_documents, row_tokens_of, score, told_limit
 from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.datasets import row_batches, tokenize_documents
 from lab.sample import generate
@@ -39,8 +39,11 @@ def losses(
     ax.set_title(f"{checkpoints[-1].label}: losses recomputed from checkpoints")
     ax.legend()
     last = table[-1]
-    summary = f"At step {last['step']:,}: train {last['train']:.4f}, validation {last['val']:.4f} nats a token."
-    return write_finding(out, "losses", summary, {"table": table}, fig)
+    summary = (
+        f"At step {last['step']:,}: train {last['train']:.4f} nats a token on {told_limit(documents['train'], chars)}, "
+        f"validation {last['val']:.4f} on {told_limit(documents['val'], chars)}."
+    )
+    return write_finding(out, "losses", summary, {"table": table, "limit_chars": chars}, fig)
 
 
 def domains(
@@ -75,9 +78,10 @@ def domains(
         f"{len(names)} models by {len(texts)} corpora; every diagonal value the least of its row and column: "
         f"nats {'yes' if verdicts['nats_per_token'] else 'no'}, bits a byte "
         f"{'yes' if verdicts['bits_per_byte'] else 'no'}; at most {unknown:.1%} of a text unknown to a vocabulary"
-        f"{not_judged}."
+        f"{not_judged}. Scored of each: {'; '.join(f'{t}, {told_limit(corpora[t], chars)}' for t in texts)}."
     )
-    return write_finding(out, "domains", summary, {"cells": cells, "diagonal_is_least": verdicts}, fig)
+    data = {"cells": cells, "diagonal_is_least": verdicts, "limit_chars": chars}
+    return write_finding(out, "domains", summary, data, fig)
 
 
 def judged(cell: Mapping[str, Any]) -> bool:
@@ -160,6 +164,7 @@ def fewshot(
     progress: Callable[[str], None] | None = None,
 ) -> Finding:
     """Fine-tune each checkpoint (the final one alone, or earlier ones too) on another corpus and watch it adapt."""
+    scored = told_limit(val, chars)
     val = limit_documents(val, chars)
     how: dict[str, Any] = {"steps": steps, "every": every, "prompt": prompt, "progress": progress}
     runs = [{"from_step": c.step, "table": fine_tune(c, train, val, **how)} for c in checkpoints]
@@ -182,10 +187,10 @@ def fewshot(
     last = runs[-1]["table"]
     summary = (
         f"From step {runs[-1]['from_step']:,}, {steps} steps on {corpus} take the loss from {last[0]['loss']:.3f} to "
-        f"{last[-1]['loss']:.3f} nats a token."
+        f"{last[-1]['loss']:.3f} nats a token of its validation text ({scored})."
     )
     name = "fewshot" if len(runs) == 1 else "fewshot_early"
-    return write_finding(out, name, summary, {"corpus": corpus, "runs": runs}, fig)
+    return write_finding(out, name, summary, {"corpus": corpus, "runs": runs, "limit_chars": chars}, fig)
 
 
 @torch.no_grad()
@@ -195,7 +200,7 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
     tokenizer = same_vocabulary(checkpoints)
     table, distributions = [], []
     for checkpoint in checkpoints:
-        idx = torch.tensor([checkpoint.encode_prompt(prompt)])
+        idx = torch.tensor([checkpoint.within(checkpoint.encode_prompt(prompt))])
         p = checkpoint.model.logits(idx)[0, -1].float().softmax(-1)
         distributions.append(p)
         likeliest = p.topk(min(top, len(p)))
@@ -222,6 +227,7 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
     last = table[-1]
     words = ", ".join(f"{piece} {p:.0%}" for piece, p, _ in last["top"][:3])
     summary = f"After {prompt!r} the last checkpoint expects {words}; entropy {last['entropy_nats']:.2f} nats."
+    summary += checkpoints[-1].told_within(prompt)
     return write_finding(out, "next_token", summary, {"prompt": prompt, "table": table}, fig)
 
 
@@ -240,6 +246,7 @@ def forgetting(
     if len(models) < 2:
         raise LabError("forgetting needs at least two models, name=RUN each")
     held_out = {name: limit_documents(corpora[name]["val"], chars) for name in models}
+    scored = [f"{name}, {told_limit(corpora[name]['val'], chars)}" for name in models]
     table = []
     for first, second in permutations(models, 2):
         told = (lambda line, a=first, b=second: progress(f"{a} > {b}: {line}")) if progress else None
@@ -266,6 +273,7 @@ def forgetting(
     worst = max(table, key=lambda pair: pair["points"][-1]["first"] - pair["points"][0]["first"])
     summary = (
         f"{steps} steps on another corpus: most is forgotten of {worst['first']} under {worst['second']}, from "
-        f"{worst['points'][0]['first']:.3f} to {worst['points'][-1]['first']:.3f} nats a token."
+        f"{worst['points'][0]['first']:.3f} to {worst['points'][-1]['first']:.3f} nats a token. Scored of each "
+        f"validation text: {'; '.join(scored)}."
     )
-    return write_finding(out, "forgetting", summary, {"pairs": table}, fig)
+    return write_finding(out, "forgetting", summary, {"pairs": table, "limit_chars": chars}, fig)

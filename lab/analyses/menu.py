@@ -21,6 +21,7 @@ from lab.analyses.scoring import limit_documents
 from lab.checkpoints import Checkpoint
 from lab.models.gpt import GPTRung
 from lab.texts import Texts, starting_prompt, texts_of
+from lab.words import unread_words
 
 COLOURED_CHARS = 700  # of a validation document, where no text is given to colour
 MAP_CHARS = 48  # of the prompt that attention and lens are shown on
@@ -75,12 +76,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Item:
-    """An analysis: what it shows, its call, whether it fits a model, and whether it reads the run's documents."""
+    """An analysis: what it shows, its call, whether it fits a model, whether it reads the run's documents, and whether
+    it reads a prompt (or, without one, a piece of them)."""
 
     shows: str
     call: Callable[[Look], Finding]
     fits: Callable[[Look], bool] = lambda look: True
     reads: bool = False
+    prompted: bool = False
 
 
 def _is_gpt(look: Look) -> bool:
@@ -140,8 +143,10 @@ MENU: dict[str, Item] = {
         _has_embeddings,
         reads=True,
     ),
-    "samples": Item("what each checkpoint writes", lambda k: samples_along(k.along, k.prompt, k.out)),
-    "variability": Item("how samples of one model differ", lambda k: variability(k.final, k.prompt, k.out)),
+    "samples": Item("what each checkpoint writes", lambda k: samples_along(k.along, k.prompt, k.out), prompted=True),
+    "variability": Item(
+        "how samples of one model differ", lambda k: variability(k.final, k.prompt, k.out), prompted=True
+    ),
     "symbols": Item("symbols written against symbols read", lambda k: symbols(k.final, _train(k), k.out), reads=True),
     "spelling": Item(
         "share of known words along training",
@@ -160,24 +165,33 @@ MENU: dict[str, Item] = {
         _has_weights,
         reads=True,
     ),
-    "next_token": Item("the next token along training", lambda k: next_token(k.along, k.prompt, k.out)),
-    "positions": Item("what is expected, place after place", lambda k: positions(k.final, k.prompt, k.out)),
-    "coloured": Item("text coloured by loss", lambda k: coloured(_two(k), k.text, k.out)),
-    "attention": Item("attention maps", lambda k: attention(k.final, k.read, k.out), _is_gpt),
-    "logit_lens": Item("what each layer would say", lambda k: logit_lens(k.final, k.read, k.out), _reads_by_layer),
+    "next_token": Item("the next token along training", lambda k: next_token(k.along, k.prompt, k.out), prompted=True),
+    "positions": Item(
+        "what is expected, place after place", lambda k: positions(k.final, k.prompt, k.out), prompted=True
+    ),
+    "coloured": Item("text coloured by loss", lambda k: coloured(_two(k), k.text, k.out), prompted=True),
+    "attention": Item("attention maps", lambda k: attention(k.final, k.read, k.out), _is_gpt, prompted=True),
+    "logit_lens": Item(
+        "what each layer would say", lambda k: logit_lens(k.final, k.read, k.out), _reads_by_layer, prompted=True
+    ),
     "scalars": Item("learned lambdas, gates and skips", lambda k: scalars(k.along, k.out), _is_gpt),
     "quality": Item(
         "perplexity, novelty, grammaticality, repetition",
         lambda k: quality(k.final, _train(k), _val(k), k.out, prompt=k.prompt),
         reads=True,
+        prompted=True,
     ),
     "attribution": Item(
         "which prompt tokens drove the next one",
         lambda k: attribution(k.final, k.prompt, k.out, target=k.target or None),
         _has_embeddings,
+        prompted=True,
     ),
     "attribution_layers": Item(
-        "where in depth the next token comes from", lambda k: attribution_layers(k.final, k.prompt, k.out), _has_layers
+        "where in depth the next token comes from",
+        lambda k: attribution_layers(k.final, k.prompt, k.out),
+        _has_layers,
+        prompted=True,
     ),
 }
 
@@ -188,7 +202,14 @@ def fitting(look: Look) -> list[str]:
 
 
 def look_at(look: Look, name: str) -> Finding:
-    """The finding of one analysis, which says so if its text was not the model's own."""
-    finding = MENU[name].call(look)
-    said = look.texts.said if MENU[name].reads else ""
-    return finding.noted(said) if said else finding
+    """The finding of one analysis, which says so if its text was not the model's own, or if the prompt has words that
+    the model does not know."""
+    item = MENU[name]
+    finding = item.call(look)
+    own = not (look.asked_prompt or look.asked_text)  # what is then read comes from the texts
+    said = [look.texts.said] if item.reads or (item.prompted and own) else []
+    if item.prompted and not own:
+        asked = look.asked_text or look.asked_prompt if name == "coloured" else look.asked_prompt
+        said.append(unread_words(look.final.tokenizer, asked).rstrip("."))
+    told = ". ".join(filter(None, said))
+    return finding.noted(told) if told else finding

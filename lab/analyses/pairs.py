@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
 from lab.checkpoints import Checkpoint, same_vocabulary
-from lab.tokens import Tokenizer
+from lab.tokens import UNKNOWN, Tokenizer
 
 MOST_SYMBOLS = 30  # of a map whose cells can be read
+MOST_EMBEDDINGS = 60  # tokens in the plane, among which neighbours are looked for
+ROWS_AT_ONCE = 256  # given to the model; all rows of 5,000 tokens would need gigabytes
 
 
 def count_pairs(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -33,10 +35,25 @@ def count_pairs(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
 def learned_pairs(checkpoint: Checkpoint, tokens: Sequence[int]) -> Tensor:
     """P(next | token alone) for each of `tokens`, (len(tokens), V): the model given nothing but the opening mark
     and one token (the mark itself: nothing more)."""
-    mark = checkpoint.tokenizer.mark
-    rows = torch.tensor([[mark, t] for t in tokens])
-    p = checkpoint.model.logits(rows).float().softmax(-1)
-    return torch.stack([p[i, 0 if t == mark else 1] for i, t in enumerate(tokens)])
+    mark, parts = checkpoint.tokenizer.mark, []
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        some = tokens[start : start + ROWS_AT_ONCE]
+        p = checkpoint.model.logits(torch.tensor([[mark, t] for t in some])).float().softmax(-1)
+        parts.append(torch.stack([p[i, 0 if t == mark else 1] for i, t in enumerate(some)]))
+    return torch.cat(parts)
+
+
+def divergence_of(checkpoint: Checkpoint, counts: np.ndarray) -> float:
+    """Kullback-Leibler divergence of the model's table of single tokens from the counts of pairs, in nats: the mean
+    over every token that was followed by another, as often as it was."""
+    total = 0.0
+    tokens = np.flatnonzero(counts.sum(1)).tolist()
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        some = tokens[start : start + ROWS_AT_ONCE]
+        often = counts[some].sum(1, keepdims=True)
+        learned = learned_pairs(checkpoint, some).double().numpy()
+        total += float((often[:, 0] * _divergence(counts[some] / often, learned)).sum())
+    return total / counts.sum()
 
 
 def pairs(checkpoint: Checkpoint, documents: Sequence[str], out: Path) -> Finding:
@@ -49,10 +66,8 @@ def pairs(checkpoint: Checkpoint, documents: Sequence[str], out: Path) -> Findin
     often = np.argsort(-counts.sum(1), kind="stable")[:MOST_SYMBOLS]
     shown = sorted((int(t) for t in often if counts[t].sum()), key=lambda t: (t != tokenizer.mark, t))
     table = counts[np.ix_(shown, shown)]
-    counted = counts[shown] / counts[shown].sum(1, keepdims=True)
     learned = learned_pairs(checkpoint, shown).double().numpy()
-    weight = counts[shown].sum(1) / counts[shown].sum()
-    divergence = float((weight * _divergence(counted, learned)).sum())
+    divergence = divergence_of(checkpoint, counts)
     pieces = ["•" if t == tokenizer.mark else tokenizer.piece(t) for t in shown]
     fig, axes = plots.figure(1, 2, size=(22, 11.8))
     _heat(axes[0], table, pieces, lambda i, j: f"{pieces[i]}{pieces[j]}\n{table[i, j]}")
@@ -93,7 +108,8 @@ def _heat(ax: Any, values: np.ndarray, pieces: Sequence[str], cell: Any) -> None
     small = 5 if len(pieces) > 15 else 8
     for i in range(len(pieces)):
         for j in range(len(pieces)):
-            colour = "white" if shown[i, j] > 0.6 * shown.max() else "0.35"
+            depth = shown[i, j] / (shown.max() or 1.0)
+            colour = "white" if depth > 0.55 else "black" if depth > 0.1 else "0.5"
             ax.text(j, i, plots.plain(cell(i, j)), ha="center", va="center", fontsize=small, color=colour)
     names = [plots.plain(p) for p in pieces]
     ax.set_xticks(range(len(names)), names, fontsize=7)
@@ -138,7 +154,8 @@ def embeddings(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out:
     for document in documents:
         for t, n in zip(*np.unique(tokenizer.encode(document, "keep"), return_counts=True)):
             counts[int(t)] = counts.get(int(t), 0) + int(n)
-    tokens = sorted((t for t in counts if t >= 0), key=lambda t: -counts[t])[:60]
+    counts.pop(UNKNOWN, None)
+    tokens = sorted(counts, key=lambda t: -counts[t])[:MOST_EMBEDDINGS]
     if len(tokens) < 2:
         raise LabError("the text has fewer than two different tokens; there are no neighbours")
     fig, axes = plots.figure(1, 2, size=(13, 6.2))
@@ -161,4 +178,6 @@ def embeddings(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out:
     near = data["after"]["neighbours"]
     told = "; ".join(f"{key.split(' ', 1)[1]}: {', '.join(o for o, _, _ in near[key][:3])}" for key in list(near)[:4])
     several = checkpoints[-1].several_tokens("such a table has no row of a token and is not shown")
-    return write_finding(out, "embeddings", f"Nearest by cosine after training: {told}.{several}", data, fig)
+    among = f"the {len(tokens)} commonest of {len(counts)} tokens" if len(counts) > len(tokens) else "all tokens"
+    summary = f"Nearest by cosine after training, among {among}: {told}.{several}"
+    return write_finding(out, "embeddings", summary, data, fig)

@@ -63,6 +63,15 @@ def repetition(words: Sequence[str], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+_ENDS_WELL = re.compile(r"[.!?\u0964\u3002][\"'\u201d\u2019\u00bb)]*$")
+
+
+def _begins_well(sentence: str) -> bool:
+    """With a digit or a letter that is no small one, maybe in quotes; most alphabets have no small ones."""
+    first = sentence.lstrip("\"'(\u201c\u2018\u00ab")[:1]
+    return first.isalnum() and not first.islower()
+
+
 class GrammarProxy:
     """A stand-in for grammaticality: how much of a text's word pairs good text is known to use, halved with how well
     its sentences begin and end. 1 is flawless. It sees word order only as far as neighbours go."""
@@ -79,8 +88,10 @@ class GrammarProxy:
         if len(words) < 2:
             return 0.0
         known = sum(p in self.pairs for p in pairwise(words)) / (len(words) - 1)
-        sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
-        formed = [bool(re.match(r"[\"'(]?[A-Z0-9]", s)) and bool(re.search(r"[.!?][\"')]*$", s)) for s in sentences]
+        sentences = [s for s in re.split(r"(?<=[.!?\u0964])\s+|(?<=\u3002)", text.strip()) if s]
+        formed = [
+            _begins_well(s) and bool(re.search(r"[.!?\u0964\u3002][\"'\u201d\u2019\u00bb)]*$", s)) for s in sentences
+        ]
         balanced = text.count('"') % 2 == 0
         return 0.5 * known + 0.5 * (0.8 * sum(formed) / len(formed) + 0.2 * balanced)
 

@@ -1,5 +1,6 @@
 """Analyses 3 and 4: samples along training, and how samples of one model differ."""
 
+import html
 import math
 import textwrap
 from collections import Counter
@@ -16,6 +17,8 @@ from lab.analyses.scoring import token_logits
 from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.sample import generate
 
+SYMBOL_TOKENS = 200  # of a sample, and of a document, whose symbols are counted
+
 
 def samples_along(
     checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, max_tokens: int = 120, seed: int = 0
@@ -28,7 +31,9 @@ def samples_along(
         rows.append({"step": checkpoint.step, "text": sample.text, "ended": sample.ended})
     fig = text_figure([(f"step {r['step']:,}", r["text"]) for r in rows], f"After {prompt!r}, along training")
     summary = f"{len(rows)} checkpoints continue {prompt!r}; {sum(r['ended'] for r in rows)} end by themselves."
-    return write_finding(out, "samples", summary, {"prompt": prompt, "samples": rows}, fig)
+    lines = (f"<tr><td>{r['step']:,}<td>{html.escape(r['text'])}</tr>" for r in rows)
+    table = f"<table class=samples><tr><th>step<th>text</tr>{''.join(lines)}</table>"
+    return write_finding(out, "samples", summary, {"prompt": prompt, "samples": rows}, fig, table)
 
 
 def text_figure(rows: Sequence[tuple[str, str]], title: str, width: int = 100, most_lines: int = 5) -> Any:
@@ -108,10 +113,14 @@ def variability(checkpoint: Checkpoint, prompt: str, out: Path, *, count: int = 
 
 def symbols(checkpoint: Checkpoint, documents: Sequence[str], out: Path, *, count: int = 40) -> Finding:
     """How often the model writes each character, beside how often the corpus has it: `count` samples without a prompt
-    at temperature 1, where the two should agree."""
-    drawn = generate(checkpoint, "", count=count, max_tokens=min(200, checkpoint.context * 4), seed=4)
-    written = Counter(c for s in drawn for c in s.written)
-    corpus = Counter(c for d in documents for c in d)
+    at temperature 1, where the two should agree. Both are cut at SYMBOL_TOKENS: how a document begins says more of
+    its beginning than of the rest."""
+    tokenizer = checkpoint.tokenizer
+    drawn = generate(checkpoint, "", count=count, max_tokens=SYMBOL_TOKENS, seed=4)
+    beginnings = (tokenizer.encode(d, "keep")[:SYMBOL_TOKENS] for d in documents)
+    read = (tokenizer.decode(int(t) for t in ids if t >= 0) for ids in beginnings)
+    written = Counter(c for s in drawn for c in s.written if c != "\ufffd")  # bytes that are half a character
+    corpus = Counter(c for text in read for c in text if c != "\ufffd")
     if not written:
         raise LabError("the model wrote nothing but end marks; there is nothing to count")
     shown = [c for c, _ in (corpus + written).most_common(40)]
@@ -125,7 +134,7 @@ def symbols(checkpoint: Checkpoint, documents: Sequence[str], out: Path, *, coun
     ax.legend()
     every = corpus.keys() | written.keys()
     distance = 0.5 * sum(abs(corpus[c] / sum(corpus.values()) - written[c] / sum(written.values())) for c in every)
-    ax.set_title(f"{checkpoint.label}: symbols written against symbols read")
+    ax.set_title(f"{checkpoint.label}: symbols written and read, in the first {SYMBOL_TOKENS} tokens of each text")
     table = [{"symbol": c, "corpus": corpus[c], "written": written[c]} for c in shown]
     summary = (
         f"{sum(written.values()):,} characters written: {distance:.1%} of them would have to be others for their "
@@ -148,15 +157,16 @@ def positions(checkpoint: Checkpoint, prompt: str, out: Path, *, count: int = 12
     for token, row in zip(written, logits):
         p = row.softmax(-1)
         best = p.topk(min(top, len(p)))
-        likeliest = [[piece(int(t)), float(v)] for t, v in zip(best.indices, best.values)]
+        likeliest = [[piece(int(t)), float(v), int(t)] for t, v in zip(best.indices, best.values)]
         entropy = float(-(p * p.clamp_min(1e-30).log()).sum())
-        table.append({"drawn": piece(token), "p": float(p[token]), "entropy_nats": entropy, "top": likeliest})
+        told = {"drawn": piece(token), "drawn_id": token, "p": float(p[token])}
+        table.append(told | {"entropy_nats": entropy, "top": likeliest})
     fig, ax = plots.figure(size=(max(6, 0.9 * len(table) + 1), 3.6))
     values = [[r["top"][k][1] if k < len(r["top"]) else 0.0 for r in table] for k in range(top)]
     ax.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for j, r in enumerate(table):
-        for k, (name, p) in enumerate(r["top"]):
-            weight = "bold" if name == r["drawn"] else "normal"
+        for k, (name, p, token) in enumerate(r["top"]):
+            weight = "bold" if token == r["drawn_id"] else "normal"  # two tokens may look alike
             text = f"{plots.short(name, 8)}\n{p:.0%}"
             colour = "white" if p > 0.6 else "black"
             ax.text(j, k, text, ha="center", va="center", fontsize=7, color=colour, weight=weight)

@@ -54,6 +54,12 @@ def limit_documents(documents: Sequence[str], chars: int) -> list[str]:
     return kept
 
 
+def told_limit(documents: Sequence[str], chars: int) -> str:
+    """What `limit_documents` leaves of `documents`, in words: a limit that changes a result is told with it."""
+    size = sum(map(len, documents))
+    return f"its first {chars:,} characters" if chars and size > chars else f"all its {size:,} characters"
+
+
 def unknown_characters(tokens: Tokens, documents: Sequence[str]) -> tuple[Counter, int]:
     """Characters that became UNKNOWN (one token a character), and their bytes."""
     text = "".join(documents)
@@ -68,6 +74,16 @@ def unknown_words(tokens: Tokens, documents: Sequence[str]) -> tuple[Counter, in
     words = [w for d in documents for w in split_words(d)]
     missing = Counter(words[i] for i in np.flatnonzero(tokens.ids == WordTokenizer.unknown_id))
     return missing, sum(len(w.encode("utf-8", "surrogatepass")) * n for w, n in missing.items())
+
+
+def letters_nats(checkpoint: Checkpoint, text: str) -> float:
+    """Nats of the letters of the words that a vocabulary of words lacks, at 8 bits a byte; 0.0 for other vocabularies.
+    Added to a loss it keeps a model from gaining by not knowing words: the unknown word itself is cheap."""
+    if not isinstance(checkpoint.tokenizer, WordTokenizer):
+        return 0.0
+    words = split_words(text)
+    missing = np.flatnonzero(checkpoint.tokenizer.encode(text) == WordTokenizer.unknown_id)
+    return 8 * math.log(2) * sum(len(words[i].encode("utf-8", "surrogatepass")) for i in missing)
 
 
 def score(checkpoint: Checkpoint, documents: Sequence[str], strict: bool = True) -> Score:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lab import LabError, plots
 from lab.analyses.finding import Finding, write_finding
-from lab.analyses.scoring import token_logits, token_losses
+from lab.analyses.scoring import letters_nats, token_logits, token_losses
 from lab.checkpoints import Checkpoint
 from lab.tables import json_lines, read_utf8, text_of
 
@@ -81,9 +81,9 @@ def read_cola(path: str | Path) -> list[tuple[str, bool]]:
 def hellaswag(
     checkpoint: Checkpoint, path: str | Path, limit: int = 0, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Share of tasks whose right ending has the least loss: summed, and per byte of the ending (the usual 'norm')."""
-    right = right_norm = 0
-    chance = 0.0
+    """Share of tasks whose right ending has the least loss: summed, and per byte of the ending (the usual 'norm').
+    Endings that tie share the point, or the first one would be right by its place; unknown words cost their letters."""
+    right = right_norm = chance = 0.0
     tasks = read_hellaswag(path, limit)
     for number, task in enumerate(tasks, 1):
         context = checkpoint.tokenizer.encode(task.context).tolist()
@@ -91,10 +91,11 @@ def hellaswag(
         for ending in task.endings:
             ids = checkpoint.tokenizer.encode(" " + ending.lstrip()).tolist()
             nats = float(token_losses(checkpoint, context + ids)[len(context) :].sum())
+            nats += letters_nats(checkpoint, ending)
             sums.append(nats)
             norms.append(nats / max(1, len(ending.encode())))
-        right += sums.index(min(sums)) == task.label
-        right_norm += norms.index(min(norms)) == task.label
+        right += point(sums, task.label)
+        right_norm += point(norms, task.label)
         chance += 1 / len(task.endings) / len(tasks)
         _tell(progress, "HellaSwag", number, len(tasks), right_norm)
     return {
@@ -132,9 +133,14 @@ def lambada(
     }
 
 
-def _tell(progress: Callable[[str], None] | None, name: str, number: int, total: int, right: int) -> None:
+def point(losses: Sequence[float], label: int) -> float:
+    """1 if the right one has the least loss, its share where several have it, else 0."""
+    return (losses[label] == min(losses)) / losses.count(min(losses))
+
+
+def _tell(progress: Callable[[str], None] | None, name: str, number: int, total: int, right: float) -> None:
     if progress and (number % max(1, total // 10) == 0):
-        progress(f"{name}: {number} of {total} tasks, {right} right so far")
+        progress(f"{name}: {number} of {total} tasks, {right:g} right so far")
 
 
 def benchmarks(
@@ -184,9 +190,10 @@ def wilson(right: int, count: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def sentence_nats(checkpoint: Checkpoint, sentence: str) -> tuple[float, int]:
-    """(nats of a whole sentence and its end, number of tokens)."""
+    """(nats of a whole sentence and its end, number of tokens); unknown words cost their letters."""
     ids = checkpoint.tokenizer.encode(sentence).tolist()
-    return float(token_losses(checkpoint, [*ids, checkpoint.tokenizer.mark]).sum()), len(ids) + 1
+    nats = float(token_losses(checkpoint, [*ids, checkpoint.tokenizer.mark]).sum())
+    return nats + letters_nats(checkpoint, sentence), len(ids) + 1
 
 
 def pair_share(checkpoint: Checkpoint, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from data.paths import atomic_file
 from lab.studio.places import Refused
+from lab.studio.writing import LONGEST_PROMPT
 
 if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
@@ -49,12 +50,14 @@ class Session:
 
 
 def session(pair: tuple[Checkpoint, Checkpoint], names: tuple[str, str], prompt: str, count: int, seed: int) -> Session:
-    """`count` stories of each model after the same beginning, shuffled. Refused for a count out of range, LabError for
-    a beginning that a model cannot read."""
+    """`count` stories of each model after the same beginning, shuffled. Refused for a count out of range and a
+    beginning of more than LONGEST_PROMPT characters, LabError for one that a model cannot read."""
     from lab.sample import generate
 
     if not isinstance(count, (int, float)) or not FEWEST <= count <= MOST:
         raise Refused(f"stories of each model: from {FEWEST} to {MOST}")
+    if len(prompt) > LONGEST_PROMPT:
+        raise Refused(f"the beginning has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} can be read")
     stories = []
     for which, checkpoint in enumerate(pair):
         drawn = generate(checkpoint, prompt, count=int(count), max_tokens=250, temperature=0.8, seed=seed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab.comparable import NOT_COMPARABLE, validated_on
 from lab.studio.places import Refused
 from lab.studio.progress import read_progress
 from records.logs import read_run_json
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from stats.samples import Sample
 
 
+MOST_SETTINGS = 3  # of those in which recipes differ, named in a label
+
+
 @dataclass(frozen=True)
 class Side:
     """The runs of one configuration: their JSON files, and what must be equal for losses to compare."""
@@ -26,7 +30,7 @@ class Side:
     key: str
     label: str
     runs: tuple[Path, ...]
-    read: tuple[str | None, str | None]  # hashes of the text and of the vocabulary
+    read: tuple  # see `validated_on`
 
     @property
     def best(self) -> Path | None:
@@ -58,10 +62,31 @@ def sides(folders: list[Path]) -> list[Side]:
         parameters = config.get("num_parameters") or told.get("num_parameters") or 0
         count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
         label = f"{model} on {corpus} · {parameters:,} parameters · {steps:,} steps · {count}"
-        hashes = (told.get("environment") or {}).get("hashes") or {}
-        read = (told.get("data_hash"), hashes.get("vocabulary_digest"))
-        made.append(Side(key[:80], label, tuple(path for path, _ in runs), read))
-    return sorted(made, key=lambda side: (-len(side.runs), side.label))
+        made.append(Side(key[:80], label, tuple(path for path, _ in runs), validated_on(told)))
+    return sorted(told_apart(made), key=lambda side: (-len(side.runs), side.label))
+
+
+def told_apart(made: list[Side]) -> list[Side]:
+    """Sides of which no two have the same label: where they have, the settings in which they differ are added."""
+    alike: dict[str, list[Side]] = {}
+    for side in made:
+        alike.setdefault(side.label, []).append(side)
+    found = []
+    for group in alike.values():
+        settings = [_settings(side) for side in group]
+        names = sorted({name for one in settings for name in one})
+        differ = [name for name in names if len({str(one.get(name)) for one in settings}) > 1][:MOST_SETTINGS]
+        for side, one in zip(group, settings):
+            more = [f"{name.replace('_', ' ')} {one.get(name, 'not told')}" for name in differ]
+            more += [side.key[:6]] if len(group) > 1 and not differ else []
+            found.append(replace(side, label=" · ".join([side.label, *more])))
+    return found
+
+
+def _settings(side: Side) -> dict:
+    """The configuration of a side's runs, with the model's own fields beside the trainer's."""
+    config = dict(read_run_json(side.runs[0]).get("config") or {})
+    return {name: value for name, value in (config | (config.pop("fields", None) or {})).items() if name != "seed"}
 
 
 def verdict(first: Side, second: Side, alpha: float = 0.05) -> Comparisons:
@@ -72,7 +97,7 @@ def verdict(first: Side, second: Side, alpha: float = 0.05) -> Comparisons:
     if first.key == second.key:
         raise Refused("both sides are the same recipe; choose two")
     if first.read != second.read:
-        raise Refused("the two read different texts, or with different tokens: their losses do not compare")
+        raise Refused(NOT_COMPARABLE)
     return compare(_sample(first, "A"), [_sample(second, "B")], alpha)
 
 

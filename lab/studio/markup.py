@@ -140,6 +140,8 @@ def finding(found: Finding) -> str:
     line = f"<p>{html.escape(found.summary)}</p>"
     if found.name in _AS_TEXT:
         return line + _AS_TEXT[found.name](found.data)
+    if found.html:
+        return line + found.html
     return line + picture(found.png_path, f"{found.name.replace('_', ' ')}: {found.summary}")
 
 
@@ -163,7 +165,7 @@ def _attribution(data: dict) -> str:
 def _next_token(data: dict) -> str:
     most = max(len(row["top"]) for row in data["table"])
     rows = [
-        [f"{row['step']:,}", f"{row['entropy_nats']:.2f}", *(f"{piece} {p:.0%}" for piece, p in row["top"])]
+        [f"{row['step']:,}", f"{row['entropy_nats']:.2f}", *(f"{piece} {p:.0%}" for piece, p, _ in row["top"])]
         for row in data["table"]
     ]
     head = ["step", "entropy (nats)", *(f"{n}." for n in range(1, most + 1))]
@@ -172,7 +174,7 @@ def _next_token(data: dict) -> str:
 
 def _positions(data: dict) -> str:
     rows = [
-        [row["drawn"], f"{row['entropy_nats']:.2f}", *(f"{piece} {p:.0%}" for piece, p in row["top"])]
+        [row["drawn"], f"{row['entropy_nats']:.2f}", *(f"{piece} {p:.0%}" for piece, p, _ in row["top"])]
         for row in data["table"]
     ]
     head = ["drawn", "entropy (nats)", *(f"{n}." for n in range(1, len(data["table"][0]["top"]) + 1))]
@@ -184,15 +186,6 @@ def _logit_lens(data: dict) -> str:
     return table(["after reading", *data["tokens"]], rows, "What each layer would say next")
 
 
-def _coloured(data: dict) -> str:
-    from lab.analyses.colours import DARK_NATS, STYLE
-
-    legend = f"White: no loss; orange: {DARK_NATS:g} nats and more."
-    if "before" in data:
-        legend = "Blue: read better than before; orange: worse."
-    return f"<style>{STYLE}</style>{hint(legend + ' Point at a token, or reach it by Tab, for more.')}{data['html']}"
-
-
 _AS_TEXT = {
     "samples": _samples,
     "variability": _variability,
@@ -200,5 +193,4 @@ _AS_TEXT = {
     "next_token": _next_token,
     "positions": _positions,
     "logit_lens": _logit_lens,
-    "coloured": _coloured,
 }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lab.studio.places import Refused
-from lab.words import split_words
 
 if TYPE_CHECKING:
     from lab.checkpoints import Checkpoint
@@ -78,18 +77,6 @@ def text_of(checkpoint: Checkpoint, prompt: str, ids: list[int], given: int) -> 
     tokenizer = checkpoint.tokenizer
     text = prompt + tokenizer.decode(ids[given:]) if tokenizer.lossless else tokenizer.decode(ids)
     return text.rstrip("\ufffd")
-
-
-def unknown_words(checkpoint: Checkpoint, text: str) -> str:
-    """A sentence that names the words which a vocabulary of words lacks and so reads as the unknown word; '' if there
-    are none, or the vocabulary is of another kind (it refuses what it does not know)."""
-    if checkpoint.tokenizer.kind != "word":
-        return ""
-    missing = [w for w in dict.fromkeys(split_words(text)) if checkpoint.tokenizer.encode(w, "keep").min() < 0]
-    if not missing:
-        return ""
-    listed = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-    return f"The model knows {checkpoint.tokenizer.vocab_size - 2:,} words and reads these as <unk>: {listed}."
 
 
 def next_logits(checkpoint: Checkpoint, ids: list[int]):

@@ -12,11 +12,12 @@ import lab.analyses.__main__ as look
 from lab import LabError, cli, duel, page, stories, train, vary
 from lab.analyses.anatomy import attention_maps, lens
 from lab.analyses.attribution import by_layer
+from lab.analyses.colours import coloured
 from lab.analyses.curves import noise
 from lab.analyses.learning import entropy, spelling
 from lab.analyses.losses import forgetting
 from lab.analyses.menu import MENU
-from lab.analyses.pairs import count_pairs, in_the_plane, learned_pairs, neighbours
+from lab.analyses.pairs import count_pairs, divergence_of, in_the_plane, learned_pairs, neighbours
 from lab.analyses.samples import positions, symbols
 from lab.analyses.tasks import grammar, pair_share, ranked_share, sentence_nats
 from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
@@ -205,6 +206,18 @@ def test_one_page_holds_everything(own, tmp_path, capsys):
     assert "there are curve, frequency" in capsys.readouterr().err
 
 
+def test_what_is_text_stands_on_the_page_as_text(own, tmp_path):
+    """In any alphabet, with what else was expected on hover: a picture has neither."""
+    words = [str(own[0]), f"--out={tmp_path}", "--only=coloured,samples,inside", "--prompt=μῆ"]
+    assert cli.run(look.main, words) == 0
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert text.count("<span tabindex=0") == len("μῆ".encode()) and "&lt;CE&gt;" in text
+    assert "<td>0<td>μῆ" in text and text.count("<img") == 1
+    data = json.loads((tmp_path / "inside.json").read_text(encoding="utf-8"))
+    along = find_checkpoints(own[0])
+    assert [row["step"] for row in data["samples"]] == [load_checkpoint(path).step for path in along]
+
+
 def test_every_analysis_of_the_menu_says_whether_it_fits(own, tmp_path, capsys):
     words = f"--model=counts --data=names --limit_chars=3000 --output_dir={tmp_path / 'c'}"
     assert cli.run(train.main, words.split()) == 0
@@ -341,3 +354,86 @@ def test_positions_tell_what_was_expected_and_what_was_drawn(tmp_path):
     assert [row["drawn"] for row in found] == ["b", "<mark>"]
     assert all(row["p"] == pytest.approx(1.0) and row["entropy_nats"] == pytest.approx(0, abs=1e-6) for row in found)
     assert [row["top"][0][0] for row in found] == ["b", "<mark>"]
+
+
+def test_two_tokens_that_look_alike_are_told_apart_place_by_place(tmp_path):
+    """By id: a picture and a page that compare what is printed would take one byte for another."""
+    tokenizer = ByteTokenizer()
+    model = build_model("bigram", 256)
+    with torch.no_grad():
+        model.table.weight.zero_()
+        model.table.weight[ord("a"), 0xCE] = model.table.weight[0xCE, 0xB1] = 40.0
+    writer = Checkpoint(tmp_path, "bigram", 0, model.eval(), tokenizer, {})
+    found = positions(writer, "a", tmp_path, count=2).data["table"]
+    assert [row["drawn_id"] for row in found] == [0xCE, 0xB1]
+    assert [row["top"][0] for row in found] == [["<CE>", pytest.approx(1.0), 0xCE], ["<B1>", pytest.approx(1.0), 0xB1]]
+
+
+def test_a_model_that_looks_back_one_letter_writes_whole_names_for_its_symbols(tmp_path):
+    """It was cut after four times its context, so that the ends of names were never counted."""
+    (writer,) = _writers(tmp_path, "aab")  # after an a another one or the b, as a coin falls
+    found = symbols(writer, ["ab"], tmp_path, count=30).data["table"]
+    assert {row["symbol"]: row["written"] for row in found}["b"] == 30, "every text ends with its only b"
+
+
+def test_pairs_are_held_against_the_counts_of_every_token(tmp_path, monkeypatch):
+    """Not of the commonest alone, whose cells are drawn; by hand, token by token."""
+    monkeypatch.setitem(count_pairs.__globals__, "ROWS_AT_ONCE", 2)
+    documents, tokenizer = ["abca", "bb", "cabd"], CharTokenizer("abcd")
+    torch.manual_seed(0)
+    model = build_model("bigram", 5)
+    with torch.no_grad():
+        model.table.weight.normal_()
+    checkpoint = Checkpoint(tmp_path, "bigram", 1, model.eval(), tokenizer, {})
+    followed = [pair for d in documents for pair in pairwise([0, *tokenizer.encode(d).tolist(), 0])]
+    logp = model.table.weight.log_softmax(1)
+    counts, firsts = Counter(followed), Counter(a for a, _ in followed)
+    by_hand = sum(n * (math.log(n / firsts[a]) - float(logp[a, b])) for (a, b), n in counts.items()) / len(followed)
+    assert divergence_of(checkpoint, count_pairs(documents, tokenizer)) == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_limits_that_change_a_result_are_told_with_it(own, tmp_path):
+    words = [str(own[0]), f"--out={tmp_path}", "--only=losses"]
+    sizes = {k: sum(map(len, d)) for k, d in texts_of(load_checkpoint(best_checkpoint(own[0]))).documents.items()}
+    for limit, told in ((7, "its first 7 characters"), (0, f"all its {sizes['val']} characters")):
+        assert cli.run(look.main, [*words, f"--limit={limit}"]) == 0
+        assert told in json.loads((tmp_path / "losses.json").read_text())["summary"]
+    checkpoint = load_checkpoint(best_checkpoint(own[0]))
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("lab.analyses.colours.MOST_TOKENS", 5)
+    try:
+        found = coloured([checkpoint], "abcdefgh", tmp_path)
+    finally:
+        monkey.undo()
+    assert len(found.data["tokens"]) == 5 and "the 3 tokens after them are left out" in found.summary
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("domains a=RUN --path=x", "--path has no part in domains, which reads --out, --limit, --vocab"),
+        ("forgetting a=RUN b=RUN --only=losses", "--only has no part in forgetting"),
+        ("RUN --path=x --other=y", "give one of them"),
+        ("RUN --data=names", "--data says how --other or --fewshot_path is read"),
+        ("RUN --only=losses --target=a", "--target is read by attribution, which --only=losses leaves out"),
+        ("RUN --only=losses --grammar=x", "--grammar is read by grammar"),
+        ("RUN RUN --only=losses", "a second run is read by coloured alone"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(own, words, told, tmp_path, capsys):
+    assert cli.run(look.main, [*words.replace("RUN", str(own[0])).split(), f"--out={tmp_path}"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_losses_of_other_texts_are_not_compared(tmp_path, capsys):
+    words = "--model=bigram --data=names --steps=2 --row_tokens=64 --batch_tokens=64 --checkpoints=1 --limit_chars="
+    for name, size in (("a", 3000), ("b", 4000)):
+        for seed in (0, 1):
+            assert cli.run(train.main, [*f"{words}{size} --seed={seed} --output_dir={tmp_path / name}".split()]) == 0
+    assert cli.run(duel.main, [str(tmp_path / "a"), str(tmp_path / "b"), f"--out={tmp_path / 'd'}"]) == 0
+    told = json.loads((tmp_path / "d/duel.json").read_text())
+    assert told["verdict"]["estimate"] is None and "validated on different texts" in told["summary"]
+    vary_words = f"{words}3000 --field=tokens --values=char,byte --output_dir={tmp_path / 'v'}"
+    assert cli.run(vary.main, vary_words.split()) == 0
+    assert "of which none is the best" in json.loads((tmp_path / "v/vary.json").read_text())["summary"]
+    capsys.readouterr()

@@ -3,26 +3,49 @@ enters, and each refusal in words."""
 
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lab.analyses.__main__ as look
-from lab import LabError, cli, sample, stories, tour, train
-from lab.analyses.attribution import EmbeddedModel, attribute, captum_integrated_gradients
+from data.corpus import grammar, log_prob
+from data.grammar import Choice
+from lab import LabError, cli, sample, stories, sweep, tour, train
+from lab.analyses.anatomy import attention, logit_lens
+from lab.analyses.attribution import (
+    EmbeddedModel,
+    attribute,
+    attribution,
+    attribution_layers,
+    captum_integrated_gradients,
+)
 from lab.analyses.colours import as_html, read_tokens
-from lab.analyses.losses import fine_tune
+from lab.analyses.learning import spelling
+from lab.analyses.losses import fine_tune, next_token
 from lab.analyses.quality import assess
-from lab.analyses.samples import cosine, profile
+from lab.analyses.samples import cosine, positions, profile
 from lab.analyses.scoring import score
-from lab.analyses.tasks import lambada, read_cola, read_hellaswag, read_lambada, read_pairs, wilson
+from lab.analyses.tasks import (
+    hellaswag,
+    lambada,
+    read_cola,
+    read_hellaswag,
+    read_lambada,
+    read_pairs,
+    sentence_nats,
+    wilson,
+)
 from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
 from lab.cleaning import clean_stories, kept_by_share, raw_stories
 from lab.datasets import load_corpus, load_documents, overlap, split_documents
+from lab.embedded import floor_on
 from lab.models import IGNORE, build_model
-from lab.tokens import ByteTokenizer, WordTokenizer
+from lab.tokens import ByteTokenizer, CharTokenizer, WordTokenizer, word_tokenizer
 from lab.train import evaluate
 from lab.words import split_words
 from trainer.files import checkpoints_of
@@ -171,7 +194,14 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--model=counts --steps=5", "one pass over the corpus"),
         ("--drop_to=0.5", "--schedule=linear"),
         ("--schedule=step --warmup_frac=0.1", "--schedule=step"),
-        ("--muon_lr=1", "--muon_lr belongs to gpt, not to mlp, which has context, embedding_dim"),
+        ("--muon_lr=1", "--muon_lr belongs to gpt, not to mlp, which has --context, --embedding_dim"),
+        ("--model=recurrent --sell=lstm", "did you mean --cell?; recurrent has --cell, --embedding_dim"),
+        ("--model=bigram --context=3", "not to bigram, which has no settings of its own"),
+        ("--seeds=5-2", "goes down"),
+        ("--seeds=0,0", "named twice"),
+        ("--seeds=0-", "write 0-4 or 0,3,7"),
+        ("--seeds=a", "write 0-4 or 0,3,7"),
+        ("--seeds=0-1 --seed=3", "give one of them"),
         ("stray", "'stray' is not a --field=value"),
         ("--steps=nan", "expected int"),
         ("--learning_rate=inf", "a finite number"),
@@ -197,6 +227,8 @@ def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys):
         (sample.main, "x --cuont=2", "did you mean --count"),
         (sample.main, "x --top_p=0", "above 0"),
         (tour.main, "--scale=0", "--scale=0.0: above 0"),
+        (sweep.main, "--model=mlp --seeds=0-2", "--seeds has no part in a sweep"),
+        (sweep.main, "--model=mlp --learning_rate=1", "--learning_rate has no part in a sweep"),
     ],
 )
 def test_unknown_words_are_refused_by_every_command(main, words, told, capsys):
@@ -231,7 +263,7 @@ def test_every_validation_of_a_run_reads_the_same_text(tmp_path):
     assert told["best"]["loss"] == pytest.approx(whole, abs=1e-6), "the kept one is scored on all of it"
 
 
-def test_no_text_is_written_from_more_than_the_model_was_trained_on(own):
+def test_no_text_is_written_or_read_from_more_than_the_model_was_trained_on(own, tmp_path):
     checkpoint = load_checkpoint(best_checkpoint(own[0]))
     assert checkpoint.context == 32
     seen = []
@@ -247,6 +279,109 @@ def test_no_text_is_written_from_more_than_the_model_was_trained_on(own):
     seen.clear()
     read_tokens(checkpoint, "a" * 100)
     assert max(seen) == 32
+    seen.clear()
+    found = [one(checkpoint, "a" * 100, tmp_path) for one in (attribution, attribution_layers, positions)]
+    found.append(next_token([checkpoint], "a" * 100, tmp_path))
+    for one in (attention, logit_lens):
+        one(checkpoint, "a" * 100, tmp_path)
+    assert max(seen) == 32
+    assert sum("Its first 69 tokens are not read" in one.summary for one in found) == 3, "the mark and 100 letters"
+
+
+def test_an_overwritten_run_leaves_nothing_that_could_be_read_as_the_new_one(tmp_path, capsys):
+    """The last of the old run's checkpoints was kept, and read, where the new one took fewer steps."""
+    words = f"--model=bigram --data=names --limit_chars=3000 --row_tokens=64 --batch_tokens=64 --output_dir={tmp_path}"
+    for steps in (9, 4):
+        assert cli.run(train.main, [*words.split(), f"--steps={steps}", "--keep=last", "--overwrite"]) == 0
+    assert load_checkpoint(best_checkpoint(tmp_path)).step == 4
+    assert max(load_checkpoint(path).step for path in find_checkpoints(tmp_path)) == 4
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind, rows, row", [("sums", 3, 64), ("names", 2, 64)])
+def test_the_floor_is_of_the_very_text_that_is_validated(kind, rows, row, tmp_path):
+    """Rows by hand: whole names to a row as far as they fit; sums one after the other, cut where the rows end."""
+    words = f"--model=bigram --data={kind} --steps=1 --limit_chars=20000 --row_tokens={row} --batch_tokens={row}"
+    flags = f"{words} --val_tokens={rows * row} --checkpoints=1 --output_dir={tmp_path}"
+    assert cli.run(train.main, flags.split()) == 0
+    told = json.loads((tmp_path / "runs/seed-000.json").read_text())
+    documents = load_corpus(kind, limit_chars=20_000).documents["val"]
+    if kind == "names":
+        fits, at = [], 0
+        for name in documents:
+            left = row - at % row
+            at += (left if len(name) + 1 > left else 0) + len(name) + 1
+            if at > rows * row:
+                break
+            fits.append(name)
+        ways = [grammar().derivations((Choice("name", None),), name + "\n") for name in fits]
+        nats = -sum(math.log(sum(math.exp(log_p) for log_p, _ in found)) for found in ways)
+        by_hand = nats / sum(len(name) + 1 for name in fits)
+    else:
+        stream = "\0".join(documents)[: rows * row]
+        *whole, rest = stream.split("\0")
+        by_hand = -(sum(log_prob(d, "sums") for d in whole) + log_prob(rest, "sums", whole=False)) / (rows * row)
+    assert told["floor"] == pytest.approx(by_hand)
+    assert told["floor_whole"] == pytest.approx(floor_on(documents, kind)) != pytest.approx(by_hand, abs=1e-4)
+
+
+# ---- other alphabets ---------------------------------------------------------------------------------------
+
+
+@given(st.text(st.characters(max_codepoint=126), max_size=60))
+def test_words_of_plain_english_are_what_they_were(text):
+    assert split_words(text) == re.findall(r"<unk>|[A-Za-z]+(?:'[A-Za-z]+)*|[0-9]|\n|[^\sA-Za-z0-9]", text)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Μῆνιν ἄειδε, θεά", ["Μῆνιν", "ἄειδε", ",", "θεά"]),
+        ("cafe\u0301 naïve d’été", ["cafe\u0301", "naïve", "d’été"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("می\u200cروم", ["می\u200cروم"]),
+        ("中文。日本", ["中", "文", "。", "日", "本"]),
+        ("привет, мир 2x", ["привет", ",", "мир", "2", "x"]),
+        ("", []),
+        ("\u0301a", ["\u0301", "a"]),
+    ],
+)
+def test_words_of_any_alphabet(text, words):
+    assert split_words(text) == words
+
+
+@pytest.mark.parametrize("text", ["Μῆνιν ἄειδε, θεά.", "हिन्दी में लिखो", "中文文中。国中", "Привет, мир."])
+def test_a_vocabulary_of_words_writes_any_alphabet_as_it_was(text):
+    tokenizer = word_tokenizer([text] * 3)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_spelling_knows_greek_words_not_letters(tmp_path):
+    """A letter was a word of its own, and every model that knows the letters spelled all words rightly."""
+    tokenizer = CharTokenizer("αβγ")
+    model = build_model("bigram", 4)
+    with torch.no_grad():
+        model.table.weight.zero_()
+        for a, b in ((0, 2), (2, 1), (1, 0)):
+            model.table.weight[a, b] = 60.0  # it writes βα, and nothing else
+    writer = Checkpoint(tmp_path, "bigram", 0, model.eval(), tokenizer, {"row_tokens": 16})
+    shares = [spelling([writer], [text], tmp_path, count=2).data["table"][0]["known_share"] for text in ("αβ γ", "βα")]
+    assert shares == [0.0, 1.0]
+
+
+def test_words_that_a_model_does_not_know_are_told_by_the_command_line_too(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat .\n" * 12)
+    words = f"--model=bigram --data=names --tokens=word --path={path} --steps=1 --row_tokens=16 --batch_tokens=16"
+    assert cli.run(train.main, [*words.split(), "--checkpoints=1", f"--output_dir={tmp_path / 'o'}"]) == 0
+    capsys.readouterr()
+    assert cli.run(sample.main, [str(tmp_path / "o"), "--prompt=the zebra", "--max_tokens=2"]) == 0
+    assert "reads these as <unk>: zebra" in capsys.readouterr().err
+    flags = [str(tmp_path / "o"), "--prompt=the gnu", f"--out={tmp_path}"]
+    assert cli.run(look.main, [*flags, "--only=next_token"]) == 0
+    assert "reads these as <unk>: gnu" in json.loads((tmp_path / "next_token.json").read_text())["summary"]
+    assert cli.run(look.main, [*flags, "--only=attribution", "--target=zebra"]) == 2
+    assert "not among the words" in capsys.readouterr().err
 
 
 # ---- outside files -----------------------------------------------------------------------------------------
@@ -311,6 +446,22 @@ def test_an_unknown_word_is_never_the_right_answer(tmp_path):
     found = lambada(_words(tmp_path, favourite=WordTokenizer.unknown_id), path)
     assert found["accuracy"] == 0.0 and found["unknown_share"] == pytest.approx(2 / 3)
     assert lambada(_words(tmp_path, favourite=5), path)["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_a_task_is_not_won_by_its_place_or_by_unknown_words(tmp_path):
+    """A model that finds all endings alike is right by chance, wherever the right one stands; an ending of words that
+    it does not know is not the likeliest for that."""
+    path = tmp_path / "h.jsonl"
+    rows = [{"ctx": "the cat", "endings": ["sat", "sat", "sat", "sat"], "label": n} for n in (0, 0, 0, 3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = hellaswag(_words(tmp_path, favourite=5), path)
+    assert found["accuracy"] == found["accuracy_norm"] == found["chance"] == 0.25
+    path.write_text(json.dumps({"ctx": "the cat", "endings": ["zebra", "sat"], "label": 1}))
+    unknown = _words(tmp_path, favourite=WordTokenizer.unknown_id)
+    assert hellaswag(unknown, path)["accuracy"] == 1.0
+    p = math.exp(3) / (math.exp(3) + 6)
+    letters = 8 * math.log(2) * len("zebra")
+    assert sentence_nats(unknown, "zebra")[0] == pytest.approx(-math.log(p) - math.log((1 - p) / 6) + letters)
 
 
 def test_unknown_words_are_charged_with_their_letters(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from lab.studio.places import REPO
@@ -25,6 +26,17 @@ def series(folder: Path, losses: list[float], threshold: float = 3.0) -> Path:
         head = f"print('hello')\n{RULER}\nseed:{seed}\n{RULER}\n"
         (folder / "runs" / f"seed-{seed:03d}.txt").write_text(head + "\n".join(lines) + "\n")
     return folder
+
+
+def trained(home: Path, name: str, model: str = "bigram", seeds: Sequence[int] = (0, 1), **settings) -> None:
+    """A short real series of the lab on names, where the queue would have put it."""
+    from lab.models import fields_class
+    from lab.train import TrainConfig, train_model
+
+    for seed in seeds:
+        how = dict(steps=3, batch_tokens=64, row_tokens=64, limit_chars=3000, checkpoints=2, val_tokens=500)
+        config = TrainConfig(model, "names", seed=seed, **how, **settings)
+        train_model(config, fields_class(model)(), folder=home / "trainings" / name)
 
 
 def free_port() -> int:

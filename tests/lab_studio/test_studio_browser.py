@@ -1,4 +1,5 @@
-"""The four pages in headless Chromium, driven as a user would: train, reload, stop, resume, write, judge.
+"""The pages in headless Chromium, driven as a user would: train, reload, stop, resume, write, judge. What can be held
+without a browser is in test_studio_pages.py; here is how it looks, the keyboard, downloads, and all of it together.
 
 It takes some minutes: -m slow.
 STUDIO_SCREENSHOTS names a folder for pictures of every page, wide and narrow.
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab_studio.studio_tools import Server, series
+from lab_studio.studio_tools import Server, series, trained
 from lab_studio.test_tour_page import tour_page
 
 from lab.studio.places import REPO
@@ -214,6 +215,7 @@ def test_a_first_visit_says_what_to_do_and_nothing_becomes_a_word(browser):
         for _ in range(12):
             browser.keys("TAB")
         assert "None" not in browser.text("body")
+        browser.picture(f"first-visit-{page or 'models'}")
     browser.click("#write")
     browser.until(lambda: "choose a model first" in browser.text("body"), "that a model is needed")
 
@@ -345,12 +347,19 @@ def test_the_whole_drive(browser, folder):
             lambda: browser.text("#verdict pre") == printed_verdict(made).strip(), "the verdict on the record"
         )
     browser.picture("series")
-    duel, blind = ("#side_a", "#compare", "#duel_verdict pre"), ("#blind_one", "#blind_begin", "#blind_grade input")
-    for page, (field, button, answer) in (("duel", duel), ("blind", blind)):
-        browser.open(page)
-        browser.until(lambda: browser.value(f"{field} input"), f"a choice on {page}")  # noqa: B023
-        browser.click(button)
-        browser.until(lambda: browser.all(answer), f"what {page} shows", 120)  # noqa: B023
-        browser.picture(page)
+    for name, rate in (("slow", 0.001), ("fast", 0.3)):
+        trained(folder / "home", name, learning_rate=rate)
+    browser.open("duel")
+    for side, rate in (("a", 0.3), ("b", 0.001)):
+        browser.choose(f"#side_{side}", f"learning rate {rate}")
+    browser.click("#compare")
+    browser.until(lambda: browser.all("#duel_text .coloured span"), "the text under both", 120)
+    assert browser.text("#duel_verdict pre") and len(browser.all("#duel_a .sample, #duel_b .sample")) == 2
+    browser.picture("duel")
+    browser.open("blind")
+    browser.until(lambda: browser.value("#blind_one input"), "a choice of two models")
+    browser.click("#blind_begin")
+    browser.until(lambda: browser.all("#blind_grade input"), "the first story", 120)
+    browser.picture("blind")
     nothing_from_outside(browser)
     print(f"studio, runner and trainer together: {memory:.0f} MiB")

@@ -42,6 +42,19 @@ def test_runs_of_one_configuration_are_one_side_wherever_they_lie(tmp_path):
     assert found[0].label == "mlp on names · 0 parameters · 4 steps · 4 runs"
 
 
+def test_recipes_that_would_read_alike_are_told_apart(tmp_path):
+    made = [recipe(tmp_path / name, B, name) for name in ("x", "y")]
+    for folder, rate in zip(made, (0.1, 0.3)):
+        for path in folder.glob("runs/*.json"):
+            told = json.loads(path.read_text())
+            told["config"] |= {"model": "mlp", "learning_rate": rate, "seed": 3, "fields": {"hidden_dim": 8}}
+            path.write_text(json.dumps(told))
+    ends = [side.label.rpartition("3 runs")[2] for side in sides(made)]
+    assert ends == [" · learning rate 0.1", " · learning rate 0.3"]
+    same = [recipe(tmp_path / "z" / data, B, "gpt", data) for data in ("one text", "another")]
+    assert len({side.label for side in sides(same)}) == 2
+
+
 def test_the_verdict_is_that_of_stats_compare(tmp_path):
     folders = [recipe(tmp_path / name, losses, name) for name, losses in (("mlp", A), ("gpt", B))]
     first, second = sides(folders)
@@ -118,5 +131,7 @@ def test_a_session_hides_whose_story_it_is_and_takes_grades_one_by_one(tmp_path)
         made.grade(3)
     kept = json.loads(keep(made, tmp_path / "grades").read_text())
     assert {(row["model"], row["grade"]) for row in kept["stories"]} == {("one", 1), ("two", 4)}
+    with pytest.raises(Refused, match="at most 4,000"):
+        session(tuple(pair), ("one", "two"), "a" * 4001, 3, seed=0)
     with pytest.raises(Refused, match="from 3 to 20"):
         session(tuple(pair), ("one", "two"), "", 2, seed=0)

@@ -1,5 +1,6 @@
 """Checkpoints in the studio: found, described, opened without running anything in them, written with."""
 
+import html
 import pickle
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from lab.studio.analyses import LONGEST_LOOK, MOST_CHECKPOINTS, Microscope, alon
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
-from lab.studio.writing import LONGEST_PROMPT, drivers, guess, unknown_words, write
+from lab.studio.writing import LONGEST_PROMPT, drivers, guess, write
 from lab.tokens import ByteTokenizer, CharTokenizer, UnknownTextError, WordTokenizer
+from lab.words import unread_words
 
 CHARACTERS = CharTokenizer("abcd .")
 
@@ -210,10 +212,14 @@ def test_a_prompt_with_unknown_characters_is_refused(places, tmp_path):
 
 
 def test_words_that_a_model_does_not_know_are_told(places, tmp_path):
-    checkpoint = Models(places).load(save(tmp_path, "bigram", WordTokenizer(["the", "cat", "."])))
-    assert unknown_words(checkpoint, "The cat.") == ""
-    assert unknown_words(checkpoint, "The dog and the dog.").endswith("reads these as <unk>: dog, and.")
-    assert unknown_words(Models(places).load(save(tmp_path / "c")), "dog") == ""  # characters are refused instead
+    words = WordTokenizer(["the", "cat", "."])
+    assert unread_words(words, "The cat.") == ""
+    assert unread_words(words, "The dog and the dog.").endswith("reads these as <unk>: dog, and.")
+    assert unread_words(CHARACTERS, "dog") == ""  # characters are refused instead
+    scope = Microscope(places, Models(places))
+    path = save(tmp_path, "bigram", words)
+    assert "reads these as <unk>: dog" in scope.look("next_token", path, "the dog").summary
+    assert "<unk>" not in scope.look("next_token", path, "the cat").summary
 
 
 def test_a_prompt_without_end_is_refused_by_the_server_too(places, tmp_path):
@@ -312,6 +318,7 @@ def test_every_analysis_leaves_a_picture_and_a_line(trained, name):
     finally:
         monkey.undo()
     assert found.summary and found.png_path.read_bytes().startswith(b"\x89PNG")
+    assert html.escape(found.summary) in markup.finding(found), "as the page shows it"
     assert found.png_path.is_relative_to(places.pictures)
 
 
@@ -396,7 +403,7 @@ def test_texts_of_any_alphabet_are_shown_as_text(trained):
     row = {"step": 3, "text": "你好, नमस्ते", "ended": True}
     shown = markup.finding(replace(found, data={"prompt": "", "samples": [row]}))
     assert "你好, नमस्ते" in shown and "<img" not in shown
-    top = {"prompt": "", "table": [{"drawn": "你", "entropy_nats": 0.5, "top": [["好", 0.75]]}]}
+    top = {"prompt": "", "table": [{"drawn": "你", "entropy_nats": 0.5, "top": [["好", 0.75, 9]]}]}
     shown = markup.finding(replace(found, name="positions", data=top))
     assert "<th scope='row'>你</th><td>0.50</td><td>好 75%</td>" in shown and "<img" not in shown
     said = {"tokens": ["न"], "table": [{"layer": "block 0", "likeliest": [["म", 0.5]]}]}

@@ -12,6 +12,7 @@ from lab.studio.blind import FEWEST, GRADES, MOST, in_words, judged, keep, sessi
 from lab.studio.places import Refused
 from lab.studio.telling import EXPECTED, told
 from lab.studio.writing import LONGEST_PROMPT
+from lab.words import unread_words
 
 START = markup.hint(
     "Choose two models and begin: their stories come in a shuffled order, and whose is whose at the end."
@@ -50,7 +51,9 @@ def build(studio, page: gr.Blocks) -> None:
         names = tuple(studio.catalogue.label_of(path) for path in (one, two))
         pair = tuple(studio.models.load(path) for path in (one, two))
         made = session(pair, names, beginning or "", number, seed=int(time.time()))
-        yield _asking(made)
+        unread = {unread_words(one.tokenizer, beginning or "") for one in pair} - {""}
+        asked = _asking(made)
+        yield asked[0] + "".join(markup.hint(html.escape(words)) for words in sorted(unread)), *asked[1:]
 
     @told
     def graded(value, made):

@@ -9,7 +9,8 @@ import gradio as gr
 
 from lab.studio import markup
 from lab.studio.telling import told
-from lab.studio.writing import LONGEST_PROMPT, drivers, guess, unknown_words, write
+from lab.studio.writing import LONGEST_PROMPT, drivers, guess, write
+from lab.words import unread_words
 
 LONGEST = 1000
 HINT = markup.hint("Choose a token (click, or arrow keys and Enter) to see what the model expected there.")
@@ -86,7 +87,7 @@ def _compose(studio, path, beginning, settings):
         yield story_html(now.text, beginning, None), "", None, HINT
     piece = checkpoint.tokenizer.piece
     pieces = [piece(i) for i in now.ids] + ([piece(checkpoint.tokenizer.mark)] if now.ended else [])
-    note = unknown_words(checkpoint, beginning)
+    note = unread_words(checkpoint.tokenizer, beginning)
     state = (path, now.ids, now.prompt_tokens)
     shown = story_html(now.text, beginning, now.ended) + (markup.hint(html.escape(note)) if note else "")
     yield shown, markup.token_buttons(pieces, now.prompt_tokens), state, HINT
