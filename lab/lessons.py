@@ -65,12 +65,14 @@ LESSONS = (
     ),
     Lesson(
         "Context and embeddings",
-        "Three letters instead of one, each as a vector that is learned (Bengio et al. 2003).",
+        "Three letters instead of one, each as a vector that is learned (Bengio et al. 2003): of two numbers here, so "
+        "that it can be drawn.",
         (
-            f"python -m lab.train --model=mlp --data=names --steps=900 --diagnostics --output_dir={RUNS}/mlp",
+            "python -m lab.train --model=mlp --data=names --steps=900 --embedding_dim=2 --learning_rate=0.03 "
+            f"--diagnostics --output_dir={RUNS}/mlp",
             f"python -m lab.analyses {RUNS}/mlp --only=embeddings,coloured --out={RUNS}/3",
         ),
-        "Before training letters lie anywhere; after it those that are used alike lie together.",
+        "Before training letters lie anywhere; after it those that are used alike lie together: capitals, vowels.",
         "Which letters are nearest to `a`, and what have they in common?",
         "3/embeddings.png",
     ),
@@ -117,7 +119,8 @@ LESSONS = (
             f"--num_heads=4 --second_input_embedding=false --value_embeddings=0 --output_dir={RUNS}/gpt",
             f"python -m lab.analyses {RUNS}/gpt --only=attention,logit_lens,coloured --out={RUNS}/7",
         ),
-        "Rows are letters that read, columns letters that are read; grey is the future.",
+        "Rows are letters that read, columns letters that are read; grey is the future. Darker is more (its root: a "
+        "tenth of the attention is seen, too).",
         "Which head looks at the letter just before, and which one at the start of the word?",
         "7/attention.png",
     ),

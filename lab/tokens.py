@@ -186,7 +186,7 @@ class WordTokenizer(Tokenizer):
         return join_words(words, self._names)
 
     def piece(self, token: int) -> str:
-        special = {self.mark: "<mark>", self.unknown_id: "<unk>"}
+        special = {self.mark: "<mark>", self.unknown_id: "<unk>", self._ids.get("\n"): "\u21b5"}
         return special[token] if token in special else self.words[token - 2]
 
     def spec(self) -> dict[str, Any]:

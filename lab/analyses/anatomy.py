@@ -101,11 +101,12 @@ def rounded(x: Tensor) -> Any:
 
 
 def _draw_map(ax: Any, weights_TT: Tensor, allowed_TT: Tensor, pieces: Sequence[str]) -> None:
-    ax.imshow(weights_TT.masked_fill(~allowed_TT, float("nan")), cmap=plots.masked_blues(), vmin=0, vmax=1)
-    if len(pieces) <= 40:
-        names = [plots.plain(p) for p in pieces]
-        ax.set_xticks(range(len(pieces)), names, fontsize=5, rotation=90 if max(map(len, names)) > 1 else 0)
-        ax.set_yticks(range(len(pieces)), names, fontsize=5)
+    roots = weights_TT.sqrt().masked_fill(~allowed_TT, float("nan"))  # a tenth of the attention can be seen, too
+    ax.imshow(roots, cmap=plots.masked_blues(), vmin=0, vmax=1)
+    names = [plots.short(p, 7) for p in pieces]
+    ax.set_xticks(range(len(pieces)), names, fontsize=5, rotation=90 if max(map(len, names)) > 1 else 0)
+    ax.set_yticks(range(len(pieces)), names, fontsize=5)
+    ax.tick_params(length=0, pad=1)
     ax.grid(False)
 
 

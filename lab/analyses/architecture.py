@@ -1,5 +1,6 @@
 """Analysis 2: the architecture, drawn from the model itself."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,22 @@ def architecture(checkpoint: Checkpoint, out: Path) -> Finding:
     several = checkpoint.several_tokens("it has no row of a token")
     summary = f"{checkpoint.name}: {total:,} parameters in {sum(p['times'] for p in parts)} parts.{several}"
     data = {"checkpoint": checkpoint.path.name, "parameters": total, "parts": parts}
-    return write_finding(out, "architecture", summary, data, fig)
+    return write_finding(out, "architecture", summary, data, fig, as_table(parts))
+
+
+def as_table(parts: list[dict[str, Any]]) -> str:
+    """The parts as an HTML table, which can be read on a telephone."""
+    rows = []
+    for part in parts:
+        name = part["name"] if part["times"] == 1 else f"{part['name']} .. {part['last']} (×{part['times']})"
+        weights = ", ".join(f"{n} {'×'.join(map(str, s))}" for n, s in part["shapes"].items())
+        output = "×".join(map(str, part["output"]))
+        cells = (name, part["kind"], f"{part['parameters']:,}" if part["parameters"] else "", output, weights)
+        first, *others = map(html.escape, cells)
+        rows.append(f"<tr><th scope=row>{first}</th>{''.join(f'<td>{one}</td>' for one in others)}</tr>")
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("part", "kind", "parameters", "puts out", "weights"))
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class=scrolls tabindex=0 role=region aria-label="the parts of the model">{whole}</div>'
 
 
 def _box(ax: Any, y: float, title: str, details: str, tint: str) -> None:

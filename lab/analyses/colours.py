@@ -121,7 +121,8 @@ def coloured(checkpoints: Sequence[Checkpoint], text: str | Sequence[str], out: 
         data["before"] = [asdict(t) for t in before]
     legend = f"White costs nothing, orange {DARK_NATS:g} nats and more."
     if before is not None:
-        legend = "Blue: the later (or first named) model pays less for this token; orange: it pays more."
+        earlier, later = (html.escape(f"{c.label}, step {c.step:,}") for c in checkpoints)
+        legend = f"Blue: {later} pays less for this token than {earlier}; orange: it pays more."
     legend += " Hover over a token, or reach it with the tab key, for what else was expected."
     text = as_html(tokens, tokenizer.kind == "word", before)
     shown = f"<style>{STYLE}</style><p class=legend>{legend}</p>{text}"

@@ -42,7 +42,8 @@ img{max-width:100%;height:auto} .rung{border-left:3px solid #0072b2;padding-left
 table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap}
 nav a{margin-right:.9em;white-space:nowrap} .samples td:last-child{text-align:left;white-space:pre-wrap;
-overflow-wrap:anywhere} .legend{color:#555} @media(max-width:600px){body{margin:1em auto} td,th{padding:.2em .4em}}"""
+overflow-wrap:anywhere} .legend{color:#555} .scrolls{overflow-x:auto}
+@media(max-width:600px){body{margin:1em auto} td,th{padding:.2em .4em}}"""
 
 
 def page(title: str, sections: list[str]) -> str:

@@ -35,7 +35,7 @@ def gpt_paths(gpt: GPT) -> str:
     for layer, table in values.items():
         y = middle[layer]
         parts.append(_line(LEFT + WIDTH + 120, y - 7, LEFT + WIDTH, y - 7, _VALUE))
-        parts.append(_text(LEFT + WIDTH + 124, y - 3, f"values {table}", _VALUE))
+        parts.append(_text(LEFT + WIDTH + 124, y - 3, f"values {table}"))
     for number, (target, source) in enumerate(sorted(skips.items())):
         x = LEFT + WIDTH + 24 + 24 * number
         a, b = middle[source] + 6, middle[target] + 6
@@ -96,8 +96,8 @@ def _line(x1: int, y1: int, x2: int, y2: int, colour: str) -> str:
     return f"<path d='M{x1} {y1} L{x2} {y2}' {_stroke(colour)}/>"
 
 
-def _text(x: int, y: int, words: str, colour: str = "currentColor", anchor: str = "start") -> str:
-    return f"<text x='{x}' y='{y}' fill='{colour}' text-anchor='{anchor}'>{html.escape(words)}</text>"
+def _text(x: int, y: int, words: str, anchor: str = "start") -> str:
+    return f"<text x='{x}' y='{y}' fill='currentColor' text-anchor='{anchor}'>{html.escape(words)}</text>"
 
 
 def _box(x: int, y: int, width: int, words: str) -> str:

@@ -79,7 +79,8 @@ def told_apart(made: list[Side]) -> list[Side]:
         for side, one in zip(group, settings):
             more = [f"{name.replace('_', ' ')} {one.get(name, 'not told')}" for name in differ]
             more += [side.key[:6]] if len(group) > 1 and not differ else []
-            found.append(replace(side, label=" · ".join([side.label, *more])))
+            label = f"{', '.join(more)}: {side.label}" if more else side.label  # lists cut what is long at its end
+            found.append(replace(side, label=label))
     return found
 
 

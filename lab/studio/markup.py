@@ -44,6 +44,17 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
     return f"<dl class='facts'>{''.join(items)}</dl>"
 
 
+def swatch(colour: str) -> str:
+    """A small square of a line's colour, beside its name."""
+    return f"<span class='swatch' style='background:{html.escape(colour, quote=True)}' aria-hidden='true'></span>"
+
+
+def legend(colours: Iterable[tuple[str, str]]) -> str:
+    """(name, colour) of the lines of a chart; Gradio's own legend is cut off."""
+    items = "".join(f"<span>{swatch(colour)}{html.escape(name)}</span>" for name, colour in colours)
+    return f"<p class='legend'>{items}</p>"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
     """A table whose first column names its rows; it scrolls by itself where the page is narrow."""
     top = "".join(f"<th scope='col'>{html.escape(str(cell))}</th>" for cell in head)
@@ -141,7 +152,8 @@ def finding(found: Finding) -> str:
     if found.name in _AS_TEXT:
         return line + _AS_TEXT[found.name](found.data)
     if found.html:
-        return line + found.html
+        kept = f"<p class='quiet'>{download(found.png_path, 'Keep it as a picture')}</p>"
+        return line + found.html + kept
     return line + picture(found.png_path, f"{found.name.replace('_', ' ')}: {found.summary}")
 
 

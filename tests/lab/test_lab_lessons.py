@@ -18,6 +18,7 @@ def test_every_lesson_runs_and_leaves_its_picture(tmp_path):
         tmp_path, tmp_path / "pictures", scale=0.01, chars=4000, say=lambda line: None, numbers=lessons.chosen("")
     )
     assert len(made) == 8 and all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    assert all(path.stat().st_size < 250_000 for path in made), "they lie in the repository, at the size drawn here"
     assert [path.name for path in made] == [lessons.picture_name(n, one) for n, one in enumerate(lessons.LESSONS, 1)]
 
 

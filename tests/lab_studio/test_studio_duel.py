@@ -49,8 +49,8 @@ def test_recipes_that_would_read_alike_are_told_apart(tmp_path):
             told = json.loads(path.read_text())
             told["config"] |= {"model": "mlp", "learning_rate": rate, "seed": 3, "fields": {"hidden_dim": 8}}
             path.write_text(json.dumps(told))
-    ends = [side.label.rpartition("3 runs")[2] for side in sides(made)]
-    assert ends == [" · learning rate 0.1", " · learning rate 0.3"]
+    told = [side.label.partition("mlp on names")[0] for side in sides(made)]
+    assert told == ["learning rate 0.1: ", "learning rate 0.3: "]
     same = [recipe(tmp_path / "z" / data, B, "gpt", data) for data in ("one text", "another")]
     assert len({side.label for side in sides(same)}) == 2
 

@@ -87,7 +87,7 @@ def test_a_model_is_opened_with_its_facts_its_drawing_and_what_fits_it(full):
     _, choice, _ = full["models.refresh"]()
     label, path = next((label, path) for label, path in choice["choices"] if "fast" in label)
     listed, details, facts, drawing, answer, kinds, kept = full["models.opened"](path)
-    assert details["visible"] and "bigram" in facts and "<img" in drawing and answer == kept == ""
+    assert details["visible"] and "bigram" in facts and "<td>Embedding</td>" in drawing and answer == kept == ""
     assert listed["choices"][0][0] == "best by validation" and listed["value"] == path
     assert kinds["value"] == "samples" and "attention" not in [name for _, name in kinds["choices"]]
     assert "class='sample'" in full["models.analyse"](path, "samples", "", "")

@@ -12,7 +12,7 @@ from lab.studio.places import Refused
 from lab.studio.progress import loss_span
 from lab.studio.telling import EXPECTED, told
 
-COLORS = {"A": "#2563eb", "B": "#d97706"}
+COLORS = {"A": "#3b82f6", "B": "#d97706"}
 NOTHING = markup.hint(
     "A duel needs two recipes with finished runs: <a href='train'>train two</a>, each with two seeds or more "
     "(“Runs” under “More”), on the same text."
@@ -39,10 +39,14 @@ def build(studio, page: gr.Blocks) -> None:
         visible=False,
         label="Validation loss over steps, the mean of each side's runs",
         show_label=True,
+        colors_in_legend=[],
         elem_id="duel_curves",
     )
+    texts = []
     with gr.Row():
-        texts = [gr.HTML(elem_id=f"duel_{name}", min_width=320) for name in "ab"]
+        for name in "ab":
+            with gr.Column(min_width=320):
+                texts.append(gr.HTML(elem_id=f"duel_{name}"))
     coloured = gr.HTML(elem_id="duel_text")
     outputs = [words, plot, *texts, coloured]
 
@@ -101,7 +105,7 @@ def _curves(first, second):
 
 
 def _written(studio, name: str, side) -> str:
-    title = f"<h2>{name} writes</h2>"
+    title = f"<h2>{markup.swatch(COLORS[name])}{name} writes</h2>"
     if side.best is None:
         return title + markup.hint("It left no checkpoint.")
     try:

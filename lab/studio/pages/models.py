@@ -13,7 +13,7 @@ from lab.studio.diagram import gpt_paths
 from lab.studio.telling import EXPECTED, told
 
 HEADERS = ["model", "corpus", "step", "validation loss", "parameters", "size", "saved", "series · run"]
-WIDTHS = ["130px", "130px", "80px", "170px", "120px", "100px", "170px", "420px"]
+WIDTHS = ["110px", "110px", "70px", "180px", "110px", "80px", "160px", "370px"]
 FIRST = "samples"  # it fits every model
 NO_MODEL = markup.hint(
     "There is no model yet. <a href='train'>Train one</a>: a minute is enough for the first, and it appears here."
@@ -132,8 +132,8 @@ def _microscope(studio):
 
 def facts_html(studio, checkpoint) -> str:
     """What a checkpoint says of itself, and the way to talk to it."""
-    told = {k: v for k, v in checkpoint.told.items() if not isinstance(v, dict) and v not in ("", None)}
-    told |= checkpoint.told.get("fields", {})
+    told = checkpoint.told | checkpoint.told.get("fields", {})
+    told = {k: v for k, v in told.items() if not isinstance(v, dict) and v not in ("", None)}
     tokenizer = checkpoint.tokenizer
     lines = {
         "model": checkpoint.name,

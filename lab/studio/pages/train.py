@@ -30,7 +30,7 @@ STATE_SIGNS = {
     "finished": "✓",
     "failed": "✗",
 }
-COLORS = {"training": "#60a5fa", "validation": "#2563eb", "floor": "#d97706"}
+COLORS = {"training": "#64748b", "validation": "#3b82f6", "floor": "#d97706"}  # 3 to 1 and more, light and dark
 CAN = {  # button: states in which it does something
     "pause": ("queued", "running"),
     "resume": ("paused", "stopped", "failed"),
@@ -193,14 +193,16 @@ class _Watch:
             visible=False,
             show_label=True,
             label="Loss",
+            colors_in_legend=[],
             buttons=["fullscreen", "export"],
         )
+        self.legend = gr.HTML(elem_id="legend")
         self.samples = gr.HTML(elem_id="samples")
         self.seen = gr.State(())  # what the plot shows, so that it is drawn again only when there is more
         self.removed = gr.State("")
         self.turned_to: OrderedDict[str, str] = OrderedDict()  # by session: the training that is looked at
         self.buttons = [self.pause, self.resume, self.stop, self.remove]
-        self.outputs = [self.chosen, self.status, *self.buttons, self.plot, self.samples, self.seen]
+        self.outputs = [self.chosen, self.status, *self.buttons, self.plot, self.legend, self.samples, self.seen]
 
     def connect(self, page: gr.Blocks) -> None:
         quiet = dict(show_progress="hidden", concurrency_limit=None)
@@ -263,7 +265,7 @@ class _Watch:
         if not entries:
             nothing = markup.hint("Nothing has been trained here yet: choose a model and start it.")
             off = gr.update(visible=False)
-            return [gr.update(choices=[], value=None, visible=False), nothing, off, off, off, off, off, "", ()]
+            return [gr.update(choices=[], value=None, visible=False), nothing, off, off, off, off, off, "", "", ()]
         running = [e for e in entries if e.state in ("running", "pausing", "stopping")]
         known = {entry.id: entry for entry in entries}
         entry = known.get(id) or (running[0] if running else entries[-1])
@@ -279,6 +281,7 @@ class _Watch:
             status_html(entry, progress, ahead),
             *buttons,
             gr.skip() if seen and tuple(seen) == points else plot_update(entry, progress),
+            legend_html(entry, progress),
             samples_html(self.studio.samples.along(entry.checkpoints)),
             points,
         ]
@@ -294,6 +297,13 @@ def floor_of(entry: Entry) -> float | None:
     return entry.summary.get("floor", entry.training.floor)
 
 
+def legend_html(entry: Entry, progress: Progress) -> str:
+    """The names of the chart's lines, '' while there is none."""
+    drawn = {line for _, _, line in curve_rows(progress, floor_of(entry))}
+    told = {"floor": "the grammar itself: no model goes below it"}
+    return markup.legend((told.get(n, n), c) for n, c in COLORS.items() if n in drawn) if drawn else ""
+
+
 def plot_update(entry: Entry, progress: Progress):
     """The loss curves, zoomed to where they are; hidden while there is nothing to draw."""
     import pandas
@@ -306,7 +316,7 @@ def plot_update(entry: Entry, progress: Progress):
     return gr.update(
         value=frame,
         visible=True,
-        label=f"Loss, nats a {unit}, over steps (drag to zoom in, double click to come back)",
+        label=f"Loss, nats a {unit} (drag to zoom, double click to come back)",
         x_lim=[0, max(progress.steps, 1)],
         y_lim=list(loss_span(rows, progress.steps)),
     )
