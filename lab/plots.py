@@ -25,7 +25,7 @@ from data.paths import atomic_file
 # Okabe and Ito's palette, which most colour-blind readers can tell apart, without its yellow.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
 SANS, MONO = "DejaVu Sans", "DejaVu Sans Mono"  # they come with matplotlib
-MOST_COLOURS = 128  # of a picture
+MANY_BYTES, FEW_COLOURS = 100_000, 128  # a picture of more bytes gets along with so many colours
 _NO_LETTERS = ("last resort", "lastresort", "adobe blank", "cm", "stixsize")  # boxes, or signs under wrong codes
 _STYLE = {
     "axes.spines.top": False,
@@ -168,12 +168,16 @@ def save(fig: Any, path: Path) -> Path:
     with plt.rc_context(_STYLE):
         fig.savefig(drawn, format="png")
     plt.close(fig)
+    if drawn.tell() > MANY_BYTES:
+        drawn = few_colours(drawn)
     with atomic_file(path) as file:
-        few_colours(Image.open(drawn)).save(file, format="png", optimize=True)
+        file.write(drawn.getbuffer())
     return path
 
 
-def few_colours(picture: Image.Image) -> Image.Image:
-    """The picture with MOST_COLOURS colours chosen for it: a chart looks the same, and takes a fraction of the bytes
-    (a map of 30 by 30 pairs 555 kB otherwise, for the sake of the many shades at the edges of its letters)."""
-    return picture.convert("RGB").quantize(MOST_COLOURS, dither=Image.Dither.NONE)
+def few_colours(drawn: io.BytesIO) -> io.BytesIO:
+    """A PNG with FEW_COLOURS colours chosen for it: it looks the same, and takes a fraction of the bytes (a map of 30
+    by 30 pairs 555 kB otherwise, for the sake of the many shades at the edges of its letters)."""
+    smaller = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(FEW_COLOURS, dither=Image.Dither.NONE).save(smaller, "PNG")
+    return smaller

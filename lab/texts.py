@@ -17,6 +17,7 @@ from lab import LabError
 from lab.checkpoints import Checkpoint
 from lab.datasets import documents_digest, load_documents, split_documents
 from lab.tokens import Tokenizer
+from lab.words import WORD
 from trainer.checkpoints import CheckpointError
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.streams import open_streams
@@ -110,5 +111,10 @@ def _documents(path: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def starting_prompt(checkpoint: Checkpoint, documents: dict[str, Sequence[str]]) -> str:
-    """A few characters from the start of the first validation document: what an analysis begins with unasked."""
-    return documents["val"][0][: 2 if checkpoint.told.get("data") == "names" else 20]
+    """A few characters from the start of the first validation document: what an analysis begins with unasked. Of a
+    model of words a few words, since half of one is none."""
+    text, name = documents["val"][0], checkpoint.told.get("data") == "names"
+    if checkpoint.tokenizer.kind != "word":
+        return text[: 2 if name else 20]
+    ends = [word.end() for word in WORD.finditer(text)]
+    return text[: ends[: 1 if name else 4][-1]] if ends else text

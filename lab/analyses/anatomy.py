@@ -68,7 +68,7 @@ def attention(checkpoint: Checkpoint, text: str | Sequence[str], out: Path) -> F
     window or document."""
     ids = checkpoint.encode_documents(text)[: min(MOST_MAP_TOKENS, checkpoint.context)]
     maps = attention_maps(checkpoint, ids)
-    pieces = [checkpoint.tokenizer.piece(i) for i in ids]
+    pieces = ["•" if i == checkpoint.tokenizer.mark else checkpoint.tokenizer.piece(i) for i in ids]
     heads = maps[0].weights.shape[0]
     side = min(4.2, max(2.2, 0.12 * len(ids)))
     fig, axes = plots.figure(len(maps), heads, size=(side * heads + 0.6, side * len(maps) + 0.6))

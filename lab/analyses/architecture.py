@@ -115,7 +115,7 @@ def as_table(parts: list[dict[str, Any]]) -> str:
         first, *others = map(html.escape, cells)
         rows.append(f"<tr><th scope=row>{first}</th>{''.join(f'<td>{one}</td>' for one in others)}</tr>")
     head = "".join(f"<th scope=col>{name}</th>" for name in ("part", "kind", "parameters", "puts out", "weights"))
-    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    whole = f"<table class=parts><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class=scrolls tabindex=0 role=region aria-label="the parts of the model">{whole}</div>'
 
 

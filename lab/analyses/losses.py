@@ -73,7 +73,8 @@ def domains(
     every = [c for row in cells.values() for c in row.values()]
     unknown = max(c["unknown_share"] for c in every if judged(c))
     left = sum(not judged(c) for c in every)
-    not_judged = f"; {left} cells are not judged, as all of their text is unknown" if left else ""
+    cells_are = "1 cell is" if left == 1 else f"{left} cells are"
+    not_judged = f"; {cells_are} not judged, as all of the text is unknown there" if left else ""
     summary = (
         f"{len(names)} models by {len(texts)} corpora; every diagonal value the least of its row and column: "
         f"nats {'yes' if verdicts['nats_per_token'] else 'no'}, bits a byte "
@@ -144,6 +145,12 @@ def fine_tune(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return table
+
+
+def unknown_share(checkpoint: Checkpoint, documents: Sequence[str]) -> float:
+    """Share of the tokens of a text that the vocabulary lacks: -1, or the unknown word."""
+    ids = tokenize_documents(documents, checkpoint.tokenizer, "keep").ids
+    return float((ids < 0).mean()) if len(ids) else 0.0
 
 
 def _keep(checkpoint: Checkpoint) -> str:
@@ -260,7 +267,8 @@ def forgetting(
             progress=told,
         )
         kept = [{"step": p["step"], "first": p["first"], "second": p["loss"]} for p in points]
-        table.append({"first": first, "second": second, "points": kept})
+        share = unknown_share(models[first], held_out[second])
+        table.append({"first": first, "second": second, "unknown_share": share, "points": kept})
     columns = len(models) - 1
     fig, axes = plots.figure(len(models), columns, size=(4.2 * columns + 0.6, 2.9 * len(models)))
     for ax, pair in zip((ax for row in axes for ax in row), table):
@@ -270,10 +278,11 @@ def forgetting(
         ax.set_title(f"{pair['first']}, then {pair['second']}")
         ax.set_xlabel("steps on the second")
         ax.legend()
+    unread = max(pair["unknown_share"] for pair in table)
     worst = max(table, key=lambda pair: pair["points"][-1]["first"] - pair["points"][0]["first"])
     summary = (
         f"{steps} steps on another corpus: most is forgotten of {worst['first']} under {worst['second']}, from "
         f"{worst['points'][0]['first']:.3f} to {worst['points'][-1]['first']:.3f} nats a token. Scored of each "
-        f"validation text: {'; '.join(scored)}."
+        f"validation text: {'; '.join(scored)}; at most {unread:.1%} of a text is unknown to a vocabulary."
     )
     return write_finding(out, "forgetting", summary, {"pairs": table, "limit_chars": chars}, fig)

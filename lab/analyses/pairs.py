@@ -74,7 +74,7 @@ def pairs(checkpoint: Checkpoint, documents: Sequence[str], out: Path) -> Findin
     axes[0].set_title(f"pairs counted: {int(counts.sum()):,}, of the {len(shown)} commonest tokens (• is the mark)")
     _heat(axes[1], learned[:, shown], pieces, lambda i, j: f"{100 * learned[i, shown[j]]:.1f}")
     axes[1].set_title(f"{checkpoint.name}, step {checkpoint.step:,}: P(next | this token alone), %")
-    top = [(pieces[i], pieces[j], int(table[i, j])) for i, j in _largest(table, 10)]
+    top = [(pieces[i], pieces[j], int(table[i, j])) for i, j in _largest(table, 10) if table[i, j]]
     told = ", ".join(f"{a}{b} {n:,}" for a, b, n in top[:5])
     summary = (
         f"Commonest pairs: {told}. The model's table of single tokens lies {divergence:.4f} nats a token above the "

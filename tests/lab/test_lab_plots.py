@@ -99,3 +99,22 @@ def test_analyses_draw_a_chinese_text(machine, there, drawn, tmp_path):
     assert cli.run(train.main, f"{words} {more}".split()) == 0
     assert cli.run(look.main, [str(tmp_path / "run"), f"--out={tmp_path / 'look'}", f"--only={drawn}"]) == 0
     assert {png.stem for png in (tmp_path / "look").glob("*.png")} == set(drawn.split(","))
+
+
+def test_a_large_picture_is_kept_small_and_looks_the_same(tmp_path, monkeypatch):
+    """A map of cells with letters in them."""
+    from PIL import Image
+
+    monkeypatch.setattr(plots, "MANY_BYTES", 10_000)
+    fig, ax = plots.figure(size=(8, 5))
+    ax.imshow([[(i * j) % 17 for j in range(12)] for i in range(12)], cmap="Blues")
+    for i in range(12):
+        for j in range(12):
+            ax.text(j, i, f"{i}{j}", ha="center", fontsize=6)
+    fig.savefig(tmp_path / "as-drawn.png")
+    path = plots.save(fig, tmp_path / "a.png")
+    before, after = (Image.open(p).convert("RGB") for p in (tmp_path / "as-drawn.png", path))
+    assert path.stat().st_size < 0.6 * (tmp_path / "as-drawn.png").stat().st_size
+    assert after.getpixel((1, 1)) == (255, 255, 255), "white stays white"
+    small = after.resize((40, 24)), before.resize((40, 24))
+    assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in small))) < 12

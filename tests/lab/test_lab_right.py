@@ -45,6 +45,7 @@ from lab.cleaning import clean_stories, kept_by_share, raw_stories
 from lab.datasets import load_corpus, load_documents, overlap, split_documents
 from lab.embedded import floor_on
 from lab.models import IGNORE, build_model
+from lab.texts import starting_prompt
 from lab.tokens import ByteTokenizer, CharTokenizer, WordTokenizer, word_tokenizer
 from lab.train import evaluate
 from lab.words import split_words
@@ -377,6 +378,11 @@ def test_words_that_a_model_does_not_know_are_told_by_the_command_line_too(tmp_p
     capsys.readouterr()
     assert cli.run(sample.main, [str(tmp_path / "o"), "--prompt=the zebra", "--max_tokens=2"]) == 0
     assert "reads these as <unk>: zebra" in capsys.readouterr().err
+    kept = load_checkpoint(best_checkpoint(tmp_path / "o"))
+    for first, prompt in (("the cat sat", "the"), ("cat's own", "cat's"), ("", "")):
+        assert starting_prompt(kept, {"val": [first]}) == prompt, "whole words, that the model knows"
+    kept.told["data"] = "text"
+    assert starting_prompt(kept, {"val": ["The cat, sat on the mat"]}) == "The cat, sat"
     flags = [str(tmp_path / "o"), "--prompt=the gnu", f"--out={tmp_path}"]
     assert cli.run(look.main, [*flags, "--only=next_token"]) == 0
     assert "reads these as <unk>: gnu" in json.loads((tmp_path / "next_token.json").read_text())["summary"]

@@ -117,7 +117,7 @@ def _written(studio, name: str, side) -> str:
 def _read(studio, first, second) -> str:
     """One text of the validation split under both: blue where B is better, orange where A is."""
     if first.best is None or second.best is None:
-        return ""
+        return markup.hint("A text read by both can be shown where both left a checkpoint.")
     title = "<h2>A text of the validation split: blue where B reads it better, orange where A does</h2>"
     try:
         return title + markup.finding(studio.microscope.look("coloured", second.best, "", second=first.best))
