@@ -9,6 +9,7 @@ from data.grammar import Choice
 from lab import LabError
 
 DOMAINS = {"names": "names", "text": "story", "stories": "story", "sums": "sums"}
+MOST_CHARS = 100_000_000  # the grammar writes for ever, and all of it is kept in memory
 DEFAULT_CHARS = {"names": 120_000, "text": 600_000, "stories": 600_000, "sums": 300_000}
 
 
@@ -17,6 +18,8 @@ def embedded_documents(kind: str, chars: int = 0, seed: int = 0) -> list[str]:
     them."""
     if kind not in DOMAINS:
         raise LabError(f"the embedded corpus has no {kind!r}; choose one of {', '.join(DOMAINS)}")
+    if chars > MOST_CHARS:
+        raise LabError(f"--limit_chars={chars}: the embedded corpus is written here, at most {MOST_CHARS:,} characters")
     size, wanted, documents = 0, chars or DEFAULT_CHARS[kind], []
     for document in iter_documents(seed, DOMAINS[kind]):
         found = document.split() if kind == "names" else [document]

@@ -184,6 +184,7 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--weight_decay=-1", "at least 0"),
         ("--val_tokens=-5", "at least 0"),
         ("--limit_chars=-5", "at least 0"),
+        ("--limit_chars=999999999", "at most 100,000,000 characters"),
         ("--checkpoints=0", "at least 1"),
         ("--row_tokens=1", "at least 2"),
         ("--warmup_frac=1", "below 1"),
