@@ -39,9 +39,11 @@ PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:
 background:#fff;overflow-wrap:anywhere}
 h1{font-size:1.7em} h2{font-size:1.15em;margin:1.6em 0 .2em} h3{font-size:1em;margin:1em 0 .1em} p{margin:.3em 0}
 img{max-width:100%;height:auto} .rung{border-left:3px solid #0072b2;padding-left:.8em;margin:.8em 0}
-table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
+table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd;
+overflow-wrap:break-word}
 td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap}
-nav a{margin-right:.9em;white-space:nowrap} .samples td:last-child{text-align:left;white-space:pre-wrap;
+nav a{margin-right:.9em;white-space:nowrap} .samples td:last-child,.samples th,.parts td{text-align:left}
+.samples td:last-child{white-space:pre-wrap;
 overflow-wrap:anywhere} .legend{color:#555} .scrolls{overflow-x:auto}
 @media(max-width:600px){body{margin:1em auto} td,th{padding:.2em .4em}}"""
 
@@ -59,7 +61,8 @@ def section(finding: Finding, folder: Path) -> str:
     numbers = finding.json_path.relative_to(folder).as_posix()
     name = html.escape(finding.name.replace("_", " "))
     shown = finding.html or f'<img src="{picture}" alt="{name}" loading=lazy>'
-    line = f'<p>{html.escape(finding.summary)} <a href="{numbers}">numbers</a></p>'
+    links = f'<a href="{numbers}">numbers</a>' + (f' <a href="{picture}">picture</a>' if finding.html else "")
+    line = f"<p>{html.escape(finding.summary)} {links}</p>"
     return f'<h2 id="{finding.name}">{name}</h2>{line}{shown}'
 
 
