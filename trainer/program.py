@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -35,34 +36,42 @@ def program_files(entry: str | Path) -> dict[str, str]:
     """{path relative to the entry's folder: hash of its text} of a program and of all project files that it imports,
     inside functions too. Only what lies in the entry's folder is of the project. Raises OSError, SyntaxError."""
     entry = Path(entry).resolve()
-    root, found, queue = entry.parent, {}, [entry]
+    root, found, queue, asked = entry.parent, {}, [entry], set[tuple[str, ...]]()
     while queue:
         path = queue.pop()
         name = path.relative_to(root).as_posix()
         if name not in found:
             text = path.read_text(encoding="utf-8")
             found[name] = text_hash(text)
-            queue += _imported(text, path, root)
+            for module in _imported(text, path.parent.relative_to(root).parts) - asked:
+                asked.add(module)
+                place = root.joinpath(*module)
+                queue += [p for p in (place / "__init__.py", place.with_suffix(".py")) if p.is_file()]
     return dict(sorted(found.items()))
 
 
-def _imported(text: str, path: Path, root: Path) -> Iterator[Path]:
-    """The project's files that a file's import statements name, with the packages that they lie in."""
-    package = path.parent.relative_to(root).parts
+def _imported(text: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Names, as their parts, of what may be a module in the import statements of a file of that package, with the
+    packages that they lie in."""
+    modules = set()
+    for level, module, names in _import_statements(text):
+        base = (*package[: len(package) - level + 1], *module) if level else module
+        for parts in (base, *((*base, name) for name in names)):
+            modules.update(parts[:depth] for depth in range(1, len(parts) + 1))
+    return modules
+
+
+@functools.lru_cache(maxsize=256)  # parsing takes a quarter of a second, and a process may make many runs
+def _import_statements(text: str) -> tuple[tuple[int, tuple[str, ...], tuple[str, ...]], ...]:
+    """(level, parts of the module's name, names taken from it) of every import statement of a program's text."""
+    found: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = []
     for node in _statements(ast.parse(text)):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            found += [(0, tuple(alias.name.split(".")), ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for module in modules:
-            parts = module.split(".")
-            for depth in range(1, len(parts) + 1):
-                place = root.joinpath(*parts[:depth])
-                yield from (p for p in (place / "__init__.py", place.with_suffix(".py")) if p.is_file())
+            module = tuple(node.module.split(".")) if node.module else ()
+            found.append((node.level, module, tuple(alias.name for alias in node.names)))
+    return tuple(found)
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
