@@ -118,7 +118,7 @@ class Mutant(NamedTuple):
 def mutants(family: Family) -> list[Mutant]:
     """The drawn mutants of a family's module, always the same for the same source."""
     lines = Path(importlib.import_module(family.module).__file__).read_text().splitlines()
-    code = _lines_of_code(lines)
+    code, blocks = _lines_of_code(lines), _blocks(lines)
     found = []
     for rule in RULES:
         places = []
@@ -128,11 +128,22 @@ def mutants(family: Family) -> list[Mutant]:
                 if "  # " in line[: match.start()]:
                     continue  # a remark behind the code
                 new = line[: match.start()] + match.expand(rule.replacement) + line[match.end() :]
-                if new != line and _parses([*lines[:number], new, *lines[number + 1 :]]):
+                if new != line and _parses(
+                    [*lines[blocks[number].start : number], new, *lines[number + 1 : blocks[number].stop]]
+                ):
                     places.append(Mutant(family.name, rule.kind, number, line, new))
         chosen = random.Random(f"{family.name} {rule.pattern}").sample(range(len(places)), min(DRAWN, len(places)))
         found += [places[i] for i in sorted(chosen)]
     return found
+
+
+def _blocks(lines: list[str]) -> list[range]:
+    """Of each line, the statement of the module's top level that it lies in: as much as must parse again."""
+    starts = [
+        n for n, line in enumerate(lines) if line[:1].strip() and line[0] not in ")]}" and lines[n - 1][:1] != "@"
+    ]
+    blocks = [range(begin, end) for begin, end in zip([0, *starts], [*starts, len(lines)])]
+    return [block for block in blocks for _ in block]
 
 
 def _parses(lines: list[str]) -> bool:
