@@ -33,7 +33,7 @@ RECIPE = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
-OURS = "--preset=nano --num_iterations=250 --val_loss_every=0 --val_seq_len=9216 --val_tokens=110592 --device=cpu"
+OURS = "--preset=nano --num_iterations=350 --val_loss_every=0 --val_seq_len=9216 --val_tokens=110592 --device=cpu"
 TARGET = 1.88
 
 

@@ -92,7 +92,7 @@ def test_banded_on_random_layouts(data):
 
 
 @interpreted
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_triton_on_random_layouts(data):
     T = data.draw(st.integers(1, 170))

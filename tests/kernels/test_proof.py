@@ -469,4 +469,4 @@ def test_mutants_are_many_and_always_the_same():
 
     drawn = {m.name: m for f in FAMILIES.values() for m in mutants(f)}
     assert len(drawn) >= 60 and len({m.kind for m in drawn.values()}) >= 12
-    assert drawn == {m.name: m for f in FAMILIES.values() for m in mutants(f)}
+    assert [m for m in drawn.values() if m.family == "mlp"] == mutants(FAMILIES["mlp"])

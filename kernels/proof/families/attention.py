@@ -310,7 +310,7 @@ FAMILY = Family(
             "a plan is taken for dense",
             "return AttentionPlan(*(dense(x) for x in plan[:4]))",
             "return plan",
-            by="transposed",
+            by="tiny: strided",
         ),
         Fault(
             "queries see one token into the future", "o_j[None, :] <= o_i[:, None]", "o_j[None, :] <= o_i[:, None] + 1"
@@ -333,29 +333,37 @@ FAMILY = Family(
             "interior by the first query instead of the last",
             "oldest_of_all = tl.load(p_first + end - 1)",
             "oldest_of_all = tl.load(p_first + row)",
+            by="documents inside a window",
         ),
         Fault(
             "the far edge is one tile short",
             "edge = tl.cdiv(tl.maximum(row - interior * BN - oldest, 0), BN)",
             "edge = tl.maximum(row - interior * BN - oldest, 0) // BN",
+            by="token window",
         ),
         Fault(
             "the far edge starts one tile late",
             "t < interior + edge, row - (t + 1) * BN",
             "t < interior + edge, row - (t + 2) * BN",
+            by="token window",
         ),
         Fault(
-            "only the first diagonal tile", "return tl.cdiv(end - row, BN), interior, edge", "return 1, interior, edge"
+            "only the first diagonal tile",
+            "return tl.cdiv(end - row, BN), interior, edge",
+            "return 1, interior, edge",
+            by="window of one block",
         ),
         Fault(
             "backward: interior by the last key instead of the first",
             "end_of_first = tl.load(p_end + key)",
             "end_of_first = tl.load(p_end + tl.minimum(key + BN, T) - 1)",
+            by="four heads on two",
         ),
         Fault(
             "backward: edge tiles lost",
             "edge = tl.cdiv(tl.maximum(end_of_last - start - interior * BM, 0), BM)",
             "edge = 0",
+            by="token window",
         ),
         Fault("backward: interior starts on the diagonal", "start = key + tl.cdiv(BN, BM) * BM", "start = key"),
         Fault(
@@ -377,7 +385,10 @@ FAMILY = Family(
             "+ row) * HEADS) * DH + head",
         ),
         Fault(
-            "query heads read the wrong key head", "kv_head = head // (HEADS // KV_HEADS)", "kv_head = head % KV_HEADS"
+            "query heads read the wrong key head",
+            "kv_head = head // (HEADS // KV_HEADS)",
+            "kv_head = head % KV_HEADS",
+            by="four heads on two",
         ),
         Fault(
             "interior tiles forget the later query heads of their group",
