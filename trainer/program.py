@@ -53,7 +53,7 @@ def program_files(entry: str | Path) -> dict[str, str]:
 def _imported(text: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
     """Names, as their parts, of what may be a module in the import statements of a file of that package, with the
     packages that they lie in."""
-    modules = set()
+    modules: set[tuple[str, ...]] = set()
     for level, module, names in _import_statements(text):
         base = (*package[: len(package) - level + 1], *module) if level else module
         for parts in (base, *((*base, name) for name in names)):
