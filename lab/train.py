@@ -367,7 +367,8 @@ class Run:
         it is the best so far."""
         loss = evaluate(self.model, self.corpus.tokens["val"], self.config.row_tokens, self.config.val_tokens)
         if not math.isfinite(loss) and self.config.model != "counts":
-            raise LabError(f"validation loss is {loss} after step {step}; lower the learning rate")
+            advice = "lower the learning rate" if step else "the initial weights are too large, see --initial"
+            raise LabError(f"validation loss is {loss} after step {step}; {advice}")
         self.log.validated(step, 1000 * self.seconds, loss)
         if self.config.keep == "last":
             self.best = {"step": step, "loss": loss}

@@ -191,6 +191,7 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--threads=-1", "at least 0"),
         ("--initial=uniform:1:0", "LOW below HIGH"),
         ("--initial=constant", "uniform:LOW:HIGH"),
+        ("--initial=normal:1e38 --output_dir=OUT", "the initial weights are too large"),
         ("--model=gpt --learning_rate=0.1", "--learning_rate=0.1 has no part in a training with --model=gpt"),
         ("--model=gpt --cooldown_frac=0.5", "--muon_lr"),
         ("--model=counts --steps=5", "one pass over the corpus"),
@@ -209,7 +210,8 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--learning_rate=inf", "a finite number"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys):
+def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys, tmp_path):
+    words = words.replace("OUT", str(tmp_path))
     assert cli.run(train.main, [*words.split(), "--limit_chars=3000"] if "limit" not in words else words.split()) == 2
     assert told in capsys.readouterr().err
 
