@@ -50,7 +50,7 @@ from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
-from kernels.residual import residual_mix
+from kernels.residual import factors_of_layers, residual_mix
 from trainer import (
     checkpoints,
     evaluate,
@@ -384,17 +384,17 @@ class Block(nn.Module):
 
     def forward(self, x_BTD, x00_BTD, x01_BTD, ve_BTD, lambdas_3, attention_lambdas_2, plan, rotary, impls, cache=None):
         if x01_BTD is None:
-            x_BTD = lambdas_3[0] * x_BTD + lambdas_3[1] * x00_BTD
+            x_BTD = techniques.summed(x_BTD, (lambdas_3[0], x_BTD), (lambdas_3[1], x00_BTD))
         else:
             x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3)
         if self.has_attention:
-            x_BTD = x_BTD + self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
-        h_ND = norm(x_BTD).flatten(0, 1)
-        y_ND = products.mlp(h_ND, self.mlp_in_w, self.mlp_out_w, impls)
-        return x_BTD + y_ND.view_as(x_BTD)
+            y_BTD = self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
+            x_BTD = products.added(x_BTD, y_BTD, self.qkvo_w[3], impls)
+        return products.mlp(norm(x_BTD), self.mlp_in_w, self.mlp_out_w, x_BTD, impls)
 
     def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
-        """Attention over normed queries, keys and values; the values are mixed with an embedding of the token."""
+        """What the heads find, side by side, before it is projected back: attention over normed queries, keys and
+        values; the values are mixed with an embedding of the token."""
         (B, T, D), H = x_BTD.shape, self.config.num_heads
         ve_BTHDh = None if ve_BTD is None else ve_BTD.view(B, T, H, D // H)
         given = x_BTD, self.qkvo_w[:3].flatten(0, 1), ve_BTHDh, lambdas_2, rotary
@@ -406,7 +406,7 @@ class Block(nn.Module):
         else:
             q, k, v = projected(*given, **shape, impl=of_inputs)
             y_BTHDh = cache.attend(self.layer, q, k, v, plan.first_key_BT, scale)
-        return products.linear(y_BTHDh.reshape(B, T, D), self.qkvo_w[3], impls)
+        return y_BTHDh.reshape(B, T, D)
 
 
 class GPT(nn.Module):
@@ -521,10 +521,10 @@ class GPT(nn.Module):
         skip_w_L, lambdas, attention_lambdas = self.scalars.split([L, 3 * L, 2 * L])
         # Four a row: where a layer's scalars lie on 16 bytes, the compiler reads with its widest loads. It adds the
         # gradients of rows that were selected in one kernel; those of unbound ones it copies by one kernel each.
-        lambdas_L4 = F.pad(lambdas.view(L, 3), (0, 1))
         attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
         x00_BTD = norm(self.embed1(tokens_BT))
+        mixes = factors_of_layers(lambdas.view(L, 3), x00_BTD)
         rows2_BT, rows_v_BT = (rows(seen_BS)[:, begin:] for rows in (self.rows2, self.rows_v))
         x01_BTD = None if self.embed2 is None else norm(self.embed2(rows2_BT))
         tables = [table(rows_v_BT) for table in self.value_embeds]
@@ -534,7 +534,7 @@ class GPT(nn.Module):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
-            scalars = lambdas_L4[layer, :3], attention_lambdas_L4[layer, :2]
+            scalars = mixes[layer], attention_lambdas_L4[layer, :2]
             x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls, cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD

@@ -186,9 +186,12 @@ def launch_slope(dy_ND, w_out_DF, a_NF, tile: Tile | None = None):
 
 
 @torch.library.custom_op("speedrun::relu_squared_mlp", mutates_args=())
-def _mlp(x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _mlp(
+    x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor, residual_ND: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     a_NF = launch_activation(x_ND, w_in_FD)
-    return a_NF @ w_out_DF.t(), a_NF
+    product = a_NF @ w_out_DF.t() if residual_ND is None else torch.addmm(residual_ND, a_NF, w_out_DF.t())
+    return product, a_NF
 
 
 @torch.library.custom_op("speedrun::relu_squared_mlp_backward", mutates_args=())
@@ -201,7 +204,7 @@ def _mlp_backward(
 
 
 @_mlp.register_fake
-def _(x_ND, w_in_FD, w_out_DF):
+def _(x_ND, w_in_FD, w_out_DF, residual_ND):
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0], w_in_FD.shape[0])
 
 
@@ -211,13 +214,15 @@ def _(dy_ND, x_ND, w_in_FD, w_out_DF, a_NF):
 
 
 def _mlp_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *given, residual_ND = inputs
+    ctx.adds = residual_ND is not None
+    ctx.save_for_backward(*given, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 @differentiable_once("relu_squared_mlp")
 def _mlp_grad(ctx, dy_ND, _):
-    return _mlp_backward(dy_ND, *ctx.saved_tensors)
+    return *_mlp_backward(dy_ND, *ctx.saved_tensors), dy_ND if ctx.adds else None
 
 
 _mlp.register_autograd(_mlp_grad, setup_context=_mlp_setup)
@@ -233,9 +238,15 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
 
 @without_autocast
 def relu_squared_mlp(
-    x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor, *, impl: str = "auto"
+    x_ND: torch.Tensor,
+    w_in_FD: torch.Tensor,
+    w_out_DF: torch.Tensor,
+    residual_ND: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
 ) -> torch.Tensor:
-    """relu(x w_in^T)^2 w_out^T; x may have leading axes. Weights are cast to x's dtype for the products.
+    """relu(x w_in^T)^2 w_out^T, or residual plus that; x may have leading axes. Weights are cast to x's dtype for the
+    products. residual: like x; a product that begins with it saves a pass over it and the result.
 
     Errors: ValueError for shapes or devices that do not fit, TypeError for dtypes.
     """
@@ -247,11 +258,16 @@ def relu_squared_mlp(
     for name, x in (("x", x_ND), ("w_in", w_in_FD), ("w_out", w_out_DF)):
         expect(name, x, x.shape, x_ND)
         expect_floats(name, x)
+    if residual_ND is not None:
+        expect("residual", residual_ND, x_ND.shape, x_ND)
+        expect_floats("residual", residual_ND, (x_ND.dtype,))
     rows = x_ND.reshape(math.prod(x_ND.shape[:-1]), x_ND.shape[-1])
     w_in_FD, w_out_DF = w_in_FD.to(x_ND.dtype), w_out_DF.to(x_ND.dtype)
     if implementation(impl, x_ND) == "triton":
         expect_floats("x", x_ND, KERNEL_DTYPES)
-        refuse_tangents("relu_squared_mlp", x_ND, w_in_FD, w_out_DF)
-        y_ND, _ = _mlp(dense(rows), dense(w_in_FD), dense(w_out_DF))
+        refuse_tangents("relu_squared_mlp", x_ND, w_in_FD, w_out_DF, residual_ND)
+        added = None if residual_ND is None else dense(residual_ND.reshape(rows.shape))
+        y_ND, _ = _mlp(dense(rows), dense(w_in_FD), dense(w_out_DF), added)
         return y_ND.view(x_ND.shape)
-    return _ReluSquaredMLP.apply(rows, w_in_FD, w_out_DF).view(x_ND.shape)
+    y_ND = _ReluSquaredMLP.apply(rows, w_in_FD, w_out_DF).view(x_ND.shape)
+    return y_ND if residual_ND is None else residual_ND + y_ND

@@ -35,16 +35,26 @@ def in_8_bits(impls: Mapping[str, str], least: str) -> bool:
     return NAMES.index(impls["products"]) >= NAMES.index(least) and torch.is_grad_enabled()
 
 
-def mlp(x_ND: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, str]) -> Tensor:
-    """relu(x w_in^T)^2 w_out^T; the rows of x come from a norm."""
+def mlp(
+    x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, residual_BTD: Tensor | None, impls: Mapping[str, str]
+) -> Tensor:
+    """relu(x w_in^T)^2 w_out^T, plus the residual if there is one; the rows of x come from a norm."""
     if in_8_bits(impls, "fp8_mlp"):
-        return relu_squared_mlp_8(x_ND, w_in_FD, w_out_DF)
-    return relu_squared_mlp(x_ND, w_in_FD, w_out_DF, impl=impls["mlp"])
+        y_BTD = relu_squared_mlp_8(x_BTD, w_in_FD, w_out_DF)
+        return y_BTD if residual_BTD is None else residual_BTD + y_BTD
+    return relu_squared_mlp(x_BTD, w_in_FD, w_out_DF, residual_BTD, impl=impls["mlp"])
 
 
 def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, str]) -> Tensor:
     """x w^T, of the attention's four."""
     return products8.linear(x, w_FD) if in_8_bits(impls, "fp8") else F.linear(x, w_FD)
+
+
+def added(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor, impls: Mapping[str, str]) -> Tensor:
+    """residual + x w^T, in one pass over memory where the device's product can begin with the residual."""
+    if in_8_bits(impls, "fp8") or not residual_BTD.is_cuda:
+        return residual_BTD + linear(x_BTE, w_DE, impls)
+    return torch.addmm(residual_BTD.flatten(0, 1), x_BTE.flatten(0, 1), w_DE.t()).view_as(residual_BTD)
 
 
 def linear_of(impls: Mapping[str, str]) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -21,6 +21,7 @@ from data.encoding import TokenizeError, prefix_tokens
 from kernels.attention import attention
 from kernels.cross_entropy import next_targets
 from kernels.norm import rms_norm as norm
+from kernels.residual import factors_of_layers
 from trainer import adam, products
 from trainer.normuon import factors
 from trainer.options import UsageError
@@ -417,13 +418,14 @@ class Techniques(nn.Module):
         x0 = self.entered(gpt, seen_BS, begin, scalars)
         x2 = None if gpt.embed2 is None else norm(gpt.embed2(gpt.rows2(seen_BS)[:, begin:]))
         bigram = None if self.bigram_embed is None else self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])
+        mixes = self.mixing_factors(scalars, x0)
         outputs: dict[int, Tensor] = {}
         x_BTD, factors, more_values = x0, None, None
         for layer, block in enumerate(gpt.blocks):
             if layer in self.skips:
                 x_BTD = self.skipped(x_BTD, x0, layer, outputs, scalars)
             if factors is None:
-                x_BTD = self.mixed(x_BTD, x0, x2, bigram, layer, scalars)
+                x_BTD = self.mixed(x_BTD, x0, x2, bigram, mixes[layer])
             late = 0 <= c.late_attention_source < layer
             source = outputs[c.late_attention_source] if late else x_BTD
             short = layer not in self.long
@@ -431,12 +433,12 @@ class Techniques(nn.Module):
             given = *where, gpt, cache, (factors, more_values)
             a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
-            h_ND = norm(x_BTD).flatten(0, 1)
-            y_ND = products.mlp(h_ND, block.mlp_in_w, block.mlp_out_w, gpt.impls)
+            of_mlp = norm(x_BTD), block.mlp_in_w, block.mlp_out_w
             if factors is None:
-                x_BTD = x_BTD + y_ND.view_as(x_BTD)
+                x_BTD = products.mlp(*of_mlp, x_BTD, gpt.impls)
             else:
-                x_BTD = summed(x_BTD, (factors[1][4], x_BTD), (factors[1][5], y_ND.view_as(x_BTD)))
+                y_BTD = products.mlp(*of_mlp, None, gpt.impls)
+                x_BTD = summed(x_BTD, (factors[1][4], x_BTD), (factors[1][5], y_BTD))
             outputs[layer] = x_BTD
             if self.dynamic is not None and layer == last - 1:
                 middle = outputs[self.dynamic.middle]
@@ -464,16 +466,18 @@ class Techniques(nn.Module):
         opened = 2 * torch.sigmoid(scalars["skips"][number])
         return x_BTD + opened * gate(x0, self.skip_w[number : number + 1]) * output
 
-    def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, layer: int, scalars: Any) -> Tensor:
-        """r x + p x0 + q x2 + beta B[row]: `resid_init` is r at first, `bigram_init_weight` beta."""
-        if self.mixes is None:
-            r, p, q = scalars["mixes"][layer]
-        else:
-            (r,), (p, q) = scalars["mixes"][layer], self.mixes[layer]
+    def mixing_factors(self, scalars: dict[str, Tensor], x0: Tensor) -> list:
+        """Of each layer the factors of stream, both embeddings and, if there is one, the bigram table: `resid_init` is
+        the first at first, `bigram_init_weight` the last."""
+        beta_L1 = None if self.bigram_mixes is None else self.bigram_mixes[:, None]
+        tables = [table for table in (scalars["mixes"], self.mixes, beta_L1) if table is not None]
+        return factors_of_layers(torch.cat(tables, 1), x0)
+
+    def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, factors: Any) -> Tensor:
+        """r x + p x0 + q x2 + beta B[row], with a layer's factors."""
+        r, p, q, *beta = factors
         terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
-        if bigram is not None and self.bigram_mixes is not None:
-            terms.append((self.bigram_mixes[layer], bigram))
-        return summed(x_BTD, *terms)
+        return summed(x_BTD, *terms, *([] if bigram is None else [(beta[0], bigram)]))
 
     def added(self, x_BTD: Tensor, a_BTD: Any, x0: Tensor, bigram: Any, factors: Any) -> Tensor:
         """Stream plus attention; in the last layer of `dynamic_skips`, the factors' mixture."""

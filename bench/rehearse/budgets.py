@@ -26,8 +26,9 @@ _SLACK = {"peak_gib": 0.02, "warm_up_peak_gib": 0.02, "validation_peak_gib": 0.0
 
 def form(counted: dict[str, Any]) -> str:
     """The name that budgets of such a rehearsal have."""
+    eight = "" if counted["products"] == "bf16" else f"-{counted['products']}"
     short = "-one-block" if counted["one_block"] else ""
-    return f"{counted['preset']}{short}-{counted['device']}-of-{counted['world']}"
+    return f"{counted['preset']}{eight}{short}-{counted['device']}-of-{counted['world']}"
 
 
 def other_bytes(counted: dict[str, Any]) -> int:

@@ -73,8 +73,9 @@ def rehearse(
         if all_ranks:
             counted["other_orders"] = rehearsal.other_orders(counted["step"]["message_order"])
     counted["kernels"] = resources(recorder.kernels)
-    head = dict(preset=config.preset, device=device, world=world, one_block=config.num_layers == 1)
+    head = dict(preset=config.preset, products=config.products, device=device, world=world)
     head |= dict(
+        one_block=config.num_layers == 1,
         shapes=len(schedule.shapes(config)),
         sequences=rehearsal.sequences,
         tokens=config.train_seq_len * rehearsal.sequences,
@@ -146,7 +147,8 @@ class Rehearsal:
             with as_before, mock.patch.object(torch, "compile", compile_):
                 other = train_gpt.Trainer(self.config, self.trainer.device)
             with self.recorder.recording():
-                other.step(self.config.num_iterations - 1, self._batches())
+                last = self.config.num_iterations - 1
+                other.step(last, self._batches(last))
                 other.exchange.wait_weights()
             if [[m.name, *m.dtypes, m.bytes] for m in self.recorder.messages] != first:
                 different.append(rank)
@@ -172,9 +174,9 @@ class Rehearsal:
         graphs = {"graphs": _graphs() - sum(of_adam), "graphs_of_adam": sum(of_adam)}
         return {"compile": {**_compiler_says(), **graphs}, "warm_up_peak_gib": peak / GIB}
 
-    def _batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A step's sequences, as `TokenStream.prefetch` hands them to a GPU's process: in pinned memory."""
-        length = self.config.train_seq_len
+        length = schedule.sequence_tokens_at(step, self.config)
         kinds = (torch.int32, torch.int64)
         pairs = [tuple(torch.zeros(length, dtype=kind) for kind in kinds) for _ in range(self.sequences)]
         self.recorder.pinned.update(t.untyped_storage() for pair in pairs for t in pair)
@@ -183,7 +185,8 @@ class Rehearsal:
     def step(self) -> dict:
         """The last step of the run, every phase of it recorded."""
         trainer, recorder = self.trainer, self.recorder
-        batches, before = self._batches(), len(recorder.memory.events)
+        last, before = self.config.num_iterations - 1, len(recorder.memory.events)
+        batches = self._batches(last)
         del self.device_waits[:]
         phases = dict(forward=(trainer, "forward", "backward"), muon=(trainer.muon, "step", "between"))
         phases["adam"] = (trainer.adam, "step", "end")
@@ -192,7 +195,7 @@ class Rehearsal:
             setattr(owner, method, self._in_phase(name, kept[name], after))
         recorder.phase = "start"
         with recorder.recording():
-            trainer.step(self.config.num_iterations - 1, batches)
+            trainer.step(last, batches)
             trainer.exchange.wait_weights()
         for name, (owner, method, _) in phases.items():
             setattr(owner, method, kept[name])
@@ -216,9 +219,10 @@ class Rehearsal:
 
         return run
 
-    def _forward(self, length: int, grad: bool, step: int | None = None) -> None:
-        """Forward as a step of training does it, or as a validation."""
-        device = self.trainer.device
+    def _forward(self, step: int | None = None) -> None:
+        """Forward as that step of training does it; None: as a validation."""
+        device, c, grad = self.trainer.device, self.config, step is not None
+        length = c.val_seq_len if step is None else schedule.sequence_tokens_at(step, c)
         tokens = torch.zeros(1, length, dtype=torch.int32, device=device)
         targets = torch.zeros(1, length, dtype=torch.int64, device=device)
         with torch.set_grad_enabled(grad):
@@ -230,20 +234,24 @@ class Rehearsal:
         recorder, before = self.recorder, len(self.recorder.memory.events)
         recorder.phase = "validation"
         with recorder.recording():
-            self._forward(self.config.val_seq_len, grad=False)
+            self._forward()
         peak, _, _ = recorder.memory.peak(before)
         return {"peak_gib": peak / GIB, **_launch_counts(recorder)}
 
     def windows(self) -> dict:
-        """Windows of the run in turn, all of them for one block, else the first, a middle and the last: none may
-        compile anew."""
-        c = self.config
+        """Windows of the run in turn, all of them for one block, else the first, a middle and the last, each with its
+        step's length and targets; and for one block whole steps of each shape. None may compile anew."""
+        c, before = self.config, _graphs()
         steps = list({schedule.window_blocks_at(step, c): step for step in range(c.num_iterations)}.values())
-        before = _graphs()
         tried = steps if c.num_layers == 1 else [steps[0], steps[len(steps) // 2], steps[-1]]
         for step in tried:
             self.trainer.set_window(step)
-            self._forward(c.train_seq_len, grad=True, step=step)
+            self._forward(step)
+        if c.num_layers == 1 and len(schedule.shapes(c)) > 1:
+            for first in schedule.shapes(c).values():
+                for step in range(first, first + c.adam_every):
+                    self.trainer.step(step, self._batches(step))
+            self.trainer.exchange.wait_weights()
         return {"different": len(steps), "tried": len(tried), "new_graphs": _graphs() - before}
 
 

@@ -119,6 +119,7 @@ def _properties(told: dict) -> types.SimpleNamespace:
     )
 
 
+_FAKES = torch.library.Library("aten", "IMPL")  # lives as long as what is put in place with it
 _installed: dict[str, list[str]] = {}  # the device that this process believes in -> the host's waits for it
 
 
@@ -137,6 +138,7 @@ def install(name: str) -> list[str]:
     _build_guard()
     waited = _installed[name] = []
     _install_torch(_properties(DEVICES[name]), waited)
+    _FAKES.impl("_scaled_mm.out", lambda *_a, out, **_k: out, "Meta")  # as compiled code calls it; torch has no fake
     _install_inductor()
     _install_driver(DEVICES[name])
     return waited

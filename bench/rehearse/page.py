@@ -1,6 +1,7 @@
 """What rehearsals counted, kept small and told: bench/results/rehearsal-*.json and docs/rehearsal.md.
 
 python -m bench.rehearse --preset medium --keep medium     # count, and keep what the page tells
+python -m bench.rehearse --preset medium --products=fp8 --keep medium-fp8
 python -m bench.rehearse.page                              # write docs/rehearsal.md from what is kept
 python -m bench.rehearse.page --check                      # exit 1 if it does not say what the files say
 """
@@ -39,7 +40,7 @@ def condensed(counted: dict[str, Any]) -> dict[str, Any]:
         kind["launches"] += row["launches"]
         kind["gb"] += row["bytes"] / 1e9
         kind["tflop"] += row["flops"] / 1e12
-    heads = "preset device world tokens torch triton assembler state_gib".split()
+    heads = "preset products device world tokens torch triton assembler state_gib".split()
     return {
         **{name: counted[name] for name in heads},
         "measures": budgets.measures(counted),
@@ -107,7 +108,7 @@ def judged(key: str, text: str, sides: dict[str, float | None]) -> dict[str, Any
 
 def page() -> str:
     """docs/rehearsal.md, from the kept counts."""
-    before, now = kept("before"), kept("medium")
+    before, now, eight = kept("before"), kept("medium"), kept("medium-fp8")
     shown = now or before
     if shown is None:
         raise FileNotFoundError("nothing is kept: python -m bench.rehearse --preset medium --keep medium")
@@ -116,9 +117,15 @@ def page() -> str:
         judged(key, text, {name: told["measures"][key] for name, told in sides.items()}) for key, text in ROWS.items()
     ]
     rows.append(judged("projected_ms", "projected ms a step", {n: t["projection"]["ms"] for n, t in sides.items()}))
-    rows.append(judged("projected_ms_8bit", "projected ms a step with 8-bit products", dict.fromkeys(sides)))
-    parts = sorted({part for told in sides.values() for part in told["projection"]["parts"]})
-    projected = [{"part": p, **{n: t["projection"]["parts"].get(p, 0.0) for n, t in sides.items()}} for p in parts]
+    of_eight = {name: eight["projection"]["ms"] if eight and name == "now" else None for name in sides}
+    rows.append(judged("projected_ms_8bit", "projected ms a step with 8-bit products", of_eight))
+    told_apart = sides | ({"now, 8-bit products": eight} if eight else {})
+    parts = sorted({part for told in told_apart.values() for part in told["projection"]["parts"]})
+    projected = [
+        {"part": p, **{n: t["projection"]["parts"].get(p, 0.0) for n, t in told_apart.items()}}
+        for p in [*parts, "a step"]
+    ]
+    projected[-1] |= {name: told["projection"]["ms"] for name, told in told_apart.items()}
     kinds = [{"launched by": kind, **numbers} for kind, numbers in shown["kinds"].items()]
     holders = [
         {"held at the peak, by what makes it": who.replace(" | ", " from "), "GiB": gib}
@@ -154,6 +161,11 @@ pretended; tracing, fusion, Triton's compilation for the chip, launch code and m
 
 {graphs} graphs (one to train, one to validate), the same over the first, a middle and the last of the run's
 {windows} windows (for one block, in the tests: over all); {kernels} kernels, at most {registers} registers a thread.
+
+The rule: a graph for each pair of a sequence's length and a token's number of targets that occurs in the run
+(`trainer.schedule.shapes`; `medium` has one pair, `frontier` four), one to validate, and none compiled once the clock
+runs: the warm-up meets them all. What else changes over a run (windows, YaRN's tables and factor, weights of targets,
+rates) are tensors that change in place. `--one-block` holds a run to that over all its windows and shapes.
 
 {counts}
 

@@ -86,10 +86,14 @@ def part_of(row: dict[str, Any]) -> str:
         return "attention"
     if part in ("attention_layer", "attention_inputs", "attention"):
         return "attention projections" if kind == "product" else "attention inputs"
-    if part == "mlp":
+    if part in ("mlp", "mlp8"):
         return "MLP"
     if part == "cross_entropy":
         return "head and loss"
+    if part == "products8":
+        return "conversions to 8 bits"
+    if kind == "product" and row["bits"] == 8:  # beside the head's: compiled code does not tell whose they are
+        return "MLP and attention projections, 8-bit products"
     return "attention projections" if kind == "product" else "norms, mixes, embeddings"
 
 

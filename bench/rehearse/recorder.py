@@ -24,6 +24,18 @@ WORK: dict[str, Callable[[dict, tuple], float]] = {
     "_product_8": lambda a, grid: 2.0 * a["M"] * a["N"] * a["K"],
     "_symmetric": lambda a, grid: 1.0 * grid[1] * a["M"] ** 2 * a["K"],  # one triangle of each
 }
+#: Bytes of our own kernels that touch only parts of what they are given; of others, `_touched`.
+BYTES: dict[str, Callable[[dict], int]] = {
+    "_prepare": lambda a: (
+        2
+        * a["R"]
+        * a["tokens"]
+        * a["p_v"].element_size()
+        * (2 * a["ROTATE"] * (a["HEADS"] + a["KV_HEADS"]) + (2 + a["HAS_VE"]) * a["KV_HEADS"])
+    )
+}
+#: Operators that write what they are given first without reading it.
+_OVERWRITES = re.compile(r"aten\.(_foreach_)?(copy|fill|zero)_")
 #: Operators that launch nothing: views, allocations, questions. (Nor do those that hand back what they were given.)
 _FREE = re.compile(
     r"aten\.(_?(unsafe_)?view|_reshape_alias|reshape|alias|as_strided|transpose|permute|detach|slice|select|split|t\.|"
@@ -36,7 +48,8 @@ _PRODUCTS |= {"aten::baddbmm": (1, 2), "aten::_scaled_mm": (0, 1)}
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a step. kind: product (the library's), own, inductor, torch; bytes moved, each operand once."""
+    """One kernel of a step. kind: product (the library's), own, inductor, torch; bytes moved, each operand once, what
+    is changed in place twice."""
 
     kind: str
     name: str
@@ -190,9 +203,9 @@ class Recorder(TorchDispatchMode):
         self.launches.append(Launch(kind, name, part, self.phase, moved, flops, bits))
 
     def part(self, own: str = "") -> str:
-        """The part of a step that a launch belongs to: the operator's it is launched by, else the phase's."""
+        """The part of a step that a launch belongs to: the outermost operator's it is launched by, else the phase's."""
         if self.inside:
-            return self.inside[-1]
+            return self.inside[0]
         return own or self.phase
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -244,7 +257,7 @@ class Recorder(TorchDispatchMode):
             same = {t.untyped_storage()._cdata for t in tensors}
             alias = not func._schema.is_mutable and all(t.untyped_storage()._cdata in same for t in outs)
             if (on_device or any(t.device.type == "cuda" for t in outs)) and not alias and not _FREE.search(name):
-                moved = sum(nbytes(t) for t in (*_distinct(tensors), *outs) if t.device.type == "cuda")
+                moved = moved_by(func, args, kwargs, outs)
                 flops = _product_flops(func, args)
                 bits = 8 * tensors[0].element_size() if tensors else 0
                 self.add(
@@ -276,6 +289,35 @@ class Recorder(TorchDispatchMode):
             size = sum(map(nbytes, tensors))
         name = func._schema.name.partition("::")[2].strip("_")
         self.messages.append(Message(name, dtypes, "+".join(devices), size, self.phase))
+
+
+def moved_by(func, args, kwargs, outs: list[torch.Tensor]) -> int:
+    """Bytes that an operator reads and writes off the host, each operand once; what it changes in place, twice."""
+    arguments = {a.name: a for a in func._schema.arguments}
+    given = dict(zip(arguments, args)) | kwargs
+    written = {name for name in given if (info := arguments[name].alias_info) is not None and info.is_write}
+    unread = written if _OVERWRITES.search(str(func)) else {name for name in written if arguments[name].is_out}
+    read = [value for name, value in given.items() if name not in unread]
+    sides = read, [[given[name] for name in written], outs]
+    tensors = [[t for t in tree_leaves(side) if isinstance(t, torch.Tensor)] for side in sides]
+    return sum(nbytes(t) for side in tensors for t in _distinct(side) if t.device.type != "cpu")
+
+
+@functools.cache
+def _rewritten(ttir: str) -> frozenset[str]:
+    from kernels.proof.machine_code import rewritten_pointers
+
+    return frozenset(rewritten_pointers(ttir))
+
+
+def _touched(name: str, arguments: dict, ttir: str) -> int:
+    """Bytes that a kernel of ours reads and writes: each tensor once, twice where it does both."""
+    if name in BYTES:
+        return BYTES[name](arguments)
+    tensors = {n: a.base if type(a).__name__ == "TensorDescriptor" else a for n, a in arguments.items()}
+    tensors = {n: t for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    again = [t for n, t in tensors.items() if n in _rewritten(ttir)]
+    return sum(map(nbytes, [*_distinct(list(tensors.values())), *_distinct(again)]))
 
 
 def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -335,13 +377,12 @@ def _watch(recorder: Recorder) -> None:
         kernel = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
         if recorder.on:
             named = dict(zip(self.arg_names, args)) | kwargs
-            tensors = [a.base if isinstance(a, TensorDescriptor) else a for a in named.values()]
-            tensors = _distinct([a for a in tensors if isinstance(a, torch.Tensor)])
+            first = next(a.base if isinstance(a, TensorDescriptor) else a for a in named.values())
             work = WORK.get(self.fn.__name__)
             flops = work(named, tuple(grid(named) if callable(grid) else grid)) if work else 0.0
             part = recorder.part(self.fn.__module__.rpartition(".")[2])
-            bits = 8 * tensors[0].element_size()
-            recorder.add("own", self.fn.__name__, part, sum(map(nbytes, tensors)), flops, bits)
+            moved = _touched(self.fn.__name__, named, kernel.asm["ttir"])
+            recorder.add("own", self.fn.__name__, part, moved, flops, 8 * first.element_size())
             recorder.kernels[f"{self.fn.__name__} {len(kernel.asm['cubin'])} {kernel.hash[:8]}"] = kernel
         return kernel
 

@@ -179,26 +179,38 @@ def unmet_demands(family: Family, kernel: str, row: dict[str, Any]) -> list[str]
     return unmet
 
 
+def pointer_uses(ttir: str) -> list[tuple[str, str, bool]]:
+    """Of every load and store in Triton's intermediate code: which of the two, the kernel's pointer argument that it
+    goes through, and whether a 64-bit offset was added on the way."""
+    known: dict[str, tuple[str, bool]] = {}
+    signature = ttir[ttir.index("tt.func") : ttir.index("\n", ttir.index("tt.func"))]
+    for name in re.findall(r"%(\w+): !tt\.ptr", signature):
+        known[name] = (name, False)
+    found = []
+    for line in ttir.splitlines():
+        made = re.search(r"%(\w+) = tt\.(addptr|splat|broadcast|expand_dims|reshape|trans) %(\w+)", line)
+        if made and made[3] in known:
+            argument, before = known[made[3]]
+            by_64 = made[2] == "addptr" and re.search(r", (tensor<[\dx]*xi64|i64)", line.partition(" : ")[2])
+            known[made[1]] = (argument, before or bool(by_64))
+        used = re.search(r"tt\.(load|store) %(\w+)", line)
+        if used and used[2] in known:
+            found.append((used[1], *known[used[2]]))
+    return found
+
+
 def narrow_pointers(ttir: str) -> set[str]:
     """Names of the pointer arguments through which something is read or written without a 64-bit offset on the way.
 
     A row times a width fits 32 bits until the tensor has 2^31 elements, which logits and activations reach; the
     interpreter's small cases cannot show a lost cast."""
-    wide: dict[str, tuple[str, bool]] = {}
-    signature = ttir[ttir.index("tt.func") : ttir.index("\n", ttir.index("tt.func"))]
-    for name in re.findall(r"%(\w+): !tt\.ptr", signature):
-        wide[name] = (name, False)
-    narrow = set()
-    for line in ttir.splitlines():
-        made = re.search(r"%(\w+) = tt\.(addptr|splat|broadcast|expand_dims|reshape|trans) %(\w+)", line)
-        if made and made[3] in wide:
-            argument, before = wide[made[3]]
-            by_64 = made[2] == "addptr" and re.search(r", (tensor<[\dx]*xi64|i64)", line.partition(" : ")[2])
-            wide[made[1]] = (argument, before or bool(by_64))
-        used = re.search(r"tt\.(?:load|store) %(\w+)", line)
-        if used and used[1] in wide and not wide[used[1]][1]:
-            narrow.add(wide[used[1]][0])
-    return narrow
+    return {argument for _, argument, wide in pointer_uses(ttir) if not wide}
+
+
+def rewritten_pointers(ttir: str) -> set[str]:
+    """Names of the pointer arguments through which a kernel both reads and writes."""
+    loaded, stored = ({name for use, name, _ in pointer_uses(ttir) if use == kind} for kind in ("load", "store"))
+    return loaded & stored
 
 
 # A demand on PTX, and what stands for it in the intermediate code where there is no PTX (AMD's cards).

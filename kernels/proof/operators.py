@@ -334,6 +334,18 @@ def _mlp(module, g, impl):
     return {"y": module.relu_squared_mlp(g["x"], g["w_in"], g["w_out"], impl=impl)}
 
 
+def _mlp_added_inputs(random):
+    return _draw(random, x=(2, 5, 8), w_in=(12, 8), w_out=(8, 12), residual=(2, 5, 8), upstream_y=(2, 5, 8))
+
+
+def _mlp_added(module, g, impl):
+    return {"y": module.relu_squared_mlp(g["x"], g["w_in"], g["w_out"], g["residual"], impl=impl)}
+
+
+def _mlp_added_reference(module, g):
+    return {"y": g["residual"] + module.relu_squared_mlp_reference(g["x"], g["w_in"], g["w_out"])}
+
+
 def _mlp_reference(module, g):
     return {"y": module.relu_squared_mlp_reference(g["x"], g["w_in"], g["w_out"])}
 
@@ -525,6 +537,14 @@ OPERATORS: dict[str, Operator] = {
             implementations=("reference", "triton"),
         ),
         Operator("mlp", "kernels.mlp", _mlp_inputs, _mlp, _mlp_reference, ("x", "w_in", "w_out")),
+        Operator(
+            "mlp, added",
+            "kernels.mlp",
+            _mlp_added_inputs,
+            _mlp_added,
+            _mlp_added_reference,
+            ("x", "w_in", "w_out", "residual"),
+        ),
         Operator(
             "residual mix",
             "kernels.residual",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench.rehearse import budgets
 from bench.rehearse.project import CEILINGS, project
@@ -144,6 +145,20 @@ def test_the_projection_adds_up():
     assert told["ms"] == pytest.approx(14.6)
 
 
+def test_what_an_operator_changes_moves_twice():
+    from bench.rehearse.recorder import moved_by
+
+    a, b, c = (torch.empty(size, device="meta") for size in ((4, 8), (8, 2), (4, 2)))  # 128, 64 and 32 bytes
+    aten = torch.ops.aten
+    assert moved_by(aten.mm.default, (a, b), {}, [c]) == 128 + 64 + 32
+    assert moved_by(aten.mm.out, (a, b), {"out": c}, [c]) == 128 + 64 + 32
+    assert moved_by(aten.addmm.out, (c, a, b), {"out": c}, [c]) == 32 + 128 + 64 + 32
+    assert moved_by(aten.mul_.Tensor, (a, a.clone()), {}, [a]) == 3 * 128
+    assert moved_by(aten.copy_.default, (a, a.clone()), {}, [a]) == 2 * 128
+    assert moved_by(aten.zero_.default, (a,), {}, [a]) == 128
+    assert moved_by(aten.mul_.Tensor, (a, torch.empty(4, 8)), {}, [a]) == 2 * 128, "the host's memory is not counted"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_planted_faults_are_seen():
@@ -184,11 +199,20 @@ def test_another_assembler_is_seen(tmp_path):
     assert told.count(",") > 3, told
 
 
+FORMS = {
+    "medium": ("--preset=medium",),
+    "nano": ("--preset=nano", "--world=1", "--dtype=bfloat16"),
+    "medium in 8 bits": ("--preset=medium", "--products=fp8"),
+    "a block in 8 bits": ("--preset=medium", "--products=fp8", "--one-block"),
+    **{f"a block of {name}": (f"--preset={name}", "--one-block") for name in ("small", "record18", "f2", "f3")},
+    "a block of frontier": ("--preset=frontier", "--one-block"),
+    "a block of nano": ("--preset=nano", "--one-block", "--world=1", "--dtype=bfloat16"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize(
-    "form", [("--preset=medium",), ("--preset=nano", "--world=1", "--dtype=bfloat16")], ids=["medium", "nano"]
-)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_all_of_a_preset_holds_all_rules_and_budgets(form):
     done = python("-m", "bench.rehearse", *form, "--check", timeout=2900)
     if done.returncode == 3:

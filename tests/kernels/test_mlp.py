@@ -66,7 +66,8 @@ def test_compiles_without_a_graph_break(impl):
 def test_the_operator_keeps_its_contract_and_only_the_squared_activation():
     x, w_in, w_out, dy = draw(N=9)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(module._mlp, (x, w_in, w_out), test_utils=checks)
+    torch.library.opcheck(module._mlp, (x, w_in, w_out, None), test_utils=checks)
+    torch.library.opcheck(module._mlp, (x, w_in, w_out, dy), test_utils=checks)
     a = module.launch_activation(x, w_in)
     torch.library.opcheck(module._mlp_backward, (dy, x, w_in, w_out, a), test_utils=checks)
     kept = []
@@ -87,5 +88,7 @@ def test_gradcheck_and_errors():
     for wrong in ((x[:, :2], w_in, w_out), (x, w_in, w_in), (x, w_in[:3], w_out)):
         with pytest.raises(ValueError, match="w_in"):
             relu_squared_mlp(*wrong)
+    with pytest.raises(ValueError, match="residual"):
+        relu_squared_mlp(x, w_in, w_out, x[:2])
     with pytest.raises(ValueError, match="impl"):
         relu_squared_mlp(x, w_in, w_out, impl="cuda")

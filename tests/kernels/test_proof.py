@@ -435,6 +435,12 @@ def test_a_lost_64_bit_cast_is_seen_in_the_intermediate_code():
     }
 
 
+def test_what_a_kernel_changes_in_place_is_seen_in_the_intermediate_code():
+    assert machine_code.rewritten_pointers(TTIR) == set()
+    back = "    tt.store %2, %3, %m : tensor<64x!tt.ptr<bf16>>\n"
+    assert machine_code.rewritten_pointers(TTIR + back) == {"p_x"}
+
+
 def test_demands_on_the_intermediate_code_are_told():
     from kernels.proof import Demand
     from kernels.proof.pretend import Compiled
