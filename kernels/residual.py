@@ -19,8 +19,8 @@ from kernels.runtime import implementation_of
 
 
 def factors_of_layers(factors_LK: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor | tuple[torch.Tensor, ...]]:
-    """The K learned factors of each of L layers, for tensors like x (..., D): rows (K,), or, for the compiler where there
-    will be gradients, K tensors (..., 1), equal for all tokens.
+    """The K learned factors of each of L layers, for tensors like x (..., D): rows (K,), or, for the compiler where
+    there will be gradients, K tensors (..., 1), equal for all tokens.
 
     The compiler sums a gradient over the width in a pass over memory that is made anyway, and those of all factors over
     tokens at the end, at once. The sum over all elements that a mere number asks for is two launches a factor."""
