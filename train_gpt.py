@@ -643,11 +643,13 @@ class AdamW:
         """One update from the `.grad` of every parameter, which it takes away; `step` sets the learning rate."""
         c, factor = self.config, schedule.learning_rate_factor(step, self.config)
         how = dict(amsgrad=False, beta1=c.adam_beta1, beta2=c.adam_beta2, weight_decay=0.0, eps=1e-10, maximize=False)
-        for n, p in self.named.items():
-            if p.grad is None:  # a table whose layer has no attention
-                continue
-            given = [p], [p.grad], [self.means[n]], [self.squares[n]], [], [self.steps[n]]
-            adamw(*given, **how, lr=self.rates[n] * factor, fused=True)
+        due = {n: p for n, p in self.named.items() if p.grad is not None}  # not a table whose layer has no attention
+        for rate in {self.rates[n] for n in due}:
+            names = [n for n in due if self.rates[n] == rate]
+            state = ([kind[n] for n in names] for kind in (self.means, self.squares))
+            given = [due[n] for n in names], [due[n].grad for n in names], *state, [], [self.steps[n] for n in names]
+            adamw(*given, **how, lr=rate * factor, fused=True)
+        for p in due.values():
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
