@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.residual import residual_mix, residual_mix_reference
+from kernels.residual import factors_of_layers, residual_mix, residual_mix_reference
 
 
 def draw(shape=(2, 7, 16), dtype=torch.float32):
@@ -47,12 +47,30 @@ def test_compiles_without_a_graph_break_and_gradcheck():
     assert torch.autograd.gradcheck(residual_mix, [t.double().requires_grad_() for t in draw((2, 3))[0]])
 
 
+def test_factors_of_layers_mean_the_same_for_the_compiler():
+    """One number a layer, or one a token: the same stream and the same gradients, those of the factors as (L, 3)."""
+    (x, x00, x01, lambdas), dy = draw()
+    lambdas_L3 = torch.stack([lambdas, lambdas.flip(0), -lambdas])
+
+    def run(x, x00, x01, lambdas_L3):
+        for factors in factors_of_layers(lambdas_L3, x):
+            x = residual_mix(x, x00, x01, factors)
+        return x
+
+    inputs = [x, x00, x01, lambdas_L3]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for mine, plain in zip(with_gradients(compiled, inputs, dy), with_gradients(run, inputs, dy)):
+        torch.testing.assert_close(mine, plain)
+
+
 def test_what_does_not_fit_is_refused():
     (x, x00, x01, lambdas), _ = draw()
     for wrong, name in (
         ((x, x00[:1], x01, lambdas), "x00"),
         ((x, x00, x01.double(), lambdas), "x01"),
         ((x, x00, x01, lambdas[:2]), "lambdas"),
+        ((x, x00, x01, tuple(lambdas)), "lambdas"),
+        ((x, x00, x01, [x[..., :1]] * 2), "three"),
     ):
         with pytest.raises(ValueError, match=name):
             residual_mix(*wrong)
