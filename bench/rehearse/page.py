@@ -174,7 +174,7 @@ when a count goes over its budget in `bench/budgets.json`; budgets are what the 
 
 ## A step by who launches
 
-Bytes count every operand once, so a table that rows are gathered from counts whole: an upper bound.
+Bytes count every operand once and what changes in place twice; a table that rows are gathered from counts whole.
 
 {kinds}
 
