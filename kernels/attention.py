@@ -18,6 +18,7 @@ float32 logarithm a row and head.
 
 from __future__ import annotations
 
+import contextvars
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,18 @@ import torch
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
 from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
-from kernels.runtime import LOG2_E, Tile, Tiles, copies_in_bulk, descriptor, implementation_of, tile_of, tl, triton
+from kernels.runtime import (
+    LOG2_E,
+    Tile,
+    Tiles,
+    copies_in_bulk,
+    descriptor,
+    device_kind,
+    implementation_of,
+    tile_of,
+    tl,
+    triton,
+)
 
 __all__ = [
     "AttentionPlan",
@@ -42,7 +54,7 @@ __all__ = [
 
 #: Tokens of one entry of the schedules in a plan. Every query and key tile divides it or is a multiple of it.
 SCHEDULE_TOKENS = 128
-IMPLEMENTATIONS = ("triton", "banded", "flex", "reference")
+IMPLEMENTATIONS = ("triton", "specialised", "banded", "flex", "reference")
 _MASKED = -1e30  # finite, so that a tile whose rows are all masked makes no NaN; exp(_MASKED - score) is 0
 
 
@@ -291,6 +303,10 @@ TILES: Tiles = {
     ("gfx942", "dq", 2): Tile(64, 32, 4, 1),
     ("gfx942", "dkdv", 2): Tile(32, 64, 4, 1),
 }
+
+#: The launch of `_attention_forward_specialised`. Tiles are the schedule's chunks, so that the first tile of keys is
+#: the diagonal. Four warps: of them the compiler makes two groups that multiply and one that loads; of eight, nothing.
+SPECIALISED = Tile(SCHEDULE_TOKENS, SCHEDULE_TOKENS, 4, 2, descriptors=True)
 
 #: What `--tune` tries, by kernel, with and without descriptors: (rows, columns, warps, stages).
 CANDIDATES = {
@@ -621,6 +637,72 @@ def _attention_forward(
             DESCRIPTOR,
             PRECISION,
         )
+    _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
+    tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
+
+
+@triton.jit
+def _attention_forward_specialised(
+    p_q,
+    p_k,
+    p_v,
+    p_o,
+    p_lse,
+    p_first,
+    p_order,
+    scale_log2,
+    T,
+    chunks,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    Q_APART: tl.constexpr,
+    K_APART: tl.constexpr,
+    V_APART: tl.constexpr,
+    DH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What `_attention_forward` computes, in a form of which Triton makes specialised warps on Hopper: two groups of
+    four warps take 64 rows each, and one more loads; the groups meet only at the buffers of keys and values.
+
+    What the compiler takes (3.6 to 3.9) is narrow, and this is why the loop is one: no return before it, no `if` in
+    it, no second loop behind it, q by a descriptor made here, and nothing loaded without one that reaches a product
+    but through the loop's variables. So the mask is one of those: the columns of a tile that a row may see, which
+    move by BN from tile to tile. It walks back from the diagonal, where every row sees at least itself."""
+    batch, head, row = _place(p_order, chunks, HEADS, BM, CHUNK)
+    kv_head = head // (HEADS // KV_HEADS)
+    o_i = row + tl.arange(0, BM)
+    p_first += batch * T
+    oldest = tl.load(p_first + row)
+    o_q = (batch.to(tl.int64) * T * Q_APART + head) * DH
+    p_rows = tl.make_tensor_descriptor(p_q + o_q, shape=[T, DH], strides=[Q_APART * DH, 1], block_shape=[BM, DH])
+    b_q = p_rows.load([row, 0])
+    b_from = tl.load(p_first + o_i, mask=o_i < T, other=0) - row
+    b_until = tl.arange(0, BM)
+    b_acc = tl.zeros([BM, DH], tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    for t in tl.range(0, tl.cdiv(row - oldest, BN) + 1, warp_specialize=True):
+        key = row - t * BN
+        b_k = p_k.load([batch, key, kv_head, 0]).reshape(BN, DH)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        # from <= column <= until in one comparison: what is below `from` is a large number without a sign
+        b_column = tl.arange(0, BN)[None, :] - b_from[:, None]
+        m_ij = b_column.to(tl.uint32, bitcast=True) <= (b_until - b_from)[:, None].to(tl.uint32, bitcast=True)
+        b_s = tl.where(m_ij, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # logits of -inf alone, up to here
+        b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+        b_keep = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+        b_v = p_v.load([batch, key, kv_head, 0]).reshape(BN, DH)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
+        b_max = b_new
+        b_from += BN
+        b_until += BN
     _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
     tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
 
@@ -1038,16 +1120,34 @@ def _constants(q, k, v, tile: Tile) -> dict:
     }
 
 
-def launch_forward(q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None):
+def _launch_with_room(kernel, programs: tuple[int, ...], q: torch.Tensor, *arguments, **options) -> None:
+    """`launch` of a kernel that makes a descriptor, which lies in device memory that Triton asks for. Outside of the
+    call Triton's allocator is what it was."""
+
+    def inside():
+        triton.set_allocator(lambda size, _alignment, _stream: q.new_empty(size, dtype=torch.int8))
+        launch(kernel, programs, q, *arguments, **options)
+
+    contextvars.copy_context().run(inside)
+
+
+def launch_forward(
+    q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None, specialised: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel. q, k, v (B, T, heads, Dh); slices of a merged projection are walked as they lie.
 
+    specialised: the one of specialised warps, whose tile is SPECIALISED, whatever `tile` is.
     Returns: o, contiguous, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
-    tile = tile or tile_of(TILES, "forward", q.dtype)
+    tile = SPECIALISED if specialised else tile or tile_of(TILES, "forward", q.dtype)
     (q, k, v), plan = (_heads_in_order(x) for x in (q, k, v)), _walked(plan, q)
     B, T, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    launch(
-        _attention_forward,
+    kernel, run = _attention_forward, launch
+    if specialised:
+        kernel, run = _attention_forward_specialised, _launch_with_room
+        q = q if copies_in_bulk(q) else q.clone()  # a descriptor is made of it as well
+    run(
+        kernel,
         _grid(q, tile.rows),
         q,
         _operand(k, tile.columns, tile),
@@ -1166,9 +1266,10 @@ def _attention(
     query_order_N: torch.Tensor,
     key_order_N: torch.Tensor,
     scale: float,
+    specialised: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
-    return launch_forward(q, k, v, plan, scale)
+    return launch_forward(q, k, v, plan, scale, specialised=specialised)
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
@@ -1190,7 +1291,7 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale):
+def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale, specialised):
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
@@ -1201,7 +1302,7 @@ def _(do, q, k, v, o, lse, first_key_BT, end_query_BT, query_order_N, key_order_
 
 
 def _attention_setup(ctx, inputs, output):
-    q, k, v, *plan, ctx.scale = inputs
+    q, k, v, *plan, ctx.scale, _specialised = inputs
     ctx.save_for_backward(q, k, v, *output, *plan)
     ctx.mark_non_differentiable(output[1])
 
@@ -1210,7 +1311,7 @@ def _attention_setup(ctx, inputs, output):
 def _attention_grad(ctx, do, _dlse):
     q, k, v, o, lse, *plan = ctx.saved_tensors
     grads = _attention_backward(do, q, k, v, o, lse, *plan, ctx.scale)
-    return *grads, None, None, None, None, None
+    return *grads, *[None] * 6
 
 
 _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
@@ -1220,8 +1321,18 @@ _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
 
 
 def implementation(impl: str, tensor: torch.Tensor) -> str:
-    """Name of what `attention(..., impl=impl)` runs on this tensor's device; the training log prints it."""
-    return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
+    """Name of what `attention(..., impl=impl)` runs on this tensor's device; the training log prints it.
+
+    Raises: ValueError for what cannot run there."""
+    if impl != "specialised":
+        return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
+    implementation_of("triton", tensor, cpu="banded", choices=IMPLEMENTATIONS)  # what that needs, this needs too
+    if tensor.device.type == "cuda" and (device_kind() != "sm_90" or tensor.dtype.itemsize != 2):
+        raise ValueError(
+            f"impl='specialised' is for 16 bits on Hopper (sm_90), not for {tensor.dtype} on {device_kind()}; "
+            "choose 'triton'"
+        )
+    return impl
 
 
 @without_autocast
@@ -1241,7 +1352,9 @@ def attention(
         k_BTKDh, v_BTKDh: the same with K key heads; query head h reads key head h // (H // K).
         plan: of `attention_plan`, for the same B and T and on the same device.
         scale: factor on the logits q . k.
-        impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen.
+        impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen, and
+            "specialised": on Hopper in 16 bits the forward kernel of specialised warps, with the same gradients. It has
+            not run on a GPU yet; `python -m bench.gpu first` compares it with "triton" there.
 
     Returns: o, with the shape, dtype and device of q.
     Raises: ValueError or TypeError naming the argument.
@@ -1260,7 +1373,7 @@ def attention(
     else:
         check_width(q)
         refuse_tangents("attention", q, k, v)
-        o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale))
+        o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale), chosen == "specialised")
     return o.reshape(q_BTHDh.shape)
 
 

@@ -168,13 +168,25 @@ def _slices(qkv_BTEDh, heads: int):
     return qkv_BTEDh.split((heads, kv_heads, kv_heads), dim=2)
 
 
-def launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan: AttentionPlan, heads: int, width: int, scale: float):
+def launch_layer(
+    x_BTD,
+    w_ED,
+    ve,
+    s,
+    cos_TR,
+    sin_TR,
+    plan: AttentionPlan,
+    heads: int,
+    width: int,
+    scale: float,
+    specialised: bool = False,
+):
     """(o (B, T, H, Dh), its rows' base-2 log-sum-exp, qkv with q and k normed and rotated, both factors of norms)."""
     B, T, D = x_BTD.shape
     qkv = (dense(x_BTD).view(B * T, D) @ dense(w_ED).t()).view(B, T, -1, width)
     v, rms_q, rms_k = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, True)
     q, k, _ = _slices(qkv, heads)
-    o, lse = launch_forward(q, k, v, plan, scale)
+    o, lse = launch_forward(q, k, v, plan, scale, specialised=specialised)
     return o, lse, qkv, rms_q, rms_k
 
 
@@ -209,9 +221,10 @@ def _layer(
     heads: int,
     width: int,
     scale: float,
+    specialised: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
-    return launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan, heads, width, scale)
+    return launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan, heads, width, scale, specialised)
 
 
 @torch.library.custom_op("speedrun::attention_layer_backward", mutates_args=())
@@ -234,7 +247,7 @@ def _layer_backward(
 
 
 @_layer.register_fake
-def _(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale):
+def _(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale, specialised):
     B, T, _ = x_BTD.shape
     all_heads = w_ED.shape[0] // width
     kv_heads = (all_heads - heads) // 2
@@ -248,7 +261,7 @@ def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale):
 
 
 def _layer_setup(ctx, inputs, output):
-    x_BTD, w_ED, ve, *rest, _heads, _width, ctx.scale = inputs
+    x_BTD, w_ED, ve, *rest, _heads, _width, ctx.scale, _specialised = inputs
     ctx.has_ve = ve is not None
     ctx.save_for_backward(x_BTD, w_ED, *([ve] if ctx.has_ve else []), *rest, *output)
     ctx.mark_non_differentiable(*output[1:])
@@ -260,7 +273,7 @@ def _layer_grad(ctx, do, *_):
     ve = rest.pop(0) if ctx.has_ve else None
     tables, plan, saved = rest[:3], rest[3:7], rest[7:]
     dx, dw, *dve, ds = _layer_backward(do, x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale)
-    return dx, dw, (dve[0] if dve else None), ds, *[None] * 9
+    return dx, dw, (dve[0] if dve else None), ds, *[None] * 10
 
 
 _layer.register_autograd(_layer_grad, setup_context=_layer_setup)
@@ -298,7 +311,8 @@ def attention_layer(
         ve_BTKDh: embeddings to mix into the values, or None. s: float32 (2,), the factors of that mix.
         rotary: cos and sin, float32 (T, Dh / 2). plan: of `attention_plan`, for the same B and T.
         heads, width: H and Dh; scale: factor on the logits.
-        impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU: one operator.
+        impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU, or
+            "specialised" and "triton": one operator.
         linear: another product x w^T than this operator's own, which then is taken apart.
 
     Raises: ValueError or TypeError naming the argument.
@@ -311,8 +325,8 @@ def attention_layer(
     D = x_BTD.shape[2]
     if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
         raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
-    fused = [attention_implementation(name, x_BTD) for name in (impl, inputs_impl)] == ["triton"] * 2
-    if linear or not fused:
+    chosen, of_inputs = (attention_implementation(name, x_BTD) for name in (impl, inputs_impl))
+    if linear or chosen not in ("triton", "specialised") or of_inputs != "triton":
         how = dict(heads=heads, width=width, impl=inputs_impl, linear=linear or F.linear)
         inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, **how)
         return attention(*inputs, plan, scale=scale, impl=impl)
@@ -320,7 +334,7 @@ def attention_layer(
     refuse_tangents("attention_layer", x_BTD, w_ED, ve_BTKDh, s)
     ve = None if ve_BTKDh is None else dense(ve_BTKDh)
     small = [dense(t) for t in (s, *rotary, *plan[:4])]
-    return _layer(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale))[0]
+    return _layer(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen == "specialised")[0]
 
 
 def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: float) -> None:

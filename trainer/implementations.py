@@ -12,9 +12,11 @@ FAMILIES = {"attention": attention, "attention_inputs": attention, "mlp": mlp, "
 
 
 def asked(kernels: str, device: str, in_8_bits: str = "bf16") -> dict[str, str]:
-    """`--kernels` spelled out, by family; device: as `--device` has it. The plain way on a GPU is FlexAttention.
+    """`--kernels` spelled out, by family; device: as `--device` has it. The plain way on a GPU is FlexAttention;
+    "specialised" is attention's, and "auto" everything else.
     "products": those of `--products` that the device has."""
-    found = {**dict.fromkeys(FAMILIES, kernels), "products": products.on_device(in_8_bits, device)}
+    other = "auto" if kernels == "specialised" else kernels
+    found = {**dict.fromkeys(FAMILIES, other), "attention": kernels, "products": products.on_device(in_8_bits, device)}
     if kernels == "reference":
         found["attention"] = "flex" if torch.cuda.is_available() and device != "cpu" else "banded"
     return found
@@ -30,7 +32,11 @@ def running(impls: dict[str, str], device: torch.device, dtype: torch.dtype, in_
 def check_device(kernels: str, head_width: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UsageError for what that device cannot do."""
     try:
-        if running(asked(kernels, device.type), device, dtype, "bf16")["attention"] in ("triton", "flex"):
+        if running(asked(kernels, device.type), device, dtype, "bf16")["attention"] in (
+            "triton",
+            "specialised",
+            "flex",
+        ):
             attention_inputs.check_width(torch.empty(0, head_width, dtype=dtype))
     except ValueError as error:
         raise UsageError(f"--kernels={kernels} --model_dim / --num_heads = {head_width}: {error}") from error

@@ -63,6 +63,21 @@ def _numeric(name, tile, *shape, descriptors=False, quick=True, hostile=False, *
     return Numeric(name, *run, quick=quick, least_scale=1.0, hostile=hostile)
 
 
+def _specialised_kernel(module, given):
+    """The forward kernel of specialised warps, which has one tile."""
+    q, k, v, plan = (given[n] for n in ("q", "k", "v", "plan"))
+    return dict(zip(("o", "lse"), module.launch_forward(q, k, v, plan, SCALE, specialised=True)))
+
+
+def _specialised_reference(module, given):
+    return {n: x for n, x in _reference(module, given).items() if n in ("o", "lse")}
+
+
+def _specialised(name, *shape, quick=True, hostile=False, **window):
+    run = _inputs(*shape, **window), _specialised_kernel, _specialised_reference
+    return Numeric(f"specialised warps: {name}", *run, quick=quick, hostile=hostile)
+
+
 def _layer_inputs(B, T, H, K, width, starts, with_ve, **window):
     """A merged projection, what the layer mixes in, and the gradient at o."""
 
@@ -187,6 +202,34 @@ def _sequences_apart(module, device):
     assert torch.equal(found, expected), "o differs if the sequences lie unevenly apart"
 
 
+def _specialised_launch(K=8, width=128, apart=False, dtype=torch.bfloat16):
+    """The forward launch of a training step with specialised warps; `apart`: slices of a merged projection."""
+
+    def run():
+        import kernels.attention as module
+
+        T, H = 65536, 8
+        q, k, v = torch.empty(1, T, H + 2 * K, width, dtype=dtype, device="meta").split((H, K, K), dim=2)
+        if not apart:
+            q, k, v = (x.contiguous() for x in (q, k, v))
+        row, order = (torch.empty(*s, dtype=torch.int32, device="meta") for s in ((1, T), (T // 128,)))
+        module.launch_forward(q, k, v, module.AttentionPlan(row, row, order, order), SCALE, specialised=True)
+
+    return run
+
+
+def _logits_of_minus_infinity(module, device):
+    """A row whose own logit is -inf, so that its first tile holds no other, has its weights on its other keys."""
+    from kernels.attention import attention_plan
+
+    q, v = torch.ones(1, 130, 1, 16, device=device), torch.ones(1, 130, 1, 16, device=device)
+    k = torch.zeros_like(q)
+    k[:, 128:] = -torch.inf
+    plan = attention_plan(length=130, device=device)
+    o, _ = module.launch_forward(q, k, v, plan, SCALE, specialised=True)
+    assert torch.equal(o, v), "logits of -inf spoil a row"
+
+
 def _precision_is_torchs(module, device):
     """Float32 products are rounded to tf32 where torch's setting allows it, and nothing else ever is."""
     before = torch.get_float32_matmul_precision()
@@ -202,7 +245,7 @@ def _precision_is_torchs(module, device):
 FAMILY = Family(
     name="attention",
     module="kernels.attention",
-    kernels=("_attention_forward", "_attention_dq", "_attention_dkdv"),
+    kernels=("_attention_forward", "_attention_forward_specialised", "_attention_dq", "_attention_dkdv"),
     numeric=(
         _numeric(
             "documents inside a window, ragged end, square tiles",
@@ -229,6 +272,13 @@ FAMILY = Family(
         ),
         _layer("through the layer's inputs, two sequences of documents", 2, 25, 2, 1, 16, (0, 20), window_blocks=1),
         _layer("through the layer's inputs, two sequences, no value embedding", 2, 19, 2, 2, 16, (4,), with_ve=False),
+        _specialised("documents inside a window, ragged end", 300, 2, 1, 16, (0, 3, 4, 70, 140, 299), window_blocks=2),
+        _specialised("two sequences, four heads on two", 150, 4, 2, 16, ((), (1, 2, 129)), B=2, window_tokens=140),
+        _specialised("tokens end with a tile, full tiles", 384, 1, 1, 32, ()),
+        _specialised("tiny", 18, 2, 1, 16, (3,), quick=False, hostile=True, window_tokens=9),
+        _specialised(
+            "width 128, window of three blocks", 520, 4, 2, 128, (0, 100, 256, 257), quick=False, window_blocks=3
+        ),
         _numeric("width 64, one-token documents", SQUARE, 70, 2, 2, 64, range(0, 70, 1), quick=False, window_blocks=1),
         _numeric(
             "width 128, window of three blocks, four heads on two",
@@ -259,6 +309,7 @@ FAMILY = Family(
     ),
     checks=(
         ("sequences unevenly apart", _sequences_apart),
+        ("specialised warps: logits of minus infinity", _logits_of_minus_infinity),
         ("float32 products follow torch's own setting", _precision_is_torchs),
     ),
     launches=(
@@ -269,6 +320,12 @@ FAMILY = Family(
             _launch(torch.bfloat16, descriptors=False),
             devices=("sm_90", "sm_100"),
             demanding=False,
+        ),
+        Launch("bf16, 8 heads of 128, specialised", _specialised_launch(), devices=("sm_90",), quick=True),
+        Launch("bf16, 8 heads of 128, specialised, merged", _specialised_launch(apart=True), devices=("sm_90",)),
+        Launch("bf16, 8 heads of 64 on 2, specialised", _specialised_launch(K=2, width=64), devices=("sm_90",)),
+        Launch(
+            "fp16, 8 heads of 16, specialised", _specialised_launch(width=16, dtype=torch.float16), devices=("sm_90",)
         ),
         Launch("bf16, 8 heads of 64", _launch(torch.bfloat16, width=64)),
         Launch("bf16, two ragged sequences, 8 heads of 128 on 2", _launch(torch.bfloat16, T=5000, B=2, K=2)),
@@ -283,6 +340,12 @@ FAMILY = Family(
     ),
     demands={
         "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_lse")),
+        # registers change hands: without that the compiler has made nothing of the loop, in silence
+        "_attention_forward_specialised": Demand(
+            instructions=("HGMMA", "UTMALDG"),
+            wide=("p_o", "p_lse"),
+            shows=(("setmaxnreg", ""), (r"tt\.make_tensor_descriptor", "")),
+        ),
         "_attention_dq": Demand(
             instructions=("HGMMA", "UTMALDG"), wide=tuple("p_q p_k p_v p_o p_do p_lse p_dq p_delta p_rms".split())
         ),
@@ -417,6 +480,42 @@ FAMILY = Family(
             'torch.get_float32_matmul_precision() != "highest"',
             'torch.get_float32_matmul_precision() == "highest"',
             by="torch's own setting",
+        ),
+        Fault(
+            "specialised: the mask stands still",
+            "        b_from += BN\n        b_until += BN\n",
+            "",
+            by="specialised warps: documents",
+        ),
+        Fault(
+            "specialised: the last key that a row sees is lost",
+            "<= (b_until - b_from)",
+            "< (b_until - b_from)",
+            by="specialised warps: documents",
+        ),
+        Fault(
+            "specialised: the oldest tile is left out",
+            "tl.cdiv(row - oldest, BN) + 1",
+            "tl.cdiv(row - oldest, BN)",
+            by="specialised warps: documents",
+        ),
+        Fault(
+            "specialised: what lies below the first key counts as seen",
+            "b_column.to(tl.uint32, bitcast=True) <= (b_until - b_from)[:, None].to(tl.uint32, bitcast=True)",
+            "b_column <= (b_until - b_from)[:, None]",
+            by="specialised warps: documents",
+        ),
+        Fault(
+            "specialised: the second sequence reads the first one's queries",
+            "o_q = (batch.to(tl.int64) * T * Q_APART + head) * DH",
+            "o_q = head * DH",
+            by="specialised warps: two sequences",
+        ),
+        Fault(
+            "specialised: a row with nothing but -inf so far is NaN",
+            'tl.where(b_new == float("-inf"), 0.0, b_new)  # logits',
+            "b_new  # logits",
+            by="minus infinity",
         ),
         Fault("the second sequence uses the first one's plan", "p_first += batch * T", "p_first += batch"),
         Fault("the running maximum is not carried", "b_keep = tl.exp2(b_max - b_shift)", "b_keep = tl.exp2(b_max * 0)"),
