@@ -88,7 +88,8 @@ def contestants(plan: AttentionPlan) -> dict[str, Callable]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, scale=SCALE).transpose(1, 2)
 
-    return {"triton": functools.partial(attention, plan=plan, scale=SCALE, impl="triton"), "flex": flex}
+    own = ("triton", "specialised") if device_kind() == "sm_90" else ("triton",)
+    return {n: functools.partial(attention, plan=plan, scale=SCALE, impl=n) for n in own} | {"flex": flex}
 
 
 def flash_contestant(tokens: torch.Tensor, window_tokens: int) -> tuple[Callable, AttentionPlan] | None:
@@ -157,9 +158,8 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
             new = timed_rows(contestants(plan), inputs, flops, repeats, **about)
         rows += new
         for code in {c.kernel: c for c in launched if c.kernel.startswith("_attention")}.values():
-            figures = {
-                f"{r['pass']}_ms_at_window_{window}": round(r["median_ms"], 4) for r in new if r["impl"] == "triton"
-            }
+            impl = "specialised" if "specialised" in code.kernel else "triton"
+            figures = {f"{r['pass']}_ms_at_window_{window}": round(r["median_ms"], 4) for r in new if r["impl"] == impl}
             if "cubin" in code.asm:
                 entry = ran.setdefault(
                     machine_code.text_hash(code.asm["cubin"]), {"kernel": code.kernel, "device": device_name()}

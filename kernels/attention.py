@@ -689,9 +689,8 @@ def _attention_forward_specialised(
         key = row - t * BN
         b_k = p_k.load([batch, key, kv_head, 0]).reshape(BN, DH)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        # from <= column <= until in one comparison: what is below `from` is a large number without a sign
-        b_column = tl.arange(0, BN)[None, :] - b_from[:, None]
-        m_ij = b_column.to(tl.uint32, bitcast=True) <= (b_until - b_from)[:, None].to(tl.uint32, bitcast=True)
+        o_column = tl.arange(0, BN)
+        m_ij = (o_column[None, :] >= b_from[:, None]) & (o_column[None, :] <= b_until[:, None])
         b_s = tl.where(m_ij, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # logits of -inf alone, up to here

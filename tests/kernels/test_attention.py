@@ -4,6 +4,8 @@ The Triton kernels run here in the interpreter through the public function; thei
 address checked, is in kernels/proof/families/attention.py and runs in test_proof.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -211,9 +213,9 @@ def test_operator_contracts():
     q, k, v, _ = draw(1, 20, 2, 1, 16, torch.float32)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE), test_utils=tests)
+    torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE, True), test_utils=tests)
     with torch.no_grad():
-        o, lse = module._attention(*leaves, *plan[:4], SCALE)
+        o, lse = module._attention(*leaves, *plan[:4], SCALE, False)
         given = o, *(x.detach() for x in leaves), o.clone(), lse, *plan[:4], SCALE
         torch.library.opcheck(module._attention_backward, given, test_utils=tests[:2])
     torch.library.opcheck(
@@ -227,6 +229,21 @@ def test_what_runs():
         assert implementation(name, torch.zeros(1)) == name
     with pytest.raises(ValueError, match="impl='fast'"):
         implementation("fast", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, runs", [("sm_90", "bfloat16", True), ("sm_90", "float32", False), ("sm_80", "bfloat16", False)]
+)
+def test_specialised_warps_are_for_hopper(monkeypatch, kind, dtype, runs):
+    """Asked of a tensor that says it is on a GPU; never what "auto" chooses."""
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=getattr(torch, dtype))
+    monkeypatch.setattr(module, "device_kind", lambda: kind)
+    assert implementation("auto", tensor) == "triton"
+    if runs:
+        assert implementation("specialised", tensor) == "specialised"
+    else:
+        with pytest.raises(ValueError, match="for 16 bits on Hopper"):
+            implementation("specialised", tensor)
 
 
 def test_every_device_has_tiles_that_divide_the_schedule():

@@ -5,6 +5,7 @@ import torch
 
 from kernels.attention import attention, attention_inputs, attention_plan, attention_reference
 from kernels.proof import TOLERANCE
+from kernels.runtime import device_kind
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 SCALE = 0.12
@@ -41,6 +42,27 @@ def test_against_float64(B, T, H, K, width, dtype, window):
         error = (mine.double() - true).abs().max()
         assert error <= allowed, f"{name}: {error} > {allowed}"
         assert torch.equal(mine, twin), f"{name}: two runs differ"
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and device_kind() != "sm_90", reason="needs Hopper (sm_90)")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T, H, K, width", [(65536, 8, 8, 128), (2049, 4, 2, 64), (130, 2, 2, 32)])
+@pytest.mark.parametrize("window", [{}, {"window_blocks": 1}, {"window_blocks": 27}])
+def test_specialised_warps_are_as_near_as_the_plain_kernel(T, H, K, width, dtype, window):
+    """Against float64 where that fits, and everywhere against the plain kernel; a race would differ from run to run."""
+    tokens = torch.randint(0, 700, (1, T), generator=torch.Generator().manual_seed(1)).cuda()
+    plan = attention_plan(tokens, eos_id=0, **window)
+    q, k, v, _ = draw(1, T, H, K, width, dtype)
+    plain, mine, again = (
+        attention(q, k, v, plan, scale=SCALE, impl=impl) for impl in ("triton", "specialised", "specialised")
+    )
+    assert torch.equal(mine, again), "two runs differ"
+    if T > 4096:
+        torch.testing.assert_close(mine, plain, rtol=2e-2, atol=TOLERANCE[dtype])
+        return
+    truth = attention_reference(q.double(), k.double(), v.double(), plan, scale=SCALE)
+    usual, error = ((x.double() - truth).square().mean().sqrt() for x in (plain, mine))
+    assert error <= 1.1 * usual + 1e-6, f"{error} of the specialised kernel, {usual} of the plain one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,10 +58,10 @@ def test_without_triton_it_is_the_separate_functions_bit_by_bit():
 
 @interpreted
 @pytest.mark.parametrize("with_ve", [True, False])
-@pytest.mark.parametrize("inputs_impl", ["triton", "reference"])
-def test_as_one_operator_it_computes_the_same(with_ve, inputs_impl):
+@pytest.mark.parametrize("impl, inputs_impl", [("triton",) * 2, ("triton", "reference"), ("specialised", "triton")])
+def test_as_one_operator_it_computes_the_same(with_ve, impl, inputs_impl):
     given = draw(with_ve=with_ve)
-    one, apart = run(given, impl="triton", inputs_impl=inputs_impl), run(given)
+    one, apart = run(given, impl=impl, inputs_impl=inputs_impl), run(given)
     assert one.keys() == apart.keys()
     for name, x in apart.items():
         torch.testing.assert_close(one[name], x, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -75,7 +75,7 @@ def test_operators_keep_torchs_contracts():
         for name in list(given)[:4]:
             if given[name] is not None:
                 given[name].requires_grad_()
-        arguments = (*list(given.values())[:4], *given["rotary"], *given["plan"][:4], H, WIDTH, SCALE)
+        arguments = (*list(given.values())[:4], *given["rotary"], *given["plan"][:4], H, WIDTH, SCALE, with_ve)
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(module._layer, arguments, test_utils=checks)
         with torch.no_grad():

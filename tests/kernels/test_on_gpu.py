@@ -12,7 +12,7 @@ import torch
 from kernels.proof import families
 from kernels.proof.numeric import check_case, further_checks
 from kernels.proof.operators import OPERATORS, check_layout, check_nan, check_values
-from kernels.runtime import HAVE_TRITON, INTERPRETED
+from kernels.runtime import HAVE_TRITON, INTERPRETED, device_kind
 
 FAMILIES = families() if HAVE_TRITON else {}
 CASES = [(name, case, dtype) for name, f in FAMILIES.items() for case in f.numeric for dtype in case.dtypes]
@@ -29,13 +29,21 @@ def module_of(name):
     return importlib.import_module(FAMILIES[name].module)
 
 
+def runs_here(case, dtype):
+    """Skip what the kernel of specialised warps is not made for: it takes 16 bits, on Hopper."""
+    if "specialised" in case and (device_kind() != "sm_90" or dtype.itemsize != 2):
+        pytest.skip("specialised warps are for 16 bits on Hopper")
+
+
 @pytest.mark.parametrize("name, case, dtype", on_device(*CASES))
 def test_numeric_cases(name, case, dtype):
+    runs_here(case.name, dtype)
     check_case(module_of(name), case, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("name, check", on_device(*FURTHER))
 def test_nan_layouts_and_a_familys_own_checks(name, check):
+    runs_here(check, torch.float16 if "minus infinity" in check else torch.float32)
     further_checks(FAMILIES[name], device="cuda")[check](module_of(name))
 
 
