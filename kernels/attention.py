@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -1119,13 +1119,13 @@ def _constants(q, k, v, tile: Tile) -> dict:
     }
 
 
-def _launch_with_room(kernel, programs: tuple[int, ...], q: torch.Tensor, *arguments, **options) -> None:
-    """`launch` of a kernel that makes a descriptor, which lies in device memory that Triton asks for. Outside of the
-    call Triton's allocator is what it was."""
+def _with_room(device: torch.device, run: Callable[[], None]) -> None:
+    """run(), which launches a kernel that makes a descriptor: that lies in device memory, for which Triton asks.
+    Outside of the call Triton's allocator is what it was."""
 
     def inside():
-        triton.set_allocator(lambda size, _alignment, _stream: q.new_empty(size, dtype=torch.int8))
-        launch(kernel, programs, q, *arguments, **options)
+        triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device=device))
+        run()
 
     contextvars.copy_context().run(inside)
 
@@ -1141,25 +1141,15 @@ def launch_forward(
     (q, k, v), plan = (_heads_in_order(x) for x in (q, k, v)), _walked(plan, q)
     B, T, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
-    kernel, run = _attention_forward, launch
+    if specialised and not copies_in_bulk(q):  # a descriptor is made of it as well
+        q = q.clone()
+    walked = q, _operand(k, tile.columns, tile), _operand(v, tile.columns, tile)
+    rest = o, lse, plan.first_key_BT, plan.query_order_N, scale * LOG2_E, T, triton.cdiv(T, SCHEDULE_TOKENS)
+    grid, constants = _grid(q, tile.rows), _constants(q, k, v, tile)
     if specialised:
-        kernel, run = _attention_forward_specialised, _launch_with_room
-        q = q if copies_in_bulk(q) else q.clone()  # a descriptor is made of it as well
-    run(
-        kernel,
-        _grid(q, tile.rows),
-        q,
-        _operand(k, tile.columns, tile),
-        _operand(v, tile.columns, tile),
-        o,
-        lse,
-        plan.first_key_BT,
-        plan.query_order_N,
-        scale * LOG2_E,
-        T,
-        triton.cdiv(T, SCHEDULE_TOKENS),
-        **_constants(q, k, v, tile),
-    )
+        _with_room(q.device, lambda: launch(_attention_forward_specialised, grid, *walked, *rest, **constants))
+    else:
+        launch(_attention_forward, grid, *walked, *rest, **constants)
     return o, lse
 
 
