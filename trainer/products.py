@@ -54,6 +54,11 @@ def added(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor, impls: Mapping[str,
     """residual + x w^T, in one pass over memory where the device's product can begin with the residual."""
     if in_8_bits(impls, "fp8") or not residual_BTD.is_cuda:
         return residual_BTD + linear(x_BTE, w_DE, impls)
+    return added_in_the_product(residual_BTD, x_BTE, w_DE)
+
+
+def added_in_the_product(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor) -> Tensor:
+    """`added` as one call of the library: the same sums, of which the residual is the first summand."""
     return torch.addmm(residual_BTD.flatten(0, 1), x_BTE.flatten(0, 1), w_DE.t()).view_as(residual_BTD)
 
 

@@ -83,3 +83,21 @@ def test_the_older_name_is_understood(tmp_path):
     assert from_json(train_gpt.Config, '{"fp8_head": true}').products == "fp8_head"
     with pytest.raises(train_gpt.UsageError, match="products"):
         parse(["--products=fp4"])
+
+
+def test_a_residual_inside_the_product_is_the_sum_of_both():
+    """What a GPU takes in place of product and sum: value and gradients against float64, of strided inputs too."""
+    drawn = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=drawn, dtype=torch.float64)  # noqa: E731
+    inputs = draw(2, 5, 6), draw(2, 5, 8)[..., ::2], draw(6, 4)
+    upstream = draw(2, 5, 6)
+
+    def value_and_gradients(function, dtype):
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        value = function(*given)
+        return [value, *torch.autograd.grad(value, given, upstream.to(dtype))]
+
+    truth = value_and_gradients(lambda r, x, w: r + x @ w.T, torch.float64)
+    for ours, right in zip(value_and_gradients(products.added_in_the_product, torch.float32), truth):
+        assert ours.shape == right.shape
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
