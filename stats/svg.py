@@ -115,6 +115,11 @@ class Picture:
         if name:
             self.names.append(_text(x0 + 4, y0 - 4, name, color=color))
 
+    def name(self, place: tuple[float, float], text: str, color: str = INK) -> None:
+        """Words that begin at a point."""
+        x, y = self.at(*place)
+        self.names.append(_text(x, y, text, color=color))
+
     def key(self, color: str, text: str) -> None:
         """An entry of the legend. Add them before what is drawn: the legend takes its room from the axes."""
         self.keys.append((color, text))

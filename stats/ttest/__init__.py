@@ -174,21 +174,22 @@ def outlook_of(losses: np.ndarray, threshold: float, alpha: float, power: float 
     """The margin that n runs of this spread find with `power`, and the one further loss that turns the decision."""
     n, std = len(losses), float(losses.std(ddof=1))
 
-    def p_with(loss: float) -> float:
-        return below_p([*losses, loss], threshold)
+    def p_with(loss: np.ndarray | float) -> np.ndarray:
+        """p of the test with one more loss, for many of them at once."""
+        mean = (losses.sum() + loss) / (n + 1)
+        variance = (((losses - losses.mean()) ** 2).sum() + (loss - losses.mean()) ** 2 * n / (n + 1)) / n
+        return scipy.special.stdtr(n, (mean - threshold) / np.sqrt(variance / (n + 1)))
 
     passes = below_p(losses, threshold) < alpha
     # From where the decision surely stays, towards where it may turn; far out the new loss itself spreads the sample
     # so much that p goes back.
     away = std * np.geomspace(0.01, 100.0, 60)
     center = float(losses.mean())
-    grid = [center, *(center + away)] if passes else [*(center + away[::-1]), center, *(center - away)]
-    turn, before = None, float(grid[0])
-    for loss in map(float, grid[1:]):
-        if (p_with(loss) < alpha) != passes:
-            turn = float(scipy.optimize.brentq(lambda x: p_with(x) - alpha, before, loss))
-            break
-        before = loss
+    grid = np.array([center, *(center + away)] if passes else [*(center + away[::-1]), center, *(center - away)])
+    turned = np.flatnonzero((p_with(grid[1:]) < alpha) != passes)
+    turn = None
+    if len(turned):
+        turn = float(scipy.optimize.brentq(lambda x: float(p_with(x)) - alpha, grid[turned[0]], grid[turned[0] + 1]))
     return Outlook(least_margin(n, power, std, alpha), power, turn)
 
 
