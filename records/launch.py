@@ -111,9 +111,9 @@ def _die_with_parent(cores: Sequence[int]) -> Callable[[], None]:
 def seal(folder: Path, run: str, status: str) -> dict:
     """What the line of an end adds: the hashes of a finished run's log and JSON, after the log has its last form.
 
-    Only in the folder of a series; a run that can be resumed will go on writing.
+    Only in the folder of a series or a study; a run that can be resumed will go on writing.
     """
-    if status == "interrupted" or not (folder / "record.json").exists():
+    if status == "interrupted" or not any((folder / name).exists() for name in ("record.json", "study.json")):
         return {}
     trim_log(folder, run)
     return {"sealed": sealed(folder, run)} if status == "finished" else {}

@@ -61,6 +61,17 @@ def whole(tmp_path_factory):
     return folder
 
 
+def test_logs_leave_their_source_in_one_place(whole):
+    folder = whole / "out" / "small"
+    logs = sorted((folder / "runs").glob("*/*.txt"))
+    heads = {log.read_text().partition("\n")[0] for log in logs}
+    assert len(logs) >= 12 and len(heads) == 1
+    (head,) = heads
+    assert head.startswith("source sha256:") and (folder / head.rpartition(" ")[2]).is_file()
+    ends = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines() if '"end"' in line]
+    assert all(end["sealed"].keys() == {"log", "json"} for end in ends)
+
+
 def test_verdicts_table_and_picture(whole):
     found = results(whole)
     assert {arm: row["verdict"] for arm, row in found.items()} == {
