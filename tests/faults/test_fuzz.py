@@ -7,7 +7,7 @@ import pytest
 from bench import fuzz_program
 from bench.fuzz import KINDS, damage, fuzz
 
-CASES = {"series folders": 40, "plan files, hostile values": 60}
+CASES = {"series folders": 40, "plan files, hostile values": 60, "command lines of statistics and series": 30}
 
 
 @pytest.mark.parametrize("kind", KINDS)

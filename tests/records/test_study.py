@@ -208,3 +208,22 @@ def test_evidence_sets_effects_beside_claims(whole, tmp_path):
     write(tmp_path, TEXT.replace('published = "-100 steps"', "published_percent = 2"))
     evidence.main(["--studies", str(tmp_path), "--out", str(tmp_path / "page.md")])
     assert "0 of those agree" in (tmp_path / "page.md").read_text()
+
+
+def test_pairing_is_told_with_an_interval():
+    """Equal seeds that make no difference, and some that do, of a known correlation."""
+    import numpy as np
+
+    from stats.paired import Design, judge
+
+    drawn = np.random.default_rng(0)
+    design = Design(looks=(40,), alpha=0.05, margin=0.01)
+
+    def said(pairs, shared):
+        base, other = drawn.normal(size=(2, pairs))
+        return evidence.pairing([judge(base, shared * base + (1 - shared**2) ** 0.5 * other, design, final=True)])
+
+    assert "it saves runs here" in said(40, 0.9)
+    assert "it costs runs here" in said(40, -0.9)
+    assert "do not tell" in said(6, 0.3)
+    assert evidence.pairing([]) == ""
