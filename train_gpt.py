@@ -217,10 +217,7 @@ class Config:
     compile: str = setting("auto", "name", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
     tune: bool = setting(True, "flag", "coordinate-descent tuning of what torch.compile makes for GPUs")
     kernels: str = setting(
-        "auto",
-        "name",
-        "reference: plain torch; specialised: auto with attention's forward of specialised warps (Hopper)",
-        choices=("auto", "triton", "specialised", "reference"),
+        "auto", "name", "reference: plain; specialised: Hopper", choices=("auto", "triton", "specialised", "reference")
     )
     communication: str = setting("auto", "name", "auto: overlap on GPUs", choices=("auto", "plain", "overlap"))
     patience: float = setting(600, "seconds", "that a process waits for another before the run ends", at_least=1)
