@@ -279,6 +279,8 @@ def _sources(path: str) -> Iterator[Source]:
         names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if not names:
         raise TokenizeError(f"{path}: an archive without a file in it")
+    if inner := [name for name in names if _suffix(name) == ".zip"]:
+        raise TokenizeError(f"{path}, {inner[0]}: an archive inside an archive; unpack the outer one first")
     for name in names:
         opened = partial(_unpacked, name, partial(_open_member, path, name))
         yield Source(f"{path}, {name}", name if _suffix(name) else _unpacked_name(path), True, opened)

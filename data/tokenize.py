@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -375,8 +376,10 @@ def _expanded(inputs: list[str], settings: Settings) -> list[list[str]]:
     """The files of each input, each file in one of them only."""
     if settings.weights and len(settings.weights) != len(inputs):
         raise TokenizeError(f"{len(settings.weights)} --weights for {len(inputs)} inputs: give one for each")
-    if any(weight <= 0 for weight in settings.weights):
-        raise TokenizeError("--weights are above 0; leave an input out rather than giving it 0")
+    if not all(0 < weight < math.inf for weight in settings.weights):
+        raise TokenizeError("--weights are numbers above 0; leave an input out rather than giving it 0")
+    if settings.shuffle is not None and settings.shuffle < 0:
+        raise TokenizeError(f"--shuffle {settings.shuffle}: a seed is 0 or more")
     try:
         paths.expand(inputs)  # refuses a file that two of them name
         found = [paths.expand([name]) for name in inputs]

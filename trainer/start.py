@@ -30,6 +30,8 @@ from trainer.processes import on_rank_0
 
 #: What belongs to one run and not to the next one that a file or a checkpoint describes.
 OF_ONE_RUN = "run_name resume overwrite plan_hash config data init_from init_optimizer init_hash stop_after".split()
+#: Fields that bring further fields with them, on the command line and in a file alike.
+DOORS = ("data", "init_from", "resume")
 OF_A_MACHINE = "device compile kernels communication deterministic".split()
 OF_A_MODEL = """vocab_size eos_id num_layers model_dim num_heads mlp_ratio attention_scale soft_cap
 second_input_embedding second_embedding_context value_embedding_context context_rows value_embeddings unet_skips
@@ -95,16 +97,24 @@ def expand(
     found: dict[str, Any] = {}
     if path := given.get("config"):
         found |= from_file(path, kind)
-    if given.get("resume", "auto") not in ("", "auto"):
-        found |= from_run(given["resume"], kind)
-    elif given.get("resume") == "auto" and not {**found, **given}.get("run_name"):
+    found |= {name: _door(found[name], bare.get(name, "true")) for name in DOORS if name in found}
+    doors = {name: text for name, text in {**found, **given}.items() if name in DOORS}
+    if doors.get("resume", "auto") not in ("", "auto"):
+        found |= from_run(doors["resume"], kind)
+    elif doors.get("resume") == "auto" and not {**found, **given}.get("run_name"):
         raise UsageError(f"--resume=auto goes on with the run that --run_name names{_newest_run(given, kind)}")
-    if path := given.get("init_from"):
+    if path := doors.get("init_from"):
         found |= from_model(path, kind, schedule="preset" not in given and "config" not in given)
-    if path := given.get("data"):
+    if path := doors.get("data"):
         known = _values(kind, presets, found, given)
-        found |= from_data(path, known, given)
+        told = {**found, **given} if "data" in found else given  # one file that says both contradicts itself
+        found |= from_data(path, known, {name: str(value) for name, value in told.items()})
     return [*words, *(f"--{name}={value}" for name, value in found.items() if name not in given)]
+
+
+def _door(value: Any, bare: str) -> str:
+    """A file's value of one of `DOORS` as a command line would have it: `true` is the flag alone."""
+    return str(value) if not isinstance(value, bool) else bare if value else ""
 
 
 def _modern_word(word: str) -> str:
@@ -148,11 +158,12 @@ def from_file(path: str, kind: type) -> dict[str, Any]:
     flat = dict(modern(*pair) for pair in flat.items())
     names = [field.name for field in dataclasses.fields(kind)]
     for name, value in flat.items():
+        if name == "config":
+            raise UsageError(f"--config={path}: names a further file of fields; only the command line does")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise UsageError(
-                f"--config={path}: unknown field {name!r}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            hint = FOREIGN.get(name) or (f"did you mean {near[0]}?" if near else "")
+            raise UsageError(f"--config={path}: unknown field {name!r}" + (f"; {hint}" if hint else ""))
         if not isinstance(value, (str, int, float)):
             raise UsageError(f"--config={path}: {name} is {type(value).__name__}, a text or a number is needed")
     return flat

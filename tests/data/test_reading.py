@@ -75,6 +75,8 @@ def test_a_zip_is_read_member_by_member(tmp_path):
         documents(tmp_path / "a.zip", zipped({"a.txt": "good", "b.txt": b"\xff"}))
     with pytest.raises(TokenizeError, match=r"table\.csv: \.csv is not read by its name"):
         documents(tmp_path / "a.zip", zipped({"table.csv": "a,b"}))
+    with pytest.raises(TokenizeError, match=r"a\.zip, in\.txt\.zip: an archive inside an archive"):
+        documents(tmp_path / "a.zip", zipped({"a.txt": "good", "in.txt.zip": zipped({"b.txt": "inside"})}))
     with pytest.raises(TokenizeError, match="an archive without a file"):
         documents(tmp_path / "a.zip", zipped({}))
 
@@ -227,6 +229,18 @@ def test_inputs_are_mixed_by_weight(tmp_path, capsys):
         assert abs((part == ord("a")).sum() / (part > 0).sum() - 0.25) < 0.01
     assert (tokens == ord("a")).sum() == 50_000  # all of the input that ended first
     assert "a.txt ended first; characters of each input" in capsys.readouterr().err
-    for wrong, message in (("1", "1 --weights for 2 inputs"), ("1,0", "above 0")):
+    for wrong, message in (
+        ("1", "1 --weights for 2 inputs"),
+        ("1,0", "above 0"),
+        ("1,nan", "above 0"),
+        ("inf,1", "above 0"),
+    ):
         assert tokenize.main([*arguments, "--overwrite", "--weights", wrong]) == 3
         assert message in capsys.readouterr().err
+
+
+def test_a_seed_below_zero_is_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    words = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--encoding", "bytes", "--shuffle", "-1"]
+    assert tokenize.main(words) == 3
+    assert "a seed is 0 or more" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Where a configuration comes from: a file, a checkpoint, the data; and how a run goes on from another."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -154,3 +155,33 @@ def test_all_validation_tokens_that_there_are(tmp_path, capsys):
     assert (config.val_seq_len, config.val_tokens) == (192, 0)  # the number comes when the run starts
     with pytest.raises(UsageError, match="--val_seq_len=abc: expected int"):
         train_gpt.parse_config([f"--data={data}", "--val_seq_len=abc"])
+
+
+def test_data_weights_and_a_run_to_go_on_with_may_be_named_in_a_file(done, tmp_path):
+    """What brings further fields with it does so from a file as from the command line."""
+    data = folder_of(tmp_path / "data", tokens(2000), val=tokens(30_000, 1))
+    (data / "tokenize.json").write_text('{"vocab_size": 256, "end_of_text": 0}')
+    path = tmp_path / "run.toml"
+
+    def parsed(text):
+        path.write_text(text)
+        return train_gpt.parse_config([f"--config={path}"])
+
+    assert parsed(f'preset = "nano"\ndata = "{data}"') == dataclasses.replace(
+        train_gpt.parse_config(["--preset=nano", f"--data={data}"]), config=str(path)
+    )
+    started = train_gpt.parse_config([f"--init_from={checkpoint(done)}"])
+    assert parsed(f'init_from = "{checkpoint(done)}"').init_hash == started.init_hash != ""
+    gone_on = parsed(f'resume = "{checkpoint(done)}"')
+    assert train_gpt.config_hash(gone_on) == told(done)["config_hash"] and gone_on.run_name == "run"
+    assert parsed('preset = "nano"\nrun_name = "mine"\nresume = true').resume == "auto"
+    for text, message in (
+        ("resume = true", "goes on with the run that --run_name names"),
+        (f'data = "{data}"\ntrain_files = "x"', "leave --train_files out"),
+        (f'data = "{data}"\nvocab_size = 50257', "says vocab_size 256"),
+        ('data = "nowhere.txt"', "no such folder or file"),
+        ('config = "other.toml"', "names a further file"),
+        ("batch_size = 3", "a step has --tokens_per_step tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parsed(text)
