@@ -15,12 +15,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in expression or "not gpu" in expression:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
-    # A shell has its background jobs ignore SIGINT, and nohup SIGHUP; a child ignores what its parent does: tests of
-    # signals would wait for ever there. A handler of Python's, though it does nothing, is no child's.
+    # A shell has its background jobs ignore SIGINT and SIGQUIT, and nohup SIGHUP; a child ignores what its parent does:
+    # tests of signals would wait for ever there. A handler of Python's, though it does nothing, is no child's.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: None)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 REPO = Path(__file__).resolve().parent.parent
