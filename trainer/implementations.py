@@ -32,11 +32,8 @@ def running(impls: dict[str, str], device: torch.device, dtype: torch.dtype, in_
 def check_device(kernels: str, head_width: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UsageError for what that device cannot do."""
     try:
-        if running(asked(kernels, device.type), device, dtype, "bf16")["attention"] in (
-            "triton",
-            "specialised",
-            "flex",
-        ):
+        runs = running(asked(kernels, device.type), device, dtype, "bf16")["attention"]
+        if runs in ("triton", "specialised", "flex"):
             attention_inputs.check_width(torch.empty(0, head_width, dtype=dtype))
     except ValueError as error:
         raise UsageError(f"--kernels={kernels} --model_dim / --num_heads = {head_width}: {error}") from error

@@ -114,7 +114,9 @@ def expand(
 
 def _door(value: Any, bare: str) -> str:
     """A file's value of one of `DOORS` as a command line would have it: `true` is the flag alone."""
-    return str(value) if not isinstance(value, bool) else bare if value else ""
+    if value is True:
+        return bare
+    return "" if value is False else str(value)
 
 
 def _modern_word(word: str) -> str:

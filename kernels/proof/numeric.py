@@ -195,14 +195,13 @@ def plant(family: Family, fault: Fault, folder: Path, number: int) -> ModuleType
 def run_faults(family: Family, only: tuple[int, ...] | None = None) -> list[dict]:
     """Plant each fault and run the quick cases in float32, then what is hostile, until one notices; `caught` is None if
     none does."""
-    results = []
+    results, checks = [], noticing_checks(family)
     with tempfile.TemporaryDirectory(prefix="kernel-faults-") as folder:
         for number, fault in enumerate(family.faults):
             if only is not None and number not in only:
                 continue
             started, caught, by = time.perf_counter(), None, None
             module = plant(family, fault, Path(folder), number)
-            checks = noticing_checks(family)
             for name, check in sorted(checks.items(), key=lambda item: not (fault.by and fault.by in item[0])):
                 try:
                     check(module)
