@@ -49,7 +49,11 @@ class ShardError(ValueError):
 
 
 class TooFewTokens(ShardError):
-    """The shards hold less than one step."""
+    """The shards `names` hold less than one step; `why` says it without their names."""
+
+    def __init__(self, names: str, why: str):
+        super().__init__(f"{names}: {why}")
+        self.why = why
 
 
 class ShardInfo(NamedTuple):
@@ -70,6 +74,11 @@ def read_header(path: str | os.PathLike) -> ShardInfo:
     the size.
     """
     path = os.fspath(path)
+    if not paths.is_remote(path) and os.path.isdir(paths.local_path(path)):
+        raise ShardError(
+            f"{path}: a folder; name the shards in it, for example '{os.path.join(path, '*.bin')}' "
+            "(train_gpt.py --data=FOLDER takes training and validation from one)"
+        )
     try:
         header, size = paths.read_range(path, 0, HEADER_BYTES), paths.file_size(path)
     except paths.PathError as error:
@@ -318,8 +327,9 @@ class TokenStream:
         elif steps := self.lengths.within((self.num_tokens - 1) // self.sequences_per_step):
             return steps
         raise TooFewTokens(
-            f"{self._names()}: {self.num_tokens} tokens are too few for one step of {self.sequences_per_step} x "
-            f"{max(self.lengths.tokens)} tokens and one target{within}"
+            self._names(),
+            f"{self.num_tokens} tokens are too few for one step of {self.sequences_per_step} x "
+            f"{max(self.lengths.tokens)} tokens and one target{within}",
         )
 
     def tokens_until(self, step: int) -> int:

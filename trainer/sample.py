@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.checkpoints import CheckpointError, checkpoints_of
+from trainer.checkpoints import find_checkpoint
 from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 # -------------------------------------------------------------------------------------------------------------
@@ -195,22 +195,6 @@ USAGE = """usage: train_gpt.py sample CHECKPOINT [--prompt=TEXT] [--field=value 
 
 Write text from a checkpoint: a file, a folder of them (its newest), or the name of a run in local/runs.
 """
-
-
-def find_checkpoint(name: str, runs: str | Path = "local/runs") -> Path:
-    """The file `name`; the newest checkpoint in the folder `name`, or of the run `name` in `runs`. CheckpointError."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    for folder in (path, Path(f"{name}.checkpoints"), Path(runs) / f"{name}.checkpoints"):
-        if folder.is_dir():
-            found = checkpoints_of(folder) or [p for f in folder.glob("*.checkpoints") for p in checkpoints_of(f)]
-            if len({p.parent for p in found}) > 1:
-                names = ", ".join(sorted(p.parent.name.removesuffix(".checkpoints") for p in found))
-                raise CheckpointError(f"{folder}: holds several runs ({names}); name one")
-            if found:
-                return found[0]
-    raise CheckpointError(f"{name}: no checkpoint, no folder of checkpoints, and no run of that name in {runs}")
 
 
 def device_of(name: str) -> str:

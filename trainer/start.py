@@ -5,7 +5,8 @@
     --init_from=CHECKPOINT    the model that it holds; the schedule too, unless --preset names another
     --data=FOLDER or TEXT     files, vocabulary, end of text and validation tokens
 
-In this order, each over the ones before and all over the preset; what the command line gives itself stands over all.
+A checkpoint is named as everywhere (checkpoints.find_checkpoint): a file, a folder of them, a run. In this order, each
+over the ones before and all over the preset; what the command line gives itself stands over all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from data.encoding import TokenizeError, encoding_name
 from data.folder import open_folder, tokens_of
 from data.paths import PathError, is_remote
 from data.shards import ShardError
-from trainer.checkpoints import CheckpointError, load_tensors, read_texts
+from trainer.checkpoints import RUNS, CheckpointError, find_checkpoint, load_tensors, read_texts
 from trainer.options import UsageError, check_limits, fill, modern, read_words
 from trainer.processes import on_rank_0
 
@@ -90,14 +91,17 @@ FOREIGN = {
 def expand(
     arguments: Iterable[str], kind: type, presets: Mapping[str, Mapping[str, Any]], bare: Mapping[str, str]
 ) -> list[str]:
-    """`arguments` (words of a command line over the dataclass `kind`) and, behind them, the fields that the file, the
-    checkpoint or the data that they name decides. Raises UsageError, CheckpointError, ShardError."""
-    words = [_modern_word(word) for word in arguments]
-    _, given = read_words([kind], words, bare, FOREIGN)
+    """The words of a command line over the dataclass `kind` with the fields that the file, the checkpoint or the data
+    that they name decides, each field once. Raises UsageError, CheckpointError, ShardError."""
+    words, given = read_words([kind], [_modern_word(word) for word in arguments], bare, FOREIGN)
     found: dict[str, Any] = {}
     if path := given.get("config"):
         found |= from_file(path, kind)
     found |= {name: _door(found[name], bare.get(name, "true")) for name in DOORS if name in found}
+    for name in ("resume", "init_from"):
+        home = given if name in given else found
+        if home.get(name, "auto") not in ("", "auto"):
+            home[name] = _checkpoint(name, home[name], [str({**found, **given}.get("output_dir", RUNS)), RUNS])
     doors = {name: text for name, text in {**found, **given}.items() if name in DOORS}
     if doors.get("resume", "auto") not in ("", "auto"):
         found |= from_run(doors["resume"], kind)
@@ -109,7 +113,7 @@ def expand(
         known = _values(kind, presets, found, given)
         told = {**found, **given} if "data" in found else given  # one file that says both contradicts itself
         found |= from_data(path, known, {name: str(value) for name, value in told.items()})
-    return [*words, *(f"--{name}={value}" for name, value in found.items() if name not in given)]
+    return [*words, *(f"--{name}={value}" for name, value in {**found, **given}.items())]
 
 
 def _door(value: Any, bare: str) -> str:
@@ -195,6 +199,16 @@ def _config_of(path: str) -> tuple[dict[str, str], dict[str, Any]]:
         raise CheckpointError(f"{path}: not a checkpoint of train_gpt.py ({error})") from error
 
 
+def _checkpoint(field: str, name: str, runs: list[str]) -> str:
+    """The checkpoint that a field names. On another host than the first one's, where it may be absent, the name."""
+    try:
+        return str(find_checkpoint(name, *runs))
+    except CheckpointError as error:
+        if int(os.environ.get("RANK", 0)):
+            return name
+        raise CheckpointError(f"--{field}={error}") from error
+
+
 def from_run(path: str, kind: type) -> dict[str, Any]:
     """The fields of the run that wrote a checkpoint, its log's place among them: it goes on where it is.
 
@@ -254,10 +268,10 @@ def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> 
         for name in ("vocab_size", "eos_id"):
             if name in given and given[name] != str(found[name]):
                 raise ShardError(f"{parts.facts.source}: says {name} {found[name]}, not --{name}={given[name]}")
-    return found | _validation(parts.val_tokens, known, given)
+    return found | _validation(path, parts.val_tokens, known, given)
 
 
-def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, int]:
+def _validation(path: str, held: int, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, int]:
     """As many whole validation sequences as there are tokens for, at most what the preset asks for; where there is not
     even one, a shorter one. All of them where it asks for 0."""
     length, block = known["val_seq_len"], known["block_tokens"]
@@ -265,7 +279,10 @@ def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -
         length = (held - 1) // block * block or held - 1
     whole = (held - 1) // max(length, 1) * length
     if whole < 1:
-        raise ShardError(f"the validation shards hold {held} tokens, too few for a sequence of {length} and a target")
+        raise ShardError(
+            f"--data={path}: {held} tokens for validation are too few for one sequence of --val_seq_len={length} and a "
+            "target; give more, or a shorter sequence"
+        )
     asked = known["val_tokens"] or whole
     return {"val_seq_len": length, "val_tokens": min(whole, asked // length * length or length)}
 
