@@ -901,7 +901,7 @@ class Stretch:
         self.trainer, self.config, self.log = trainer, trainer.config, log
         self.stream, self.val_stream = streams
         self.folder = log.folder / f"{log.name}.checkpoints"
-        self.clock, self.record = Clock(trainer.device), TokenRecord(self.stream)
+        self.clock, self.record = Clock(trainer.device), TokenRecord(self.stream, self.val_stream, log.line)
         done = resume(trainer, log, self.folder, self.record, self.val_stream)
         self.start = self.saved = done.step
         self.clock.seconds, log.validation[:], log.train_losses[:] = done.seconds, done.validation, done.losses
@@ -917,7 +917,7 @@ class Stretch:
         end = max(self.start, min(c.stop_after or c.num_iterations, c.num_iterations))
         order = ((step, sequence) for step in range(self.start, end) for sequence in mine)
         pin_memory = trainer.device.type == "cuda"
-        batches = self.stream.prefetch(order, feed=self.record.feed, pin_memory=pin_memory)
+        batches = self.stream.prefetch(order, record=self.record, pin_memory=pin_memory)
         self.clock.start()
         try:
             for step in range(self.start, end + 1):

@@ -23,9 +23,9 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -266,6 +266,16 @@ class _OpenShard:
 # Streams
 
 
+class Record(Protocol):
+    """What is told of every sequence that a stream has given away."""
+
+    def of(self, window: np.ndarray) -> Any:
+        """What is to be kept of its T + 1 tokens; called on the thread that reads."""
+
+    def feed(self, step: int, sequence: int, told: Any) -> None:
+        """It is being given away; told: what `of` returned."""
+
+
 class TokenStream:
     """Random access to a row of shards as one stream of tokens, in steps of S sequences of T tokens.
 
@@ -420,12 +430,12 @@ class TokenStream:
         *,
         depth: int = 4,
         pin_memory: bool = False,
-        feed: Callable[[int, int, bytes], None] | None = None,
+        record: Record | None = None,
     ) -> Iterator:
         """Yield CPU tensors (inputs_T int32, targets_T int64) for each (step, sequence) of `order`.
 
         A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to
-        a GPU overlap with work there. feed: told of step, sequence and `window_digest` of each when it is yielded.
+        a GPU overlap with work there. record: told of each.
         What the thread raises is raised here, at the sequence that it concerns. Closing the iterator ends the thread.
         """
         import torch  # here, so that the tokenizer and its workers start without it
@@ -446,8 +456,8 @@ class TokenStream:
                 for step, sequence in order:
                     window = self.window(step, sequence)
                     tensors = [torch.from_numpy(part) for part in _inputs_and_targets(window)]
-                    digest = window_digest(window) if feed else b""
-                    put((step, sequence, digest, tuple(t.pin_memory() if pin_memory else t for t in tensors)))
+                    read = record.of(window) if record else None
+                    put((step, sequence, read, tuple(t.pin_memory() if pin_memory else t for t in tensors)))
                     if stop.is_set():
                         return
                 put(None)
@@ -461,8 +471,8 @@ class TokenStream:
                 if isinstance(item, BaseException):
                     raise item
                 *place, tensors = item
-                if feed:
-                    feed(*place)
+                if record:
+                    record.feed(*place)
                 yield tensors
         finally:
             stop.set()
