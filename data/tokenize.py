@@ -342,6 +342,10 @@ class Settings(NamedTuple):
     weights: tuple[float, ...] = ()
 
 
+class EmptyPart(TokenizeError):
+    """Nothing was found for training, or for validation where some was to go there."""
+
+
 class SettingError(TokenizeError):
     """A setting that makes no sense; the message begins with its option."""
 
@@ -475,9 +479,9 @@ def _counted(tokens: np.ndarray, settings: Settings) -> tuple[int, int]:
 def _facts(inputs: list[list[str]], settings: Settings, writers: dict[str, PartWriter], met: dict) -> dict:
     counts = {part: dict(writer.counts) for part, writer in writers.items() if writer.files}
     if "train" not in counts:
-        raise TokenizeError("no text for training was found: the inputs are empty, or all went into validation")
+        raise EmptyPart("no text for training was found: the inputs are empty, or all went into validation")
     if settings.val_fraction and "val" not in counts:
-        raise TokenizeError(
+        raise EmptyPart(
             "no document fell into validation: there are too few documents for --val-fraction "
             f"{settings.val_fraction}; a text can be cut in two with --split characters"
         )
