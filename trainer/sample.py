@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.checkpoints import find_checkpoint
+from trainer.foreign import SAMPLE
 from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 # -------------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def sample_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, 
     if wants_help(arguments):
         print(USAGE, *fields_text(SampleOptions), sep="\n")
         return 0
-    words, given = read_words([SampleOptions], arguments, {})
+    words, given = read_words([SampleOptions], arguments, {}, SAMPLE)
     if len(words) != 1:
         raise UsageError(f"{USAGE.splitlines()[0]}: {len(words)} checkpoints were named")
     options = fill(SampleOptions, given)

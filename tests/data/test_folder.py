@@ -21,7 +21,8 @@ def test_a_text_becomes_a_folder_once(tmp_path, monkeypatch):
     text.write_text("<|endoftext|>\n".join(f"story {i}\n" for i in range(60)))
     other = folder.tokens_of(str(text), "bytes", said.append)
     assert other != made and json.loads((other / "tokenize.json").read_text())["train"]["documents"] > 40
-    text.write_text("the first\n<|endoftext|>\nthe second, and the last\n")  # too few for one of them to fall into validation
+    text.write_text("the first\n<|endoftext|>\nthe second, and the last\n")
+    # Too few for one of them to fall into validation.
     few = json.loads((folder.tokens_of(str(text), "bytes", said.append) / "tokenize.json").read_text())
     assert (few["train"]["documents"], few["split"], few["val"]["characters"]) == (2, "characters", 4)  # a tenth of 33
     lines = folder.tokens_of(str(text), "bytes", said.append, documents="line")
