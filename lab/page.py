@@ -77,7 +77,7 @@ def look_of(places: Sequence[str], asked: Keeping, out: Path) -> Look:
     final = load_checkpoint(best_checkpoint(places[0]), vocab)
     second = load_checkpoint(best_checkpoint(places[1]), vocab) if len(places) > 1 else None
     how: dict[str, Any] = {"path": asked.path, "other": asked.other, "chars": asked.limit, "second": second}
-    return Look(along, final, out, asked_prompt=asked.prompt, asked_text=asked.text, **how)
+    return Look(along, final, out, asked_prompt=asked.prompt, asked_text=asked.text, pictures=False, **how)
 
 
 def gather(places: Sequence[str], asked: Keeping, out: Path, say: Callable[[str], None]) -> tuple[list[str], Look]:

@@ -17,6 +17,7 @@ matplotlib.use("Agg")  # pictures are files; no window system is needed
 
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.collections import PatchCollection  # noqa: F401  (for those who draw many rectangles)
 from matplotlib.text import Text
 from PIL import Image  # matplotlib brings it
 

@@ -1,38 +1,43 @@
 """The whole journey on the embedded corpus: train every rung, look inside, write one page.
 
-    python -m lab.tour                      # under 15 minutes on two cores; page in lab/out/tour/index.html
+    python -m lab.tour                      # some minutes on two cores; page in lab/out/tour/index.html
     python -m lab.tour --scale=0.2 --seeds=0-1 --out=DIR
 
 The ladder is trained on the corpus's names, over several seeds; a small GPT also on its stories and sums, for the
 analyses. The corpus comes from a grammar, so the entropy floor is known: the loss of the grammar itself on the very
 text that the models are validated on, which a model can only beat by luck.
+
+Trainings and analyses run side by side, a process a core and a thread a process; how many there are changes no number.
+tour.json and the page tell the seconds of every part.
 """
 
+import functools
 import html
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 from urllib.parse import quote
 
-import torch
-
 from lab import analyses, cli, models, plots
 from lab.analyses.finding import page, section
-from lab.checkpoints import load_checkpoint
+from lab.checkpoints import Checkpoint, load_checkpoint
 from lab.cli import setting
-from lab.datasets import Corpus, load_corpus
+from lab.datasets import load_corpus
 from lab.models import fields_class
 from lab.page import Keeping
 from lab.page import write_page as run_page
+from lab.parts import Parts, Spent
 from lab.runlog import write_json, write_text
+from lab.sample import generate
 from lab.sweep import draw as draw_sweep
 from lab.sweep import sweep
-from lab.train import Result, TrainConfig, complete, parse_seeds, train_model
+from lab.train import TrainConfig, complete, parse_seeds, train_model
 from trainer.files import checkpoints_of
 
 
@@ -105,6 +110,26 @@ class Journey:
     out: str = setting("lab/out/tour", "folder", "for page, pictures and series")
     seeds: str = setting("0-2", "numbers", "0-4 or 0,3,7: a run of every rung each")
     scale: float = setting(1.0, "factor", "on the number of steps of every training", above=0, at_most=100)
+    processes: int = setting(0, "processes", "side by side; 0: one a core, at most 8", at_least=0, at_most=1024)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of the tour. Losses in nats a character on the whole validation split; `floor`: the grammar's own there."""
+
+    folder: Path
+    checkpoints: Path
+    best_loss: float
+    parameters: int
+    floor: float
+
+    def best(self) -> Checkpoint:
+        """The checkpoint that validation chose."""
+        return load_checkpoint(self.checkpoints / "best.safetensors")
+
+    def along(self) -> list[Checkpoint]:
+        """Its checkpoints, earliest first."""
+        return [load_checkpoint(path) for path in reversed(checkpoints_of(self.checkpoints))]
 
 
 def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -122,23 +147,47 @@ def scaled(settings: dict[str, Any], scale: float) -> dict[str, Any]:
     return settings | steps
 
 
-def climb(out: Path, seeds: Sequence[int], scale: float, corpus: Corpus) -> dict[str, list[Result]]:
-    """Train every rung with every seed."""
-    results: dict[str, list[Result]] = {}
+corpus_of = functools.cache(load_corpus)  # once a process
+
+
+def train(told: Mapping[str, Any], fields: Mapping[str, Any], scale: float, folder: Path) -> Trained:
+    """Train one run into the series `folder`: `told` are settings of lab.train, `fields` the model's own."""
+    config = complete(TrainConfig(**scaled(dict(told), scale)))
+    corpus, made = corpus_of(config.data), fields_class(config.model)(**fields)
+    result = train_model(config, made, folder=folder, corpus=corpus, overwrite=True)
+    parameters = result.summary["num_parameters"]
+    return Trained(folder, result.checkpoints, result.best_loss, parameters, corpus.floor)
+
+
+def start_climb(parts: Parts, out: Path, seeds: Sequence[int], scale: float) -> dict[str, list[Future]]:
+    """Begin to train every rung with every seed."""
+    begun: dict[str, list[Future]] = {}
     for rung, told in LADDER.items():
         # Counting draws nothing at random: one run says it all.
         for seed in seeds[:1] if rung == "counts" else seeds:
-            base = TrainConfig(model=rung, data="names", seed=seed, checkpoints=5, diagnostics=seed == seeds[0])
-            config = complete(TrainConfig(**{**vars(base), **scaled(told.settings, scale)}))
-            folder = out / "series" / f"names-{rung}"
-            made = fields_class(rung)(**told.fields)
-            results.setdefault(rung, []).append(train_model(config, made, folder=folder, corpus=corpus, overwrite=True))
-        losses = ", ".join(f"{r.best_loss:.4f}" for r in results[rung])
-        print(f"  {rung}: {losses} nats a character", flush=True)
-    return results
+            own = {"model": rung, "data": "names", "seed": seed, "checkpoints": 5, "diagnostics": seed == seeds[0]}
+            work = (train, own | told.settings, told.fields, scale, out / "series" / f"names-{rung}")
+            begun.setdefault(rung, []).append(parts.start(f"train {rung}", *work))
+    return begun
 
 
-def ladder_chart(results: dict[str, list[Result]], floor: float, out: Path) -> analyses.Finding:
+def start_domains(parts: Parts, out: Path, scale: float) -> dict[str, Future]:
+    """Begin to train a GPT for each domain of the corpus: stories, sums, names."""
+    settings, fields = DOMAIN_GPT
+    return {
+        kind: parts.start(
+            f"train GPT on {kind}",
+            train,
+            settings | {"data": kind},
+            fields,
+            scale,
+            out / "series" / f"{kind}-gpt-domain",
+        )
+        for kind in ("text", "sums", "names")
+    }
+
+
+def ladder_chart(results: dict[str, list[Trained]], floor: float, out: Path) -> analyses.Finding:
     """Validation losses of the rungs with 95 % intervals over seeds, above the entropy floor."""
     fig, ax = plots.figure(size=(9, 4.5))
     table = []
@@ -149,7 +198,7 @@ def ladder_chart(results: dict[str, list[Result]], floor: float, out: Path) -> a
         table.append(
             {
                 "rung": rung,
-                "parameters": runs[0].model.num_parameters(),
+                "parameters": runs[0].parameters,
                 "losses": losses,
                 "mean": centre,
                 "half_width_95": half if known else None,
@@ -173,45 +222,68 @@ def ladder_chart(results: dict[str, list[Result]], floor: float, out: Path) -> a
     return analyses.write_finding(out, "ladder", summary, {"table": table, "entropy_floor": floor}, fig)
 
 
-def read_domains(out: Path, scale: float) -> tuple[dict[str, Result], dict[str, Corpus]]:
-    """A GPT for each domain of the corpus: stories, sums, names."""
-    settings, fields = DOMAIN_GPT
-    results, corpora = {}, {}
-    for kind in ("text", "sums", "names"):
-        corpora[kind] = load_corpus(kind)
-        config = complete(TrainConfig(**{"data": kind, **scaled(settings, scale)}))
-        folder = out / "series" / f"{kind}-gpt-domain"
-        made = fields_class("gpt")(**fields)
-        results[kind] = train_model(config, made, folder=folder, corpus=corpora[kind], overwrite=True)
-        floor = corpora[kind].floor
-        print(f"  GPT on {kind}: {results[kind].best_loss:.4f} nats a character (floor {floor:.4f})", flush=True)
-    return results, corpora
+@dataclass(frozen=True)
+class Inside:
+    """The models of the three domains, to be looked into; most analyses look at that of the stories."""
 
+    runs: dict[str, Trained]
+    out: Path
 
-def look_inside(out: Path, results: dict[str, Result], corpora: dict[str, Corpus]) -> list[analyses.Finding]:
-    """Every analysis, mostly of the story model."""
-    folder = results["text"].checkpoints
-    along = [load_checkpoint(p) for p in reversed(checkpoints_of(folder))]
-    final = load_checkpoint(folder / "best.safetensors")
-    split = corpora["text"].documents
     prompt = "Once upon a time"
-    models = {k: load_checkpoint(r.checkpoints / "best.safetensors") for k, r in results.items()}
-    held_out = {k: c.documents["val"] for k, c in corpora.items()}
-    sums = corpora["sums"].documents
-    few = {"corpus": "sums", "chars": 10_000, "prompt": "", "steps": 100, "every": 25}
-    return [
-        analyses.frequency(split["train"], final.tokenizer, out),
-        analyses.architecture(final, out),
-        analyses.samples_along(along, prompt, out, max_tokens=100),
-        analyses.variability(final, prompt, out, count=6, max_tokens=80),
-        analyses.losses(along, split, out, chars=20_000),
-        analyses.domains(models, held_out, out, chars=20_000),
-        analyses.fewshot([final], sums["train"], sums["val"], out, **few),
-        analyses.fewshot(along[1::3], sums["train"], sums["val"], out, **few),
-        analyses.next_token(along, prompt, out),
-        analyses.attribution(final, prompt + ", in a land far", out),
-        analyses.quality(final, split["train"], split["val"], out, count=5, prompt=prompt, max_tokens=120),
-    ]
+
+    def documents(self, kind: str = "text") -> dict[str, list[str]]:
+        """The documents of a domain, by split."""
+        return corpus_of(kind).documents
+
+    def fewshot(self, models: list[Checkpoint]) -> analyses.Finding:
+        """How soon the story models learn sums."""
+        sums = self.documents("sums")
+        few = {"corpus": "sums", "chars": 10_000, "prompt": "", "steps": 100, "every": 25}
+        return analyses.fewshot(models, sums["train"], sums["val"], self.out, **few)
+
+    def quality(self) -> analyses.Finding:
+        """The stories that the model writes, against those that it read."""
+        final, split, how = self.runs["text"].best(), self.documents(), {"prompt": self.prompt, "max_tokens": 120}
+        return analyses.quality(final, split["train"], split["val"], self.out, count=5, **how)
+
+    def domains(self) -> analyses.Finding:
+        """Every model on every domain."""
+        models = {kind: run.best() for kind, run in self.runs.items()}
+        held_out = {kind: self.documents(kind)["val"] for kind in self.runs}
+        return analyses.domains(models, held_out, self.out, chars=20_000)
+
+
+# What is looked at, in the order of the page.
+LOOKS: dict[str, Callable[[Inside, Trained], analyses.Finding]] = {
+    "frequency": lambda i, run: analyses.frequency(i.documents()["train"], run.best().tokenizer, i.out),
+    "architecture": lambda i, run: analyses.architecture(run.best(), i.out),
+    "samples along": lambda i, run: analyses.samples_along(run.along(), i.prompt, i.out, max_tokens=100),
+    "variability": lambda i, run: analyses.variability(run.best(), i.prompt, i.out, count=6, max_tokens=80),
+    "losses": lambda i, run: analyses.losses(run.along(), i.documents(), i.out, chars=20_000),
+    "domains": lambda i, run: i.domains(),
+    "few-shot": lambda i, run: i.fewshot([run.best()]),
+    "few-shot along": lambda i, run: i.fewshot(run.along()[1::3]),
+    "next token": lambda i, run: analyses.next_token(run.along(), i.prompt, i.out),
+    "attribution": lambda i, run: analyses.attribution(run.best(), f"{i.prompt}, in a land far", i.out),
+    "quality": lambda i, run: i.quality(),
+}
+
+
+def look_inside(name: str, inside: Inside) -> analyses.Finding:
+    """One of LOOKS, mostly of the story model."""
+    return LOOKS[name](inside, inside.runs["text"])
+
+
+def sweep_rates(scale: float, path: Path) -> Path:
+    """The picture of a learning-rate sweep of the MLP."""
+    config = complete(TrainConfig(model="mlp", steps=max(5, round(60 * scale))))
+    found = sweep(config, fields_class("mlp")(), corpus_of("names"), -4.0, 0.0, 7)
+    return draw_sweep(found, path, "MLP, a short run at each rate")
+
+
+def invented(run: Trained) -> list[str]:
+    """A dozen names of the model's own."""
+    return [sample.text for sample in generate(run.best(), count=12, max_tokens=15)]
 
 
 def keep_page(name: str, run: Path, path: Path) -> Path:
@@ -251,8 +323,10 @@ def write_page(
     pages: Mapping[str, Path],
     words: Sequence[str],
     facts: str,
+    spent: str = "",
 ) -> Path:
-    """<out>/index.html from everything that was found. `pages`: those of the runs, by rung and then by domain."""
+    """<out>/index.html from everything that was found. `pages`: those of the runs, by rung and then by domain; `spent`:
+    of `spent_html`."""
     path = out / "index.html"
     samples = html.escape(", ".join(w for w in words if w))
     domains = ", ".join(_link(name, page, path) for name, page in pages.items() if name not in LADDER)
@@ -269,55 +343,81 @@ def write_page(
         link = picture.relative_to(out).as_posix()
         parts.append(f'<h2>{html.escape(title)}</h2><img src="{link}" alt="{html.escape(title)}" loading=lazy>')
     parts.append(f"<h2>Models of three domains</h2><p>Each run on a page of its own: {domains}.</p>")
-    parts += [section(f, out) for f in findings]
+    parts += [*(section(f, out) for f in findings), spent]
     write_text(path, page("From counting letters to a GPT", parts))
     return path
 
 
-def tour(out: Path, seeds: Sequence[int], scale: float) -> Path:
-    """The journey; returns the page's path."""
-    began = time.monotonic()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    names = load_corpus("names")
+def spent_html(spent: Iterable[Spent], processes: int) -> str:
+    """Where the seconds went, parts of one name together."""
+    rows = "".join(
+        f"<tr><th scope=row>{html.escape(part)}<td>{runs}<td>{wall:.1f}<td>{cpu:.1f}</tr>"
+        for part, runs, wall, cpu in by_name(spent)
+    )
+    told = f"Parts run side by side in {processes} process{'' if processes == 1 else 'es'}, one thread each."
+    head = "<tr><th>part<th>runs<th>seconds<th>of the CPU</tr>"
+    return f"<h2 id=seconds>Seconds</h2><p>{told}</p><table>{head}{rows}</table>"
+
+
+def by_name(spent: Iterable[Spent]) -> list[tuple[str, int, float, float]]:
+    """(part, how often, seconds, seconds of the CPU), parts of one name together, the longest first."""
+    kinds: dict[str, list[Spent]] = {}
+    for one in spent:
+        kinds.setdefault(one.part, []).append(one)
+    rows = [(k, len(v), sum(p.wall_s for p in v), sum(p.cpu_s for p in v)) for k, v in kinds.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def journey(parts: Parts, out: Path, seeds: Sequence[int], scale: float) -> Callable[[str], Path]:
+    """Everything that the page shows; returns what writes it, given a sentence on the whole."""
+    domains = start_domains(parts, out, scale)  # what most others wait for begins first
+    rungs = start_climb(parts, out, seeds, scale)
+    rates = parts.start("learning-rate sweep", sweep_rates, scale, out / "sweep.png")
+    by_domain = {kind: parts.wait(run) for kind, run in domains.items()}
+    for kind, run in by_domain.items():
+        print(f"GPT on {kind}: {run.best_loss:.4f} nats a character (floor {run.floor:.4f})", flush=True)
+    looks = [parts.start(f"look: {name}", look_inside, name, Inside(by_domain, out)) for name in LOOKS]
     print("the ladder, on names:", flush=True)
-    results = climb(out, seeds, scale, names)
-    chart = ladder_chart(results, names.floor, out)
-    print("learning-rate sweep:", flush=True)
-    config = complete(TrainConfig(model="mlp", steps=max(5, round(60 * scale))))
-    found = sweep(config, fields_class("mlp")(), names, -4.0, 0.0, 7)
-    pictures = [
-        ("Learning-rate sweep of the MLP", draw_sweep(found, out / "sweep.png", "MLP, a short run at each rate"))
-    ]
+    results: dict[str, list[Trained]] = {}
+    for rung, begun in rungs.items():
+        results[rung] = [parts.wait(run) for run in begun]
+        print(f"  {rung}: {', '.join(f'{run.best_loss:.4f}' for run in results[rung])} nats a character", flush=True)
+    runs = {rung: made[0] for rung, made in results.items()} | by_domain
+    paths = {name: out / "runs" / f"{name}.html" for name in runs}
+    begun_pages = [parts.start("pages of runs", keep_page, name, run.folder, paths[name]) for name, run in runs.items()]
+    names = parts.start("invented names", invented, results["gpt"][0])
+    chart = ladder_chart(results, by_domain["names"].floor, out)
+    pictures = [("Learning-rate sweep of the MLP", parts.wait(rates))]
     for rung in ("mlp", "batchnorm"):
         path = out / "series" / f"names-{rung}" / "diagnostics" / f"seed-{seeds[0]:03d}.png"
         pictures.append((f"Inside the {rung} rung", path))
-    print("three domains:", flush=True)
-    by_domain, corpora = read_domains(out, scale)
-    print("looking inside:", flush=True)
-    findings = look_inside(out, by_domain, corpora)
-    from lab.sample import generate
+    findings, words = [parts.wait(look) for look in looks], parts.wait(names)
+    pages = dict(zip(runs, [parts.wait(page) for page in begun_pages]))
+    for finding in [chart, *findings]:
+        print(f"  {finding.name}: {finding.summary}")
+    told = {"seeds": list(seeds), "scale": scale, "spent": [vars(part) for part in parts.spent], **chart.data}
+    write_json(out / "tour.json", told | {"processes": parts.processes})
+    spent = spent_html(parts.spent, parts.processes)
+    return lambda facts: write_page(out, chart, findings, pictures, pages, words, facts, spent)
 
-    gpt = load_checkpoint(results["gpt"][0].checkpoints / "best.safetensors")
-    words = [s.text for s in generate(gpt, count=12, max_tokens=15)]
-    print("a page of each run:", flush=True)
-    runs = {rung: made[0].folder for rung, made in results.items()} | {k: r.folder for k, r in by_domain.items()}
-    pages = {name: keep_page(name, run, out / "runs" / f"{name}.html") for name, run in runs.items()}
+
+def tour(out: Path, seeds: Sequence[int], scale: float, processes: int = 0) -> Path:
+    """The journey; returns the page's path."""
+    began = time.monotonic()
+    with Parts(processes) as parts:
+        write = journey(parts, out, seeds, scale)
     minutes = (time.monotonic() - began) / 60
-    facts = (
+    return write(
         f"Trained on the embedded corpus with {len(seeds)} seeds a rung in {minutes:.1f} minutes. Each rung is a "
         "series of runs: python -m stats compare series/names-mlp series/names-batchnorm tells whether batch norm "
         "helped."
     )
-    write_json(out / "tour.json", {"minutes": minutes, "seeds": list(seeds), "scale": scale, **chart.data})
-    for finding in [chart, *findings]:
-        print(f"  {finding.name}: {finding.summary}")
-    return write_page(out, chart, findings, pictures, pages, words, facts)
 
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     _, asked = cli.command(__doc__, words, Journey, (0, 0))
-    print(f"page: {tour(Path(asked.out), parse_seeds(asked.seeds), asked.scale)}")
+    print(f"page: {tour(Path(asked.out), parse_seeds(asked.seeds), asked.scale, asked.processes)}")
     return 0
 
 

@@ -95,9 +95,11 @@ def as_html(tokens: Sequence[Coloured], spaced: bool, before: Sequence[Coloured]
     return f"<div class=coloured>{(' ' if spaced else '').join(parts)}</div>"
 
 
-def coloured(checkpoints: Sequence[Checkpoint], text: str | Sequence[str], out: Path, *, top: int = 5) -> Finding:
+def coloured(
+    checkpoints: Sequence[Checkpoint], text: str | Sequence[str], out: Path, *, top: int = 5, picture: bool = True
+) -> Finding:
     """The text as one checkpoint reads it, or two (the earlier one first); pages show it as text, with what else was
-    expected on hover."""
+    expected on hover, so that a page needs no `picture`."""
     if not 1 <= len(checkpoints) <= 2:
         raise LabError(f"text is coloured by one checkpoint or two, not {len(checkpoints)}")
     tokenizer = same_vocabulary(checkpoints)
@@ -126,7 +128,7 @@ def coloured(checkpoints: Sequence[Checkpoint], text: str | Sequence[str], out: 
     legend += " Hover over a token, or reach it with the tab key, for what else was expected."
     text = as_html(tokens, tokenizer.kind == "word", before)
     shown = f"<style>{STYLE}</style><p class=legend>{legend}</p>{text}"
-    return write_finding(out, "coloured", summary, data, _picture(rows), shown)
+    return write_finding(out, "coloured", summary, data, _picture(rows) if picture else None, shown)
 
 
 def _picture(rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Any:
@@ -148,7 +150,10 @@ def _picture(rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Any:
         blocks.append((label, lines[:MOST_LINES], len(lines) > MOST_LINES))
     height = sum(len(lines) + 2 for _, lines, _ in blocks)
     fig, ax = plots.figure(size=(12, 0.23 * height + 0.3))
+    fig.set_layout_engine("none")  # there is nothing to lay out, and every letter would be measured for it
+    ax.set_position((0.01, 0, 0.98, 1))
     ax.axis("off")
+    grounds = []
     ax.set_xlim(0, COLUMNS)
     ax.set_ylim(-height, 0)
     y = -1.0
@@ -159,7 +164,8 @@ def _picture(rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Any:
             y -= 1
             for at, piece, colour in line:
                 wide = plots.columns(piece)
-                ax.add_patch(plots.rectangle(at, y - 0.25, wide, 0.95, colour))
+                grounds.append(plots.rectangle(at, y - 0.25, wide, 0.95, colour))
                 ax.text(at + wide / 2, y, plots.plain(piece), fontsize=8, ha="center", family=plots.MONO)
         y -= 1.5
+    ax.add_collection(plots.PatchCollection(grounds, match_original=True))
     return fig

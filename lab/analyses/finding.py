@@ -12,13 +12,13 @@ from lab.runlog import write_json, write_text
 @dataclass(frozen=True)
 class Finding:
     """`name` of the analysis, its one-line `summary`, its `data`, and where JSON and PNG lie. `html`: what a page shows
-    instead of the picture, where text says it better."""
+    instead of the picture, where text says it better; the picture may then be missing (None), if none was wanted."""
 
     name: str
     summary: str
     data: dict[str, Any]
     json_path: Path
-    png_path: Path
+    png_path: Path | None
     html: str = ""
 
     def noted(self, said: str) -> "Finding":
@@ -29,10 +29,12 @@ class Finding:
 
 
 def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figure: Any, shown_as: str = "") -> Finding:
-    """Write <out>/<name>.json and .png; `shown_as` is HTML for pages. Raises OSError."""
+    """Write <out>/<name>.json and .png (no picture for a `figure` of None); `shown_as` is HTML for pages. Raises
+    OSError."""
     json_path = out / f"{name}.json"
     write_json(json_path, {"analysis": name, "summary": summary, **data})
-    return Finding(name, summary, data, json_path, plots.save(figure, out / f"{name}.png"), shown_as)
+    png_path = None if figure is None else plots.save(figure, out / f"{name}.png")
+    return Finding(name, summary, data, json_path, png_path, shown_as)
 
 
 PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;
@@ -57,11 +59,13 @@ def page(title: str, sections: list[str]) -> str:
 
 def section(finding: Finding, folder: Path) -> str:
     """A finding as HTML: heading, its line, its text or picture, a link to the numbers."""
-    picture = finding.png_path.relative_to(folder).as_posix()
+    picture = finding.png_path.relative_to(folder).as_posix() if finding.png_path else ""
     numbers = finding.json_path.relative_to(folder).as_posix()
     name = html.escape(finding.name.replace("_", " "))
     shown = finding.html or f'<img src="{picture}" alt="{name}" loading=lazy>'
-    links = f'<a href="{numbers}">numbers</a>' + (f' <a href="{picture}">picture</a>' if finding.html else "")
+    links = f'<a href="{numbers}">numbers</a>' + (
+        f' <a href="{picture}">picture</a>' if finding.html and picture else ""
+    )
     line = f"<p>{html.escape(finding.summary)} {links}</p>"
     return f'<h2 id="{finding.name}">{name}</h2>{line}{shown}'
 

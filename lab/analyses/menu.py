@@ -45,6 +45,7 @@ class Look:
     chars: int = 50_000
     second: Checkpoint | None = None  # the earlier reading of coloured text; None: the run's first checkpoint
     told: list[str] = field(default_factory=list)
+    pictures: bool = True  # of what pages show as text, too
 
     @functools.cached_property
     def texts(self) -> Texts:
@@ -143,7 +144,11 @@ MENU: dict[str, Item] = {
         _has_embeddings,
         reads=True,
     ),
-    "samples": Item("what each checkpoint writes", lambda k: samples_along(k.along, k.prompt, k.out), prompted=True),
+    "samples": Item(
+        "what each checkpoint writes",
+        lambda k: samples_along(k.along, k.prompt, k.out, picture=k.pictures),
+        prompted=True,
+    ),
     "variability": Item(
         "how samples of one model differ", lambda k: variability(k.final, k.prompt, k.out), prompted=True
     ),
@@ -169,7 +174,9 @@ MENU: dict[str, Item] = {
     "positions": Item(
         "what is expected, place after place", lambda k: positions(k.final, k.prompt, k.out), prompted=True
     ),
-    "coloured": Item("text coloured by loss", lambda k: coloured(_two(k), k.text, k.out), prompted=True),
+    "coloured": Item(
+        "text coloured by loss", lambda k: coloured(_two(k), k.text, k.out, picture=k.pictures), prompted=True
+    ),
     "attention": Item("attention maps", lambda k: attention(k.final, k.read, k.out), _is_gpt, prompted=True),
     "logit_lens": Item(
         "what each layer would say", lambda k: logit_lens(k.final, k.read, k.out), _reads_by_layer, prompted=True

@@ -21,15 +21,23 @@ SYMBOL_TOKENS = 200  # of a sample, and of a document, whose symbols are counted
 
 
 def samples_along(
-    checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, max_tokens: int = 120, seed: int = 0
+    checkpoints: Sequence[Checkpoint],
+    prompt: str,
+    out: Path,
+    *,
+    max_tokens: int = 120,
+    seed: int = 0,
+    picture: bool = True,
 ) -> Finding:
-    """What each checkpoint writes after the same prompt, from the same random numbers."""
+    """What each checkpoint writes after the same prompt, from the same random numbers. Pages show it as text, and need
+    no `picture`."""
     same_vocabulary(checkpoints)
     rows = []
     for checkpoint in checkpoints:
         sample = generate(checkpoint, prompt, max_tokens=max_tokens, temperature=0.8, seed=seed)[0]
         rows.append({"step": checkpoint.step, "text": sample.text, "ended": sample.ended})
-    fig = text_figure([(f"step {r['step']:,}", r["text"]) for r in rows], f"After {prompt!r}, along training")
+    lines = [(f"step {r['step']:,}", r["text"]) for r in rows]
+    fig = text_figure(lines, f"After {prompt!r}, along training") if picture else None
     summary = f"{len(rows)} checkpoints continue {prompt!r}; {sum(r['ended'] for r in rows)} end by themselves."
     lines = (f"<tr><td>{r['step']:,}<td>{html.escape(r['text'])}</tr>" for r in rows)
     table = f"<table class=samples><tr><th>step<th>text</tr>{''.join(lines)}</table>"

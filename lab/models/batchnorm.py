@@ -33,17 +33,33 @@ class BatchNorm1d(nn.Module):
 
     def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         if self.training:
-            rows = (x if counted is None else x[counted]).reshape(-1, x.shape[-1])
-            if len(rows) < 2:
-                raise LabError("batch norm in training needs at least two rows: one has no variance")
-            var, mean = torch.var_mean(rows, dim=0, correction=0)
+            share_R = _shares(x, counted)
+            # Sums over rows as products with a row vector: several times as fast as torch.var_mean down a column, and
+            # without the copy of the counted rows, whose gradient would be a scatter.
+            mean = share_R @ x.reshape(-1, x.shape[-1])
+            centred = x - mean
+            var = share_R @ centred.square().reshape(-1, x.shape[-1])
             with torch.no_grad():
-                unbiased = var * (len(rows) / (len(rows) - 1))
+                rows = (share_R > 0).sum()
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                self.running_var.lerp_((var * (rows / (rows - 1))).to(self.running_var.dtype), self.momentum)
         else:
-            mean, var = self.running_mean, self.running_var
-        return (x - mean) * (torch.rsqrt(var + self.eps) * self.gain) + self.bias
+            centred, var = x - self.running_mean, self.running_var
+        return torch.addcmul(self.bias, centred, torch.rsqrt(var + self.eps) * self.gain)
+
+
+def _shares(x: Tensor, counted: Tensor | None) -> Tensor:
+    """What each row of `x` weighs in a mean over the counted ones, (R,): 1 over their number, or 0. LabError for a
+    single one."""
+    places = x[..., 0]
+    if counted is None:
+        counts_R = torch.ones_like(places).flatten()
+    else:
+        counts_R = counted.view(*counted.shape, *[1] * (places.ndim - counted.ndim)).expand_as(places).flatten()
+    rows = int(counts_R.sum())
+    if rows < 2:
+        raise LabError("batch norm in training needs at least two rows: one has no variance")
+    return counts_R.to(x.dtype) / rows
 
 
 def init_linear_(weight_OI: Tensor, init: str, gain: float = 5 / 3) -> None:
