@@ -233,8 +233,8 @@ class Config:
     checkpoint_every: int = setting(0, "steps", "between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = setting(2, "files", "newest so many stay; 0: all", at_least=0)
     save_final: bool = setting(True, "flag", "checkpoint at the end of the run")
-    resume: str = setting("", "name", "'auto': from this run's newest good checkpoint; or a checkpoint's path")
-    init_from: str = setting("", "file", "checkpoint whose weights the run starts with")
+    resume: str = setting("", "name", "'auto': this run's newest good checkpoint; or a checkpoint, a folder, a run")
+    init_from: str = setting("", "name", "of the checkpoint, the folder or the run whose weights it starts with")
     init_optimizer: bool = setting(False, "flag", "start with the optimizers' state of --init_from, too")
     init_hash: str = setting("", "hash", "of the weights that the run starts with; --init_from fills it in")
     overwrite: bool = setting(False, "flag", "replace an existing run of the same name")
@@ -901,7 +901,7 @@ class Stretch:
         self.trainer, self.config, self.log = trainer, trainer.config, log
         self.stream, self.val_stream = streams
         self.folder = log.folder / f"{log.name}.checkpoints"
-        self.clock, self.record = Clock(trainer.device), TokenRecord(self.stream)
+        self.clock, self.record = Clock(trainer.device), TokenRecord(self.stream, self.val_stream, log.line)
         done = resume(trainer, log, self.folder, self.record, self.val_stream)
         self.start = self.saved = done.step
         self.clock.seconds, log.validation[:], log.train_losses[:] = done.seconds, done.validation, done.losses
@@ -917,7 +917,7 @@ class Stretch:
         end = max(self.start, min(c.stop_after or c.num_iterations, c.num_iterations))
         order = ((step, sequence) for step in range(self.start, end) for sequence in mine)
         pin_memory = trainer.device.type == "cuda"
-        batches = self.stream.prefetch(order, feed=self.record.feed, pin_memory=pin_memory)
+        batches = self.stream.prefetch(order, record=self.record, pin_memory=pin_memory)
         self.clock.start()
         try:
             for step in range(self.start, end + 1):

@@ -190,7 +190,8 @@ def check_run(ran: Ran, train: np.ndarray | None = None, val: np.ndarray | None 
         found, length = told["val_data_hash"], c["val_seq_len"]
         if found != chain(val, length, c["val_tokens"] // length):
             raise Wrong("validated on other tokens than the file holds")
-    if train is not None and not c["drop_shard_tail"] and last["train_tokens"] == end * c["tokens_per_step"]:
+    whole = not c["drop_shard_tail"] and not c["align_documents"]
+    if train is not None and whole and last["train_tokens"] == end * c["tokens_per_step"]:
         length = c["train_seq_len"]
         if last["data_hash"] != chain(train, length, last["train_tokens"] // length):
             raise Wrong("trained on other tokens than the file holds")
@@ -480,7 +481,9 @@ def fields_check(folder: Path):
         ran = program.settled(words)
         if ran is None:
             return "error"
-        check_run(ran)
+        (told,) = summaries(ran.folder)
+        named = [f"--{part}_files={told['config'][part + '_files']}" for part in program.tokens]
+        check_run(ran, *(program.tokens.values() if named == program.words else ()))
         return "answer"
 
     return check

@@ -82,23 +82,28 @@ def open_folder(folder: str | Path) -> Parts:
     return Parts(globs["train"], globs["val"], facts_beside(files["train"] + files["val"]), held)
 
 
-def tokens_of(path: str, encoding: str, say: Callable[[str], None] = print, vocab: str | None = None) -> Path:
+def tokens_of(
+    path: str, encoding: str, say: Callable[[str], None] = print, vocab: str | None = None, documents: str | None = None
+) -> Path:
     """A folder with the shards of one text (or JSONL, parquet ...), made now unless the cache has them already.
 
-    Lines equal to `<|endoftext|>` divide documents, where there are any. One text is cut at 90 % of its characters;
-    of several documents a tenth goes into validation. The cache is keyed by content: a changed text is tokenised anew.
-    Raises TokenizeError."""
+    documents: what a document of a text is, as of data.tokenize; None: what lines equal to `<|endoftext|>` divide,
+    where there are any, else all of it. One text is cut at 90 % of its characters; of several documents a tenth goes
+    into validation, unless they are so few that none would: then they are cut as one text is. The cache is keyed by
+    content: a changed text is tokenised anew. Raises TokenizeError."""
     from data.reading import file_kind
-    from data.tokenize import Settings, tokenize
+    from data.tokenize import EmptyPart, Settings, tokenize
 
     local = paths.fetch(path)
     digest, marked = _digest(local)
-    text = file_kind(path) == "text"
-    single = text and not marked
+    if file_kind(path) != "text":
+        documents = None
+    else:
+        documents = documents or ("marker" if marked else "file")
     settings: dict[str, Any] = dict(
         encoding=encoding,
-        documents="marker" if marked and text else "file",
-        split="characters" if single else "documents",
+        documents=documents or "file",
+        split="characters" if documents == "file" else "documents",
         val_fraction=VAL_FRACTION,
     )
     key = hashlib.sha256(json.dumps([digest, file_kind(path), settings]).encode()).hexdigest()[:16]
@@ -107,7 +112,11 @@ def tokens_of(path: str, encoding: str, say: Callable[[str], None] = print, voca
     with paths.locked(folder.parent / f".{folder.name}.lock"):
         if not (folder / "tokenize.json").is_file():
             say(f"tokenising {path} to {folder}")
-            facts = tokenize([path], Settings(out=str(folder), vocab=vocab, overwrite=True, **settings))
+            how = Settings(out=str(folder), vocab=vocab, overwrite=True, **settings)
+            try:
+                facts = tokenize([path], how)
+            except EmptyPart:
+                facts = tokenize([path], how._replace(split="characters"))
             say(f"{path}: {facts['train']['tokens']:,} tokens for training, {facts['val']['tokens']:,} for validation")
     return folder
 

@@ -2,6 +2,7 @@
 
     python -m data.look data/embedded/val_000000.bin
     python -m data.look 'data/fineweb10B/fineweb_val_*.bin' --documents 5 --vocab DIR
+    python -m data.look data/embedded                                   # all shards of a folder
 
 The encoding is what tokenize.json, corpus.json or fineweb.json beside the shard says, else it is guessed: bytes if no
 token is 256 or above. Exit codes: 0 done, 2 wrong usage, 3 a file that cannot be read as a shard.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -52,10 +54,24 @@ def describe(path: str, documents: int, characters: int, encoding: str | None, v
         yield f"--- document {number}, {length:,} tokens\n{shown}{' ...' if len(shown) == characters else ''}"
 
 
+def shards_of(names: list[str]) -> list[str]:
+    """The files that files, globs and URLs name, and for a folder the shards in it. PathError, ShardError."""
+    files: list[str] = []
+    for name in paths.expand(names):
+        folder = Path(paths.local_path(name))
+        if paths.is_remote(name) or not folder.is_dir():
+            files.append(name)
+        elif found := [str(path) for path in folder.glob("*.bin")]:
+            files += sorted(found, key=paths.natural)
+        else:
+            raise shards.ShardError(f"{name}: a folder without shards (*.bin)")
+    return files
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.look", description="Say what is in token shards.")
-    parser.add_argument("shards", nargs="+", metavar="SHARD", help="files, globs or URLs")
+    parser.add_argument("shards", nargs="+", metavar="SHARD", help="files, globs, folders or URLs")
     parser.add_argument("--documents", type=int, default=2, metavar="N", help="of each shard, as text (%(default)s)")
     parser.add_argument("--characters", type=int, default=400, metavar="N", help="of each document (%(default)s)")
     parser.add_argument("--encoding", choices=ENCODINGS, help="default: what lies beside the shard says, else a guess")
@@ -64,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.documents < 0 or options.characters < 1:
         parser.error("--documents must be at least 0, --characters at least 1")
     try:
-        for path in paths.expand(options.shards):
+        for path in shards_of(options.shards):
             for line in describe(path, options.documents, options.characters, options.encoding, options.vocab):
                 print(line)
     except (paths.PathError, shards.ShardError, TokenizeError) as error:

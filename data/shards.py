@@ -23,9 +23,9 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,7 +49,11 @@ class ShardError(ValueError):
 
 
 class TooFewTokens(ShardError):
-    """The shards hold less than one step."""
+    """The shards `names` hold less than one step; `why` says it without their names."""
+
+    def __init__(self, names: str, why: str):
+        super().__init__(f"{names}: {why}")
+        self.why = why
 
 
 class ShardInfo(NamedTuple):
@@ -70,6 +74,11 @@ def read_header(path: str | os.PathLike) -> ShardInfo:
     the size.
     """
     path = os.fspath(path)
+    if not paths.is_remote(path) and os.path.isdir(paths.local_path(path)):
+        raise ShardError(
+            f"{path}: a folder; name the shards in it, for example '{os.path.join(path, '*.bin')}' "
+            "(train_gpt.py --data=FOLDER takes training and validation from one)"
+        )
     try:
         header, size = paths.read_range(path, 0, HEADER_BYTES), paths.file_size(path)
     except paths.PathError as error:
@@ -257,6 +266,16 @@ class _OpenShard:
 # Streams
 
 
+class Record(Protocol):
+    """What is told of every sequence that a stream has given away."""
+
+    def of(self, window: np.ndarray) -> Any:
+        """What is to be kept of its T + 1 tokens; called on the thread that reads."""
+
+    def feed(self, step: int, sequence: int, told: Any) -> None:
+        """It is being given away; told: what `of` returned."""
+
+
 class TokenStream:
     """Random access to a row of shards as one stream of tokens, in steps of S sequences of T tokens.
 
@@ -318,8 +337,9 @@ class TokenStream:
         elif steps := self.lengths.within((self.num_tokens - 1) // self.sequences_per_step):
             return steps
         raise TooFewTokens(
-            f"{self._names()}: {self.num_tokens} tokens are too few for one step of {self.sequences_per_step} x "
-            f"{max(self.lengths.tokens)} tokens and one target{within}"
+            self._names(),
+            f"{self.num_tokens} tokens are too few for one step of {self.sequences_per_step} x "
+            f"{max(self.lengths.tokens)} tokens and one target{within}",
         )
 
     def tokens_until(self, step: int) -> int:
@@ -410,12 +430,12 @@ class TokenStream:
         *,
         depth: int = 4,
         pin_memory: bool = False,
-        feed: Callable[[int, int, bytes], None] | None = None,
+        record: Record | None = None,
     ) -> Iterator:
         """Yield CPU tensors (inputs_T int32, targets_T int64) for each (step, sequence) of `order`.
 
         A thread reads. depth: sequences read ahead. pin_memory: page-locked tensors, so that copies to
-        a GPU overlap with work there. feed: told of step, sequence and `window_digest` of each when it is yielded.
+        a GPU overlap with work there. record: told of each.
         What the thread raises is raised here, at the sequence that it concerns. Closing the iterator ends the thread.
         """
         import torch  # here, so that the tokenizer and its workers start without it
@@ -436,8 +456,8 @@ class TokenStream:
                 for step, sequence in order:
                     window = self.window(step, sequence)
                     tensors = [torch.from_numpy(part) for part in _inputs_and_targets(window)]
-                    digest = window_digest(window) if feed else b""
-                    put((step, sequence, digest, tuple(t.pin_memory() if pin_memory else t for t in tensors)))
+                    read = record.of(window) if record else None
+                    put((step, sequence, read, tuple(t.pin_memory() if pin_memory else t for t in tensors)))
                     if stop.is_set():
                         return
                 put(None)
@@ -451,8 +471,8 @@ class TokenStream:
                 if isinstance(item, BaseException):
                     raise item
                 *place, tensors = item
-                if feed:
-                    feed(*place)
+                if record:
+                    record.feed(*place)
                 yield tensors
         finally:
             stop.set()

@@ -342,11 +342,40 @@ class Settings(NamedTuple):
     weights: tuple[float, ...] = ()
 
 
+class EmptyPart(TokenizeError):
+    """Nothing was found for training, or for validation where some was to go there."""
+
+
+class SettingError(TokenizeError):
+    """A setting that makes no sense; the message begins with its option."""
+
+
+def check_settings(inputs: list[str], settings: Settings) -> None:
+    """Raise SettingError for the first setting out of its limits."""
+    s = settings
+    limits = {
+        f"--val-fraction {s.val_fraction}: at least 0 and below 1": 0 <= s.val_fraction < 1,
+        f"--shard-tokens {s.shard_tokens}: from 1 to {shards.MAX_TOKENS}": 0 < s.shard_tokens <= shards.MAX_TOKENS,
+        f"--max-tokens {s.max_tokens}: at least 1": s.max_tokens is None or s.max_tokens > 0,
+        f"--workers {s.workers}: at least 1": s.workers > 0,
+        f"--shuffle {s.shuffle}: a seed is 0 or more": s.shuffle is None or s.shuffle >= 0,
+        f"--weights: {len(s.weights)} for {len(inputs)} inputs; give one for each": len(s.weights) in (0, len(inputs)),
+        "--weights: numbers above 0; leave an input out rather than giving it 0": all(
+            0 < weight < math.inf for weight in s.weights
+        ),
+        "--marker: a line that is not empty": s.documents != "marker" or (s.marker.strip() and "\n" not in s.marker),
+    }
+    for message, held in limits.items():
+        if not held:
+            raise SettingError(message)
+
+
 def tokenize(inputs: list[str], settings: Settings) -> dict:
     """Write shards of `inputs` (paths, globs, URLs) as `settings` says; returns what tokenize.json holds.
 
     Raises TokenizeError, and leaves no file behind then.
     """
+    check_settings(inputs, settings)
     files = _expanded(inputs, settings)
     out = Path(settings.out)
     try:
@@ -374,12 +403,6 @@ def _old_files(out: Path) -> list[Path]:
 
 def _expanded(inputs: list[str], settings: Settings) -> list[list[str]]:
     """The files of each input, each file in one of them only."""
-    if settings.weights and len(settings.weights) != len(inputs):
-        raise TokenizeError(f"{len(settings.weights)} --weights for {len(inputs)} inputs: give one for each")
-    if not all(0 < weight < math.inf for weight in settings.weights):
-        raise TokenizeError("--weights are numbers above 0; leave an input out rather than giving it 0")
-    if settings.shuffle is not None and settings.shuffle < 0:
-        raise TokenizeError(f"--shuffle {settings.shuffle}: a seed is 0 or more")
     try:
         paths.expand(inputs)  # refuses a file that two of them name
         found = [paths.expand([name]) for name in inputs]
@@ -456,9 +479,9 @@ def _counted(tokens: np.ndarray, settings: Settings) -> tuple[int, int]:
 def _facts(inputs: list[list[str]], settings: Settings, writers: dict[str, PartWriter], met: dict) -> dict:
     counts = {part: dict(writer.counts) for part, writer in writers.items() if writer.files}
     if "train" not in counts:
-        raise TokenizeError("no text for training was found: the inputs are empty, or all went into validation")
+        raise EmptyPart("no text for training was found: the inputs are empty, or all went into validation")
     if settings.val_fraction and "val" not in counts:
-        raise TokenizeError(
+        raise EmptyPart(
             "no document fell into validation: there are too few documents for --val-fraction "
             f"{settings.val_fraction}; a text can be cut in two with --split characters"
         )
@@ -586,21 +609,15 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if not 0 <= options.val_fraction < 1:
-        parser.error("--val-fraction must be at least 0 and below 1")
-    if not 0 < options.shard_tokens <= shards.MAX_TOKENS:
-        parser.error(f"--shard-tokens must be from 1 to {shards.MAX_TOKENS}")
-    if options.max_tokens is not None and options.max_tokens < 1:
-        parser.error("--max-tokens must be at least 1")
     # Bytes cost less to encode than to send to another process.
-    workers = options.workers or (1 if options.encoding == "bytes" else _cores())
-    if workers < 1:
-        parser.error("--workers must be at least 1")
+    workers = options.workers if options.workers is not None else 1 if options.encoding == "bytes" else _cores()
     fields = {**vars(options), "workers": workers}
     inputs = fields.pop("inputs")
     start = time.perf_counter()
     try:
         facts = tokenize(inputs, Settings(**fields))
+    except SettingError as error:
+        parser.error(str(error))
     except TokenizeError as error:
         print(f"data.tokenize: {error}", file=sys.stderr)
         return 3

@@ -4,8 +4,10 @@ python -m lab.sample CHECKPOINT --prompt="Once upon a time" --count=5 --temperat
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,21 +64,30 @@ def generate(
     Raises UnknownTextError (a LabError) for a prompt with characters the vocabulary lacks.
     """
     cli.checked(Writing(prompt, count, max_tokens, temperature, top_k, top_p, seed))
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    start = checkpoint.encode_prompt(prompt)
-    if isinstance(model, GPTRung):
-        after = cached(model.gpt, checkpoint.context)
-    else:
-        after = recomputed(model.logits, checkpoint.context)
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator().manual_seed(seed))
-    mark, never = tokenizer.mark, tokenizer.never_written
-    drawn = list(draw(after, torch.tensor([start] * count), max_tokens, end=mark, never=never, **how))
+    tokenizer, start = checkpoint.tokenizer, checkpoint.encode_prompt(prompt)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    drawn = list(continued(checkpoint, [start] * count, max_tokens, **how))
     samples = []
     for row in torch.stack(drawn, 1).tolist():
         ended = tokenizer.mark in row
         ids = row[: row.index(tokenizer.mark)] if ended else row
         samples.append(Sample(prompt, _written(checkpoint, start[1:], ids), ids, ended))
     return samples
+
+
+def continued(
+    checkpoint: Checkpoint, rows: list[list[int]], max_tokens: int, *, seed: int = 0, **how: Any
+) -> Iterator[torch.Tensor]:
+    """Yield the next token of every row (B,), until all rows have had the end mark or `max_tokens` times.
+
+    rows: ids that begin with the mark, all of one length. how: temperature, top_k, top_p as of trainer.sample.draw."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    if isinstance(model, GPTRung):
+        after = cached(model.gpt, checkpoint.context)
+    else:
+        after = recomputed(model.logits, checkpoint.context)
+    how |= dict(end=tokenizer.mark, never=tokenizer.never_written, generator=torch.Generator().manual_seed(seed))
+    return draw(after, torch.tensor(rows), max_tokens, **how)
 
 
 def _written(checkpoint: Checkpoint, prompt_ids: list[int], ids: list[int]) -> str:

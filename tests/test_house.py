@@ -118,6 +118,14 @@ def test_statistics_need_no_torch():
         assert not forbidden & {name.partition(".")[0] for name in names(path, module)}, path
 
 
+def test_tokens_are_drawn_in_one_place():
+    """trainer/sample.py chooses tokens and writes with them, for the trainer, the lab and the studio."""
+    for module, path in files(REPO).items():
+        if module != "trainer.sample":
+            called = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            assert "multinomial" not in called and "trainer.sample.pick" not in names(path, module), path
+
+
 @pytest.mark.parametrize("planted", ["circle", "upward", "sideways"])
 def test_a_planted_fault_is_seen(tmp_path, planted):
     for room in LEVEL:

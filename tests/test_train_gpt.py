@@ -11,8 +11,9 @@ from spec_model import block_mask, spec_loss
 
 import train_gpt
 from train_gpt import GPT, Config, Trainer, UsageError, parse_config
-from trainer import schedule
+from trainer import foreign, schedule
 from trainer.processes import sequence_length_for
+from trainer.sample import SampleOptions
 
 CPU = torch.device("cpu")
 
@@ -418,13 +419,27 @@ def test_help_lists_every_field(capsys):
         assert f"--{field.name}=" in text and field.metadata["unit"] in text
 
 
-def test_every_name_that_others_have_is_answered_with_ours():
-    from trainer.start import FOREIGN
+def test_every_name_that_others_have_is_answered_with_ours(capsys):
+    for known, kind in ((foreign.TRAIN, Config), (foreign.SAMPLE, SampleOptions)):
+        ours = {field.name for field in dataclasses.fields(kind)}
+        for name, answer in known.items():
+            assert name not in ours, "a field of ours never reaches the answer"
+            assert set(re.findall(r"--(\w+)", answer)) <= ours | {"nproc_per_node"}, answer
+    for name in ("max-grad-norm", "Num_Train_Epochs", "input_bin"):  # Hugging Face's and llm.c's, however spelled
+        assert train_gpt.main([f"--{name}=1"]) == 2
+        answer = foreign.TRAIN[name.lower().replace("-", "_")]
+        assert f"unknown argument '--{name}=1'; {answer}" in capsys.readouterr().err
 
-    ours = {field.name for field in dataclasses.fields(Config)}
-    for name, answer in FOREIGN.items():
-        assert name not in ours, "a field of ours never reaches the answer"
-        assert set(re.findall(r"--(\w+)", answer)) <= ours | {"help"}, answer
+
+def test_a_flag_without_its_value_is_no_value(capsys):
+    for words, message in (
+        (["--run_name", "--overwrite"], "--run_name needs a value: --run_name=... (name)"),
+        (["--seed"], "--seed needs a value: --seed=... (number)"),
+        (["sample", "x", "--prompt"], "--prompt needs a value: --prompt=... (text)"),
+        (["evaluate", "x", "--data", "--json"], "--data needs a value: --data=... (path)"),
+    ):
+        assert train_gpt.main(words) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_help_is_given_wherever_it_is_asked_for(capsys):
@@ -432,17 +447,44 @@ def test_help_is_given_wherever_it_is_asked_for(capsys):
     assert "--num_iterations=5690" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stray", ["WORLD_SIZE=2", "WORLD_SIZE=two RANK=0", "WORLD_SIZE=2 RANK=7 MASTER_ADDR=x"])
-def test_stray_variables_of_torchrun_are_one_sentence(stray, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("stray", "message"),
+    [
+        ("WORLD_SIZE=2", "which is no group of processes"),
+        ("WORLD_SIZE= RANK=", "which is no group of processes"),
+        ("WORLD_SIZE=two RANK=0", "which is no group of processes"),
+        ("WORLD_SIZE=² RANK=² MASTER_ADDR=x MASTER_PORT=²", "which is no group of processes"),
+        ("WORLD_SIZE=2 RANK=7 MASTER_ADDR=x", "which is no group of processes"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999", "no group came together (port must"),
+        ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=localhost MASTER_PORT=1", "--patience=1): start several with torchrun"),
+    ],
+)
+def test_stray_variables_of_torchrun_are_one_sentence(stray, message, capsys, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for word in stray.split():
         monkeypatch.setenv(*word.split("="))
-    assert train_gpt.main(["--preset=nano", "--device=cpu"]) == 2
+    assert train_gpt.main(["--preset=nano", "--device=cpu", "--patience=1"]) == 2
     said = capsys.readouterr().err
-    assert (
-        "which is no group of processes: start several with torchrun, or unset them" in said and said.count("\n") == 1
-    )
+    assert message in said and "start several with torchrun, or unset them" in said and said.count("\n") == 1
+
+
+def test_variables_that_name_no_group_do_no_harm(capsys, monkeypatch, tmp_path):
+    """A stray RANK is nobody's; one that is no number is not read either."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for stray in ("abc", "3", ""):
+        monkeypatch.setenv("RANK", stray)
+        assert train_gpt.main([f"--resume={tmp_path}/nowhere"]) == 3
+        assert "nowhere: no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["two", "1", "-1"])
+def test_a_local_rank_that_no_gpu_has_is_told(number, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", number)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train_gpt.main(["--preset=nano"]) == 2
+    assert f"LOCAL_RANK={number} in the environment is no GPU's number: torch sees 1 here" in capsys.readouterr().err
 
 
 def test_the_series_hash_ignores_seed_and_machine_only():

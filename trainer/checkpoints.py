@@ -132,7 +132,10 @@ def check_same_run(path: str | Path, here: Mapping[str, Any], there: Mapping[str
     """Raise CheckpointError unless the fields that decide what is computed are the same, here and in a checkpoint."""
     if differing := [name for name in here if here[name] != there[name]]:
         names = ", ".join(differing)
-        raise CheckpointError(f"{path}: made with another configuration; these fields differ: {names}")
+        raise CheckpointError(
+            f"{path}: made with another configuration; these fields differ: {names}. --resume goes on with a run as it "
+            f"was begun; a run of its own that begins with these weights: --init_from={path}"
+        )
 
 
 class Done(NamedTuple):
@@ -190,6 +193,28 @@ def newest_whole(folder: Path, format: str) -> tuple[Path, dict[str, str], dict[
     if found:
         raise CheckpointError(f"{folder}: none of its {len(found)} checkpoints is whole; move them away to start over")
     return None
+
+
+RUNS = "local/runs"  # where runs lie whose folder is not told
+
+
+def find_checkpoint(name: str, *runs: str) -> Path:
+    """The file `name`; the newest checkpoint in the folder `name`, or of the run `name` in the folders `runs` (by
+    default `RUNS`). Newest: of the highest step. Raises CheckpointError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    homes = list(dict.fromkeys(runs)) or [RUNS]
+    for folder in (path, Path(f"{name}.checkpoints"), *(Path(home) / f"{name}.checkpoints" for home in homes)):
+        if folder.is_dir():
+            found = checkpoints_of(folder) or [p for f in folder.glob("*.checkpoints") for p in checkpoints_of(f)]
+            if len({p.parent for p in found}) > 1:
+                names = ", ".join(sorted(p.parent.name.removesuffix(".checkpoints") for p in found))
+                raise CheckpointError(f"{folder}: holds several runs ({names}); name one")
+            if found:
+                return found[0]
+    where = " or ".join(homes)
+    raise CheckpointError(f"{name}: no checkpoint, no folder of checkpoints, and no run of that name in {where}")
 
 
 def find_run(resume: str, folder: Path, format: str) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:

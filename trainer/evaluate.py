@@ -18,9 +18,10 @@ import torch
 from data.encoding import TokenizeError, token_bytes
 from data.folder import check_encoding
 from data.shards import TokenStream
+from trainer.checkpoints import find_checkpoint
 from trainer.evidence import hash_of
 from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
-from trainer.sample import device_of, find_checkpoint
+from trainer.sample import device_of
 from trainer.start import from_data
 from trainer.streams import validation_stream, with_all_validation
 
@@ -54,9 +55,9 @@ def _stream(config: Any, options: EvaluateOptions) -> TokenStream:
     if options.data:
         found = from_data(options.data, dataclasses.asdict(config), {})
         names = ("val_files", "val_seq_len", "val_tokens")
-        config = dataclasses.replace(config, **{name: found[name] for name in names})
+        config = dataclasses.replace(config, data=options.data, **{name: found[name] for name in names})
     else:
-        config = dataclasses.replace(config, val_files=options.val_files or config.val_files)
+        config = dataclasses.replace(config, data="", val_files=options.val_files or config.val_files)
     length = options.val_seq_len or config.val_seq_len
     tokens = config.val_tokens if options.val_tokens < 0 else options.val_tokens
     if 0 < tokens < length:

@@ -13,11 +13,17 @@ tokens, `data_hash` and `train_tokens` of the training tokens so far with every 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
 
 from data.paths import read_range
 from data.shards import HEADER_BYTES, TOKEN, ShardInfo, TokenStream, window_digest
 from trainer.checkpoints import CheckpointError
-from trainer.processes import gathered, rank, world_size
+from trainer.overlap import Overlap
+from trainer.processes import gathered, on_rank_0, rank, world_size
 
 
 def _hash(data: bytes) -> bytes:
@@ -28,12 +34,14 @@ class TokenRecord:
     """The running hash of a stream over the steps done so far, the same on every process.
 
     `feed` is called, on the process that a sequence was fed to, when it is fed; `advance`, on all of them together,
-    brings the hash to the end of so many steps."""
+    brings the hash to the end of so many steps. val: the validated tokens, if they are to be looked for among those
+    that are fed (trainer/overlap.py); say: told once that they are."""
 
-    def __init__(self, stream: TokenStream):
-        self.stream, self.steps = stream, 0
+    def __init__(self, stream: TokenStream, val: TokenStream | None = None, say: Callable[[str], object] = print):
+        self.stream, self.steps, self.say = stream, 0, say
+        self.overlap = None if val is None else Overlap(val)
         self._chain = _hash(b"")
-        self._fed: dict[tuple[int, int], bytes] = {}
+        self._fed: dict[tuple[int, int], tuple[bytes, Any]] = {}
 
     @property
     def hash(self) -> str:
@@ -46,27 +54,38 @@ class TokenRecord:
         return self.stream.tokens_until(self.steps)
 
     def told(self) -> dict[str, int | str]:
-        """As log and JSON tell it."""
-        return {"train_tokens": self.tokens, "data_hash": self.hash}
+        """As log and JSON tell it; `val_seen` only where it is much."""
+        seen = {"val_seen": f"{self.overlap.share:.3f}"} if self.overlap and self.overlap.much else {}
+        return {"train_tokens": self.tokens, "data_hash": self.hash, **seen}
 
-    def feed(self, step: int, sequence: int, digest: bytes) -> None:
-        self._fed[step, sequence] = digest
+    def of(self, window: np.ndarray) -> tuple[bytes, Any]:
+        """The digest of a sequence, and which of the validated windows it has."""
+        return window_digest(window), self.overlap.look(window) if self.overlap else None
+
+    def feed(self, step: int, sequence: int, told: tuple[bytes, Any]) -> None:
+        self._fed[step, sequence] = told
 
     def advance(self, step: int) -> None:
-        """To the end of `step` steps, all of whose sequences have been fed. Collective."""
+        """To the end of `step` steps, all of whose sequences have been fed. Collective. Raises ShardError where most of
+        the validated tokens are among them."""
         if step == self.steps:
             return
         fed = {place: one for part in gathered(self._fed) for place, one in part.items()}
         wanted = [(s, q) for s in range(self.steps, step) for q in range(self.stream.sequences_per_step)]
         for place in wanted:
-            self._chain = _hash(self._chain + fed[place])
+            digest, found = fed[place]
+            self._chain = _hash(self._chain + digest)
+            if self.overlap:
+                self.overlap.add(found)
         self._fed, self.steps = {}, step
+        if self.overlap is not None:
+            on_rank_0(partial(self.overlap.judge, self.tokens, self.say))
 
     def read(self, steps: int) -> None:
         """Read the stream again, each process its share, up to the end of `steps` steps. Collective."""
         for step in range(self.steps, steps):
             for sequence in range(rank(), self.stream.sequences_per_step, world_size()):
-                self.feed(step, sequence, window_digest(self.stream.window(step, sequence)))
+                self.feed(step, sequence, self.of(self.stream.window(step, sequence)))
         self.advance(steps)
 
 
@@ -98,7 +117,7 @@ def check_same_data(told: dict[str, str], step: int, record: TokenRecord, val: T
 
 def same_content(train: TokenStream, val: TokenStream) -> tuple[str, str] | None:
     """A training shard and a validation shard with the same tokens, or None. Whole files are compared, those of one
-    length only."""
+    length only; trainer/overlap.py finds what is cut otherwise, once it is fed."""
     for one in val.shards:
         for other in train.shards:
             if one.num_tokens == other.num_tokens and _equal(one, other):

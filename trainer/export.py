@@ -17,9 +17,8 @@ from typing import Any
 
 from data.encoding import ENCODINGS, MARKER, TokenizeError, encoding_name, gpt2_ranks
 from data.paths import atomic_file
-from trainer.checkpoints import CheckpointError, read_tensors, read_texts, save_tensors
+from trainer.checkpoints import CheckpointError, find_checkpoint, read_tensors, read_texts, save_tensors
 from trainer.options import UsageError, fields_text, fill, read_words, setting, wants_help
-from trainer.sample import find_checkpoint
 from trainer.start import OF_A_MODEL, starting_layout
 from trainer.techniques import techniques_of
 

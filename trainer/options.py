@@ -123,10 +123,12 @@ def read_words(
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if name not in types and (others is None or not name or _near(name, kinds, 0.85)):
-            raise UsageError(f"unknown argument {word!r}; {(foreign or {}).get(name) or _hint(name, kinds)}")
+            raise UsageError(f"unknown argument {word!r}; {(foreign or {}).get(name.lower()) or _hint(name, kinds)}")
         if not equals:
             next_word = queue[0] if queue else "--"
             takes = not next_word.startswith("--") and (types.get(name) is not bool or next_word.lower() in YES + NO)
+            if not takes and name not in bare and types.get(name, bool) is not bool:
+                raise UsageError(f"--{name} needs a value: --{name}=...{_hinted_unit(name, kinds)}")
             text = queue.pop(0) if takes else bare.get(name, "true")
         home = given if name in types or others is None else others
         if name in home and types.get(name) is not tuple:
@@ -139,6 +141,11 @@ def _near(name: str, kinds: Sequence[type], cutoff: float = 0.6) -> str | None:
     """The field whose name is most like `name`, if any is like it."""
     known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def _hinted_unit(name: str, kinds: Sequence[type]) -> str:
+    units = [f.metadata.get("unit") for kind in kinds for f in dataclasses.fields(kind) if f.name == name]
+    return f" ({units[0]})" if units and units[0] else ""
 
 
 def _hint(name: str, kinds: Sequence[type]) -> str:

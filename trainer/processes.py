@@ -44,6 +44,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def asked_rank() -> int:
+    """This process's number by torchrun's variables, before the group is joined, which judges them; 0 without one."""
+    number = os.environ.get("RANK", "")
+    return int(number) if os.environ.get("WORLD_SIZE", "1") != "1" and number.isdecimal() else 0
+
+
+def _local_gpu() -> torch.device:
+    """The GPU of this process's local rank. Raises UsageError."""
+    told, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    if not told.isdecimal() or int(told) >= count:
+        raise UsageError(
+            f"LOCAL_RANK={told} in the environment is no GPU's number: torch sees {count} here; start one process a "
+            f"GPU (torchrun --nproc_per_node={count}), or unset it"
+        )
+    return torch.device("cuda", int(told))
+
+
 def choose_device(name: str, deterministic: bool) -> torch.device:
     """This process's device: "cuda", "cpu", or "auto", the GPU of its local rank if there is one. Raises UsageError.
 
@@ -55,7 +72,7 @@ def choose_device(name: str, deterministic: bool) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when CUDA starts
     if deterministic or torch.are_deterministic_algorithms_enabled():  # this call alone takes a second
         torch.use_deterministic_algorithms(deterministic)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = _local_gpu() if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     return device
@@ -69,17 +86,20 @@ def join_group(device: torch.device, patience_s: float) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    said = "the environment has " + " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+    advice = "start several with torchrun, or unset them"
     numbers = [told[name] or "" for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")]
-    if not told["MASTER_ADDR"] or not all(n.isdigit() for n in numbers) or not int(numbers[1]) < int(numbers[0]):
-        said = " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
-        raise UsageError(
-            f"the environment has {said}, which is no group of processes: start several with torchrun, or unset them"
-        )
+    if not told["MASTER_ADDR"] or not all(n.isdecimal() for n in numbers) or not int(numbers[1]) < int(numbers[0]):
+        raise UsageError(f"{said}, which is no group of processes: {advice}")
     global _patience_s
     _patience_s = patience_s
     cuda = device.type == "cuda"
     wait = datetime.timedelta(seconds=patience_s)
-    store, number, size = next(dist.rendezvous("env://", timeout=wait))
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=wait))
+    except (ValueError, RuntimeError) as error:  # no such port or host, or nobody came in time
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(f"{said}, and no group came together ({why}; --patience={patience_s:g}): {advice}") from error
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # Processes that `torchrun --max-restarts` starts again share the store of the dead, whose addresses they
         # must not read (github.com/pytorch/pytorch/issues/135712). Several hosts: docs/scaling.md.

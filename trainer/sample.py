@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.checkpoints import CheckpointError, checkpoints_of
+from trainer.checkpoints import find_checkpoint
+from trainer.foreign import SAMPLE
 from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 # -------------------------------------------------------------------------------------------------------------
@@ -197,22 +198,6 @@ Write text from a checkpoint: a file, a folder of them (its newest), or the name
 """
 
 
-def find_checkpoint(name: str, runs: str | Path = "local/runs") -> Path:
-    """The file `name`; the newest checkpoint in the folder `name`, or of the run `name` in `runs`. CheckpointError."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    for folder in (path, Path(f"{name}.checkpoints"), Path(runs) / f"{name}.checkpoints"):
-        if folder.is_dir():
-            found = checkpoints_of(folder) or [p for f in folder.glob("*.checkpoints") for p in checkpoints_of(f)]
-            if len({p.parent for p in found}) > 1:
-                names = ", ".join(sorted(p.parent.name.removesuffix(".checkpoints") for p in found))
-                raise CheckpointError(f"{folder}: holds several runs ({names}); name one")
-            if found:
-                return found[0]
-    raise CheckpointError(f"{name}: no checkpoint, no folder of checkpoints, and no run of that name in {runs}")
-
-
 def device_of(name: str) -> str:
     """cuda or cpu from auto, cuda or cpu. Raises UsageError."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -244,7 +229,7 @@ def sample_command(arguments: list[str], load: Callable[[Path, str], tuple[Any, 
     if wants_help(arguments):
         print(USAGE, *fields_text(SampleOptions), sep="\n")
         return 0
-    words, given = read_words([SampleOptions], arguments, {})
+    words, given = read_words([SampleOptions], arguments, {}, SAMPLE)
     if len(words) != 1:
         raise UsageError(f"{USAGE.splitlines()[0]}: {len(words)} checkpoints were named")
     options = fill(SampleOptions, given)

@@ -5,7 +5,8 @@
     --init_from=CHECKPOINT    the model that it holds; the schedule too, unless --preset names another
     --data=FOLDER or TEXT     files, vocabulary, end of text and validation tokens
 
-In this order, each over the ones before and all over the preset; what the command line gives itself stands over all.
+A checkpoint is named as everywhere (checkpoints.find_checkpoint): a file, a folder of them, a run. In this order, each
+over the ones before and all over the preset; what the command line gives itself stands over all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,9 +24,10 @@ from data.encoding import TokenizeError, encoding_name
 from data.folder import open_folder, tokens_of
 from data.paths import PathError, is_remote
 from data.shards import ShardError
-from trainer.checkpoints import CheckpointError, load_tensors, read_texts
+from trainer import foreign
+from trainer.checkpoints import RUNS, CheckpointError, find_checkpoint, load_tensors, read_texts
 from trainer.options import UsageError, check_limits, fill, modern, read_words
-from trainer.processes import on_rank_0
+from trainer.processes import asked_rank, on_rank_0
 
 #: What belongs to one run and not to the next one that a file or a checkpoint describes.
 OF_ONE_RUN = "run_name resume overwrite plan_hash config data init_from init_optimizer init_hash stop_after".split()
@@ -43,61 +44,20 @@ tie_embeddings_frac window_schedule validation_window short_window_max yarn_unti
 paired_heads""".split()
 
 
-#: Names that other trainers (nanoGPT, Hugging Face's, modded-nanogpt) have for things, and ours.
-FOREIGN = {
-    **dict.fromkeys(
-        ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
-        "a step has --tokens_per_step tokens, in sequences of --train_seq_len",
-    ),
-    **dict.fromkeys(
-        ("block_size", "seq_len", "sequence_length", "context_length", "max_seq_len"),
-        "the length of a sequence is --train_seq_len, the attention's reach --window_max_tokens",
-    ),
-    **dict.fromkeys(
-        ("learning_rate", "lr", "max_lr"), "there are four: --muon_lr, --embed_lr, --head_lr and --scalar_lr"
-    ),
-    **dict.fromkeys(
-        ("max_iters", "max_steps", "num_steps", "steps", "train_steps", "iterations"),
-        "the number of steps is --num_iterations",
-    ),
-    **dict.fromkeys(
-        ("min_lr", "lr_decay_iters", "decay_lr", "warmup_iters", "warmup_ratio", "cooldown_steps"),
-        "rates are constant, then fall to 0 in the last --cooldown_frac of the run; there is no warm-up",
-    ),
-    **dict.fromkeys(("out_dir", "save_dir", "logdir", "checkpoint_dir"), "the folder is --output_dir"),
-    **dict.fromkeys(("eval_interval", "eval_every", "eval_steps"), "validations come every --val_loss_every steps"),
-    **dict.fromkeys(("eval_iters", "eval_tokens"), "a validation has --val_tokens tokens"),
-    **dict.fromkeys(
-        ("save_steps", "save_interval", "always_save_checkpoint"), "checkpoints come every --checkpoint_every steps"
-    ),
-    **dict.fromkeys(("dataset", "data_path", "dataset_path", "input"), "data are named by --data"),
-    **dict.fromkeys(("n_layer", "n_layers", "depth"), "the number of blocks is --num_layers"),
-    **dict.fromkeys(("n_head", "n_heads"), "the number of heads is --num_heads"),
-    **dict.fromkeys(("n_embd", "d_model", "hidden_size", "dim", "width"), "the width is --model_dim"),
-    **dict.fromkeys(("beta1", "beta2"), "AdamW's are --adam_beta1 and --adam_beta2, Muon's is --muon_momentum"),
-    **dict.fromkeys(("weight_decay", "wd"), "Muon's is --muon_weight_decay; AdamW has none here"),
-    **dict.fromkeys(("dropout", "bias"), "the model has none: each token is seen once, and no layer has a bias"),
-    "grad_clip": "gradients are not clipped: Muon's updates are of one size anyway",
-    "bf16": "it is --dtype=bfloat16",
-    **dict.fromkeys(
-        ("init_from_checkpoint", "resume_from_checkpoint", "ckpt"),
-        "--resume goes on with a run, --init_from begins one with its weights",
-    ),
-    **dict.fromkeys(("wandb_log", "wandb_project", "report_to"), "see --help for what watches a run"),
-}
-
-
 def expand(
     arguments: Iterable[str], kind: type, presets: Mapping[str, Mapping[str, Any]], bare: Mapping[str, str]
 ) -> list[str]:
-    """`arguments` (words of a command line over the dataclass `kind`) and, behind them, the fields that the file, the
-    checkpoint or the data that they name decides. Raises UsageError, CheckpointError, ShardError."""
-    words = [_modern_word(word) for word in arguments]
-    _, given = read_words([kind], words, bare, FOREIGN)
+    """The words of a command line over the dataclass `kind` with the fields that the file, the checkpoint or the data
+    that they name decides, each field once. Raises UsageError, CheckpointError, ShardError."""
+    words, given = read_words([kind], [_modern_word(word) for word in arguments], bare, foreign.TRAIN)
     found: dict[str, Any] = {}
     if path := given.get("config"):
         found |= from_file(path, kind)
     found |= {name: _door(found[name], bare.get(name, "true")) for name in DOORS if name in found}
+    for name in ("resume", "init_from"):
+        home = given if name in given else found
+        if home.get(name, "auto") not in ("", "auto"):
+            home[name] = _checkpoint(name, home[name], [str({**found, **given}.get("output_dir", RUNS)), RUNS])
     doors = {name: text for name, text in {**found, **given}.items() if name in DOORS}
     if doors.get("resume", "auto") not in ("", "auto"):
         found |= from_run(doors["resume"], kind)
@@ -109,7 +69,7 @@ def expand(
         known = _values(kind, presets, found, given)
         told = {**found, **given} if "data" in found else given  # one file that says both contradicts itself
         found |= from_data(path, known, {name: str(value) for name, value in told.items()})
-    return [*words, *(f"--{name}={value}" for name, value in found.items() if name not in given)]
+    return [*words, *(f"--{name}={value}" for name, value in {**found, **given}.items())]
 
 
 def _door(value: Any, bare: str) -> str:
@@ -164,7 +124,7 @@ def from_file(path: str, kind: type) -> dict[str, Any]:
             raise UsageError(f"--config={path}: names a further file of fields; only the command line does")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = FOREIGN.get(name) or (f"did you mean {near[0]}?" if near else "")
+            hint = foreign.TRAIN.get(name.lower()) or (f"did you mean {near[0]}?" if near else "")
             raise UsageError(f"--config={path}: unknown field {name!r}" + (f"; {hint}" if hint else ""))
         if not isinstance(value, (str, int, float)):
             raise UsageError(f"--config={path}: {name} is {type(value).__name__}, a text or a number is needed")
@@ -195,11 +155,21 @@ def _config_of(path: str) -> tuple[dict[str, str], dict[str, Any]]:
         raise CheckpointError(f"{path}: not a checkpoint of train_gpt.py ({error})") from error
 
 
+def _checkpoint(field: str, name: str, runs: list[str]) -> str:
+    """The checkpoint that a field names. On another host than the first one's, where it may be absent, the name."""
+    try:
+        return str(find_checkpoint(name, *runs))
+    except CheckpointError as error:
+        if asked_rank():
+            return name
+        raise CheckpointError(f"--{field}={error}") from error
+
+
 def from_run(path: str, kind: type) -> dict[str, Any]:
     """The fields of the run that wrote a checkpoint, its log's place among them: it goes on where it is.
 
     On another host than the first one's, where the file may be absent, nothing: rank 0's configuration counts."""
-    if int(os.environ.get("RANK", 0)) and not Path(path).exists():
+    if asked_rank() and not Path(path).exists():
         return {}
     _, config = _config_of(path)
     found = _told(kind, config, {*OF_ONE_RUN, *OF_A_MACHINE} - {"init_hash", "plan_hash"})
@@ -242,7 +212,7 @@ def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> 
     if not folder.exists() and not is_remote(path):
         raise ShardError(f"--data={path}: no such folder or file")
     if not folder.is_dir():
-        say = print if not int(os.environ.get("RANK", 0)) else lambda text: None
+        say = print if not asked_rank() else lambda text: None
         try:
             folder = tokens_of(path, encoding_name(known["vocab_size"]), say)
         except (TokenizeError, PathError, OSError) as error:
@@ -254,10 +224,10 @@ def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> 
         for name in ("vocab_size", "eos_id"):
             if name in given and given[name] != str(found[name]):
                 raise ShardError(f"{parts.facts.source}: says {name} {found[name]}, not --{name}={given[name]}")
-    return found | _validation(parts.val_tokens, known, given)
+    return found | _validation(path, parts.val_tokens, known, given)
 
 
-def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, int]:
+def _validation(path: str, held: int, known: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, int]:
     """As many whole validation sequences as there are tokens for, at most what the preset asks for; where there is not
     even one, a shorter one. All of them where it asks for 0."""
     length, block = known["val_seq_len"], known["block_tokens"]
@@ -265,7 +235,10 @@ def _validation(held: int, known: Mapping[str, Any], given: Mapping[str, str]) -
         length = (held - 1) // block * block or held - 1
     whole = (held - 1) // max(length, 1) * length
     if whole < 1:
-        raise ShardError(f"the validation shards hold {held} tokens, too few for a sequence of {length} and a target")
+        raise ShardError(
+            f"--data={path}: {held} tokens for validation are too few for one sequence of --val_seq_len={length} and a "
+            "target; give more, or a shorter sequence"
+        )
     asked = known["val_tokens"] or whole
     return {"val_seq_len": length, "val_tokens": min(whole, asked // length * length or length)}
 

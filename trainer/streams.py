@@ -42,6 +42,11 @@ def embedded_files(config: Any) -> Any:
     return dataclasses.replace(config, **{k: v for k, v in found.items() if getattr(config, k) == EMBEDDED})
 
 
+def _named(config: Any, part: str) -> str:
+    """The flag that names the data of a part, train or val."""
+    return f"--data={config.data}" if config.data else f"--{part}_files={getattr(config, part + '_files')}"
+
+
 def with_all_validation(config: Any) -> Any:
     """`config` with a number in place of `val_tokens` 0: the tokens of as many whole sequences as the validation shards
     hold. Raises ShardError."""
@@ -54,7 +59,7 @@ def with_all_validation(config: Any) -> Any:
     whole = (held - 1) // config.val_seq_len * config.val_seq_len
     if whole < 1:
         raise ShardError(
-            f"--val_files={config.val_files}: {held} tokens are too few for one sequence of "
+            f"{_named(config, 'val')}: {held} tokens are too few for one sequence of "
             f"--val_seq_len={config.val_seq_len} and a target; give a shorter one"
         )
     return dataclasses.replace(config, val_tokens=whole)
@@ -72,7 +77,8 @@ def validation_stream(config: Any) -> TokenStream:
         )
     except TooFewTokens as error:
         raise ShardError(
-            f"--val_files={config.val_files}: too few for --val_tokens={config.val_tokens} and a target ({error}); "
+            f"{_named(config, 'val')}: too few for --val_tokens={config.val_tokens} and a target "
+            f"({error.why if config.data else error}); "
             f"--val_tokens=0 takes all there are, in whole sequences of --val_seq_len={config.val_seq_len}"
         ) from error
 
@@ -88,8 +94,9 @@ def training_stream(config: Any) -> TokenStream:
         return TokenStream(files, **how, drop_shard_tail=config.drop_shard_tail)
     except TooFewTokens as error:
         raise ShardError(
-            f"--train_files={config.train_files}: too few for one step of --tokens_per_step={config.tokens_per_step} "
-            f"({error}); give more, or smaller steps"
+            f"{_named(config, 'train')}: too few for one step of --tokens_per_step={config.tokens_per_step} in "
+            f"sequences of --train_seq_len={config.train_seq_len} ({error.why if config.data else error}); give more, "
+            "or smaller steps"
         ) from error
 
 

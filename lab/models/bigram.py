@@ -52,17 +52,6 @@ class CountedBigram(LanguageModel):
     def logits(self, idx_BT: Tensor, counted_BT: Tensor | None = None) -> Tensor:
         return self.probabilities().log().float()[idx_BT]
 
-    def sample_document(self, generator: torch.Generator, max_tokens: int = 1000, mark: int = 0) -> list[int]:
-        """Walk the table from the mark until the mark comes again: one document's tokens, without the
-        marks."""
-        table, token, out = self.probabilities(), mark, []
-        while len(out) < max_tokens:
-            token = int(torch.multinomial(table[token], 1, generator=generator))
-            if token == mark:
-                break
-            out.append(token)
-        return out
-
 
 class Bigram(LanguageModel):
     """The same table learned by gradient descent: one-hot times a weight matrix, which is a row lookup."""

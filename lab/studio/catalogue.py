@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections import OrderedDict
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 MOST_NUMBERS = 50_000_000  # parameters of all opened models together, 200 MB
 _UNITS = {"char": "character", "word": "word", "byte": "byte"}
+_CACHED_TEXT = re.compile(r"(\.\w+)?-(bytes|gpt2)-[0-9a-f]{16}$")  # what data.folder adds to a text's name
 NOT_MODELS = ("resume.safetensors",)  # a training's state, for lab.train alone
 
 
@@ -92,8 +94,8 @@ def describe(path: Path) -> Found:
 
 
 def _corpus_of_shards(pattern: str) -> str:
-    """A short name for train_gpt.py's training data."""
-    return "embedded" if pattern == "embedded" else Path(pattern).parent.name
+    """A short name for train_gpt.py's training data: the folder's, or of a text that `--data` named the text's."""
+    return "embedded" if pattern == "embedded" else _CACHED_TEXT.sub("", Path(pattern).parent.name)
 
 
 def _product(shape: list[int]) -> int:

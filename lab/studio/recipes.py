@@ -177,7 +177,7 @@ def training_of(request: Request, places: Places) -> Training:
     text = _text_of(r, places)
     corpus = f"{text.stem}" if text else CORPORA[r.corpus].lower()
     if r.model == "nano":
-        command, floor = _nano(r, text, places), None if text else _embedded_floor()
+        command, floor = _nano(r, text), None if text else _embedded_floor()
     else:
         command, floor = _lab(r, model, text), None  # the trainer's JSON tells it
     resume = ("--resume=auto",) if r.model == "nano" else ("--resume=true", "--overwrite=true")
@@ -221,7 +221,7 @@ def _lab(r: Request, model: Model, text: Path | None) -> list[str]:
     return [*words, "--test=true"] + ([f"--path={text}"] if text else [])
 
 
-def _nano(r: Request, text: Path | None, places: Places) -> list[str]:
+def _nano(r: Request, text: Path | None) -> list[str]:
     every = max(1, r.steps // 10)
     words = [
         "train_gpt.py",
@@ -239,7 +239,7 @@ def _nano(r: Request, text: Path | None, places: Places) -> list[str]:
         if r.corpus != "all":
             raise Refused("nano reads the whole embedded corpus (stories, sums and names), or an uploaded text")
         return [*words, f"--val_tokens={VAL_TOKENS}"]
-    return words + _byte_shards(text, r.reading, places)
+    return [*words, f"--data={_nano_data(text, r.reading)}"]
 
 
 @functools.cache
@@ -257,34 +257,20 @@ def _embedded_floor() -> float:
     return best_loss(np.frombuffer(text[: VAL_TOKENS + 1].encode("ascii"), dtype=np.uint8))
 
 
-def _byte_shards(text: Path, reading: str, places: Places) -> list[str]:
-    """The text as shards of bytes (a tenth of it for validation), and the flags that make train_gpt.py read them."""
-    from data.shards import read_header
-    from data.tokenize import Settings, TokenizeError, tokenize
+def _nano_data(text: Path, reading: str) -> Path:
+    """What train_gpt.py's `--data` names: the text, of which it makes shards of bytes in its cache; where each line is
+    a document, which it cannot be told, their folder. They are made here already, to see that they suffice. Refused."""
+    from data.encoding import TokenizeError
+    from data.folder import open_folder, tokens_of
+    from data.paths import PathError
+    from data.shards import ShardError
 
-    documents = {"text": "file", "names": "line", "stories": "marker"}[reading]
-    folder = places.home / "shards" / f"{text.stem}-{reading}"
-    settings = Settings(
-        str(folder),
-        encoding="bytes",
-        kind="text",
-        documents=documents,
-        val_fraction=0.1,
-        split="characters",
-        overwrite=True,
-    )
+    documents = "line" if reading == "names" else None
     try:
-        tokenize([str(text)], settings)
-    except TokenizeError as error:
+        folder = tokens_of(str(text), "bytes", say=lambda told: None, documents=documents)
+        held = open_folder(folder).val_tokens
+    except (TokenizeError, PathError, ShardError, OSError) as error:
         raise Refused(str(error)) from error
-    sizes = {part: sum(read_header(f).num_tokens for f in folder.glob(f"{part}_*.bin")) for part in ("train", "val")}
-    if sizes["val"] < LEAST_VAL_BYTES:
+    if held < LEAST_VAL_BYTES:
         raise Refused(f"{text.name} is too short for nano: at least {LEAST_VAL_BYTES * 10 // 1000} kB are needed")
-    length = min(8192, sizes["val"] - 1)
-    count = min((sizes["val"] - 1) // length, VAL_TOKENS // length)
-    return [
-        f"--train_files={folder}/train_*.bin",
-        f"--val_files={folder}/val_*.bin",
-        f"--val_seq_len={length}",
-        f"--val_tokens={count * length}",
-    ]
+    return folder if documents else text

@@ -49,22 +49,17 @@ def write(
 
     UnknownTextError for a prompt with characters that the vocabulary lacks; Refused for one of more than
     LONGEST_PROMPT characters."""
-    import torch
-
-    from trainer.sample import pick
+    from lab.sample import continued
 
     if len(prompt) > LONGEST_PROMPT:
         raise Refused(f"the beginning has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} can be read")
     mark = checkpoint.tokenizer.mark
     ids = checkpoint.encode_prompt(prompt)
     given = len(ids) - 1
-    generator = torch.Generator().manual_seed(seed)
     yield Written(tuple(ids[1:]), given, False, prompt)
-    for _ in range(max_tokens):
-        logits_V = next_logits(checkpoint, ids)
-        logits_V[list(checkpoint.tokenizer.never_written)] = -math.inf
-        token = int(pick(logits_V, temperature, top_k, top_p, generator))
-        if token == mark:
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    for token_B in continued(checkpoint, [ids], max_tokens, **how):
+        if (token := int(token_B)) == mark:
             yield Written(tuple(ids[1:]), given, True, text_of(checkpoint, prompt, ids[1:], given))
             return
         ids.append(token)

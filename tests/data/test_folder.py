@@ -21,6 +21,12 @@ def test_a_text_becomes_a_folder_once(tmp_path, monkeypatch):
     text.write_text("<|endoftext|>\n".join(f"story {i}\n" for i in range(60)))
     other = folder.tokens_of(str(text), "bytes", said.append)
     assert other != made and json.loads((other / "tokenize.json").read_text())["train"]["documents"] > 40
+    text.write_text("the first\n<|endoftext|>\nthe second, and the last\n")
+    # Too few for one of them to fall into validation.
+    few = json.loads((folder.tokens_of(str(text), "bytes", said.append) / "tokenize.json").read_text())
+    assert (few["train"]["documents"], few["split"], few["val"]["characters"]) == (2, "characters", 4)  # a tenth of 33
+    lines = folder.tokens_of(str(text), "bytes", said.append, documents="line")
+    assert json.loads((lines / "tokenize.json").read_text())["documents"] == "line"
 
 
 def test_contradictions_are_errors(tmp_path):
@@ -51,6 +57,18 @@ def test_look(tmp_path, capsys):
     assert "21 tokens" in told and "vocabulary 256, end of text 0 (a guess)" in told
     assert "2 documents, after 3 tokens of one that began before; tokens each: mean 8, least 6," in told
     assert "--- document 1, 10 tokens\nfirst döc\n" in told and "second" not in told
+    for number in (10, 9):
+        shards.write_shard(tmp_path / f"train_{number}.bin", np.zeros(number, dtype=np.uint8))
+    assert look.main([str(tmp_path), "--documents", "0"]) == 0  # all shards of a folder, by number
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()[::3]] == [
+        "21 tokens",
+        "9 tokens",
+        "10 tokens",
+    ]
+    (tmp_path / "empty").mkdir()
+    assert look.main([str(tmp_path / "empty")]) == 3 and "a folder without shards" in capsys.readouterr().err
+    with pytest.raises(ShardError, match=r"a folder; name the shards in it, for example '.*/\*\.bin'.*--data=FOLDER"):
+        shards.read_header(tmp_path)
     (tmp_path / "no.bin").write_bytes(b"text " * 300)
     assert look.main([str(tmp_path / "no.bin")]) == 3 and "data.look: " in capsys.readouterr().err
 

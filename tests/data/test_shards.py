@@ -93,7 +93,7 @@ def test_no_file_gives_anything_but_a_shard_or_our_error(tmp_path_factory, data,
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(ShardError, match="no such file"):
         shards.read_header(tmp_path / "none.bin")
-    with pytest.raises(ShardError, match="Is a directory"):
+    with pytest.raises(ShardError, match="a folder; name the shards in it"):
         shards.read_header(tmp_path)
 
 

@@ -290,11 +290,20 @@ def test_command_line(tmp_path, capsys):
         ["--shard-tokens", "0"],
         ["--max-tokens", "0"],
         ["--workers", "-1"],
+        ["--workers", "0"],
+        ["--shuffle", "-1"],
+        ["--weights", "1,2"],
+        ["--weights", "0"],
+        ["--weights", "nan"],
+        ["--weights", "x"],
+        ["--val-fraction", "nan"],
+        ["--documents", "marker", "--marker", ""],
         ["--x"],
     ):
         with pytest.raises(SystemExit) as exit:
-            tokenize.main([*good, *wrong])
-        assert exit.value.code == 2
+            tokenize.main([*good, "--overwrite", *wrong])
+        assert exit.value.code == 2, wrong
+        assert [word for word in wrong if word.startswith("--")][-1] in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(SystemExit) as exit:
         tokenize.main(["--help"])
     assert exit.value.code == 0

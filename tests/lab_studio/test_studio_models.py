@@ -11,6 +11,7 @@ from lab import LabError
 from lab.analyses.menu import MENU
 from lab.checkpoints import save_checkpoint
 from lab.models import LADDER, build_model
+from lab.sample import generate
 from lab.studio import markup
 from lab.studio.analyses import LONGEST_LOOK, MOST_CHECKPOINTS, Microscope, along
 from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
@@ -170,6 +171,8 @@ def test_every_rung_writes_the_same_for_the_same_seed(places, tmp_path, rung):
     checkpoint = Models(places).load(save(tmp_path, rung))
     runs = [list(write(checkpoint, "ab", max_tokens=12, seed=seed)) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]
+    (one,) = generate(checkpoint, "ab", max_tokens=12, seed=1)  # as lab.sample writes it
+    assert list(runs[0][-1].ids[2:]) == one.ids and runs[0][-1].ended == one.ended
     first = runs[0][0]
     assert first.text == "ab" and first.prompt_tokens == 2 and not first.ended
     for before, after in zip(runs[0], runs[0][1:]):

@@ -1,6 +1,7 @@
 """Requests become command lines that the trainers accept; what is out of bounds is refused."""
 
 import dataclasses
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.studio.catalogue import _corpus_of_shards
 from lab.studio.places import Places, Refused
 from lab.studio.recipes import BOUNDS, CORPORA, MODELS, READINGS, Request, checked, corpora_for, training_of, unit_of
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
+def places(tmp_path: Path, monkeypatch) -> Places:
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
     found = Places.of(tmp_path)
     found.texts.mkdir(parents=True)
     return found
@@ -61,20 +64,31 @@ def test_an_uploaded_text_is_handed_on(places):
         assert f"--path={text}" in training_of(request, places).command
         assert f"--data={reading}" in training_of(request, places).command
         assert training_of(request, places).floor is None
-    words = training_of(Request("nano", "upload", "text", str(text)), places).command
-    from data.shards import TokenStream
+
+
+def test_nano_reads_an_uploaded_text_as_the_trainer_does(places, tmp_path):
+    """Through its `--data`: one cache, one tokenizer, one split."""
     from train_gpt import parse_config
 
-    config = parse_config(list(words[1:]))
-    stream = TokenStream(
-        config.val_files,
-        sequence_tokens=config.val_seq_len,
-        vocab_size=256,
-        cycle=False,
-        sequences_per_step=config.val_tokens // config.val_seq_len,
-    )
-    inputs, _ = stream.batch(0, 0)
-    assert bytes(int(i) for i in inputs[-12:]).decode() in "Some words. " * 2
+    text = places.texts / "mine-0a1b.txt"
+    made = {}
+    for reading, content in (
+        ("text", "Some words. " * 2000),
+        ("stories", "".join(f"Story {number}, told.\n<|endoftext|>\n" for number in range(900))),
+        ("names", "".join(f"name{number}\n" for number in range(3000))),
+    ):
+        text.write_text(content)
+        words = training_of(Request("nano", "upload", reading, str(text)), places).command
+        config = parse_config(list(words[1:]))
+        folder = Path(config.train_files).parent
+        assert folder.parent == tmp_path / "cache" / "tokens"
+        assert _corpus_of_shards(config.train_files) == "mine-0a1b"
+        told = json.loads((folder / "tokenize.json").read_text())
+        made[reading] = told["documents"], told["split"], told["train"]["documents"]
+        if reading != "names":  # whose lines the trainer takes for one text
+            assert config == parse_config([*words[1:-1], f"--data={text}"])
+    assert made["text"] == ("file", "characters", 1) and made["stories"][:2] == ("marker", "documents")
+    assert made["names"][:2] == ("line", "documents") and 2600 < made["names"][2] < 2800
 
 
 def test_nanos_floor_is_that_of_the_very_text_it_is_validated_on(places):

@@ -41,13 +41,13 @@ def test_the_hash_is_of_tokens_not_of_files(tmp_path):
 def test_what_is_fed_is_what_is_hashed(tmp_path):
     files = str(folder_of(tmp_path / "a", tokens(1000)) / "train_*.bin")
     record, source = TokenRecord(stream(files)), stream(files)
-    for place in source.prefetch([(s, q) for s in range(3) for q in range(2)], feed=record.feed):
+    for place in source.prefetch([(s, q) for s in range(3) for q in range(2)], record=record):
         assert len(place) == 2
     record.advance(3)
     assert (record.tokens, record.hash) == (384, hash_of(source, 3))
     other = TokenRecord(stream(files))
     for step, sequence in ((0, 0), (0, 0)):  # one sequence twice, one never
-        other.feed(step, sequence, b"")
+        other.feed(step, sequence, (b"", None))
     with pytest.raises(KeyError):
         other.advance(1)
 

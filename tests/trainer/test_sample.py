@@ -10,7 +10,7 @@ import torch
 
 import train_gpt
 from trainer import sample
-from trainer.checkpoints import CheckpointError, save_tensors
+from trainer.checkpoints import CheckpointError, find_checkpoint, save_tensors
 from trainer.options import UsageError
 
 SMALL = """--preset=nano --num_layers=4 --model_dim=32 --num_heads=2 --block_tokens=8 --window_max_tokens=40
@@ -97,14 +97,14 @@ def test_a_checkpoint_is_a_file_a_folder_or_a_name(runs, monkeypatch, capsys):
     newest = runs / "one.checkpoints" / "step-000010.safetensors"
     monkeypatch.chdir(runs.parent)
     for name in (newest, newest.parent, runs, runs / "one"):
-        assert sample.find_checkpoint(str(name)) == newest
-    assert sample.find_checkpoint("one", runs) == newest
+        assert find_checkpoint(str(name)) == newest
+    assert find_checkpoint("one", "none", str(runs)) == newest
     with pytest.raises(CheckpointError, match="none: no checkpoint, no folder of checkpoints, and no run"):
-        sample.find_checkpoint("none")
+        find_checkpoint("none")
     (runs / "two.checkpoints").mkdir()
     (runs / "two.checkpoints" / newest.name).touch()
     with pytest.raises(CheckpointError, match=r"holds several runs \(one.*two\); name one"):
-        sample.find_checkpoint(str(runs))
+        find_checkpoint(str(runs))
     (runs / "two.checkpoints" / newest.name).unlink()
     assert written(capsys, runs / "one", "--prompt=abc").out.startswith("abc")
 

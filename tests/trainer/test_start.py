@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,9 +64,28 @@ def test_resuming_takes_the_configuration_from_the_checkpoint(done, tmp_path, ca
     assert told(done)["validation"][-1]["loss"] == finished["validation"][-1]["loss"]
     assert checkpoint(done).exists() and "resumed from the checkpoint of step 2" in (done / "run.txt").read_text()
     assert train_gpt.main([f"--resume={checkpoint(done, 2)}", "--muon_lr=0.5", "--run_name=other"]) == 3
-    assert "these fields differ: muon_lr" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "these fields differ: muon_lr." in said and f"--init_from={checkpoint(done, 2)}" in said
     with pytest.raises(UsageError, match=r"--run_name names; the newest in .* is --run_name=run"):
         train_gpt.parse_config(["--preset=nano", "--resume=auto", f"--output_dir={done}"])
+
+
+def test_a_run_is_named_wherever_a_checkpoint_is(done, tmp_path, monkeypatch, capsys):
+    """A file, a folder of checkpoints, the log's path without its suffix, a name: for --resume and --init_from as for
+    sample, evaluate and export."""
+    monkeypatch.chdir(done.parent)
+    newest = train_gpt.parse_config([f"--init_from={checkpoint(done)}"])
+    for name in (checkpoint(done), done / "run.checkpoints", done, done / "run", "run"):
+        more = [f"--output_dir={done}"] if name == "run" else []
+        begun = train_gpt.parse_config([f"--init_from={name}", *more])
+        assert (begun.init_hash, Path(begun.init_from)) == (newest.init_hash, checkpoint(done))
+        gone_on = train_gpt.parse_config(["--resume", str(name), *more])
+        assert (gone_on.run_name, Path(gone_on.output_dir)) == ("run", done)
+        assert train_gpt.config_hash(gone_on) == told(done)["config_hash"]
+    for field in ("resume", "init_from"):
+        assert train_gpt.main([f"--{field}=nowhere", f"--output_dir={tmp_path}"]) == 3
+        said = capsys.readouterr().err
+        assert f"--{field}=nowhere: no checkpoint" in said and f"in {tmp_path} or local/runs" in said
 
 
 def test_another_run_starts_from_weights(done, tmp_path, capsys):
@@ -97,7 +117,7 @@ def test_a_run_may_stop_early_and_go_on(done, tmp_path):
     assert told(tmp_path)["validation"][-1]["loss"] == told(done)["validation"][-1]["loss"]
 
 
-def test_a_text_is_all_the_data_that_is_needed(tmp_path, monkeypatch):
+def test_a_text_is_all_the_data_that_is_needed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "story.txt").write_text("Once upon a time there was a small model. " * 40)
     small = [word for word in SMALL if not word.startswith("--val")]
@@ -105,6 +125,11 @@ def test_a_text_is_all_the_data_that_is_needed(tmp_path, monkeypatch):
     config = told(tmp_path)["config"]
     assert (config["vocab_size"], config["eos_id"], config["val_seq_len"], config["val_tokens"]) == (256, 0, 160, 160)
     assert told(tmp_path)["status"] == "finished"
+    (tmp_path / "tiny.txt").write_text("Once upon a time.")
+    assert train_gpt.main([*small, f"--data={tmp_path / 'tiny.txt'}", "--overwrite", f"--output_dir={tmp_path}"]) == 3
+    said = capsys.readouterr().err
+    assert f"--data={tmp_path / 'tiny.txt'}: too few for one step of --tokens_per_step=128" in said
+    assert "(16 tokens are" in said and "give more, or smaller steps" in said and "cache" not in said
 
 
 def test_a_folder_says_all_of_its_data(tmp_path):
@@ -121,7 +146,7 @@ def test_a_folder_says_all_of_its_data(tmp_path):
         with pytest.raises(ValueError, match=message):
             train_gpt.parse_config([f"--data={data}", *words])
     write_shard(data / "val_0.bin", np.zeros(1, dtype=np.uint16))
-    with pytest.raises(ValueError, match="hold 1 tokens, too few"):
+    with pytest.raises(ValueError, match=f"--data={data}: 1 tokens for validation are too few"):
         train_gpt.parse_config([f"--data={data}"])
     with pytest.raises(ValueError, match="no such folder or file"):
         train_gpt.parse_config(["--preset=nano", "--data=nowhere.txt"])
