@@ -220,10 +220,10 @@ class Config:
         "auto", "name", "reference: plain; specialised: Hopper", choices=("auto", "triton", "specialised", "reference")
     )
     communication: str = setting("auto", "name", "auto: overlap on GPUs", choices=("auto", "plain", "overlap"))
-    patience: float = setting(600, "seconds", "that a process waits for another before the run ends", at_least=1)
+    patience: float = setting(600, "seconds", "that a process waits for another one", at_least=1, at_most=10**7)
     deterministic: bool = setting(False, "flag", "ask torch for bitwise repeatable algorithms (slower on GPUs)")
     # Output
-    output_dir: str = setting("local/runs", "folder", "for the log, its JSON and the checkpoints")
+    output_dir: str = setting("local/runs", "local folder", "for the log, its JSON and the checkpoints")
     dry_run: bool = setting(False, "flag", "print the table of the run's steps and end; no data are needed")
     run_name: str = setting("", "name", "of the log; '': preset, time and a random suffix")
     log_train_loss: bool = setting(False, "flag", "training loss in every step's line (waits for the GPU)")
@@ -233,13 +233,13 @@ class Config:
     checkpoint_every: int = setting(0, "steps", "between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = setting(2, "files", "newest so many stay; 0: all", at_least=0)
     save_final: bool = setting(True, "flag", "checkpoint at the end of the run")
-    resume: str = setting("", "name", "'auto': this run's newest good checkpoint; or a checkpoint, a folder, a run")
-    init_from: str = setting("", "name", "of the checkpoint, the folder or the run whose weights it starts with")
+    resume: str = setting("", "checkpoint", "auto: this run's newest good one; or a file, a folder, a run")
+    init_from: str = setting("", "checkpoint", "file, folder or run, whose weights the run starts with")
     init_optimizer: bool = setting(False, "flag", "start with the optimizers' state of --init_from, too")
     init_hash: str = setting("", "hash", "of the weights that the run starts with; --init_from fills it in")
     overwrite: bool = setting(False, "flag", "replace an existing run of the same name")
     plan_hash: str = setting("", "hash", "of the statistical plan that the run belongs to")
-    data_dir: str = setting("", "folder", "for the embedded corpus; '': a cache folder beside this file")
+    data_dir: str = setting("", "local folder", "for the embedded corpus; '': a cache folder beside this file")
 
 
 # What a run computes does not depend on these, so a checkpoint may be resumed with others. Where the data lie does
@@ -314,18 +314,15 @@ def check_config(config: Config) -> Config:
         raise UsageError(f"--value_embeddings={c.value_embeddings}: from 0 to half of --num_layers={c.num_layers}")
     try:
         skips = _skips(c.unet_skips)
-        named = _layers(c.attention_free_layers) | _layers(c.long_window_layers) | skips.keys() | set(skips.values())
     except ValueError:
-        raise UsageError("--unet_skips is written 6>9,4>10 and the layer lists 0,4,11") from None
-    if any(not 0 <= layer < c.num_layers for layer in named):
-        raise UsageError(f"a layer list names layer {max(named)}, but there are only --num_layers={c.num_layers}")
-    if any(source >= target for target, source in skips.items()):
-        raise UsageError(f"--unet_skips={c.unet_skips}: a skip leads from an earlier to a later layer")
+        raise UsageError(f"--unet_skips={c.unet_skips}: written 6>9,4>10") from None
+    if any(not 0 <= source < target < c.num_layers for target, source in skips.items()):
+        raise UsageError(f"--unet_skips={c.unet_skips}: from an earlier to a later one of --num_layers={c.num_layers}")
     schedule.check(c)
     techniques.check_techniques(c, skips)
     listed("log_words", c.log_words, WORDS), listed("watch", c.watch, WRITERS)
     if c.run_name != Path(c.run_name).name or c.run_name.startswith("."):
-        raise UsageError(f"--run_name={c.run_name}: a plain file name, no folder")
+        raise UsageError(f"--run_name={c.run_name}: a plain file name, no folder, no dot at its beginning")
     return config
 
 

@@ -70,7 +70,7 @@ class Parts(NamedTuple):
 def open_folder(folder: str | Path) -> Parts:
     """The parts of a folder: shards with "train" in their names and shards with "val". Raises ShardError."""
     folder = Path(folder)
-    globs = {part: str(folder / f"*{part}*.bin") for part in ("train", "val")}
+    globs = {part: f"{paths.escaped(folder)}/*{part}*.bin" for part in ("train", "val")}
     for part, pattern in globs.items():
         if not any(folder.glob(f"*{part}*.bin")):
             raise shards.ShardError(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 _COPY_BYTES = 4 << 20  # one read of a download
+_COMMAS = re.compile(r",(?![^\[\]]*\])")  # but none inside brackets
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+)(::|://)")  # two letters or more: C:\ is a drive, not a scheme
 
 
@@ -48,7 +49,7 @@ def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
     """
     if isinstance(patterns, (str, os.PathLike)):
         text = os.fspath(patterns)
-        patterns = [text] if os.path.exists(text) else [part.strip() for part in text.split(",") if part.strip()]
+        patterns = [text] if os.path.exists(text) else [part.strip() for part in _COMMAS.split(text) if part.strip()]
     files: list[str] = []
     for pattern in (os.fspath(one) for one in patterns):
         matches = _matches(pattern)
@@ -61,6 +62,11 @@ def expand(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> list[st
         if files.count(name) > 1:
             raise PathError(f"{name}: named {files.count(name)} times; name each file once")
     return files
+
+
+def escaped(folder: str | os.PathLike) -> str:
+    """A local folder as the beginning of a pattern: its marks and commas stand for themselves."""
+    return glob.escape(os.fspath(folder)).replace(",", "[,]")
 
 
 def _matches(pattern: str) -> list[str]:

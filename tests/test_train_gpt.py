@@ -389,9 +389,18 @@ def test_fields_are_typed_and_named():
         (["--train_seq_len=100"], "tokens_per_step=524288 is not a multiple of --train_seq_len=100"),
         (["--dtype=float16"], "one of bfloat16, float32"),
         (["--unet_skips=9>6"], "earlier to a later"),
-        (["--unet_skips=a>b"], "unet_skips is written"),
+        (["--unet_skips=a>b"], "written 6>9,4>10"),
         (["--num_layers=8"], "num_layers=8"),
         (["--run_name=../x"], "plain file name"),
+        (["--run_name=a\nb"], "--run_name: character 1 ('\\n') is none that a name may have"),
+        (["--plan_hash=\udcff"], "--plan_hash: character 0"),
+        (["--output_dir=a\0b"], "--output_dir: character 1"),
+        (["--output_dir=s3://bucket/runs"], "--output_dir=s3://bucket/runs: a folder of this machine is needed"),
+        (["--data_dir=gs://b"], "--data_dir=gs://b: a folder of this machine"),
+        (["--patience=1e30"], "--patience=1e+30: at least 1 and at most 10000000"),
+        (["--long_window_layers=0;3"], "--long_window_layers=0;3: layers are written 0,4,11"),
+        (["--attention_free_layers=99"], "--attention_free_layers=99: layers from 0 to 15"),
+        (["--paired_heads=x", "--preset=nano-frontier"], "--paired_heads=x: layers are written"),
         (["stray"], "unknown argument 'stray'"),
         (["--batch_size=8"], "--tokens_per_step tokens, in sequences of --train_seq_len"),
         (["--max-iters", "5"], "--num_iterations"),
@@ -406,7 +415,7 @@ def test_fields_are_typed_and_named():
     ],
 )
 def test_nonsense_is_refused_with_the_field_named(arguments, message, capsys):
-    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+    with pytest.raises(UsageError, match=re.escape(message)):
         parse_config(arguments)
     assert train_gpt.main(arguments) == 2
     assert message in capsys.readouterr().err

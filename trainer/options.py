@@ -7,6 +7,8 @@ import difflib
 import json
 import math
 import operator
+import os
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -44,6 +46,9 @@ def wants_help(words: Iterable[str]) -> bool:
 
 
 MOST = 2**31 - 1  # of a whole number without a lower limit of its own: sizes and counts travel as int32
+PLAIN = ("name", "hash")  # units of texts that stand in a log's line as they are
+PLACES = ("path", "folder", "local folder", "file", "glob", "checkpoint")  # units where `~` is the user's folder
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+://")
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
@@ -66,6 +71,8 @@ def check_limits(options: Any) -> None:
         limits, choices = dict(field.metadata.get("limits", {})), field.metadata.get("choices", ())
         if value is None:
             continue
+        if isinstance(value, str):
+            _check_text(field, value)
         if kind_of(field) is int:
             limits.setdefault("below", MOST + 1)
         held = all(_HOLDS[words](value, limit) for words, limit in limits.items())
@@ -75,6 +82,16 @@ def check_limits(options: Any) -> None:
             raise UsageError(f"--{field.name}={value}: {' and '.join(wanted)}")
         if choices and value not in choices:
             raise UsageError(f"--{field.name}={value}: one of {', '.join(choices)}")
+
+
+def _check_text(field: dataclasses.Field, text: str) -> None:
+    """Raise UsageError for characters that no such text can have, and for a URL where none can be."""
+    unit = field.metadata.get("unit")
+    if "\0" in text or (unit in PLAIN and not text.isprintable()):
+        place = next(place for place, c in enumerate(text) if c == "\0" or not c.isprintable())
+        raise UsageError(f"--{field.name}: character {place} ({text[place]!r}) is none that a {unit} may have")
+    if unit == "local folder" and _URL.match(text):
+        raise UsageError(f"--{field.name}={text}: a folder of this machine is needed; only shards may lie at URLs")
 
 
 def parse_options(
@@ -109,8 +126,8 @@ def read_words(
     A bare `--field` means the text in `bare`, else "true"; a flag takes the next word for its own only if that
     is a yes or a no. `foreign`: what to say of names that other programs have for things. `others`: where the flags of
     another program that is started or asked go, {name: text}; a name nearly one of ours is a misspelling all the same.
-    The texts of a field of tuples stand in lines. Raises UsageError for a field that none of `kinds` has, or that is
-    given twice."""
+    The texts of a field of tuples stand in lines; of a place `~` is the user's folder. Raises UsageError for a field
+    that none of `kinds` has, or that is given twice."""
     types = {field.name: kind_of(field) for kind in kinds for field in dataclasses.fields(kind)}
     words: list[str] = []
     given: dict[str, str] = {}
@@ -134,7 +151,8 @@ def read_words(
         if name in home and types.get(name) is not tuple:
             raise UsageError(f"--{name} is given twice, as {home[name]!r} and as {text!r}: leave one out")
         home[name] = f"{home[name]}\n{text}" if name in home else text
-    return words, given
+    units = {field.name: field.metadata.get("unit") for kind in kinds for field in dataclasses.fields(kind)}
+    return words, {name: os.path.expanduser(t) if units[name] in PLACES else t for name, t in given.items()}
 
 
 def _near(name: str, kinds: Sequence[type], cutoff: float = 0.6) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -76,7 +77,7 @@ def _door(value: Any, bare: str) -> str:
     """A file's value of one of `DOORS` as a command line would have it: `true` is the flag alone."""
     if value is True:
         return bare
-    return "" if value is False else str(value)
+    return "" if value is False else os.path.expanduser(str(value))
 
 
 def _modern_word(word: str) -> str:

@@ -73,8 +73,6 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError(f"--model_dim={c.model_dim}: gates read {GATE_INPUTS} dimensions")
     if c.key_offset and not c.half_truncated_rotary:
         raise UsageError("--key_offset moves the dimensions that --half_truncated_rotary leaves still; it is off")
-    if c.paired_heads and (c.num_heads % 2 or set(numbers(c.paired_heads)) & set(numbers(c.key_offset))):
-        raise UsageError(f"--paired_heads={c.paired_heads}: of an even --num_heads, in layers without --key_offset")
     if (c.two_rate_from or c.muon_head_pairs or c.gram_newton_schulz) and not c.normuon_beta2:
         raise UsageError("--two_rate_from, --muon_head_pairs, --gram_newton_schulz are NorMuon's: give --normuon_beta2")
     if c.muon_head_pairs and c.num_heads % 2:
@@ -94,6 +92,8 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         ("adam_decay", lambda text: adam.by_kind(text, 1)),
         ("adam_betas", lambda text: adam.by_kind(text, 2)),
         ("dynamic_skips", lambda text: dynamic_layers(text, c.num_layers)),
+        ("attention_free_layers", lambda text: known_layers(text, c.num_layers)),
+        ("long_window_layers", lambda text: known_layers(text, c.num_layers)),
         ("key_offset", lambda text: known_layers(text, c.num_layers)),
         ("paired_heads", lambda text: known_layers(text, c.num_layers)),
     ):
@@ -101,6 +101,8 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
             read(getattr(c, field))
         except ValueError as error:
             raise UsageError(f"--{field}={getattr(c, field)}: {error}") from error
+    if c.paired_heads and (c.num_heads % 2 or set(numbers(c.paired_heads)) & set(numbers(c.key_offset))):
+        raise UsageError(f"--paired_heads={c.paired_heads}: of an even --num_heads, in layers without --key_offset")
 
 
 def three_numbers(text: str) -> None:
@@ -111,9 +113,12 @@ def three_numbers(text: str) -> None:
 
 def known_layers(text: str, layers: int) -> list[int]:
     """Layers of a field. Raises ValueError for what is none."""
-    found = numbers(text)
+    try:
+        found = numbers(text)
+    except ValueError:
+        raise ValueError("layers are written 0,4,11") from None
     if any(not 0 <= layer < layers for layer in found):
-        raise ValueError(f"layers from 0 to {layers - 1}")
+        raise ValueError(f"layers from 0 to {layers - 1}, of --num_layers={layers}")
     return found
 
 

@@ -13,6 +13,7 @@ import train_gpt
 from data.shards import write_shard
 from trainer.checkpoints import load_tensors
 from trainer.options import UsageError
+from trainer.streams import open_streams
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,26 @@ def test_a_folder_says_all_of_its_data(tmp_path):
         train_gpt.parse_config([f"--data={data}"])
     with pytest.raises(ValueError, match="no such folder or file"):
         train_gpt.parse_config(["--preset=nano", "--data=nowhere.txt"])
+
+
+@pytest.mark.parametrize("name", ["a,b", "x[1]", "50% [a, b]", "star*"])
+def test_folders_and_texts_may_have_any_name(name, tmp_path, monkeypatch):
+    """None of their characters is a pattern's, and no comma divides them."""
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / name))
+    data = folder_of(tmp_path / f"data {name}", tokens(2000), val=tokens(30_000, 1))
+    (data / "tokenize.json").write_text('{"vocab_size": 256, "end_of_text": 0}')
+    (tmp_path / f"{name}.txt").write_text("Once upon a time. " * 4000)
+    for given in (data, tmp_path / f"{name}.txt"):
+        train, val = open_streams(train_gpt.parse_config([f"--data={given}", *SMALL]))
+        assert len(train.shards) == len(val.shards) == 1
+
+
+def test_a_tilde_is_the_users_folder(done, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(done))
+    config = train_gpt.parse_config(["--preset=nano", "--output_dir=~/runs", "--init_from=~/run"])
+    assert config.output_dir == f"{done}/runs" and Path(config.init_from) == checkpoint(done)
+    (tmp_path / "run.toml").write_text('resume = "~/run.checkpoints"')
+    assert train_gpt.parse_config([f"--config={tmp_path / 'run.toml'}"]).run_name == "run"
 
 
 def test_all_validation_tokens_that_there_are(tmp_path, capsys):
