@@ -29,7 +29,6 @@ from typing import Any
 SOURCE = Path(__file__).read_text()  # read before anything can change it: the log embeds what really runs
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 
@@ -69,13 +68,13 @@ from trainer.checkpoints import CheckpointError, Done, NonFinite
 from trainer.evidence import TokenRecord, check_same_data, hash_of
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
 from trainer.explain import explain_command
-from trainer.log import Clock, Progress, RunLog, unique_name
+from trainer.log import Clock, Progress, RunLog, matmul_ceiling, unique_name
 from trainer.ngrams import NGramRows
 from trainer.normuon import NorMuon
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting, wants_help
 from trainer.presets import frontier_presets
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
-from trainer.program import describe_environment, matmul_ceiling, program_files, unproven_versions
+from trainer.program import describe_environment, json_hash, program_files, unproven_versions
 from trainer.start import expand, start_from
 from trainer.streams import describe_data, open_streams, to_device, with_all_validation
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
@@ -334,7 +333,7 @@ def _decisive(config: Config) -> dict[str, Any]:
 def config_hash(config: Config) -> str:
     """sha256 over the fields that decide what a run computes, the seed left out: one hash a series."""
     told = {name: value for name, value in _decisive(config).items() if name != "seed"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json_hash(told)
 
 
 # ---- Model ---------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ measured.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from data.shards import open_shard
 from kernels import attention as module
 from kernels.attention import AttentionPlan, attention, attention_plan
 from kernels.runtime import device_kind
+from trainer.options import command, setting
 
 EOS = 50256
 BLOCK = 128
@@ -310,22 +311,25 @@ def picture(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    tokens: str | None = setting(None, "file", "token shard whose document lengths to use (on a GPU)")
+    length: int = setting(65536, "tokens", "T on a GPU", at_least=1)
+    sdpa_length: int = setting(8192, "tokens", "T of the dense comparison on a GPU", at_least=1)
+    heads: int | None = setting(None, "heads", "of queries and keys (8 on a GPU, 4 on a CPU)", at_least=1)
+    width: int | None = setting(None, "channels", "of a head (128 on a GPU, 32 on a CPU)", at_least=1)
+    repeats: int | None = setting(None, "calls", "timed of each (30 on a GPU, 7 on a CPU)", at_least=1)
+    cpu_lengths: str = setting("1024,2048,4096,8192,16384", "tokens", "lengths on a CPU, with commas")
+    cpu_windows: str = setting("1,2,4,8,16", "blocks of 128 tokens", "windows on a CPU, with commas")
+    tune: bool = setting(False, "flag", "time the candidate tiles (on a GPU)")
+    out: Path = setting(RESULTS, "folder", "of the results")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, measure what this machine can, print and keep it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", help="token shard whose document lengths to use (GPU)")
-    parser.add_argument("--length", type=int, default=65536, help="T on a GPU")
-    parser.add_argument("--sdpa-length", type=int, default=8192, help="T of the dense comparison on a GPU")
-    parser.add_argument("--heads", type=int, help="query and key heads (8 on a GPU, 4 on a CPU)")
-    parser.add_argument("--width", type=int, help="head width (128 on a GPU, 32 on a CPU)")
-    parser.add_argument("--repeats", type=int, help="timed calls of each (30 on a GPU, 7 on a CPU)")
-    parser.add_argument("--cpu-lengths", default="1024,2048,4096,8192,16384")
-    parser.add_argument("--cpu-windows", default="1,2,4,8,16", help="in blocks of 128 tokens")
-    parser.add_argument("--tune", action="store_true", help="time the candidate tiles (GPU)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     if torch.cuda.is_available():
         tokens = read_tokens(options.tokens, options.length).cuda()
         shape = (options.heads or 8, options.width or 128, options.repeats or 30)

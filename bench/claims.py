@@ -6,7 +6,6 @@ python -m bench.claims --check    # exit 1 if page or picture do not say what re
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -14,6 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPO, read_result, up_to_date
@@ -26,6 +26,7 @@ from stats.series import Series, load_series
 from stats.svg import BLUE, INK, RED, Axis, Picture
 from stats.ttest import TTest
 from stats.validate import validate
+from trainer.options import command, setting
 
 PAGE, PICTURE = REPO / "docs" / "claims.md", REPO / "docs" / "claims.svg"
 BASE, CANDIDATE = "records/nano", "records/nano-window"
@@ -226,12 +227,17 @@ def picture() -> str:
     return drawn.svg("final losses of two recipes, their means and the threshold") + "\n"
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is done with the page."""
+
+    check: bool = setting(False, "flag", "write nothing; exit 1 if something is out of date")
+    page: Path = setting(PAGE, "file", "the page")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.claims", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     made = {options.page: page(), PICTURE: picture()}
     if options.check:
         return max([up_to_date(file, text, "bench.claims") for file, text in made.items()])

@@ -20,9 +20,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+
+from data.paths import write_text
+from trainer.program import cpu_name, now
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or REPO / "bench" / "results")  # bench.gpu sends its stages elsewhere
@@ -102,8 +104,6 @@ def _version(package: str) -> str | None:
 
 def environment() -> dict:
     """What a timing depends on: processor, memory, GPUs, driver, versions. No host name, no path."""
-    cpu = _first_match("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
-    cpu = cpu or _answer("sysctl", "-n", "machdep.cpu.brand_string")
     gpus = _gpu_list()
     driver = None
     cuda = None
@@ -117,7 +117,7 @@ def environment() -> dict:
         cuda = torch.version.cuda or getattr(torch.version, "hip", None)
         threads = torch.get_num_threads()
     return {
-        "cpu": cpu or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "torch_threads": threads,
         "memory_gib": _memory_gib(),
@@ -364,17 +364,7 @@ def _without_folders(word: str) -> str:
 
 def write_json(path: Path, value: object) -> Path:
     """Write `value` as JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, default=float)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(value, indent=1, default=float) + "\n")
     return path
 
 
@@ -390,7 +380,7 @@ def write_result(name: str, result: object, *, folder: Path | None = None) -> Pa
     record = {
         "schema": SCHEMA,
         "name": name,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": now(),
         "command": command_line(),
         "environment": env,
         "result": result,

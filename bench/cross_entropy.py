@@ -10,14 +10,15 @@ copies. On a CPU: the chunked reference against all logits, small, and a line th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from bench.common import compare, copy_ceiling, matmul_ceiling, peak_memory_mib, table, write_result
 from kernels.cross_entropy import implementation, linear_cross_entropy, linear_cross_entropy_reference
+from trainer.options import command, setting
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -56,14 +57,17 @@ def ways_to_compare(on_gpu: bool, N: int, fp8: bool) -> tuple[dict[str, Loss], l
     return ways | rivals, [f"not measured: {name}" for name in missing]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    tokens: int | None = setting(None, "rows", "of x (65,536 on a GPU, 4096 on a CPU)", at_least=1)
+    repeats: int = setting(10, "calls", "timed of each", at_least=1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write bench/results/cross_entropy-<device>.json."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cross_entropy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, help="rows of x (65,536 on a GPU, 4096 on a CPU)")
-    parser.add_argument("--repeats", type=int, default=10)
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     on_gpu = torch.cuda.is_available()
     N, D, V = options.tokens or (65536 if on_gpu else 4096), *((1024, 50304) if on_gpu else (128, 256))
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)

@@ -9,7 +9,6 @@ of this program: they show what somebody gets who looks after every run with a t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from stats.samples import Sample
 from stats.sequential import simulate
 from stats.ttest import ttest
 from stats.values import Run, Validation
+from trainer.options import command, setting
 
 NAME, PAGE = "false-positives", REPO / "stats" / "README.md"
 BEGIN, END = "<!-- false positives: made by python -m bench.false_positives -->", "<!-- end of false positives -->"
@@ -253,18 +253,24 @@ def page(record: dict, text: str) -> str:
     return f"{before}{BEGIN}\n\n{table(record)}\n\n{END}{rest.partition(END)[2]}"
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is done with the table."""
+
+    check: bool = setting(False, "flag", "measure nothing; exit 1 if the table is out of date")
+    page: Path = setting(PAGE, "file", "with the table")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.false_positives", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="measure nothing; exit 1 if the table is out of date")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the file with the table")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     if not options.check:
         found = [measured(row, seed) for seed, row in enumerate(rows())]
         write_result(NAME, {"rows": found})
     record = read_result(NAME)
     if record is None:
-        parser.error("no result: run it without --check first")
+        print("error: no result: run it without --check first", file=sys.stderr)
+        return 2
     text = options.page.read_text(encoding="utf-8")
     if options.check:
         return up_to_date(options.page, page(record, text), "bench.false_positives")

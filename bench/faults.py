@@ -18,7 +18,6 @@ torch's elastic agent, the engine of `torchrun --max-restarts`; some runs use th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import functools
@@ -40,6 +39,7 @@ from pathlib import Path
 from bench.common import RESULTS, read_result, table, write_result
 from bench.fault_injection import PLACES, Fault, arm, damage_shard
 from trainer.files import checkpoints_of
+from trainer.options import command, setting
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = dict(
@@ -822,17 +822,22 @@ def write_page() -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Options:
+    """Which runs are hurt."""
+
+    seed: int = setting(1, "seed", "of what happens when")
+    runs: int = setting(100, "runs", "in all", at_least=1)
+    minutes: float | None = setting(None, "minutes", "after which no run begins", above=0)
+    kind: tuple = setting((), "kind", "only this one", choices=KINDS)
+    json: str | None = setting(None, "file", "for the outcomes, in place of bench/results/")
+    keep: str | None = setting(None, "folder", "for the runs' files, kept; else a temporary one")
+    page: bool = setting(False, "flag", "write docs/faults.md from the kept results, run nothing")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if every run ended as it may."""
-    parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind (repeatable)")
-    parser.add_argument("--json", help="write outcomes here instead of bench/results/")
-    parser.add_argument("--keep", help="folder for the runs' files, kept; by default a temporary one")
-    parser.add_argument("--page", action="store_true", help="write docs/faults.md from the kept results, run nothing")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     if options.page:
         print(write_page().relative_to(REPO))
         return 0
@@ -840,7 +845,9 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         show = functools.partial(print, flush=True)
-        outcomes = campaign(options.seed, options.runs, options.kind or list(KINDS), folder, show, options.minutes)
+        outcomes = campaign(
+            options.seed, options.runs, options.kind or list(KINDS), folder, show, options.minutes or float("inf")
+        )
     bad = [o for o in outcomes if o.problems]
     told = dict(seed=options.seed, good=len(outcomes) - len(bad), outcomes=[asdict(o) for o in outcomes])
     if options.json:

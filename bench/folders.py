@@ -9,7 +9,6 @@ that: the right numbers, or a refusal with the right reason at the right place.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.dialects import LOGS, RULE, TABLES, Truth
+from trainer.options import command, setting
 
 RESULT = Path(__file__).parent / "results" / "folders-cpu.json"
 THRESHOLD = "3.0"
@@ -333,13 +333,18 @@ def fuzz(folders: int, first: int = 0) -> tuple[Counter, list[str]]:
     return kinds, found
 
 
+@dataclass(frozen=True)
+class Options:
+    """How many folders are tried."""
+
+    folders: int = setting(10_000, "folders", "tried", at_least=1)
+    first: int = setting(0, "seed", "of the first folder", at_least=0)
+    out: Path = setting(RESULT, "file", "for the result")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the fuzz, writes its result; exit code 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folders", type=int, default=10_000)
-    parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     start = time.process_time()
     kinds, found = fuzz(options.folders, options.first)
     result = {

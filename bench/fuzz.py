@@ -11,7 +11,6 @@ whole of train_gpt.py.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -36,6 +35,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from bench.common import REPO, read_result, table, write_result
+from trainer.options import command, setting
 
 SLOW_CASE_S = 20.0  # processor time; a case that takes longer counts as a hang
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at the start
@@ -691,13 +691,18 @@ def keep(rows: list[dict]) -> Path:
     return write_result("fuzz", {"kinds": [known[name] for name in KINDS if name in known]})
 
 
+@dataclass(frozen=True)
+class Options:
+    """How much is tried."""
+
+    cases: int = setting(10_000, "cases", "of a kind", at_least=1)
+    seed: int = setting(1, "seed", "of the cases", at_least=0)
+    kind: tuple = setting((), "kind", "only this one", choices=KINDS)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if nothing was found."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=10000, help="a kind")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind (repeatable)")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     os.environ["OMP_NUM_THREADS"] = "1"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))

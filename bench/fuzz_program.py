@@ -11,7 +11,6 @@ built, without memory. Cases come in batches, each kept as soon as it is done, s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -27,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ from bench.fuzz import (
     forge,
     fuzz,
 )
+from trainer.options import command, setting
 
 BATCH = 250
 SMALL = """--preset=nano --num_iterations=2 --tokens_per_step=64 --train_seq_len=32 --val_seq_len=32 --val_tokens=64
@@ -615,14 +616,19 @@ def add(rows: dict[str, dict], name: str, seed: int, counts: Counter, failures: 
     row["batches"] += 1
 
 
+@dataclass(frozen=True)
+class Options:
+    """How much is tried."""
+
+    cases: int = setting(10_000, "cases", "of all kinds together", at_least=1)
+    seed: int = setting(1, "seed", "of the cases", at_least=0)
+    kind: tuple = setting((), "kind", "only this one", choices=KINDS)
+    anew: bool = setting(False, "flag", "do not go on with the kept result")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if nothing was found."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fuzz_program", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=10000, help="of all kinds together")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kind", action="append", choices=list(KINDS), help="only this kind (repeatable)")
-    parser.add_argument("--anew", action="store_true", help="do not go on with the kept result")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     import torch
 
     torch.set_num_threads(1)

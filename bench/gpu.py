@@ -17,7 +17,6 @@ Exit code: 0 every stage passed, 1 one failed or ran out of time, 2 usage, or no
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,11 +26,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from bench.common import REPO, RESULTS, command_line, device_name, table, write_json
 from bench.rehearse.page import kept
+from trainer.options import command, setting
+from trainer.program import now
 
 LOGS = REPO / "local" / "bench-gpu"  # the stages' whole output; git ignores it
 TAIL_LINES = 40
@@ -50,7 +50,19 @@ class Stage:
     gpu_only: bool = False
 
 
-def stages(command: str, options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    tokens: str | None = setting(None, "glob", "of token shards, for documents and for the training")
+    val_tokens: str | None = setting(None, "glob", "of the training's validation shards (the same)")
+    minutes: float = setting(9.5, "minutes", "for the command's stages together", above=0)
+    only: tuple = setting((), "stage", "to run")
+    cpu: bool = setting(False, "flag", "run the small versions if there is no GPU")
+    out: Path | None = setting(None, "folder", "of all results (bench/results; small versions: local/bench-gpu)")
+
+
+def stages(command: str, options: Options, on_gpu: bool) -> list[Stage]:
     """What one of the four commands runs, in the order of what must not be lost."""
     return COMMANDS[command](options, on_gpu)
 
@@ -59,7 +71,7 @@ def _python(*words: str) -> tuple[str, ...]:
     return (sys.executable, *words)
 
 
-def _first(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+def _first(options: Options, on_gpu: bool) -> list[Stage]:
     """First life: it trains, stops, resumes and samples, then its numbers are right, before anything is timed."""
     nano, medium = _training("nano", options, on_gpu), _training("medium", options, on_gpu)
     sample = ("sample", str(LOGS / "nano.checkpoints"), "--prompt=The ", "--max_new_tokens=40")
@@ -90,7 +102,7 @@ def _first(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     ]
 
 
-def _training(preset: str, options: argparse.Namespace, on_gpu: bool) -> list[str]:
+def _training(preset: str, options: Options, on_gpu: bool) -> list[str]:
     """Flags of a short real training. medium: 65,536 tokens a step, on given shards or our own corpus's bytes."""
     flags = [f"--output_dir={os.path.relpath(LOGS, REPO)}", f"--run_name={preset}"]
     if preset == "nano":
@@ -106,14 +118,14 @@ def _training(preset: str, options: argparse.Namespace, on_gpu: bool) -> list[st
     return [*flags, "--preset=medium", *files, "--tokens_per_step=65536", "--val_seq_len=65536", "--val_tokens=65536"]
 
 
-def _step(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+def _step(options: Options, on_gpu: bool) -> list[Stage]:
     """A step: whole, in parts, profiled; ours and the reference's."""
     tokens = ("--tokens", options.tokens) if options.tokens and on_gpu else ()
     step = _python("-m", "bench.step", "--profile", *(tokens if on_gpu else ("--repeats", "1")))
     return [Stage("step", step, 280), Stage("step-reference", (*step, "--kernels=reference"), 300)]
 
 
-def _peers(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+def _peers(options: Options, on_gpu: bool) -> list[Stage]:
     """Each kernel family against others' implementations."""
     tokens = ("--tokens", options.tokens) if options.tokens and on_gpu else ()
     small = {"attention": ("--cpu-lengths=1024", "--cpu-windows=1", "--repeats=1"), "mlp": ("--tokens=512",)}
@@ -125,7 +137,7 @@ def _peers(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     return found
 
 
-def _choices(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
+def _choices(options: Options, on_gpu: bool) -> list[Stage]:
     """What could be chosen otherwise: tiles, Inductor's tuning, the head in 8 bits."""
     step = _python("-m", "bench.step", "--no-parts", *(() if on_gpu else ("--repeats", "1")))
     tiles = _python("-m", "bench.attention", "--tune")
@@ -136,7 +148,7 @@ def _choices(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     ]
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, bool], list[Stage]]] = {
+COMMANDS: dict[str, Callable[[Options, bool], list[Stage]]] = {
     "first": _first,
     "step": _step,
     "peers": _peers,
@@ -271,35 +283,23 @@ def beside_projection(results: dict) -> list[dict]:
     ]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=list(COMMANDS), nargs="?", default="first", help="one of the four (first)")
-    parser.add_argument("--tokens", metavar="GLOB", help="token shards for documents and for the training")
-    parser.add_argument("--val-tokens", metavar="GLOB", help="validation shards of the training (the same)")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for the command's stages together (9.5)")
-    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="this stage (repeatable)")
-    parser.add_argument("--cpu", action="store_true", help="run the small versions if there is no GPU")
-    parser.add_argument(
-        "--out", type=Path, help="folder of all results (bench/results; small versions: local/bench-gpu)"
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code of the module's docstring."""
-    options = parse(argv)
+    words, options = command(__doc__, argv, Options, (0, 1))
+    asked = words[0] if words else "first"
+    if asked not in COMMANDS:
+        print(f"error: there is no {asked!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     env = ask_environment()
     on_gpu = bool(env["gpus"])
     if not on_gpu and not options.cpu:
         print("no GPU is visible to torch here; --cpu runs the small versions of everything", file=sys.stderr)
         return 2
-    chosen = stages(options.command, options, on_gpu)
+    chosen = stages(asked, options, on_gpu)
     unknown = set(options.only) - {stage.name for stage in chosen}
-    if unknown or options.minutes <= 0:
+    if unknown:
         names = ", ".join(stage.name for stage in chosen)
-        print(f"error: --only takes {names}; --minutes is above 0", file=sys.stderr)
+        print(f"error: --only={min(unknown)}: one of {names}", file=sys.stderr)
         return 2
     if options.only:
         chosen = [stage for stage in chosen if stage.name in options.only]
@@ -308,18 +308,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the small versions are a rehearsal: they must not take the place of what was measured on this machine
     folder = options.out or (RESULTS if on_gpu else LOGS)
     path = folder / f"gpu-{device_name(env)}.json"
-    record = {
-        "schema": 2,
-        "name": "gpu",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": command_line(),
-        "environment": env,
-    }
+    record = {"schema": 2, "name": "gpu", "date": now(), "command": command_line(), "environment": env}
     before = json.loads(path.read_text(encoding="utf-8")) if options.only and path.is_file() else {}
-    kept = before.get("commands", {}).get(options.command, {}).get("stages", {})  # the stages that are not run again
+    kept = before.get("commands", {}).get(asked, {}).get("stages", {})  # the stages that are not run again
 
     def write(outcomes: dict) -> None:
-        write_json(path, merged(path, options.command, record, kept | outcomes, results_since(folder, started)))
+        write_json(path, merged(path, asked, record, kept | outcomes, results_since(folder, started)))
 
     outcomes = run_all(chosen, options.minutes * 60, on_gpu, folder, write)
     rows = [

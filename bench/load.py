@@ -10,7 +10,6 @@ ever fails; the last verdict, the studio's too, is that of the series alone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -21,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPO, summary, write_result
 from bench.faults import TINY, make_shards
 from bench.studio import started
+from trainer.options import command, setting
 
 THRESHOLD = 4.3
 PLAN = ["--threshold", str(THRESHOLD), "--margin", "0.02", "--sigma", "0.02", "--sigma-source", "guess", "--cap", "40"]
@@ -199,13 +200,18 @@ def measure_load(runs: int, steps: int, folder: Path) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Options:
+    """How much is trained."""
+
+    runs: int = setting(19, "runs", "of each series", at_least=1)
+    steps: int = setting(10, "steps", "of each run", at_least=1)
+    json: str | None = setting(None, "file", "for the result, in place of bench/results/")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 if no reader and no run went wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--runs", type=int, default=19)
-    parser.add_argument("--steps", type=int, default=10, help="training steps of each run")
-    parser.add_argument("--json", help="write the result here instead of bench/results/")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         found = measure_load(options.runs, options.steps, Path(folder))
     if options.json:

@@ -7,14 +7,15 @@ own gradient against autograd, at a small size, and a line that says what was no
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from bench.common import compare, peak_memory_mib, table, write_result
 from kernels.mlp import implementation, relu_squared_mlp, relu_squared_mlp_reference
+from trainer.options import command, setting
 
 
 def training_pass(run: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], object]:
@@ -22,14 +23,17 @@ def training_pass(run: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -
     return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    tokens: int | None = setting(None, "rows", "of x (65,536 on a GPU, 4096 on a CPU)", at_least=1)
+    repeats: int = setting(20, "calls", "timed of each", at_least=1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write bench/results/mlp-<device>.json."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.mlp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, help="rows of x (65,536 on a GPU, 4096 on a CPU)")
-    parser.add_argument("--repeats", type=int, default=20)
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     on_gpu = torch.cuda.is_available()
     N, D = options.tokens or (65536 if on_gpu else 4096), 1024 if on_gpu else 128
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)

@@ -7,13 +7,14 @@ weights, in GB/s. On a CPU: the references in float32 at a small size, and a lin
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
 import torch
 
 from bench.common import compare, measure, peak_memory_mib, table, write_result
 from kernels.muon import apply_update_, implementation, momentum_, orthogonalize, orthogonalize_reference, split_master
+from trainer.options import command, setting
 
 
 def product_flops(batch: int, rows: int, columns: int) -> int:
@@ -64,13 +65,16 @@ def elementwise_rows(size: int, device: str, repeats: int) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is timed."""
+
+    repeats: int = setting(20, "calls", "timed of each", at_least=1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write bench/results/muon-<device>.json."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.muon", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=20)
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     width, attention, mlp = (1024, 60, 32) if on_gpu else (64, 16, 8)

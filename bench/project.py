@@ -16,7 +16,6 @@ runs were not used for it, so their errors tell what the projection is worth.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -31,6 +30,7 @@ from bench.common import REPO, RESULTS, table, up_to_date, write_json
 from bench.rehearse.page import kept
 from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, HIDDEN
 from trainer import schedule
+from trainer.options import command, setting
 from trainer.techniques import numbers
 
 WORLD = 8
@@ -281,15 +281,18 @@ limits, data loading, and everything a GPU must still confirm (docs/rehearsal.md
 """
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is projected."""
+
+    preset: tuple = setting((), "name", "of train_gpt.py, beside the published ones (frontier)")
+    check: bool = setting(False, "flag", "write nothing; exit 1 if the page is out of date")
+    page: Path = setting(PAGE, "file", "the page")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.project", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", action="append", help="of train_gpt.py, beside the published ones (frontier)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
-    parser.add_argument("--page", type=Path, default=PAGE, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     if options.check:
         return up_to_date(options.page, page(json.loads(FILE.read_text())), "bench.project")
     write_json(FILE, project(options.preset or ["frontier"]))

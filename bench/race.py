@@ -1,6 +1,6 @@
 """Race the nano preset against nanoGPT's published CPU recipe, on one text, on the same cores, in one run.
 
-    python -m bench.race --text shakespeare.txt --nanogpt PATH_TO_A_CHECKOUT --repeats 3
+    python -m bench.race shakespeare.txt --nanogpt PATH_TO_A_CHECKOUT --repeats 3
 
 Both learn the same first 90 % of the characters and are judged on the rest, in nats per character; the text must be
 ASCII, so that a byte is a character. nanoGPT runs as its README says for a CPU: 4 layers, 4 heads, width 128,
@@ -14,7 +14,6 @@ Result: bench/results/race-<device>.json. Exit codes: 0 measured, 2 usage, 3 bad
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 import re
@@ -23,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bench.common import REPO, write_result
+from trainer.options import command, setting
 
 RECIPE = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
@@ -135,17 +136,21 @@ def race_ours(folder: Path, number: int, extra: list[str]) -> dict:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """Who races."""
+
+    nanogpt: Path | None = setting(None, "folder", "a checkout of nanoGPT; without it only ours runs")
+    repeats: int = setting(3, "races", "of each, in turn", at_least=1)
+    ours: str = setting("", "flags", "more of them for train_gpt.py, in one text")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.race", description=__doc__.split("\n")[0])
-    parser.add_argument("--text", required=True, type=Path, help="an ASCII text of at least 1.2 million characters")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without it only ours runs")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ours", default="", help="more flags for train_gpt.py, in one string")
-    options = parser.parse_args(argv)
+    (text,), options = command(__doc__, argv, Options, (1, 1))
     try:
         with tempfile.TemporaryDirectory(prefix="race-") as name:
-            prepare(options.text.read_bytes(), options.nanogpt, Path(name))
+            prepare(Path(text).read_bytes(), options.nanogpt, Path(name))
             rows: dict[str, list[dict]] = {"nanogpt": [], "nano": []}
             for number in range(options.repeats):
                 if options.nanogpt:

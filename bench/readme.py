@@ -8,13 +8,15 @@ python -m bench.readme --check   # exit 1 if README.md does not say what the fil
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from trainer.options import command, setting
 
 REPO = Path(__file__).resolve().parent.parent
 REPO_README = REPO / "README.md"
@@ -153,11 +155,16 @@ def filled(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is done with the file."""
+
+    check: bool = setting(False, "flag", "write nothing; exit 1 if README.md is out of date")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     old = REPO_README.read_text(encoding="utf-8")
     new = filled(old)
     if options.check:

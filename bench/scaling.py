@@ -9,12 +9,13 @@ model's shapes, which are made on torch's meta device. Bandwidths are assumption
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPO, RESULTS, table, write_json
+from trainer.options import command, setting
 
 # Public log of the track's second-input-embedding record: 8 H100 of one node, 65,536 tokens a GPU.
 PUBLISHED = {"gpus": 8, "step_ms": 247.37, "peak_memory_mib": 53988, "tokens_per_gpu": 65536}
@@ -284,11 +285,16 @@ def page(r: dict) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is counted."""
+
+    tokens: str | None = setting(None, "glob", "of shards in which to count the distinct tokens of a batch")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Count, keep the numbers, write the page."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", help="shards (a glob) in which to count the distinct tokens of a batch")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     before = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else None  # counted once, kept
     rows = touched_rows(options.tokens, 524288) if options.tokens else before
     found = result(rows)

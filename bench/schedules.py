@@ -6,13 +6,14 @@ python -m bench.schedules --check    # exit 1 if the page does not say what the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.common import REPO, up_to_date
 from trainer import schedule
+from trainer.options import command, setting
 
 PAGE, PICTURE = REPO / "docs" / "schedules.md", REPO / "docs" / "schedules.png"
 PRESETS = ("medium", "record18", "f3")
@@ -65,11 +66,16 @@ def draw(path: Any) -> None:
     figure.savefig(path, dpi=80, metadata={"Software": None})
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is done with the page."""
+
+    check: bool = setting(False, "flag", "write nothing; exit 1 if the page is out of date")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.schedules", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     text = page()
     if options.check:
         return up_to_date(PAGE, text, "bench.schedules")

@@ -8,16 +8,17 @@ disturbs the machine disturbs all of them; run it on a machine that does nothing
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPO, environment, summary, table, write_result
+from trainer.options import command, setting
 from trainer.threads import SPIN_COUNT
 
 RULES: dict[str, dict[str, str]] = {
@@ -69,13 +70,18 @@ def rows_of(found: dict[str, dict[str, list[float]]]) -> list[dict[str, object]]
     ]
 
 
+@dataclass(frozen=True)
+class Options:
+    """How much is measured."""
+
+    rounds: int = setting(3, "runs", "of each rule, idle and busy", at_least=1)
+    steps: int = setting(150, "steps", "of each run", at_least=1)
+    out: Path | None = setting(None, "folder", "of the result (bench/results)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.spin", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--out", type=Path, help="folder for the result; by default bench/results")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     found = measure_rules(options.rounds, options.steps)
     rows = rows_of(found)
     times = {when: {name: summary(values) for name, values in one.items()} for when, one in found.items()}

@@ -8,7 +8,6 @@ says what a user waits, and means something on a machine that does nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -16,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPO, table, write_result
+from trainer.options import command, setting
 
 # What a child runs: the trainer with clocks around its parts; the first line of a step ends the start.
 CHILD = """
@@ -84,13 +85,18 @@ def rows_of(starts: list[dict], run: dict) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class Options:
+    """How much is measured."""
+
+    rounds: int = setting(5, "starts", "of a process", at_least=1)
+    steps: int = setting(700, "steps", "of the run whose shares are measured", at_least=1)
+    out: Path | None = setting(None, "folder", "of the result (bench/results)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="starts")
-    parser.add_argument("--steps", type=int, default=700, help="of the run whose shares are measured")
-    parser.add_argument("--out", type=Path, help="folder for the result; by default bench/results")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     with tempfile.TemporaryDirectory() as folder:
         starts = [one_run(1, folder) for _ in range(options.rounds)]
         run = one_run(options.steps if options.steps < 700 else 0, folder)

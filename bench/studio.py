@@ -9,7 +9,6 @@ once), the largest of the samples taken until the training's end.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import socket
 import subprocess
@@ -18,9 +17,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPO, summary, write_result
+from trainer.options import command, setting
 
 
 @contextlib.contextmanager
@@ -84,12 +85,17 @@ def memory_while_training(home: Path, steps: int) -> dict:
     return {"idle_mib": idle, "most_mib": most, "samples": samples, "steps": steps}
 
 
+@dataclass(frozen=True)
+class Options:
+    """How much is measured."""
+
+    starts: int = setting(5, "starts", "of the studio", at_least=1)
+    steps: int = setting(60, "steps", "of the tiny training", at_least=1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and keep the result; exit code 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench.studio", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--starts", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="of the tiny training")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     times_ms = []
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         for number in range(options.starts):

@@ -307,7 +307,7 @@ def _write_part(folder: Path, part: str, size: int, seed: int) -> dict:
     with paths.atomic_file(folder / f"{part}.txt") as file:  # an empty line between documents
         file.write(data[1:].replace(b"\0", b"\n"))
     names = (f"{part}_000000.bin", f"{part}.txt")
-    return {"documents": count, "bytes": total, "sha256": {name: _sha256(folder / name) for name in names}}
+    return {"documents": count, "bytes": total, "sha256": {name: paths.file_sha256(folder / name) for name in names}}
 
 
 def _domain_facts(domain: str) -> dict:
@@ -329,19 +329,11 @@ def _intact(folder: Path, wanted: dict) -> dict | None:
         info = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         same = all(info.get(key) == value for key, value in wanted.items())
         files = {**info["train"]["sha256"], **info["val"]["sha256"]}
-        if same and all(_sha256(folder / name) == digest for name, digest in files.items()):
+        if same and all(paths.file_sha256(folder / name) == digest for name, digest in files.items()):
             return info
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # absent or damaged: it is made again
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ huggingface_hub.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -101,7 +100,7 @@ def _good(path: Path, fact: HubFile | None, hashed: bool) -> bool:
     """True if the file has the known size, a valid header and, if asked, the known hash."""
     if fact is None or not _is_shard(path) or path.stat().st_size != fact.size_bytes:
         return False
-    return not hashed or fact.sha256 is None or _sha256(path) == fact.sha256
+    return not hashed or fact.sha256 is None or paths.file_sha256(path) == fact.sha256
 
 
 def _ask_hub(names: list[str], folder: Path, repository: str, revision: str) -> dict[str, HubFile]:
@@ -182,14 +181,6 @@ def _read_notes(folder: Path) -> dict[str, HubFile]:
 def _write_notes(folder: Path, notes: dict[str, HubFile]) -> None:
     with paths.atomic_file(folder / _NOTES, "w") as file:
         json.dump({"schema": 1, "files": notes}, file, indent=1)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

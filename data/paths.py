@@ -172,6 +172,21 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator:
         raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file so that it is the old one or the new one at every moment."""
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """sha256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_COPY_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a renaming last through a power cut, where the file system lets folders be synced."""
     with contextlib.suppress(OSError):

@@ -1,13 +1,13 @@
 """What the lab's commands share: options by trainer/options.py, errors as one line and an exit code."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lab import LabError
-from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
+from trainer.options import UsageError, check_limits, fields_text, fill, read_command, read_words, setting, wants_help
 
-__all__ = ["checked", "command", "describe", "filled", "read", "run", "setting", "wants_help"]
+__all__ = ["checked", "command", "describe", "filled", "flags", "read", "run", "setting", "wants_help"]
 
 
 def checked(options: Any) -> Any:
@@ -19,12 +19,20 @@ def checked(options: Any) -> Any:
     return options
 
 
-def read(arguments: Sequence[str], *kinds: type) -> tuple[list[str], dict[str, str]]:
-    """(words, {field: text}) of a command line over the fields of `kinds`; LabError for an unknown field."""
+def read(
+    arguments: Sequence[str], *kinds: type, others: dict[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """(words, {field: text}) of a command line over the fields of `kinds`; LabError for an unknown field, unless
+    `others` takes them (as in `read_words`)."""
     try:
-        return read_words(kinds, arguments, {})
+        return read_words(kinds, arguments, {}, others=others)
     except UsageError as error:
         raise LabError(str(error)) from None
+
+
+def flags(given: Mapping[str, Any]) -> list[str]:
+    """A command line's words for {field: its value}."""
+    return [f"--{name}={value}" for name, value in given.items()]
 
 
 def filled(kind: type, given: dict[str, str]) -> Any:
@@ -46,16 +54,10 @@ def command(doc: str, arguments: Sequence[str], kind: type, words: tuple[int, in
     are needed, `doc` and the fields are printed and SystemExit raised.
 
     words: how few and how many are allowed (None: any number)."""
-    least, most = words
-    if wants_help(arguments) or (least and not arguments):
-        print(doc, describe(kind))
-        raise SystemExit(0 if arguments else 2)
-    found, given = read(arguments, kind)
-    if not least <= len(found) <= (len(found) if most is None else most):
-        wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-        told = f"not {len(found)}: {' '.join(found)}" if found else "but none was given"
-        raise LabError(f"{wanted} words are needed beside --field=value, {told}; see --help")
-    return found, filled(kind, given)
+    try:
+        return read_command(doc, arguments, kind, words)
+    except UsageError as error:
+        raise LabError(str(error)) from None
 
 
 def run(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.paths import write_text
 from lab import LabError, cli, sample, train, vary
 from lab.analyses import __main__ as look
 from lab.cli import setting
 from lab.record import PAGE, replace_part
-from lab.runlog import write_text
 
 PICTURES = PAGE.parent.parent / "docs" / "lessons"
 MARKS = ("<!-- generated: lessons -->", "<!-- end of lessons -->")
@@ -147,9 +147,19 @@ _MODULES: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long a lesson's command trains."""
+
+    steps: int = setting(0, "steps", "of training")
+
+
 def shortened(words: list[str], scale: float) -> list[str]:
     """A command's words with `--steps` times `scale`, at least 6."""
-    return [f"--steps={max(6, round(int(w[8:]) * scale))}" if w.startswith("--steps=") else w for w in words]
+    others: dict[str, str] = {}
+    places, given = cli.read(words, Length, others=others)
+    steps = {"steps": max(6, round(cli.filled(Length, given).steps * scale))} if given else {}
+    return [*places, *cli.flags(others | steps)]
 
 
 def run_command(command: str, out: Path, scale: float, chars: int = 0) -> None:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.paths import write_text
 from lab import LabError, cli
 from lab.analyses.curves import run_json, told_by
 from lab.analyses.finding import Finding, page
 from lab.analyses.menu import MENU, Look, fitting, look_at
 from lab.checkpoints import best_checkpoint, find_checkpoints, load_checkpoint
 from lab.cli import setting
-from lab.runlog import write_text
 
 # What the page shows, in this order, as far as it fits the model.
 SHOWN = (

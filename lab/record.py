@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.paths import write_text
 from lab import LabError, cli
 from lab.cli import setting
-from lab.runlog import write_json, write_text
+from lab.runlog import write_json
 
 
 def gather(folder: Path, target: float | None) -> dict[str, Any]:

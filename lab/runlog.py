@@ -4,7 +4,6 @@ A run is `<folder>/runs/seed-000.txt` (source, environment, one line a step or v
 `seed-000.json` beside it; the runs of one configuration over several seeds are a series.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.paths import atomic_file
+from data.paths import write_text
 from lab import LabError
 from trainer import log, program
 from trainer.options import UsageError
@@ -26,13 +25,6 @@ def sources_of(*modules: str) -> str:
         file = sys.modules[name].__file__
         parts.append(f"# {'-' * 20} {name}\n{Path(file).read_text().rstrip()}\n")
     return "\n".join(parts)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, all or nothing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path, "w") as file:
-        file.write(text)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -63,7 +55,7 @@ class RunLog(log.RunLog):
         self, folder: Path, name: str, config: dict[str, Any], facts: dict[str, str], source: str, echo: bool = False
     ):
         told = {k: v for k, v in config.items() if k != "seed"}
-        config_hash = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        config_hash = program.json_hash(told)
         environment = program.describe_environment(
             torch.device("cpu"),
             world_size=1,

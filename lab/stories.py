@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.paths import write_text
 from lab import LabError, cli, train, vary
 from lab.analyses.curves import run_json, told_by
 from lab.analyses.quality import MEASURES, assess
@@ -23,7 +24,7 @@ from lab.analyses.scoring import score
 from lab.checkpoints import best_checkpoint, load_checkpoint
 from lab.cleaning import STORY_END, clean_stories, kept_by_share, raw_stories
 from lab.cli import setting
-from lab.runlog import write_json, write_text
+from lab.runlog import write_json
 from lab.sample import generate
 from lab.texts import texts_of
 
@@ -62,6 +63,13 @@ class Cleaning:
     replaced_share: float = setting(
         0.0, "fraction", "of a story's words that may be rarer, and are then replaced by <unk>", at_least=0, at_most=1
     )
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train a story model; the fields of lab.train may stand beside its name."""
+
+    model: str = setting("gpt", "name", "of the model", choices=STORY_MODELS)
 
 
 @dataclass(frozen=True)
@@ -161,10 +169,10 @@ def clean_command(words: list[str]) -> int:
 
 def train_command(words: list[str]) -> int:
     """`train --model=gpt`: lab.train with a story model's settings, which the command line may change."""
-    model = next((w.partition("=")[2] for w in words if w.startswith("--model=")), "gpt")
-    if model not in STORY_MODELS:
-        raise LabError(f"--model={model}: stories are for {' and '.join(STORY_MODELS)}")
-    return train.main(words, _start(model))
+    others: dict[str, str] = {}
+    places, given = cli.read(words, Training, others=others)
+    model = cli.filled(Training, given).model
+    return train.main([*places, *cli.flags({"model": model} | others)], _start(model))
 
 
 def _start(model: str) -> dict[str, str]:
@@ -176,22 +184,21 @@ def _start(model: str) -> dict[str, str]:
 def sweep_command(words: list[str]) -> int:
     """`sweep`: lab.vary over layers and width of the transformer. Value embeddings, which one layer alone cannot
     have, are off, so that only depth and width differ."""
-    name = lambda word: word.partition("=")[0].removeprefix("--")  # noqa: E731
-    own = [word for word in words if name(word) in ("layers", "widths")]
-    asked = cli.filled(Sweeping, cli.read(own, Sweeping)[1])
-    others = [word for word in words if word not in own]
-    given = {name(word).replace("-", "_") for word in others} | {"num_layers", "model_dim"}
-    start = [
-        f"--{key}={value}" for key, value in (_start("gpt") | {"value_embeddings": "0"}).items() if key not in given
-    ]
-    return vary.main([*start, *others, "--field=num_layers,model_dim", f"--values={asked.layers}/{asked.widths}"])
+    others: dict[str, str] = {}
+    places, given = cli.read(words, Sweeping, others=others)
+    asked = cli.filled(Sweeping, given)
+    start = _start("gpt") | {"value_embeddings": "0"}
+    for name in ("num_layers", "model_dim"):  # what the sweep itself gives
+        start.pop(name)
+    grid = {"field": "num_layers,model_dim", "values": f"{asked.layers}/{asked.widths}"}
+    return vary.main([*places, *cli.flags(start | others | grid)])
 
 
 def main(words: list[str]) -> int:
     """The command line; returns the exit code."""
     verbs = {"clean": clean_command, "train": train_command, "sweep": sweep_command, "judge": judge_command}
-    if not words or words[0] in ("-h", "--help"):
-        print(__doc__, cli.describe(Cleaning, Sweeping, Judging))
+    if not words or cli.wants_help(words):
+        print(__doc__, cli.describe(Cleaning, Training, Sweeping, Judging))
         return 0 if words else 2
     if words[0] not in verbs:
         raise LabError(f"lab.stories has no {words[0]!r}; there are {', '.join(verbs)}")

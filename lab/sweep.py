@@ -20,7 +20,7 @@ from lab.datasets import Corpus, row_batches
 from lab.models import build_model
 from lab.models.initial import initialise_
 from lab.runlog import write_json
-from lab.train import ScheduledAdamW, TrainConfig, corpus_of, evaluate, parse, use_threads
+from lab.train import ScheduledAdamW, TrainConfig, corpus_of, evaluate, parse, read, use_threads
 
 # Fields of lab.train that a sweep would not read.
 UNREAD = {"seeds", "resume", "overwrite", "keep", "val_every", "log_every", "checkpoints", "diagnostics", "test"}
@@ -111,10 +111,9 @@ def main(words: list[str]) -> int:
     if cli.wants_help(words):
         print(__doc__, cli.describe(Rates))
         return 0
-    named = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    if unread := sorted(named & UNREAD):
-        raise LabError(f"--{unread[0]} has no part in a sweep, whose short runs have one seed and leave nothing behind")
     config, fields, where, rates = parse(words, {"steps": "200"}, Rates)
+    if unread := sorted(read(words, Rates)[1].keys() & UNREAD):
+        raise LabError(f"--{unread[0]} has no part in a sweep, whose short runs have one seed and leave nothing behind")
     use_threads(where)
     folder = Path(where.output_dir or f"lab/out/sweep-{config.data}-{config.model}")
     found = sweep(config, fields, corpus_of(config), rates.low, rates.high, rates.count)

@@ -24,6 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 from urllib.parse import quote
 
+from data.paths import write_text
 from lab import analyses, cli, models, plots
 from lab.analyses.finding import page, section
 from lab.checkpoints import Checkpoint, load_checkpoint
@@ -33,7 +34,7 @@ from lab.models import fields_class
 from lab.page import Keeping
 from lab.page import write_page as run_page
 from lab.parts import Parts, Spent
-from lab.runlog import write_json, write_text
+from lab.runlog import write_json
 from lab.sample import generate
 from lab.sweep import draw as draw_sweep
 from lab.sweep import sweep

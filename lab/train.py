@@ -541,12 +541,17 @@ def _names(kind: type) -> str:
     return ", ".join(f"--{field.name}" for field in dataclasses.fields(kind)) or "no settings of its own"
 
 
+def read(words: Sequence[str], *more: type) -> tuple[list[str], dict[str, str]]:
+    """(words, {field: text}) of a command line over the fields of a training, of every model and of `more`."""
+    return cli.read(words, TrainConfig, Where, *more, *(fields_class(rung) for rung in LADDER))
+
+
 def parse(words: Sequence[str], start: dict[str, str] | None = None, *more: type) -> tuple[Any, ...]:
     """(TrainConfig, the model's settings, Where, an instance of each of `more`) from a command line; `start`: texts
     that it may replace. LabError for an unknown field, told with the chosen model's own."""
     rungs = {rung: fields_class(rung) for rung in LADDER}
     try:
-        positional, given = cli.read(words, TrainConfig, Where, *more, *rungs.values())
+        positional, given = read(words, *more)
     except LabError as error:
         asked = next((w.partition("=")[2] for w in words if w.startswith("--model=")), (start or {}).get("model", ""))
         rung = asked if asked in rungs else TrainConfig.model

@@ -21,7 +21,7 @@ from lab.cli import setting
 from lab.comparable import NOT_COMPARABLE, validated_on
 from lab.datasets import Corpus
 from lab.models.initial import different_units
-from lab.train import Run, corpus_of, parse, parse_seeds, use_threads
+from lab.train import Run, corpus_of, parse, parse_seeds, read, use_threads
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,9 @@ def vary(words: Sequence[str], folder: Path, say: Callable[[str], None] = print)
     """Train every combination with every seed, each series into its own folder below `folder`."""
     *_, where, varying = parse(words, None, Varying)
     fields, combinations = choices(varying)
-    others = [word for word in words if word.partition("=")[0].removeprefix("--").replace("-", "_") not in fields]
+    others = cli.flags({name: text for name, text in read(words, Varying)[1].items() if name not in fields})
     # All are read before the first is trained: a wrong value in the last place costs no training.
-    settings = [
-        parse([*others, *(f"--{f}={v}" for f, v in zip(fields, values))], None, Varying)[:2] for values in combinations
-    ]
+    settings = [parse([*others, *cli.flags(dict(zip(fields, values)))], None, Varying)[:2] for values in combinations]
     found, corpora = [], {}
     for values, (config, model) in zip(combinations, settings):
         key = (config.data, config.path, config.tokens, config.split, config.split_seed, config.limit_chars)

@@ -7,7 +7,6 @@ Nothing in the page is typed by hand: the effects come from the studies' logs, t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import scipy
 
+from data.paths import write_text
 from records.folder import REPO, SeriesError
-from records.logs import write_whole
 from records.study_plan import AGAIN, StudyError, StudyPlan, Treatment, read_plan
 from records.study_report import read_pairs, sealed_plan, verdicts, words
 from stats.errors import StatsError
 from stats.paired import HELPS, HURTS, Effect
+from trainer.options import command, setting
 
 FEWEST = 5  # techniques measured both ways below which a rank correlation says nothing
 INTRODUCTION = """# Evidence: what holds at another size
@@ -140,18 +140,23 @@ def agreement(rows: Sequence[Row]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """Where studies lie, and the page."""
+
+    studies: Path = setting(REPO / "records" / "studies", "folder", "with studies' files")
+    out: Path = setting(REPO / "docs" / "evidence.md", "file", "the page")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit code: 0 written, 2 a study cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m records.evidence", description=__doc__.partition("\n")[0])
-    parser.add_argument("--studies", type=Path, default=REPO / "records" / "studies")
-    parser.add_argument("--out", type=Path, default=REPO / "docs" / "evidence.md")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     try:
         found = [rows_of(path) for path in sorted(options.studies.glob("*.toml"))]
     except (StudyError, SeriesError, StatsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_whole(options.out, page([one for one in found if one is not None]))
+    write_text(options.out, page([one for one in found if one is not None]))
     return 0
 
 

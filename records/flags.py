@@ -90,9 +90,9 @@ class AmendFlags:
 
 
 def read_flags(
-    kind: type, argv: Sequence[str], words: int, others: dict[str, str] | None = None
+    kind: type, argv: Sequence[str], words: int | None, others: dict[str, str] | None = None
 ) -> tuple[list[str], Any]:
-    """(words, flags) of a command line with that many words beside its flags; `others`: see `read_words`.
+    """(words, flags) of a command line with that many words (None: one or more); `others`: see `read_words`.
 
     Raises SeriesError."""
     try:
@@ -104,10 +104,10 @@ def read_flags(
     for name in SET_BY_SERIES:
         if name in (others or {}):
             raise SeriesError(f"--{name} is set by the series itself: leave it out")
-    if len(found) > words:
+    if words is not None and len(found) > words:
         raise SeriesError(f"unexpected word {found[words]!r}: flags are written --field=value")
-    if len(found) < words:
-        raise SeriesError(f"{words} words are needed beside the flags, not {len(found)}; see --help")
+    if len(found) < (least := 1 if words is None else words):
+        raise SeriesError(f"{least} words are needed beside the flags, not {len(found)}; see --help")
     return found, flags
 
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from records.ledger import Ledger, now
-from records.logs import write_whole
-from trainer.program import changed_files, text_hash
+from data.paths import write_text
+from records.ledger import Ledger
+from trainer.program import changed_files, now, text_hash
 
 REPO = Path(__file__).resolve().parent.parent
 SCHEMA = 1
@@ -113,7 +113,7 @@ class Series:
 
 def write_record(folder: Path, record: dict) -> None:
     """Replace record.json whole or not at all."""
-    write_whole(folder / "record.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "record.json", json.dumps(record, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> dict | None:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from records.ledger import Ledger, host_hash, process_start
+from records.ledger import Ledger, process_start
 from records.logs import read_run_json, sealed, trim_log
+from trainer.program import host_hash
 
 EXIT_BAD_INPUT = (2, 3)  # the trainer's: usage, bad data or checkpoint. Every seed would end alike.
 EXIT_NON_FINITE = 4

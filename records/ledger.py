@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import socket
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 from stats.chain import KEY, link
+from trainer.program import host_hash, now
 
 NAME = "ledger.jsonl"
 EVENTS = ("begin", "launch", "start", "end", "drop", "cancel", "judge", "torn", "submit")
@@ -40,16 +38,6 @@ ENDS = ("finished", "crashed", "interrupted")
 
 class LedgerError(OSError):
     """The ledger could not be written or read; the message says where, why and what to do."""
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def host_hash() -> str:
-    """Twelve hex digits that tell hosts apart without naming them: ledgers are published."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
 
 
 def process_start(pid: int) -> str | None:

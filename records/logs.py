@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from data.paths import atomic_file
+from data.paths import write_text
 from trainer.program import text_hash
 
 
@@ -18,12 +18,6 @@ def read_run_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one at every moment."""
-    with atomic_file(path, "w") as file:
-        file.write(text)
 
 
 def trim_log(folder: Path, run: str) -> bool:
@@ -48,8 +42,8 @@ def trim_log(folder: Path, run: str) -> bool:
         return False
     kept = folder / "source" / f"{digest[:16]}.py"
     if not kept.exists():
-        write_whole(kept, source.rstrip("\r\n") + "\n")
-    write_whole(path, f"source sha256:{digest} kept in source/{kept.name}\n" + text[separator.start() :])
+        write_text(kept, source.rstrip("\r\n") + "\n")
+    write_text(path, f"source sha256:{digest} kept in source/{kept.name}\n" + text[separator.start() :])
     return True
 
 

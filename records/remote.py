@@ -9,12 +9,14 @@ already are not sent again, and a copy that was cut off is repaired by the next 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from trainer.options import command
 
 MANIFEST = "manifest.json"
 # They have no folders: making one would create a bucket, perhaps one that is merely misspelt.
@@ -84,18 +86,20 @@ def _read_manifest(system, target: str) -> dict[str, str]:
     return manifest if isinstance(manifest, dict) else {}
 
 
+@dataclass(frozen=True)
+class Options:
+    """Two words: the series' folder, and the folder or URL in which one of its name is made."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Copy one series; returns the exit code (0, or 5 if it could not be copied)."""
-    parser = argparse.ArgumentParser(prog="python -m records.remote", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="the series")
-    parser.add_argument("url", help="s3://bucket/path, gs://..., a folder: the series' folder is made in it")
-    options = parser.parse_args(argv)
+    (folder, url), _ = command(__doc__, argv, Options, (2, 2))
     try:
-        sent = copy_series(options.folder, options.url)
+        sent = copy_series(Path(folder), url)
     except CopyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 5
-    print(f"{len(sent)} files sent to {options.url.rstrip('/')}/{options.folder.resolve().name}")
+    print(f"{len(sent)} files sent to {url.rstrip('/')}/{Path(folder).resolve().name}")
     return 0
 
 

@@ -9,19 +9,19 @@ them. A log and its JSON that disagree are an error: one of them was changed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from data.paths import write_text
 from records.account import EXIT_NO_VERDICT, Account, Verdict, decide, read_account
 from records.folder import SeriesError, write_record
 from records.ledger import Ledger, ledger_summary
-from records.logs import write_whole
 from stats.samples import RUN_FIELDS
 from stats.ttest import summarize
+from trainer.options import command, setting
 
 TTEST_KEYS = (
     "n",
@@ -52,7 +52,7 @@ def write_report(account: Account, verdict: Verdict) -> dict:
     write_record(folder, record)
     if results:
         draw_losses(folder, record, results)
-    write_whole(folder / "README.md", readme(folder.name, record, results))
+    write_text(folder / "README.md", readme(folder.name, record, results))
     return record
 
 
@@ -355,20 +355,23 @@ def _noted(account: Account, look: dict | None) -> Account:
     return replace(account, events=(*account.events, Ledger(account.folder).append("judge", **look)))
 
 
+@dataclass(frozen=True)
+class Options:
+    """How the series are judged: beside the folder of one series, or of several."""
+
+    alpha: float = setting(ALPHA, "probability", "of a wrong verdict", above=0, below=1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Regenerate reports; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m records.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="a series, or a folder of series")
-    parser.add_argument("--alpha", type=float, default=ALPHA, help=f"of the verdict ({ALPHA})")
-    options = parser.parse_args(argv)
-    folders = (
-        [options.folder]
-        if (options.folder / "record.json").exists()
-        else sorted(path.parent for path in options.folder.glob("*/record.json"))
-    )
+    (place,), options = command(__doc__, argv, Options, (1, 1))
+    folder = Path(place)
+    folders = [folder]
+    if not (folder / "record.json").exists():
+        folders = sorted(path.parent for path in folder.glob("*/record.json"))
     try:
         if not folders:
-            raise SeriesError(f"{options.folder} holds no series: no record.json in it or just below")
+            raise SeriesError(f"{folder} holds no series: no record.json in it or just below")
         for folder in folders:
             report(folder, options.alpha)
             print(f"{folder}: record.json, README.md, losses.png")

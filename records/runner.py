@@ -19,9 +19,9 @@ from pathlib import Path
 
 from records.folder import EXIT_CRASHED, Series, SeriesError, set_aside
 from records.launch import EXIT_BAD_INPUT, EXIT_IO, Job, Local, seal
-from records.ledger import RunState, now
+from records.ledger import RunState
 from records.logs import read_run_json
-from trainer.program import changed_files, program_files
+from trainer.program import changed_files, now, program_files
 
 # -----------------------------------------------------------------------------------------------------------
 # Which runs to start

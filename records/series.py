@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import sys
@@ -54,7 +53,7 @@ from records.ledger import Ledger, LedgerError
 from records.runner import Runner, Stopped, choose, copy_away, settle_lost
 from stats.errors import StatsError
 from stats.plans import Plan
-from trainer.program import fingerprint, program_files
+from trainer.program import fingerprint, json_hash, program_files
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -121,7 +120,7 @@ def begin(series: Series, threshold: float | None, plan: Plan | None) -> None:
     """The ledger's first line: what is fixed before the first launch. Its hash, published now, proves that later."""
     if series.ledger.events():
         return
-    identity = hashlib.sha256(json.dumps(asdict(series.identity), sort_keys=True).encode()).hexdigest()
+    identity = json_hash(asdict(series.identity))
     stop_step = plan.stop_step if plan else None
     plan_hash = plan.hash if plan else None
     series.ledger.append("begin", threshold=threshold, plan=plan_hash, stop_step=stop_step, identity=identity)

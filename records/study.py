@@ -28,18 +28,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.paths import write_text
 from records.flags import StudyFlags, default_root, helped, make_launcher, read_flags
 from records.folder import EXIT_CRASHED, EXIT_MORE_RUNS, EXIT_USAGE, SCHEMA, Identity, Series, SeriesError, sole_start
 from records.launch import EXIT_IO, default_nproc, visible_gpus
-from records.ledger import Ledger, LedgerError, now
-from records.logs import write_whole
+from records.ledger import Ledger, LedgerError
 from records.runner import Runner, Stopped, Task, can_resume, settle_lost
 from records.study_plan import BASE, StudyError, StudyPlan, check_against, load_trainer, read_plan
 from records.study_report import Pairs, read_pairs, sealed_plan, told, verdicts, write_report
 from stats.errors import StatsError
 from stats.paired import CONTINUE
 from stats.samples import RUN_FIELDS
-from trainer.program import changed_files, program_files, text_hash
+from trainer.program import changed_files, now, program_files, text_hash
 
 # Fields that change neither what a run computes nor with which kernels; the series' own, and the machine's.
 IGNORED = RUN_FIELDS | {"preset"}
@@ -70,7 +70,7 @@ def open_study(folder: Path, plan: StudyPlan, trainer: Path, nproc: int) -> Stud
             raise StudyError(f"{folder} has a ledger but no study.json; restore it or use another name")
         text = trainer.read_text(encoding="utf-8")
         (folder / "source").mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "source" / f"{text_hash(text)[:16]}.py", text.rstrip("\r\n") + "\n")
+        write_text(folder / "source" / f"{text_hash(text)[:16]}.py", text.rstrip("\r\n") + "\n")
         record = dict(
             schema=SCHEMA,
             created=now(),
@@ -83,7 +83,7 @@ def open_study(folder: Path, plan: StudyPlan, trainer: Path, nproc: int) -> Stud
             nproc=nproc,
             code=code,
         )
-        write_whole(path, json.dumps(record, indent=1) + "\n")
+        write_text(path, json.dumps(record, indent=1) + "\n")
     else:
         _check_same(path, plan, code)
     for arm in plan.arms:
@@ -209,11 +209,14 @@ def run_command(argv: Sequence[str]) -> int:
         return run_study(study, make_launcher(study.folder, flags, nproc, plan.preset), quiet=True)
 
 
-def report_command(folders: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class ReportFlags:
+    """Of `report`, which takes the folders of studies: none."""
+
+
+def report_command(argv: Sequence[str]) -> int:
     """Write the tables and pictures of studies anew from their logs."""
-    if not folders or folders[0].startswith("-"):
-        raise StudyError("records.study report: name the folders of studies")
-    for folder in map(Path, folders):
+    for folder in map(Path, read_flags(ReportFlags, argv, None)[0]):
         plan = sealed_plan(folder)
         pairs = read_pairs(folder, plan)
         write_report(folder, plan, pairs)

@@ -24,7 +24,6 @@ Every study also holds the treatment `base-again`: the base with other seeds, wh
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import re
@@ -36,6 +35,7 @@ from typing import Any
 
 from stats.errors import UsageError
 from stats.paired import Design
+from trainer.program import json_hash
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -116,7 +116,7 @@ class StudyPlan:
     @property
     def hash(self) -> str:
         """sha256 of `sealed`; in every run's log as its plan."""
-        return hashlib.sha256(json.dumps(self.sealed, sort_keys=True).encode()).hexdigest()
+        return json_hash(self.sealed)
 
 
 def read_plan(path: Path) -> StudyPlan:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.paths import write_text
 from records.folder import SeriesError
 from records.ledger import Ledger
-from records.logs import read_run_json, write_whole
+from records.logs import read_run_json
 from records.study_plan import AGAIN, BASE, StudyError, StudyPlan, Treatment
 from stats.curve import crossing
 from stats.errors import StatsError
@@ -157,9 +158,9 @@ def write_report(folder: Path, plan: StudyPlan, pairs: Pairs, *, final: bool = F
     record = json.loads(path.read_text(encoding="utf-8"))
     base = [loss for _, loss in sorted(pairs.losses[BASE].items())]
     record["results"] = dict(base_losses=base, base_slope_per_step=slope, minutes=pairs.minutes, treatments=rows)
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     if base:
-        write_whole(folder / "README.md", readme(plan, record, rows))
+        write_text(folder / "README.md", readme(plan, record, rows))
         draw(folder / "effects.png", plan, rows)
     return rows
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stats.chain import HEAD, check_links, cut_at, link
+from stats.chain import HEAD, check_links, cut_at, json_hash, link
 from stats.copies import within
 from stats.errors import StatsError, UsageError
 from stats.planfile import read_plan
@@ -182,7 +182,7 @@ def first_line(series: Series, sample: Sample | None) -> Iterator[Finding]:
         moved.append(f"stop step {begin.get('stop_step')}, now {stop_step}")
     identity = (series.record or {}).get("identity")
     if begin.get("identity") and isinstance(identity, dict):
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        digest = json_hash(identity)
         if digest != begin["identity"]:
             moved.append("flags or code in record.json are not those that it began with")
     for text in moved:
@@ -326,7 +326,7 @@ def configurations(series: Series, sample: Sample | None) -> Iterator[Finding]:
 def _config_hash(config: dict) -> str:
     """sha256 over the fields that decide what a run computes, as the trainer takes it."""
     told = {key: value for key, value in config.items() if key not in RUN_FIELDS}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return json_hash(told)
 
 
 def _moment(text: object) -> float | None:

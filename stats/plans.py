@@ -8,13 +8,12 @@ into every run's log, so that a reader can see that the design came first.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from stats.chain import json_hash
 from stats.errors import UsageError
 from stats.power import MOST_RUNS, check_sizes, runs_for_power
 from stats.ttest import POOLED_SIGMA, TRACK_THRESHOLD, check_alpha
@@ -55,7 +54,7 @@ class Plan:
     def hash(self) -> str:
         """sha256 over every field that says something: the plan's name in the logs."""
         told = {name: value for name, value in asdict(self).items() if value is not None}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return json_hash(told)
 
 
 @dataclass(frozen=True, slots=True)

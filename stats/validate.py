@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stats import evidence
+from stats.chain import json_hash
 from stats.copies import across
 from stats.errors import StatsError
 from stats.evidence import GRADES
@@ -221,7 +222,7 @@ def _program(series: Series, sample: Sample | None) -> Iterator[Finding]:
     files = identity.get("code") if isinstance(identity, dict) else None
     told = {run.program_hash for run in sample.runs if run.program_hash} if sample else set()
     if files and told:  # trainer/program.py makes one hash of them
-        same = told == {hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()}
+        same = told == {json_hash(files)}
         text = "the files of the program are" if same else "the files of the program in some logs are not"
         yield Finding("program", "A" if same else "D", f"{text} those that the series was started with")
 

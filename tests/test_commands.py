@@ -1,4 +1,5 @@
-"""Every `python -m` command of the house: it answers --help, and refuses a flag that it does not have in one line."""
+"""Every `python -m` command of the house: it answers --help, and refuses a flag or a word that it does not have in one
+line."""
 
 import ast
 import contextlib
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+WAITS_FOR_WORDS = {"lab.studio.jobs"}  # its word is a folder, which is made where there is none
 ROOMS = ("kernels", "data", "stats", "trainer", "records", "lab", "bench")
 
 
@@ -61,3 +63,14 @@ def test_help_and_an_unknown_flag(module):
     last = (err.strip().splitlines() or [""])[-1]
     assert code == 2 and ("no_such_flag" in last or "are required" in last), (code, out, err)
     assert "Traceback" not in err and err.count("error") <= 1, "one line, after the usage that argparse shows"
+
+
+@pytest.mark.parametrize("module", sorted(set(commands()) - WAITS_FOR_WORDS))
+def test_a_word_that_means_nothing(module, tmp_path, monkeypatch):
+    """Where words are files or runs, that there is none; elsewhere, that no word is wanted. Nothing is done first."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(module, "no_such_word")
+    last = (err.strip().splitlines() or [""])[-1]
+    assert code in (2, 3, 5) and ("no_such_word" in last or "needed" in last or "required" in last), (code, out, err)
+    assert "Traceback" not in err and not out, (out, err)
+    assert list(tmp_path.iterdir()) == []

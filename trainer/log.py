@@ -11,7 +11,6 @@ A validation's line goes on with `key:value` words: train_tokens and data_hash (
 from __future__ import annotations
 
 import contextlib
-import datetime
 import glob
 import json
 import os
@@ -26,6 +25,7 @@ import torch
 
 from data.paths import atomic_file
 from trainer.options import UsageError
+from trainer.program import now
 
 RULER = "=" * 100
 
@@ -282,6 +282,25 @@ class RunLog:
         return told
 
 
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int = 1) -> float:
+    """FLOP/s of large square products of all GPUs, measured in a moment: the ceiling that MFU refers to.
+
+    0 on a CPU: other work on its cores would be measured with it, and the same run would be told 1 % or 22 %."""
+    if device.type != "cuda":
+        return 0.0
+    n = 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    clock, best = Clock(device), 0.0
+    for _ in range(4):
+        before = clock.seconds
+        clock.start()
+        for _ in range(3):
+            a @ a
+        clock.stop()
+        best = max(best, 3 * 2 * n**3 / (clock.seconds - before))
+    return best * processes
+
+
 class Progress:
     """A bar on a terminal (loss, tokens/s, model FLOP utilisation, time left); a plain line now and then in a pipe.
 
@@ -377,8 +396,3 @@ def mute(stream: TextIO) -> None:
 def unique_name(preset: str) -> str:
     """A run's name: preset, time and a random suffix."""
     return f"{preset}-{now()[:19].replace(':', '')}-{uuid.uuid4().hex[:6]}"
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -9,8 +9,10 @@ import math
 import operator
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
@@ -33,8 +35,8 @@ def setting(
     choices: Iterable[str] = (),
 ) -> Any:
     """A dataclass field with the unit and the sentence that `help_text` prints, and the values that `check_limits`
-    lets pass. Its type must be a real one (bool, int, float, str, one of these or None for "not given", or tuple for
-    texts that may be given again and again), not a string: the module must not postpone annotations."""
+    lets pass. Its type: bool, int, float, str, Path, one of these or None for "not given", or tuple for texts that may
+    be given again and again."""
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     told = {"limits": {words: limit for words, limit in limits.items() if limit is not None}}
     return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "choices": tuple(choices), **told})
@@ -57,8 +59,13 @@ def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(kind)
 
 
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, Path, tuple)}
+
+
 def kind_of(field: dataclasses.Field) -> type:
     """The type of a field's values where they are given: of `int | None`, int."""
+    if isinstance(field.type, str):  # its module postpones annotations
+        return _TYPES[field.type.partition(" |")[0]]
     kinds = typing.get_args(field.type) or (field.type,)
     return next(kind for kind in kinds if isinstance(kind, type) and kind is not type(None))
 
@@ -80,8 +87,9 @@ def check_limits(options: Any) -> None:
             wanted = [f"{words} {limit:,}".replace(",", "") for words, limit in limits.items()]
             wanted += ["a finite number"] if isinstance(value, float) and not math.isfinite(value) else []
             raise UsageError(f"--{field.name}={value}: {' and '.join(wanted)}")
-        if choices and value not in choices:
-            raise UsageError(f"--{field.name}={value}: one of {', '.join(choices)}")
+        for one in value if isinstance(value, tuple) else (value,):
+            if choices and one not in choices:
+                raise UsageError(f"--{field.name}={one}: one of {', '.join(choices)}")
 
 
 def _check_text(field: dataclasses.Field, text: str) -> None:
@@ -177,6 +185,41 @@ def fill(kind: type[Options], given: Mapping[str, str], start: Mapping[str, Any]
     fields = {field.name: field for field in _fields(kind)}
     typed = {name: _typed(fields[name], text) for name, text in given.items() if name in fields}
     return kind(**{**(start or {}), **typed})
+
+
+def read_command(
+    doc: str | None, arguments: Iterable[str], kind: type[Options], words: tuple[int, int | None] = (0, 0)
+) -> tuple[list[str], Options]:
+    """(words, options) of a whole command line over one dataclass, its limits held. With --help, or without any
+    argument where words are needed, `doc` and the fields are printed and SystemExit raised.
+
+    words: how few and how many may stand beside the flags (None: any number). Raises UsageError."""
+    arguments, (least, most) = list(arguments), words
+    if wants_help(arguments) or (least and not arguments):
+        print((doc or "").rstrip(), "", (kind.__doc__ or "").partition("\n")[0], *fields_text(kind), sep="\n")
+        raise SystemExit(0 if arguments else 2)
+    found, given = read_words([kind], arguments, {})
+    if not least <= len(found) <= (len(found) if most is None else most):
+        if most == 0:
+            raise UsageError(f"unexpected word {found[0]!r}: flags are written --field=value; see --help")
+        wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+        told = f"not {len(found)}: {' '.join(found)}" if found else "but none was given"
+        raise UsageError(f"{wanted} words are needed beside --field=value, {told}; see --help")
+    options = fill(kind, given)
+    check_limits(options)
+    return found, options
+
+
+def command(
+    doc: str | None, arguments: Iterable[str] | None, kind: type[Options], words: tuple[int, int | None] = (0, 0)
+) -> tuple[list[str], Options]:
+    """`read_command` of what the process was started with, unless `arguments` are given; what is wrong with them is one
+    line on standard error and SystemExit(2)."""
+    try:
+        return read_command(doc, sys.argv[1:] if arguments is None else arguments, kind, words)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def from_json(kind: type[Options], text: str) -> Options:

@@ -15,8 +15,10 @@ import json
 import platform
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +97,13 @@ def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
 
 
 def fingerprint(files: Mapping[str, str]) -> str:
-    """One hash of `program_files`: sha256 of its JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
+    """One hash of `program_files`."""
+    return json_hash(dict(files))
+
+
+def json_hash(value: Any) -> str:
+    """sha256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------
@@ -120,29 +127,6 @@ def _number(version: str) -> tuple[int, ...]:
 
 # -------------------------------------------------------------------------------------------------------------
 # The machine
-
-
-def matmul_ceiling(device: torch.device, dtype: torch.dtype, processes: int = 1) -> float:
-    """FLOP/s of large square products of all GPUs, measured in a moment: the ceiling that MFU refers to.
-
-    0 on a CPU: other work on its cores would be measured with it, and the same run would be told 1 % or 22 %."""
-    if device.type != "cuda":
-        return 0.0
-    import torch
-
-    from trainer.log import Clock
-
-    n = 8192
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    clock, best = Clock(device), 0.0
-    for _ in range(4):
-        before = clock.seconds
-        clock.start()
-        for _ in range(3):
-            a @ a
-        clock.stop()
-        best = max(best, 3 * 2 * n**3 / (clock.seconds - before))
-    return best * processes
 
 
 def describe_environment(
@@ -176,7 +160,7 @@ def describe_environment(
         device=device.type,
         world_size=world_size,
         system=f"{platform.system()} {platform.machine()}",
-        host_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
+        host_hash=host_hash(),
         implementations=dict(implementations),
         program=dict(program or {}),
         hashes=code | hashes,
@@ -189,4 +173,17 @@ def cpu_name() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # macOS
+        told = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(told, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return platform.processor() or platform.machine()
+
+
+def host_hash() -> str:
+    """Twelve hex digits that tell hosts apart without naming them: logs and ledgers are published."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -10,13 +10,14 @@ assembled for this; that they are, and fit, is asked of one block for each card.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bench.common import REPO, RESULTS, write_json
+from trainer.options import command
 
 ROOM = 0.08
 CARDS = {"rtx3090": 32768, "rtx4090": 32768, "a100": 65536, "l40s": 65536, "h100": 65536}  # name -> length tried first
@@ -69,18 +70,25 @@ def table_of(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Options:
+    """One word at most: a card, which counts itself and prints JSON; without it all are counted and kept."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: one card counts itself and prints JSON; without a name, all are counted and kept."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rehearse.cards", description=__doc__.partition("\n")[0])
-    parser.add_argument("card", nargs="?", choices=list(CARDS), help="one card, as a line of JSON; else all of them")
-    card = parser.parse_args(argv).card
+    """Command line."""
+    words, _ = command(__doc__, argv, Options, (0, 1))
+    card = words[0] if words else ""
+    if card and card not in CARDS:
+        print(f"error: there is no card {card!r}; there are {', '.join(CARDS)}", file=sys.stderr)
+        return 2
     if card:
         print(json.dumps(what_fits(card)))
         return 0
     rows = []
     for card in CARDS:
-        command = [sys.executable, "-m", "bench.rehearse.cards", card]
-        done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
+        counting = [sys.executable, "-m", "bench.rehearse.cards", card]
+        done = subprocess.run(counting, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(table_of(rows[-1:]).splitlines()[-1], flush=True)
         write_json(RESULTS / "rehearsal-cards.json", {"schema": 1, "name": "rehearsal-cards", "result": rows})

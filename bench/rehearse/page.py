@@ -8,15 +8,16 @@ python -m bench.rehearse.page --check                      # exit 1 if it does n
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.common import REPO, RESULTS, table, up_to_date, write_json
 from bench.rehearse import budgets
+from trainer.options import command, setting
 
 PAGE = REPO / "docs" / "rehearsal.md"
 ROWS = {
@@ -214,11 +215,16 @@ every launch and every tile that tuning may choose is searched for such places: 
 """
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is done with the page."""
+
+    check: bool = setting(False, "flag", "write nothing; exit 1 if the page is out of date")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rehearse.page", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
-    options = parser.parse_args(argv)
+    _, options = command(__doc__, argv, Options)
     text = page()
     if options.check:
         return up_to_date(PAGE, text, "bench.rehearse.page")

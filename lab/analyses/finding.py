@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.paths import write_text
 from lab import plots
-from lab.runlog import write_json, write_text
+from lab.runlog import write_json
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ place and the queue waits for it; a stopped one makes room for the next, and que
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -30,9 +29,11 @@ from pathlib import Path
 from data.paths import atomic_file
 from lab.studio.places import REPO
 from records.launch import Job, Slot
-from records.ledger import Ledger, RunState, now, process_lives
+from records.ledger import Ledger, RunState, process_lives
 from records.logs import read_run_json
 from records.runner import run_name
+from trainer.options import command
+from trainer.program import now
 
 POLL_S = 0.2
 KILL_AFTER_S = 60.0  # a trainer that was asked to stop and does not is killed; its last checkpoint stays
@@ -310,6 +311,11 @@ class Runner:
                 job.signal(signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Options:
+    """One word: the folder of the queue."""
+
+
 def main(folder: str) -> int:
     """Work the queue in `folder` off, unless another process does."""
     queue = Queue(folder)
@@ -323,6 +329,4 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m lab.studio.jobs", description=main.__doc__)
-    parser.add_argument("folder", help="of the queue")
-    sys.exit(main(parser.parse_args().folder))
+    sys.exit(main(command(__doc__, None, Options, (1, 1))[0][0]))

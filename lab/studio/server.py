@@ -9,7 +9,6 @@ Exit codes: 0 ended by Ctrl-C, 2 usage, 5 the port or the folder cannot be used.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import getpass
 import inspect
@@ -18,9 +17,11 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from lab.studio.guard import Guard, clean_uploads, is_loopback
 from lab.studio.places import MAX_UPLOAD_BYTES, Places, Refused
+from trainer.options import command, setting
 
 USER, PASSWORD_VARIABLE, SHORTEST_PASSWORD = "studio", "STUDIO_PASSWORD", 8
 FIRST_PORT = 7860
@@ -44,13 +45,6 @@ def password_for(host: str) -> str | None:
             f"{SHORTEST_PASSWORD} characters in {PASSWORD_VARIABLE}; or leave --host out"
         )
     return password
-
-
-def port_number(text: str) -> int:
-    """A TCP port; argparse shows the message of the error."""
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
-    return int(text)
 
 
 def addresses(host: str, port: int) -> str:
@@ -117,20 +111,20 @@ def serve(places: Places, host: str, port: int | None, password: str | None):
     return page, page.server_port
 
 
+@dataclass(frozen=True)
+class Options:
+    """Where the studio is."""
+
+    host: str = setting("127.0.0.1", "address", "to listen on; any other than this machine's own needs a password")
+    port: int | None = setting(None, "TCP port", f"the first free one from {FIRST_PORT} on", at_least=1, at_most=65535)
+    folder: str | None = setting(None, "folder", "for trainings, texts and reports (lab/out/studio)")
+    open: bool = setting(False, "flag", "open the page in the browser")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.studio",
-        description="Train, watch and talk to models in the browser.",
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=port_number, help=f"default: the first free one from {FIRST_PORT} on")
-    parser.add_argument("--folder", help="for trainings, texts and reports (default: lab/out/studio)")
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
     try:
-        options = parser.parse_args(arguments)
+        _, options = command(__doc__, arguments, Options)
         password = password_for(options.host)
         page, port = serve(Places.of(options.folder), options.host, options.port, password)
     except SystemExit as stop:

@@ -227,7 +227,7 @@ def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys, t
         (stories.main, "judge run", "write name=RUN"),
         (stories.main, "clean a b", "1 words are needed"),
         (stories.main, "polish", "there are clean, train, sweep, judge"),
-        (stories.main, "train --model=mlp", "stories are for gpt and recurrent"),
+        (stories.main, "train --model=mlp", "one of gpt, recurrent"),
         (sample.main, "x --cuont=2", "did you mean --count"),
         (sample.main, "x --top_p=0", "above 0"),
         (tour.main, "--scale=0", "--scale=0.0: above 0"),

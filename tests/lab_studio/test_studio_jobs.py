@@ -13,7 +13,8 @@ import pytest
 
 from lab.studio.jobs import Queue, QueueError, Training, main
 from lab.studio.places import REPO
-from records.ledger import Ledger, host_hash, process_start
+from records.ledger import Ledger, process_start
+from trainer.program import host_hash
 
 # Counts steps into a log; on SIGTERM it writes where it is and ends like the project's trainers; --resume goes on.
 TRAINER = """

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from records import ledger as ledger_module
 from records.folder import SeriesError, read_record
-from records.ledger import Ledger, LedgerError, host_hash, ledger_summary, process_lives, process_start, run_states
+from records.ledger import Ledger, LedgerError, ledger_summary, process_lives, process_start, run_states
 from records.logs import read_run_json
+from trainer.program import host_hash
 
 
 def write_many(folder, writer, count):
