@@ -45,6 +45,20 @@ from kernels.products8 import (
 )
 from kernels.runtime import Tile, Tiles, copies_in_bulk, descriptor, tile_of, tl, triton
 
+
+def product_8_reference(a_MK, b_NK, scales_3, act_MN=None):
+    """What `launch_product_8` computes, in plain torch."""
+    of_product, of_act, of_out = scales_3.unbind()
+    x = product(Eight(a_MK, of_product), Eight(b_NK, torch.ones_like(of_product)), torch.float32)
+    if act_MN is None:
+        x = torch.relu(x).square_()
+    else:
+        x = x.mul_(2).mul_((act_MN.float() * of_act).sqrt_())
+    dtype = E4M3 if act_MN is None else E5M2
+    values = in_8_bits_reference(x, dtype, of_out)
+    return values, values.t().contiguous()
+
+
 #: "default" is small enough for any device.
 TILES: Tiles = {
     ("default", "product", 1): Tile(64, 64, 4, 2, depth=32),
@@ -149,19 +163,6 @@ def launch_product_8(a_MK, b_NK, scales_3, act_MN=None, tile: Tile | None = None
         num_stages=tile.stages,
     )
     return out, turned
-
-
-def product_8_reference(a_MK, b_NK, scales_3, act_MN=None):
-    """What `launch_product_8` computes, in plain torch."""
-    of_product, of_act, of_out = scales_3.unbind()
-    x = product(Eight(a_MK, of_product), Eight(b_NK, torch.ones_like(of_product)), torch.float32)
-    if act_MN is None:
-        x = torch.relu(x).square_()
-    else:
-        x = x.mul_(2).mul_((act_MN.float() * of_act).sqrt_())
-    dtype = E4M3 if act_MN is None else E5M2
-    values = in_8_bits_reference(x, dtype, of_out)
-    return values, values.t().contiguous()
 
 
 @torch.library.custom_op("speedrun::product_8", mutates_args=())
