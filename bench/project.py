@@ -238,9 +238,14 @@ def page(told: dict[str, Any]) -> str:
     ]
     errors = [abs(run["error"]) for name, run in runs.items() if "error" in run and name != "medium"]
     return TEXT.format(
-        runs=table(rows), sizes=table(sizes), parts=table(parts), goals="\n".join(goals),
-        factor=told["calibration"], worst=max(errors), what=__doc__.split("\n\n")[2],
-    )  # fmt: skip
+        runs=table(rows),
+        sizes=table(sizes),
+        parts=table(parts),
+        goals="\n".join(goals),
+        factor=told["calibration"],
+        worst=max(errors),
+        what=__doc__.split("\n\n")[2],
+    )
 
 
 def _pair(projected: float | None, published: float | None) -> str:
