@@ -172,6 +172,8 @@ def test_two_runs_give_the_same_bits(impl):
 
 @pytest.mark.parametrize("impl", ["banded", pytest.param("triton", marks=interpreted)])
 def test_compiled_without_a_break_and_growing_without_recompiling(impl):
+    import torch._dynamo.testing
+
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

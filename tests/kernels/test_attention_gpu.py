@@ -78,6 +78,8 @@ def test_prologue_against_the_reference(dtype):
 
 
 def test_compiled_with_a_growing_window():
+    import torch._dynamo.testing
+
     *inputs, do = draw(1, 4096, 4, 4, 128, torch.bfloat16)
     tokens = torch.randint(0, 700, (1, 4096), device="cuda")
 

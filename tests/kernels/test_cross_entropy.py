@@ -216,6 +216,8 @@ def test_a_column_of_weight_0_or_of_nobody_is_not_there(impl):
 
 
 def test_a_changing_weight_compiles_nothing():
+    import torch._dynamo.testing
+
     x, w, targets, upstream = draw()
     columns, weights = next_targets(targets, 2), torch.tensor([1.0, 0.5])
     torch._dynamo.reset()

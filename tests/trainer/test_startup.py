@@ -21,6 +21,8 @@ def after(name, code):
     compiler = [m for m in sys.modules if m.split(".")[:2] in (["torch", "_dynamo"], ["torch", "_inductor"])]
     told[name] = [len(sys.modules), len(compiler), "sympy" in sys.modules]
 after("train", train_gpt.main(words))
+more = ["--dtype=bfloat16", "--run_name=other"]  # attention by its operator
+after("bfloat16", train_gpt.main([word for word in words if word.partition("=")[0] != "--run_name"] + more))
 run = f"{folder}/run"
 after("sample", train_gpt.main(["sample", run, "--prompt=a", "--max_new_tokens=2"]))
 after("evaluate", train_gpt.main(["evaluate", run]))
