@@ -717,7 +717,10 @@ def campaign(
     seed: int, runs: int, kinds: list[str], folder: Path, show=print, minutes: float = float("inf")
 ) -> list[Outcome]:
     """`runs` runs, or as many as begin within `minutes`, the kinds in turn; every 25th turn is a slow kind's."""
-    import train_gpt  # noqa: F401  (once, here, for every process that is forked)
+    import train_gpt  # once, here, for every process that is forked; and so are the program's files parsed once
+    from trainer.program import program_files
+
+    program_files(train_gpt.__file__)
 
     quick, slow = [k for k in kinds if k not in SLOW_KINDS], [k for k in kinds if k in SLOW_KINDS]
     work = Campaign(folder)

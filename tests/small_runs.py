@@ -53,16 +53,21 @@ def losses(text_path: Path) -> list[tuple[str, str, str]]:
 
 
 WORLD = """
-import os, sys, json
+import os, shutil, sys, json
 import torch, train_gpt
+from trainer.program import program_files
 args, worlds, port = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-for world, *more in worlds:  # forked before torch has started any thread: one import for all processes
+program_files(train_gpt.__file__)  # parsed once for all processes, as torch is imported once
+for number, (world, *more) in enumerate(worlds):  # forked before torch has started any thread
     children = []
+    if not world:  # between two worlds
+        os.unlink(more[0]) if len(more) == 1 else shutil.copy(*more)
+        continue
     for rank in range(world):
         child = os.fork()
         if not child:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port + world))
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port + number))
             given = dict(word.split("=", 1) for word in [*args, f"--run_name=world{world}", *more])
             code = train_gpt.main([f"{name}={text}" for name, text in given.items()])
             sys.stdout.flush()
@@ -75,7 +80,7 @@ for world, *more in worlds:  # forked before torch has started any thread: one i
 
 def in_worlds(args: list[str], worlds: list[list]) -> None:
     """Run the trainer in worlds of several processes, one world after the other: [[size, more arguments...], ...], of
-    which those of a world replace `args`."""
+    which those of a world replace `args`. Between two, [0, path] removes a file and [0, path, path] copies one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] % 50000 + 2000

@@ -3,6 +3,7 @@ and overlapped exchange, a checkpoint and a resume; and a process that hangs. No
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,14 +58,19 @@ def words(data, out, **changes) -> list[str]:
     return [f"--{name}={value}" for name, value in (MEDIUM | files | changes).items()]
 
 
-def go_on(data, out, name, resumed, tolerance):
+def go_on(out, name, resumed, tolerance):
     """The run `name` again from step 3 by `resumed()`: its losses are those of the first time."""
-    first = losses(out / f"{name}.txt")
-    assert [row[:2] for row in first if row[1] == "val_loss"] == [(s, "val_loss") for s in ("0", "3", "6")]
-    assert len(first) == 9 and float(first[-1][2]) < float(first[0][2])
+    shutil.copy(out / f"{name}.txt", out / f"{name}.first.txt")
     (out / f"{name}.checkpoints" / "step-000006.safetensors").unlink()
     resumed()
-    again = losses(out / f"{name}.txt")
+    went_on(out, name, tolerance)
+
+
+def went_on(out, name, tolerance):
+    """A run that was resumed from step 3 has the losses of its first time, which lie beside it."""
+    first, again = losses(out / f"{name}.first.txt"), losses(out / f"{name}.txt")
+    assert [row[:2] for row in first if row[1] == "val_loss"] == [(s, "val_loss") for s in ("0", "3", "6")]
+    assert len(first) == 9 and float(first[-1][2]) < float(first[0][2])
     assert [row[:2] for row in again] == [row[:2] for row in first]
     assert max(abs(float(a[2]) - float(b[2])) for a, b in zip(again, first)) <= tolerance
     assert "resumed from the checkpoint of step 3" in (out / f"{name}.txt").read_text()
@@ -74,7 +80,16 @@ def test_two_processes_in_bfloat16_save_and_resume(data, tmp_path):
     """Either exchange continues the other's checkpoint; the checkpoints hold the same tensors, whoever held what."""
     args = words(data, tmp_path)
     plain, overlap = ["--communication=plain", "--run_name=plain"], ["--communication=overlap", "--run_name=overlap"]
-    in_worlds(args, [[2, *plain], [2, *overlap]])
+    between = [
+        step
+        for name in ("plain", "overlap")
+        for step in (
+            [0, f"{tmp_path}/{name}.txt", f"{tmp_path}/{name}.first.txt"],
+            [0, f"{tmp_path}/{name}.checkpoints/step-000006.safetensors"],
+        )
+    ]
+    exchanged = [[2, overlap[0], plain[1], "--resume=auto"], [2, plain[0], overlap[1], "--resume=auto"]]
+    in_worlds(args, [[2, *plain], [2, *overlap], *between, *exchanged])
     states = {
         name: load_tensors(tmp_path / f"{name}.checkpoints" / "step-000003.safetensors", train_gpt.CHECKPOINT_FORMAT)[1]
         for name in ("plain", "overlap")
@@ -85,9 +100,8 @@ def test_two_processes_in_bfloat16_save_and_resume(data, tmp_path):
     for name, tensor in states["plain"].items():  # two summands: one sum, whatever the route
         assert torch.equal(tensor, states["overlap"][name]), name
     assert states["plain"]["model.head_w"].abs().sum() > 0
-    resume = "--resume=auto"
-    go_on(data, tmp_path, "plain", lambda: in_worlds(args, [[2, overlap[0], plain[1], resume]]), 1e-6)
-    go_on(data, tmp_path, "overlap", lambda: in_worlds(args, [[2, plain[0], overlap[1], resume]]), 1e-6)
+    went_on(tmp_path, "plain", 1e-6)
+    went_on(tmp_path, "overlap", 1e-6)
 
 
 @pytest.mark.slow
@@ -100,7 +114,7 @@ def test_compiled_training_saves_and_resumes(data, tmp_path, monkeypatch):
     small |= dict(train_seq_len=256, tokens_per_step=256, second_input_embedding="true")
     args = words(data, tmp_path, compile="on", **small)
     assert train_gpt.main(args) == 0
-    go_on(data, tmp_path, "run", lambda: train_gpt.main([*args, "--resume=auto"]), 1e-6)
+    go_on(tmp_path, "run", lambda: train_gpt.main([*args, "--resume=auto"]), 1e-6)
     assert train_gpt.main(words(data, tmp_path / "eager", compile="off", **small)) == 0
     pairs = zip(losses(tmp_path / "run.txt"), losses(tmp_path / "eager" / "run.txt"), strict=True)
     assert max(abs(float(a[2]) - float(b[2])) for a, b in pairs) <= 0.02  # bfloat16, rounded in other places
@@ -119,7 +133,7 @@ def test_all_of_it_at_once_by_torchrun(data, tmp_path, dtype, exchange):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     run()
-    go_on(data, tmp_path, "run", lambda: run("--resume=auto"), 1e-6)
+    go_on(tmp_path, "run", lambda: run("--resume=auto"), 1e-6)
 
 
 HANGS = """

@@ -22,7 +22,9 @@ PATIENCE_S = 120  # of these tests, where the machine has other work
 SERVER = """
 import json, os, sys
 import torch, train_gpt
+from trainer.program import program_files
 torch.set_num_threads(1)
+program_files(train_gpt.__file__)  # parsed once for all runs
 for line in sys.stdin:
     told = json.loads(line)
     child = os.fork()

@@ -115,7 +115,10 @@ def main(folder: Path) -> int:
     except OSError as error:
         print(error)
         return SKIP
-    import train_gpt  # noqa: F401  (before the forks)
+    import train_gpt  # before the forks, and the program's files are parsed before them, too
+    from trainer.program import program_files
+
+    program_files(train_gpt.__file__)
 
     starts = {}
     boxes = {name: Sandbox(folder / name) for name in ("whole-0", "whole-1", "stopped-0", "stopped-1", "one", "cut")}
