@@ -199,9 +199,11 @@ RUNS = "local/runs"  # where runs lie whose folder is not told
 
 
 def find_checkpoint(name: str, *runs: str) -> Path:
-    """The file `name`; the newest checkpoint in the folder `name`, or of the run `name` in the folders `runs` (by
-    default `RUNS`). Newest: of the highest step. Raises CheckpointError."""
+    """The file `name`; the newest checkpoint in the folder `name`, or of the run whose log or JSON is `name`, or of the
+    run `name` in the folders `runs` (by default `RUNS`). Newest: of the highest step. Raises CheckpointError."""
     path = Path(name)
+    if path.suffix in (".txt", ".json") and path.with_suffix(".checkpoints").is_dir():
+        path = path.with_suffix(".checkpoints")
     if path.is_file():
         return path
     homes = list(dict.fromkeys(runs)) or [RUNS]
@@ -209,7 +211,7 @@ def find_checkpoint(name: str, *runs: str) -> Path:
         if folder.is_dir():
             found = checkpoints_of(folder) or [p for f in folder.glob("*.checkpoints") for p in checkpoints_of(f)]
             if len({p.parent for p in found}) > 1:
-                names = ", ".join(sorted(p.parent.name.removesuffix(".checkpoints") for p in found))
+                names = ", ".join(sorted({p.parent.name.removesuffix(".checkpoints") for p in found}))
                 raise CheckpointError(f"{folder}: holds several runs ({names}); name one")
             if found:
                 return found[0]

@@ -155,11 +155,14 @@ def generate(model: Any, tokens: list[int], max_new_tokens: int, **how: Any) -> 
         yield int(token_B)
 
 
+_COLD = 1e-30  # a temperature at which only the likeliest token comes; lower ones overflow float32
+
+
 def pick(
     logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Token ids (...) from logits (V) or (B, V)."""
-    if temperature <= 0:
+    if temperature <= _COLD:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
@@ -168,6 +171,7 @@ def pick(
         ordered, index = logits.sort(descending=True)
         p = ordered.softmax(-1)
         unlikely = p.cumsum(-1) - p >= top_p  # the likelier ones before it have top_p already
+        unlikely[..., 0] = False  # however small top_p is
         logits = logits.masked_fill(unlikely.gather(-1, index.argsort(-1)), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[..., 0]
 
@@ -212,7 +216,7 @@ def _prompts(options: SampleOptions) -> list[str]:
         raise UsageError("--prompt and --prompts: give one of them")
     try:
         data = sys.stdin.buffer.read() if options.prompts == "-" else Path(options.prompts).read_bytes()
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"--prompts={options.prompts}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -107,7 +107,7 @@ def _told(kind: type, values: Mapping[str, Any], without: Iterable[str]) -> dict
 def from_file(path: str, kind: type) -> dict[str, Any]:
     """Fields from TOML (tables only group them) or JSON (a run's, with its fields under "config"). UsageError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
         told = json.loads(text) if path.endswith(".json") else _toml(text)
         if not isinstance(told, dict):
             raise ValueError("no fields in it")

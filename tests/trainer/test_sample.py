@@ -96,21 +96,21 @@ def written(capsys, *arguments):
 def test_a_checkpoint_is_a_file_a_folder_or_a_name(runs, monkeypatch, capsys):
     newest = runs / "one.checkpoints" / "step-000010.safetensors"
     monkeypatch.chdir(runs.parent)
-    for name in (newest, newest.parent, runs, runs / "one"):
+    for name in (newest, newest.parent, runs, runs / "one", runs / "one.json", runs / "one.txt"):
         assert find_checkpoint(str(name)) == newest
     assert find_checkpoint("one", "none", str(runs)) == newest
     with pytest.raises(CheckpointError, match="none: no checkpoint, no folder of checkpoints, and no run"):
         find_checkpoint("none")
     (runs / "two.checkpoints").mkdir()
     (runs / "two.checkpoints" / newest.name).touch()
-    with pytest.raises(CheckpointError, match=r"holds several runs \(one.*two\); name one"):
+    with pytest.raises(CheckpointError, match=r"holds several runs \(one, two\); name one"):
         find_checkpoint(str(runs))
     (runs / "two.checkpoints" / newest.name).unlink()
     assert written(capsys, runs / "one", "--prompt=abc").out.startswith("abc")
 
 
 def test_prompts_from_a_file_and_from_standard_input(runs, tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("first\n\nzwö\n")
+    (tmp_path / "prompts.txt").write_text("first\n\nzwö\n", encoding="utf-8-sig")
     text = written(capsys, runs / "one", f"--prompts={tmp_path / 'prompts.txt'}", "--num_samples=2").out
     assert [part.strip()[:3] for part in text.split("-" * 40)] == ["fir", "fir", "zwö", "zwö"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped\n")))
@@ -140,6 +140,15 @@ def test_a_prompt_that_is_cut_is_said(runs, capsys):
 def test_what_makes_no_sense_is_refused(runs, words, message, capsys):
     assert train_gpt.main(["sample", str(runs / "one"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "how",
+    [dict(temperature=1e-320), dict(temperature=1e-38), dict(temperature=1e-29), dict(temperature=1, top_p=1e-300)],
+)
+def test_least_temperature_and_least_top_p_take_the_likeliest(how):
+    logits_BV = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)) * 30
+    assert torch.equal(sample.pick(logits_BV, **how), logits_BV.argmax(-1))
 
 
 def test_help(capsys):

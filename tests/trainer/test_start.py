@@ -34,7 +34,7 @@ def told(folder, name="run"):
 
 def test_a_file_of_fields(tmp_path):
     (tmp_path / "run.toml").write_text(
-        'preset = "nano"\nseed = 3\n[optimizer]\nmuon_lr = 0.02\nlog_train_loss = false\n'
+        '\ufeffpreset = "nano"\nseed = 3\n[optimizer]\nmuon_lr = 0.02\nlog_train_loss = false\n'
     )
     config = train_gpt.parse_config([f"--config={tmp_path / 'run.toml'}", "--seed=4"])
     assert (config.preset, config.seed, config.muon_lr, config.log_train_loss) == ("nano", 4, 0.02, False)
