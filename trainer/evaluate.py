@@ -62,6 +62,8 @@ def _stream(config: Any, options: EvaluateOptions) -> TokenStream:
     tokens = config.val_tokens if options.val_tokens < 0 else options.val_tokens
     if 0 < tokens < length:
         raise UsageError(f"--val_tokens={tokens} is not one sequence of --val_seq_len={length}")
+    if options.val_tokens > 0 and tokens % length:
+        raise UsageError(f"--val_tokens={tokens} is not a multiple of --val_seq_len={length}")
     config = with_all_validation(dataclasses.replace(config, val_seq_len=length, val_tokens=tokens))
     stream = validation_stream(config)
     check_encoding([s.path for s in stream.shards], stream.window(0, 0)[:0], config.vocab_size, config.eos_id)
@@ -137,6 +139,8 @@ def evaluate_command(arguments: list[str], load: Callable[[Path, str], tuple[Any
         raise UsageError(f"{USAGE.splitlines()[0]}: {len(words)} checkpoints were named")
     options = fill(EvaluateOptions, given)
     check_limits(options)
+    if options.json not in ("", "-") and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+        raise UsageError(f"--json={options.json}: a file in a folder that is there")  # now, not after all the work
     path = find_checkpoint(words[0])
     told = {"checkpoint": str(path), **evaluate(*load(path, device_of(options.device)), options)}
     if options.json:

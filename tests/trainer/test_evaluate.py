@@ -56,6 +56,9 @@ def test_other_data(done, tmp_path, capsys):
         ([f"--val_files={other}/val_0.bin"], 3, "its shards have 50257 tokens"),
         ([f"--val_files={other}/none.bin"], 3, "no such file"),
         (["--val_tokens=5"], 2, "is not one sequence"),
+        (["--val_tokens=100"], 2, "--val_tokens=100 is not a multiple of --val_seq_len=64"),
+        (["--json=/nowhere/told.json"], 2, "--json=/nowhere/told.json: a file in a folder that is there"),
+        ([f"--json={tmp_path}"], 2, "a file in a folder that is there"),
         (["--val_files=a", "--data=b"], 2, "give one of them"),
     ):
         found, text = evaluate(capsys, done, *words)

@@ -142,13 +142,10 @@ def test_what_makes_no_sense_is_refused(runs, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "how",
-    [dict(temperature=1e-320), dict(temperature=1e-38), dict(temperature=1e-29), dict(temperature=1, top_p=1e-300)],
-)
+@pytest.mark.parametrize("how", [(1e-320, 0, 1.0), (1e-38, 0, 1.0), (1e-29, 0, 1.0), (1.0, 0, 1e-300)])
 def test_least_temperature_and_least_top_p_take_the_likeliest(how):
     logits_BV = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)) * 30
-    assert torch.equal(sample.pick(logits_BV, **how), logits_BV.argmax(-1))
+    assert torch.equal(sample.pick(logits_BV, *how), logits_BV.argmax(-1))
 
 
 def test_help(capsys):
