@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy
@@ -24,6 +24,7 @@ FEWEST_CURVES = 3
 FEWEST_POINTS = 4
 FEWEST_DIGITS = 4  # printed units that the noise at a point must hold, for the point to tell near from equal
 MOST_PAIRS = 20_000  # that the size of the noise is taken from
+BLOCK = 1 << 16  # pairs whose differences are held at once
 _NORMAL_MEDIAN = 0.6744897501960817  # median of |z| for a standard normal z
 
 
@@ -45,8 +46,9 @@ class Noise:
     freedom: float  # independent differences that a pair of curves holds, halved
 
 
-def noise_of(curves: np.ndarray) -> Noise | None:
-    """The noise between `curves` (runs, common validation steps); None where too few of either tell it."""
+def noise_of(curves: np.ndarray, grid: float = 0.0) -> Noise | None:
+    """The noise between `curves` (runs, common validation steps), printed to the nearest multiple of `grid`; None where
+    too few of either tell it."""
     if curves.ndim != 2 or len(curves) < FEWEST_CURVES or curves.shape[1] < FEWEST_POINTS:
         return None
     if not np.isfinite(curves).all():
@@ -54,28 +56,23 @@ def noise_of(curves: np.ndarray) -> Noise | None:
     first, second = _some_pairs(len(curves))
     differences = curves[first] - curves[second]
     scale = np.median(np.abs(differences), axis=0) / _NORMAL_MEDIAN
-    scale[scale <= FEWEST_DIGITS * grid_of(curves)] = 0.0  # digits too coarse to tell near from equal
+    scale[scale <= FEWEST_DIGITS * grid] = 0.0  # digits too coarse to tell near from equal
     if (scale > 0).sum() < FEWEST_POINTS:
         return None
     z = differences[:, scale > 0] / scale[scale > 0]
     return Noise(scale, max(1.0, 0.5 * independent_points(z)))
 
 
-def grid_of(values: np.ndarray) -> float:
-    """The distance of neighbouring values as they were printed: 1e-4 for four digits; 0 for full precision."""
-    digits = (digits for digits in range(8) if np.allclose(values, np.round(values, digits), rtol=0, atol=1e-11))
-    return next((10.0**-one for one in digits), 0.0)
-
-
-def chance_of_equality(samples: Sequence[np.ndarray], least_noise: float) -> float:
+def chance_of_equality(samples: Sequence[np.ndarray], least_noise: float, grid: float) -> float:
     """The chance that two of the curves (runs, points) of `samples` print alike at every point by accident.
 
-    The noise between runs is that of the quietest sample, or `least_noise` where none has three runs. Neighbouring
-    points remember one another: every one after the first counts half.
+    `grid`: the distance of neighbouring values as they were printed. The noise between runs is that of the quietest
+    sample, or `least_noise` where none has three runs. Neighbouring points remember one another: every one after the
+    first counts half.
     """
     if not samples or samples[0].shape[1] == 0:
         return 1.0
-    grid = max([1e-9, *(grid_of(curves) for curves in samples)])
+    grid = max(1e-9, grid)
     scales = [np.full(samples[0].shape[1], least_noise)]
     if larger := [curves for curves in samples if len(curves) >= FEWEST_CURVES and np.isfinite(curves).all()]:
         pairs = [(curves, _some_pairs(len(curves))) for curves in larger]
@@ -96,12 +93,12 @@ def _some_pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
     return first, (first + rng.integers(1, n, MOST_PAIRS)) % n
 
 
-def nearest_pairs(curves: Sequence[Sequence[float]], looks: int = 1) -> list[Nearness]:
+def nearest_pairs(curves: Sequence[Sequence[float]] | np.ndarray, looks: int = 1, grid: float = 0.0) -> list[Nearness]:
     """The pairs of `curves` (runs, common validation steps) that are nearer than an accident explains, the nearest
-    first; empty where there are too few runs or steps to tell noise from likeness. `looks`: at how many parts of the
-    curves the caller looks, each of which is a chance of an accident."""
+    first; empty where there are too few runs or steps to tell noise from likeness. `looks`: in how many ways the caller
+    looks at the curves, each of which is a chance of an accident."""
     x = np.asarray(curves, dtype=np.float64)
-    noise = noise_of(x)
+    noise = noise_of(x, grid)
     if noise is None:
         return []
     pairs = looks * len(x) * (len(x) - 1) // 2
@@ -109,41 +106,67 @@ def nearest_pairs(curves: Sequence[Sequence[float]], looks: int = 1) -> list[Nea
     z = (x[:, told] - x[:, told].mean(axis=0)) / noise.scale[told]
     first, second = _within(z, _limit(noise.freedom, pairs))
     squares = ((z[first] - z[second]) ** 2).mean(axis=1)
-    return _accused(first, second, squares, noise.freedom, pairs)
+    found = _accused(first, second, squares, np.full(len(first), noise.freedom), pairs)
+    return [near for _, near in found]
 
 
-def near_across(series: Sequence[np.ndarray]) -> list[tuple[int, int, Nearness]]:
+def near_across(series: Sequence[np.ndarray], looks: int = 1, grid: float = 0.0) -> list[tuple[int, int, Nearness]]:
     """(series, other series, runs of the two) that are nearer than an accident explains, the nearest first.
 
     `series`: curves (runs, steps) over one set of steps. The noise of a pair is the lesser of its two series', so that
     a quiet recipe is not taken for a copy of a noisy one; a series of fewer than three runs tells none and is left out.
     """
-    told = [(index, curves, noise) for index, curves in enumerate(series) if (noise := noise_of(curves)) is not None]
-    if len(told) < 2:
+    noises = {index: noise for index, curves in enumerate(series) if (noise := noise_of(curves, grid)) is not None}
+    if len(noises) < 2:
         return []
-    owner = np.concatenate([np.full(len(curves), place) for place, (_, curves, _) in enumerate(told)])
-    member = np.concatenate([np.arange(len(curves)) for _, curves, _ in told])
-    x = np.concatenate([curves for _, curves, _ in told])
-    widest = np.max([noise.scale for _, _, noise in told], axis=0)
-    x = (x - x.mean(axis=0))[:, widest > 0]
-    pairs = len(x) * (len(x) - 1) // 2
-    first, second = _within(x / widest[widest > 0], 1.0)
+    owner = np.concatenate([np.full(len(series[index]), index) for index in noises])
+    member = np.concatenate([np.arange(len(series[index])) for index in noises])
+    x = np.concatenate([series[index] for index in noises])
+    scale, freedom = np.zeros((len(series), x.shape[1])), np.zeros(len(series))
+    for index, noise in noises.items():
+        scale[index], freedom[index] = noise.scale, noise.freedom
+    pairs = looks * len(x) * (len(x) - 1) // 2
+    first, second = _candidates(x, scale[list(noises)], _limit(float(freedom.max()), pairs))
     other = owner[first] != owner[second]
-    found = []
-    for a, b in zip(first[other], second[other]):
-        noises = [told[owner[one]][2] for one in (a, b)]
-        scale = np.minimum(noises[0].scale, noises[1].scale)[widest > 0]
-        if (scale > 0).sum() >= FEWEST_POINTS:
-            square = float((((x[a] - x[b])[scale > 0] / scale[scale > 0]) ** 2).mean())
-            freedom = min(noise.freedom for noise in noises)
-            for near in _accused(member[[a]], member[[b]], np.array([square]), freedom, pairs):
-                found.append((told[owner[a]][0], told[owner[b]][0], near))
-    return sorted(found, key=lambda one: one[2].ratio)
+    first, second = first[other], second[other]
+    squares = np.empty(len(first))
+    for start in range(0, len(first), BLOCK):
+        a, b = first[start : start + BLOCK], second[start : start + BLOCK]
+        squares[start : start + BLOCK] = _squares(x[a] - x[b], np.minimum(scale[owner[a]], scale[owner[b]]))
+    found = _accused(first, second, squares, np.minimum(freedom[owner[first]], freedom[owner[second]]), pairs)
+    return [
+        (
+            int(owner[first[i]]),
+            int(owner[second[i]]),
+            replace(near, first=int(member[first[i]]), second=int(member[second[i]])),
+        )
+        for i, near in found
+    ]
+
+
+def _candidates(x: np.ndarray, scales: np.ndarray, square: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows of x (runs, steps) of which any two of the `scales` (series, steps) could make a mean square of at
+    most `square`; none of those is missing, some that are farther apart are among them."""
+    told = (scales > 0).all(axis=0)  # at each of these steps a pair's own scale is at most the widest
+    if not told.any():
+        first, second = np.triu_indices(len(x), 1)
+        return first, second
+    z = (x[:, told] - x[:, told].mean(axis=0)) / scales[:, told].max(axis=0)
+    return _within(z, square * x.shape[1] / int(told.sum()))
+
+
+def _squares(differences: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Mean squares of differences (pairs, steps) in units of `scale`, over the steps where that is above 0; infinite
+    where there are too few of those."""
+    told = scale > 0
+    z = np.divide(differences, scale, out=np.zeros_like(differences), where=told)
+    count = told.sum(axis=1)
+    return np.where(count >= FEWEST_POINTS, (z * z).sum(axis=1) / np.maximum(count, 1), np.inf)
 
 
 def _limit(freedom: float, pairs: int) -> float:
     """The mean square below which one of `pairs` is accused."""
-    return float(scipy.stats.chi2.ppf(ACCUSED_BELOW / pairs, freedom) / freedom)
+    return float(2 * scipy.special.gammaincinv(freedom / 2, ACCUSED_BELOW / pairs) / freedom)
 
 
 def _within(z: np.ndarray, square: float) -> tuple[np.ndarray, np.ndarray]:
@@ -153,14 +176,13 @@ def _within(z: np.ndarray, square: float) -> tuple[np.ndarray, np.ndarray]:
     return found[:, 0], found[:, 1]
 
 
-def _accused(first: np.ndarray, second: np.ndarray, squares: np.ndarray, freedom: float, pairs: int) -> list[Nearness]:
-    """Those whose chance is below ACCUSED_BELOW, the nearest first."""
-    chances = np.minimum(1.0, scipy.stats.chi2.cdf(freedom * squares, freedom) * pairs)
-    return [
-        Nearness(int(first[i]), int(second[i]), float(np.sqrt(squares[i])), float(chances[i]))
-        for i in np.argsort(squares)
-        if chances[i] < ACCUSED_BELOW
-    ]
+def _accused(
+    first: np.ndarray, second: np.ndarray, squares: np.ndarray, freedom: np.ndarray, pairs: int
+) -> list[tuple[int, Nearness]]:
+    """(index of a pair, pair) of those whose chance is below ACCUSED_BELOW, the nearest first."""
+    chances = np.minimum(1.0, scipy.special.gammainc(freedom / 2, freedom * squares / 2) * pairs)
+    order = [int(i) for i in np.argsort(squares) if chances[i] < ACCUSED_BELOW]
+    return [(i, Nearness(int(first[i]), int(second[i]), float(np.sqrt(squares[i])), float(chances[i]))) for i in order]
 
 
 def independent_points(z: np.ndarray) -> float:

@@ -1,9 +1,9 @@
 """Two recipes: do their losses and times differ, by how much, and could they be called equivalent?
 
-Welch's t-test on losses and on times; a paired test where runs pair up by seed or by host; equivalence
-within a margin by two one-sided tests (TOST); Holm's correction over several candidates. A large p is "no
-evidence of a difference", never "the same": only the TOST can speak for sameness, and only within its
-margin.
+Welch's t-test on losses and on times; a paired test where runs pair up by seed or by host; equivalence within a margin
+by two one-sided tests (TOST). Whatever is asked (losses, times or both, of each candidate) is corrected together, so
+that the chance of any false claim is at most alpha. A large p is "no evidence of a difference", never "the same": only
+the TOST can speak for sameness, and only within its margin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Difference:
     t_stat: float
     df: float
     p_value: float  # two-sided
-    holm_p: float  # the same, corrected for all the candidates that were compared (Holm's or Dunnett's way)
+    holm_p: float  # the same, corrected for all that was asked (Holm's or Dunnett's way)
     hedges_g: float | None  # in pooled standard deviations, small-sample corrected
 
 
@@ -57,6 +57,7 @@ class Equivalence:
 
     margin: float
     p_value: float
+    holm_p: float  # the same, corrected for all that was asked
     equivalent: bool
 
 
@@ -93,20 +94,30 @@ class Comparisons:
     """Every candidate against one baseline; p-values corrected together."""
 
     threshold: float
+    asked: tuple[str, ...]  # loss, time_s: what the corrected p-values and the exit code are about
     comparisons: tuple[Comparison, ...]
     table: str  # the community's table, in Markdown
     notes: tuple[str, ...]
 
     @property
     def found_something(self) -> bool:
-        """True if a loss or time differs at alpha, or was shown to be equivalent."""
+        """True if a loss or time that was asked about differs at alpha, or was shown to be equivalent."""
         return any(
-            (one.loss is not None and one.loss.holm_p < one.alpha)
-            or (one.time_s is not None and one.time_s.holm_p < one.alpha)
-            or (one.loss_equivalence is not None and one.loss_equivalence.equivalent)
-            or (one.time_equivalence is not None and one.time_equivalence.equivalent)
+            (difference is not None and difference.holm_p < one.alpha)
+            or (equivalence is not None and equivalence.equivalent)
             for one in self.comparisons
+            for what in self.asked
+            for difference, equivalence in [_claims(one, what)]
         )
+
+
+def _claims(one: Comparison, what: str) -> tuple[Difference | None, Equivalence | None]:
+    """The tests of `what` (loss or time_s)."""
+    return (one.loss, one.loss_equivalence) if what == "loss" else (one.time_s, one.time_equivalence)
+
+
+QUESTIONS = ("loss", "time_s")
+_CORRECTIONS = {"holm": "Holm's step-down method", "dunnett": "Dunnett's test, which assumes one spread for all"}
 
 
 def compare(
@@ -118,11 +129,13 @@ def compare(
     time_margin_s: float | None = None,
     threshold: float = TRACK_THRESHOLD,
     correction: str = "holm",
+    asked: Sequence[str] = QUESTIONS,
 ) -> Comparisons:
     """Each candidate against the baseline. Margins (nats, seconds) add the equivalence tests.
 
-    Raises DataError for a side with fewer than two losses or without variance; UsageError for an alpha or a
-    margin that makes no sense.
+    `asked`: loss, time_s or both. All of that is one family: the chance of any false claim is at most alpha. What is
+    not asked is told as well, uncorrected, and claims nothing. Raises DataError for a side with fewer than two losses
+    or without variance; UsageError for an alpha, a margin or a correction that makes no sense.
     """
     check_alpha(alpha)
     for margin in (loss_margin, time_margin_s):
@@ -137,14 +150,13 @@ def compare(
             raise DataError(f"{sample.name}: {error.cause}") from None
     if "unit" in unlike_losses([sample.runs for sample in (baseline, *candidates)]):
         raise DataError("losses in different units (nats a token, bits a byte): they cannot be compared")
+    if correction not in _CORRECTIONS:
+        raise UsageError(f"correction {correction!r}: {' or '.join(_CORRECTIONS)}")
+    if correction == "dunnett" and (loss_margin is not None or time_margin_s is not None):
+        raise UsageError("Dunnett's test knows no equivalence: take --correction holm, or leave out the margins")
     groups = [_group(sample, threshold) for sample in (baseline, *candidates)]
-    losses = holm([welch(candidate.losses, baseline.losses, alpha) for candidate in candidates])
-    times = holm([welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates])
-    if correction == "dunnett":
-        losses = dunnett(losses, [one.losses for one in candidates], baseline.losses)
-        times = dunnett(times, [one.times_s for one in candidates], baseline.times_s)
-    elif correction != "holm":
-        raise UsageError(f"correction {correction!r}: holm or dunnett")
+    losses = [welch(candidate.losses, baseline.losses, alpha) for candidate in candidates]
+    times = [welch(candidate.times_s, baseline.times_s, alpha) for candidate in candidates]
     slope = _end_slope(baseline)
     found = []
     for candidate, group, loss, time_s in zip(candidates, groups[1:], losses, times):
@@ -162,16 +174,58 @@ def compare(
             loss_in_steps=loss.estimate / abs(slope) if slope else None,
             conclusions=(),
         )
-        found.append(replace(one, conclusions=_conclusions(one)))
-    return Comparisons(
-        threshold, tuple(found), community_table(groups, found), _notes(baseline, candidates, correction)
-    )
+        found.append(one)
+    correct = _dunnett_together if correction == "dunnett" else _holm_together
+    found = [replace(one, conclusions=_conclusions(one, asked)) for one in correct(found, asked, baseline, candidates)]
+    notes = _notes(baseline, candidates, found, asked, correction)
+    return Comparisons(threshold, tuple(asked), tuple(found), community_table(groups, found), notes)
+
+
+def _holm_together(
+    found: Sequence[Comparison], asked: Sequence[str], baseline: Sample, candidates: Sequence[Sample]
+) -> list[Comparison]:
+    """With p-values corrected by Holm's method over all candidates and all that is asked of them. That two recipes do
+    not differ and that they differ by the margin cannot both be true, so that at most half of the hypotheses are."""
+    units = [(index, what) for index in range(len(found)) for what in asked if _claims(found[index], what)[0]]
+    tests = [(unit, test) for unit in units for test in _claims(found[unit[0]], unit[1]) if test is not None]
+    corrected = holm_p([test.p_value for _, test in tests], len(units))
+    told = list(found)
+    for ((index, what), test), p in zip(tests, corrected):
+        told[index] = _corrected(told[index], what, test, p)
+    return told
+
+
+def _corrected(one: Comparison, what: str, test: Difference | Equivalence, p: float) -> Comparison:
+    """`one` with the corrected p of one of its tests."""
+    if isinstance(test, Difference):
+        difference = replace(test, holm_p=p)
+        return replace(one, loss=difference) if what == "loss" else replace(one, time_s=difference)
+    same = replace(test, holm_p=p, equivalent=p < one.alpha)
+    return replace(one, loss_equivalence=same) if what == "loss" else replace(one, time_equivalence=same)
+
+
+def _dunnett_together(
+    found: Sequence[Comparison], asked: Sequence[str], baseline: Sample, candidates: Sequence[Sample]
+) -> list[Comparison]:
+    """With p-values of Dunnett's test over the candidates, those of each question times the number of questions."""
+    told = list(found)
+    for what in asked:
+        values = [sample.losses if what == "loss" else sample.times_s for sample in (baseline, *candidates)]
+        tests = {index: test for index, one in enumerate(found) if (test := _claims(one, what)[0])}
+        p_values = [test.p_value for test in tests.values()]
+        if len(tests) > 1:
+            p_values = dunnett_p([values[index + 1] for index in tests], values[0])
+        for (index, test), p in zip(tests.items(), p_values):
+            told[index] = _corrected(told[index], what, test, min(1.0, len(asked) * p))
+    return told
 
 
 FEW_RUNS = 5
 
 
-def _notes(baseline: Sample, candidates: Sequence[Sample], correction: str) -> tuple[str, ...]:
+def _notes(
+    baseline: Sample, candidates: Sequence[Sample], found: Sequence[Comparison], asked: Sequence[str], correction: str
+) -> tuple[str, ...]:
     """What has to be known to read the table: mixtures, few runs, other machines, the correction."""
     samples = (baseline, *candidates)
     notes = [f"{sample.name}: {note}" for sample in samples for note in sample.notes]
@@ -185,9 +239,9 @@ def _notes(baseline: Sample, candidates: Sequence[Sample], correction: str) -> t
     if len(machines) > 1:
         told = "; ".join(f"{name}, {count or '?'} processes" for name, count in sorted(machines, key=str))
         notes.append(f"different machines ({told}): a difference of the times is theirs as well")
-    if len(candidates) > 1:
-        words = {"holm": "Holm's step-down method", "dunnett": "Dunnett's test, which assumes one spread for all"}
-        notes.append(f"p-values of {len(candidates)} candidates are corrected by {words[correction]}")
+    claims = sum(_claims(one, what)[0] is not None for one in found for what in asked)
+    if claims > 1:
+        notes.append(f"p-values of {claims} questions are corrected together by {_CORRECTIONS[correction]}")
     return tuple(notes)
 
 
@@ -258,20 +312,23 @@ def welch(candidate: Sequence[float], baseline: Sequence[float], alpha: float) -
     a, b = np.asarray(candidate, float), np.asarray(baseline, float)
     if min(len(a), len(b)) < 2 or np.ptp(a) + np.ptp(b) == 0:
         return None
-    result = scipy.stats.ttest_ind(a, b, equal_var=False)
-    interval = result.confidence_interval(1 - alpha)
-    p_value = float(result.pvalue)
-    df = len(a) + len(b) - 2
-    pooled = math.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / df)
+    parts = [side.var(ddof=1) / len(side) for side in (a, b)]
+    error = math.sqrt(sum(parts))
+    df = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (a, b)))  # Welch 1947
+    estimate = float(a.mean() - b.mean())
+    half = float(scipy.special.stdtrit(df, 1 - alpha / 2)) * error
+    p_value = 2 * float(scipy.special.stdtr(df, -abs(estimate) / error))
+    freedom = len(a) + len(b) - 2
+    pooled = math.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / freedom)
     return Difference(
-        estimate=float(a.mean() - b.mean()),
-        low=float(interval.low),
-        high=float(interval.high),
-        t_stat=float(result.statistic),
-        df=float(result.df),
+        estimate=estimate,
+        low=estimate - half,
+        high=estimate + half,
+        t_stat=estimate / error,
+        df=df,
         p_value=p_value,
         holm_p=p_value,
-        hedges_g=float((a.mean() - b.mean()) / pooled * (1 - 3 / (4 * df - 1))),
+        hedges_g=estimate / pooled * (1 - 3 / (4 * freedom - 1)),
     )
 
 
@@ -281,17 +338,6 @@ def holm(differences: list[Difference | None]) -> list[Difference | None]:
     if len(tested) < 2:
         return differences
     corrected = iter(holm_p([difference.p_value for difference in tested]))
-    return [None if one is None else replace(one, holm_p=next(corrected)) for one in differences]
-
-
-def dunnett(
-    differences: list[Difference | None], candidates: Sequence[Sequence[float]], control: Sequence[float]
-) -> list[Difference | None]:
-    """With p-values of Dunnett's test of all the candidates that have one against the control."""
-    tested = [values for one, values in zip(differences, candidates) if one is not None]
-    if len(tested) < 2:
-        return differences
-    corrected = iter(dunnett_p(tested, control))
     return [None if one is None else replace(one, holm_p=next(corrected)) for one in differences]
 
 
@@ -342,37 +388,35 @@ def _equivalence(
     if margin is None or min(len(candidate), len(baseline)) < 2:
         return None
     p_value = tost_p(candidate, baseline, margin)
-    return Equivalence(margin, p_value, p_value < alpha)
+    return Equivalence(margin, p_value, p_value, p_value < alpha)
 
 
-def _conclusions(one: Comparison) -> tuple[str, ...]:
+def _conclusions(one: Comparison, asked: Sequence[str]) -> tuple[str, ...]:
     found = []
-    for what, unit, less, more, difference, equivalence in (
-        ("loss", "nats", "lower", "higher", one.loss, one.loss_equivalence),
-        ("time", "s", "shorter", "longer", one.time_s, one.time_equivalence),
+    for what, name, unit, less, more in (
+        ("loss", "loss", "nats", "lower", "higher"),
+        ("time_s", "time", "s", "shorter", "longer"),
     ):
+        difference, equivalence = _claims(one, what)
         if difference is None:
-            if what == "time":
+            if what == "time_s" and what in asked:
                 found.append("time: not compared; fewer than two runs a side tell their time")
             continue
+        size = f"{less if difference.estimate < 0 else more} by {abs(difference.estimate):.4g} {unit}"
         interval = f"{1 - one.alpha:.0%} interval {difference.low:+.4g} to {difference.high:+.4g} {unit}"
+        if what not in asked:
+            found.append(f"{name}: not asked; these runs are {size} ({interval})")
+            continue
+        p = f"p = {difference.holm_p:.3g}"
         if difference.holm_p < one.alpha:
-            direction = less if difference.estimate < 0 else more
-            text = (
-                f"{what}: {one.candidate.name} is {direction} by {abs(difference.estimate):.4g} {unit} "
-                f"({interval}, p = {difference.holm_p:.3g})"
-            )
+            found.append(f"{name}: {one.candidate.name} is {size} ({interval}, {p})")
         else:
-            direction = less if difference.estimate < 0 else more
-            text = (
-                f"{what}: no evidence of a difference (p = {difference.holm_p:.3g}; these runs are {direction} by "
-                f"{abs(difference.estimate):.4g} {unit} and compatible with the {interval})"
-            )
-        found.append(text)
+            text = f"no evidence of a difference ({p}; these runs are {size} and compatible with the {interval})"
+            found.append(f"{name}: {text}")
         if equivalence:
             verdict = "equivalent" if equivalence.equivalent else "not shown to be equivalent"
             within = f"within +-{equivalence.margin:g} {unit}"
-            found.append(f"{what}: {verdict} {within} (TOST p = {equivalence.p_value:.3g})")
+            found.append(f"{name}: {verdict} {within} (TOST p = {equivalence.holm_p:.3g})")
     return tuple(found)
 
 

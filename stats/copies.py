@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from stats.chance import ACCUSED_BELOW, chance_of_equality, near_across, nearest_pairs
+from stats.chance import ACCUSED_BELOW, Nearness, chance_of_equality, near_across, nearest_pairs
 from stats.samples import Sample
 from stats.series import Series
-from stats.values import Finding, Run
+from stats.values import Finding, Run, decimals_of
 
-PARTS = 2  # of curves that are looked at: the whole, and the first half
+# In how many ways curves are looked at: the whole and the first half, each as it is and by its differences from one
+# validation to the next, which a constant that was added to a whole curve leaves as they are.
+LOOKS_WITHIN, LOOKS_ACROSS = 4, 2
 # Between two runs, where too few tell it: nats, and seconds between validations.
 LEAST_NOISE = {"every loss": 5e-4, "every time": 2e-3}
+CHANCE_OF_A_TRACE = 2.0**-60
+TIME_GRID = 1e-3  # seconds: the clocks of logs tell milliseconds at best
 
 
 class Twins(NamedTuple):
@@ -34,22 +39,43 @@ class Twins(NamedTuple):
 def within(series: Series, sample: Sample | None) -> Iterator[Finding]:
     """Copies among the runs of one series."""
     accused: set[frozenset[str]] = set()
-    found = list(_twins([series.runs]))
-    for twins in found if math.prod(twins.chance for twins in found) < ACCUSED_BELOW else ():
+    for twins in _no_accidents(list(_twins([series.runs]))):
         accused.add(frozenset((twins.first.label, twins.second.label)))
         text = f"{twins.second.name} and {twins.first.name} are the same run: {twins.what} is equal"
         yield Finding("duplicates", "F", text)
     runs = [run for run in series.runs if len(run.validations) >= 4]
     common = sorted(set.intersection(*({p.step for p in run.validations} for run in runs))) if runs else []
-    curves = [[run.losses_by_step[step] for step in common] for run in runs]
+    curves = np.array([[run.losses_by_step[step] for step in common] for run in runs])
+    grid = _grid(runs)
     for part, points in (("", len(common)), ("the first ", len(common) // 2)):  # a copy may have a new end
-        for near in nearest_pairs([curve[:points] for curve in curves], PARTS)[:20]:
-            a, b = runs[near.first], runs[near.second]
-            pair = frozenset((a.label, b.label))
-            if pair not in accused:
-                accused.add(pair)
-                text = f"{a.name} and {b.name} lie {near.ratio:.2g} of the noise apart over {part}{points} validations"
-                yield Finding("duplicates", "F", f"{text}: by accident with probability {max(near.chance, 1e-300):.1g}")
+        for way, look in _looks_at(curves[:, :points] if runs else curves):
+            for near in nearest_pairs(look, LOOKS_WITHIN, grid)[:20]:
+                a, b = runs[near.first], runs[near.second]
+                pair = frozenset((a.label, b.label))
+                if pair not in accused:
+                    accused.add(pair)
+                    text = f"{a.name} and {b.name} {way} {near.ratio:.2g} of the noise apart over {part}{points}"
+                    chance = f"by accident with probability {max(near.chance, 1e-300):.1g}"
+                    yield Finding("duplicates", "F", f"{text} validations: {chance}")
+
+
+def _looks_at(curves: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(how two of them are near, values) of curves (runs, steps): as they are, and their steps."""
+    yield "lie", curves
+    yield "run parallel,", np.diff(curves, axis=-1)
+
+
+def _grid(runs: Sequence[Run]) -> float:
+    """The distance of neighbouring losses as the logs print them; 0 for full precision."""
+    digits = decimals_of([point for run in runs for point in run.validations])
+    return 0.0 if digits is None else 10.0**-digits
+
+
+def _no_accidents(found: Sequence[Twins]) -> list[Twins]:
+    """Those that are no accident: each by itself, or the others all together."""
+    weak = [twins for twins in found if twins.chance >= ACCUSED_BELOW]
+    together = math.prod(twins.chance for twins in weak) < ACCUSED_BELOW
+    return [twins for twins in found if together or twins.chance < ACCUSED_BELOW]
 
 
 def _twins(samples: Sequence[Sequence[Run]]) -> Iterator[Twins]:
@@ -61,14 +87,34 @@ def _twins(samples: Sequence[Sequence[Run]]) -> Iterator[Twins]:
             parts.setdefault(tuple(point.step for point in run.validations), []).append(run)
         for steps, part in parts.items():
             groups.setdefault(steps, []).append(part)
-    for alike in groups.values():
-        yield from _equal_ones(alike)
+    found: dict[tuple[str, str], Twins] = {}
+    for one in chain(*map(_equal_ones, groups.values()), _equal_traces([run for runs in samples for run in runs])):
+        pair = one.first.label, one.second.label
+        before = found.get(pair)
+        found[pair] = one if before is None else _both(before, one)
+    yield from found.values()
+
+
+def _both(a: Twins, b: Twins) -> Twins:
+    """One pair of runs that is equal in two ways."""
+    return Twins(a.first, a.second, f"{a.what} and {b.what}", a.chance * b.chance)
+
+
+def _equal_traces(runs: Sequence[Run]) -> Iterator[Twins]:
+    """Runs whose lines between validations tell the same, whatever their validations say."""
+    seen: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        for what, trace in run.traces:
+            before = seen.setdefault((what, trace), run)
+            if before is not run:
+                yield Twins(before, run, f"every {what}", CHANCE_OF_A_TRACE * len(runs) ** 2)
 
 
 def _equal_ones(samples: Sequence[Sequence[Run]]) -> Iterator[Twins]:
     """`_twins` of samples over one set of steps."""
     told = {"every loss": [_losses(runs) for runs in samples], "every time": [_times(runs) for runs in samples]}
-    chances = {what: chance_of_equality(tables, LEAST_NOISE[what]) for what, tables in told.items()}
+    grids = {"every loss": max([_grid(runs) for runs in samples]), "every time": TIME_GRID}
+    chances = {what: chance_of_equality(tables, LEAST_NOISE[what], grids[what]) for what, tables in told.items()}
     count = sum(map(len, samples))
     pairs = count * (count - 1) / 2
     seen: dict[tuple[str, bytes], Run] = {}
@@ -107,18 +153,17 @@ def across(series: Sequence[Series]) -> dict[str, list[Finding]]:
     for twins in _twins([one.runs for one in series]):
         here, there = owner[id(twins.second)], owner[id(twins.first)]
         if here.path != there.path:
-            same_log = twins.first.validations and _same_times(twins.first, twins.second)
-            copied.setdefault((here.path, there.path, bool(same_log)), []).append(twins)
+            copied.setdefault((here.path, there.path, _same_log(twins)), []).append(twins)
     found: dict[str, list[Finding]] = {}
     for (here_path, there_path, same), pairs in copied.items():
-        if math.prod(twins.chance for twins in pairs) >= ACCUSED_BELOW:
+        if not (told := _no_accidents(pairs)):
             continue
-        names = list(dict.fromkeys(twins.second.name for twins in pairs))
+        names = list(dict.fromkeys(twins.second.name for twins in told))
         what = "are runs of" if same else "have every loss of runs of"
         text = f"{len(names)} runs ({', '.join(names[:3])}) {what} {there_path}: told twice, they are no new evidence"
         found.setdefault(here_path, []).append(Finding("copied", "F" if same else "C", text))
     for path, finding in _near_copies(series):
-        if not any(one.check == "copied" for one in found.get(path, ())):
+        if not any(one.grade == "F" for one in found.get(path, ())):
             found.setdefault(path, []).append(finding)
     return found
 
@@ -132,19 +177,26 @@ def _near_copies(series: Sequence[Series]) -> Iterator[tuple[str, Finding]]:
             groups.setdefault(steps.pop(), []).append(one)
     for alike in groups.values():
         curves = [np.array([[point.loss for point in run.validations] for run in one.runs]) for one in alike]
-        accused: dict[tuple[int, int], list] = {}
-        for a, b, near in near_across(curves):
-            if (curves[a][near.first] != curves[b][near.second]).any():  # equal ones are told as what they are
-                accused.setdefault((a, b), []).append(near)
+        grid = max(_grid(one.runs) for one in alike)
+        accused: dict[tuple[int, int], dict[tuple[int, int], Nearness]] = {}
+        for one in zip(*(list(_looks_at(each)) for each in curves)):
+            for a, b, near in near_across([look for _, look in one], LOOKS_ACROSS, grid):
+                if (curves[a][near.first] != curves[b][near.second]).any():  # equal ones are told as what they are
+                    accused.setdefault((a, b), {}).setdefault((near.first, near.second), near)
         for (a, b), pairs in accused.items():
-            names = list(dict.fromkeys(alike[b].runs[near.second].name for near in pairs))
+            names = list(dict.fromkeys(alike[b].runs[second].name for _, second in pairs))
+            ratio, chance = (max(getattr(near, what) for near in pairs.values()) for what in ("ratio", "chance"))
             text = (
-                f"{len(names)} runs ({', '.join(names[:3])}) lie within {pairs[-1].ratio:.2g} of the noise of runs of "
-                f"{alike[a].path}: by accident with probability {max(pairs[-1].chance, 1e-300):.1g}"
+                f"{len(names)} runs ({', '.join(names[:3])}) lie within {ratio:.2g} of the noise of runs of "
+                f"{alike[a].path}, or run parallel to them: by accident with probability {max(chance, 1e-300):.1g}"
             )
             yield alike[b].path, Finding("copied", "F", text)
 
 
-def _same_times(a: Run, b: Run) -> bool:
-    times = [[point.time_s for point in run.validations] for run in (a, b)]
-    return times[0] == times[1]
+def _same_log(twins: Twins) -> bool:
+    """Whether one log was told twice, and not one seed run twice: its clock is the same, or its training losses are and
+    its validations are not."""
+    points = [{point.step: (point.loss, point.time_s) for point in run.validations} for run in twins[:2]]
+    common = points[0].keys() & points[1].keys()
+    same_times = bool(common) and all(points[0][step][1] == points[1][step][1] for step in common)
+    return "time" in twins.what or same_times or any(points[0][step][0] != points[1][step][0] for step in common)

@@ -9,12 +9,15 @@ import numpy as np
 import scipy
 
 
-def holm_p(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected by Holm's step-down method (Holm 1979): the chance of any false claim stays below alpha."""
+def holm_p(p_values: Sequence[float], most_true: int | None = None) -> list[float]:
+    """p-values corrected by Holm's step-down method (Holm 1979): the chance of any false claim stays below alpha.
+
+    `most_true`: how many of the hypotheses can be true at once, where that is fewer than all of them (Shaffer 1986)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        factor = min(len(p_values) - rank, most_true or len(p_values))
+        highest = max(highest, min(1.0, factor * p_values[index]))
         corrected[index] = highest
     return corrected
 

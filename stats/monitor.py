@@ -19,7 +19,7 @@ from stats.samples import final_of, in_launch_order, mixture, reason_left_out
 from stats.sequential import Decision, decide
 from stats.series import Launch, Series
 from stats.ttest import t_range
-from stats.values import LeftOut, Run, Validation, is_finished
+from stats.values import LeftOut, Run, Validation, decimals_of, is_finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +103,14 @@ def _notes_on_digits(finals: Sequence[Validation], plan: Plan, decision: Decisio
     used = finals[: look.n]
     if math.isnan(look.t):
         return [f"all {look.n} losses are {used[0].loss}, which decides nothing: copies of one run, or too few digits?"]
-    digits = [point.decimals for point in used if point.decimals is not None]
-    if look.t_accept is None or look.t_futile is None or len(digits) < len(used):
+    digits = decimals_of(used)
+    if look.t_accept is None or look.t_futile is None or digits is None:
         return []
-    above, below = t_range(np.array([point.loss for point in used]), plan.threshold, max(digits))
+    above, below = t_range(np.array([point.loss for point in used]), plan.threshold, digits)
     low, high = -below, -above
     if (low >= look.t_accept) == (high >= look.t_accept) and (low <= look.t_futile) == (high <= look.t_futile):
         return []
-    text = f"the losses are rounded to {max(digits)} decimals, which leaves t anywhere in [{low:.3g}, {high:.3g}]"
+    text = f"the losses are rounded to {digits} decimals, which leaves t anywhere in [{low:.3g}, {high:.3g}]"
     return [f"{text}: the verdict hangs on digits not printed"]
 
 

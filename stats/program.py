@@ -1,7 +1,8 @@
 """Are two programs the same, whatever their comments, layout, seed and the name of the run in them?
 
 Logs embed the source of their program. Two texts that differ in a comment, a run's id or its seed are one program; what
-counts is the syntax tree with those set aside.
+counts is the syntax tree with those set aside. Programs of one recipe share most of their text, so that a tree is made
+of one top-level statement at a time and remembered: of a thousand logs only what differs is parsed.
 """
 
 from __future__ import annotations
@@ -13,33 +14,40 @@ import hashlib
 import re
 from pathlib import Path
 
+from stats.errors import StatsError
+from stats.runs import hash_of_source, source_in
+from stats.series import as_utf8
 from stats.values import Run
 
 LARGEST_SOURCE_BYTES = 4 << 20
 # Names whose value tells one run from another and changes nothing that it computes.
 _OF_A_RUN = re.compile(r"(?:^|_)(?:seed|run_?id|run_?name|uuid|log_?file|log_?dir|exp_?name|experiment)(?:$|_)", re.I)
 _SEEDING = re.compile(r"(?:^|\.)(?:manual_seed(?:_all)?|seed_everything|seed|set_seed|default_rng)$")
-_SEPARATOR = re.compile(r"^={60,}[ \t\r]*$", re.MULTILINE)
+# Where a statement may begin that is not a part of the one above.
+_BEGINS = re.compile(r"^(?=[A-Za-z_@])(?!(?:else|elif|except|finally)\b)", re.MULTILINE)
+MOST_PARTS = 200  # lines at the left edge inside one statement (a long string), until the text is parsed as a whole
 
 
 def source_of(run: Run) -> str | None:
-    """The program that a run's log embeds, or that is kept in source/ beside it; None if there is none."""
+    """The program that a run's log embeds, or that is kept in source/ beside it; None if there is none, or none with
+    the hash that the run names."""
     if run.code_hash is None:
         return None
     log = Path(run.path)
     for folder in (log.parent.parent, log.parent):
         kept = folder / "source" / f"{run.code_hash[:16]}.py"
-        if kept.is_file():
-            return kept.read_text(encoding="utf-8", errors="replace")
+        if kept.is_file() and hash_of_source(data := kept.read_bytes()) == run.code_hash:
+            return _text(data)
     try:
-        with open(log, "rb") as file:
-            data = file.read(LARGEST_SOURCE_BYTES)
-    except OSError:
+        with open(log, "rb") as stream:
+            data = source_in(as_utf8(stream, run.path), LARGEST_SOURCE_BYTES)
+    except (OSError, StatsError):
         return None
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    text = data.decode(encoding, "replace").replace("\r\n", "\n")
-    parts = [part for part in _SEPARATOR.split(text) if part.strip()]
-    return None if not parts or parts[0].startswith("source sha256:") else parts[0]
+    return _text(data) if hash_of_source(data) == run.code_hash else None
+
+
+def _text(source: bytes) -> str:
+    return source.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 class _SetAside(ast.NodeTransformer):
@@ -79,9 +87,9 @@ def _named(target: ast.expr) -> bool:
     return bool(_OF_A_RUN.search(name))
 
 
-@functools.lru_cache(maxsize=512)
-def essence(text: str) -> str | None:
-    """The program without what does not count, one statement a line; None where Python cannot read it."""
+@functools.lru_cache(maxsize=1 << 13)
+def _statements(text: str) -> str | None:
+    """`essence` of some whole statements."""
     try:
         tree = _SetAside().visit(ast.parse(text))
         return ast.unparse(ast.fix_missing_locations(tree))
@@ -89,11 +97,32 @@ def essence(text: str) -> str | None:
         return None
 
 
+def essence(text: str) -> str | None:
+    """The program without what does not count, one statement a line; None where Python cannot read it."""
+    found, open_text, parts = [], "", 0
+    for part in _BEGINS.split(text):
+        open_text, parts = open_text + part, parts + 1
+        if parts > MOST_PARTS:
+            return _statements(text)
+        if (told := _statements(open_text)) is not None:  # else it goes on: a bracket, a string, a decorator
+            found += [told] if told else []
+            open_text, parts = "", 0
+    return None if open_text.strip() else "\n".join(found)
+
+
+_KEYS: dict[str, str] = {}  # {code hash: key} of programs that were read
+
+
 def program_key(run: Run) -> str | None:
     """One value for all runs of one program: of its syntax tree, or of its text where that cannot be read."""
+    if run.code_hash is None or run.code_hash in _KEYS:
+        return _KEYS.get(run.code_hash or "")
     source = source_of(run)
     told = essence(source) if source else None
-    return run.code_hash if told is None else "tree:" + hashlib.sha256(told.encode()).hexdigest()
+    if told is None:
+        return run.code_hash
+    key = _KEYS[run.code_hash] = "tree:" + hashlib.sha256(told.encode()).hexdigest()
+    return key
 
 
 def differing_lines(a: Run, b: Run, most: int = 2) -> str:

@@ -28,7 +28,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from stats.errors import DataError
 from stats.values import Problem, Run, Validation
@@ -131,6 +131,24 @@ def _skip_source(stream: BinaryIO, start: int = 0) -> tuple[str | None, int, int
     return inner
 
 
+def source_in(stream: BinaryIO, most: int) -> bytes:
+    """The source that a log embeds, its ruler lines left out; empty where there is none, or one of more than `most`
+    bytes."""
+    start = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
+    code_hash, end, _ = _skip_source(stream, start)
+    if code_hash is None or end - start > most:
+        return b""
+    stream.seek(start)
+    return [part for part in _SEPARATOR.split(stream.read(end - start)) if part.strip()][-1]
+
+
+def hash_of_source(source: bytes) -> str:
+    """sha256 of a program's text as the logs that embed it are hashed: lines of blanks count as empty ones, newlines at
+    the end as one."""
+    lines = [line if line.strip() else b"" for line in source.split(b"\n")]
+    return hashlib.sha256(b"\n".join(lines).rstrip(b"\n") + b"\n").hexdigest()
+
+
 def _until_separator(stream: BinaryIO, offset: int, lines_before: int) -> tuple[str | None, int, int]:
     """(sha256 of what stands before the next separator line, or None if that is blank; offset after the separator;
     its number). (None, where it began, 0) if there is none."""
@@ -231,6 +249,7 @@ class _LogReader:
             if not rest.startswith(b"train_"):
                 run.problem(number, f"not a step line: {_shown(rest)}")
             run.step_line(number, step)
+            run.trace.line(rest)
             return
         text = rest.decode("utf-8", "replace").strip()
         pairs = _PAIR.findall(text)
@@ -257,6 +276,8 @@ class _LogReader:
             run.validation(Validation(step, loss[0], None, None, loss[1], number))
         elif kind == b"trl":
             run.step_line(number, step)
+            if loss[1] is not None and loss[1] >= 3:
+                run.trace.number(Trace.LOSSES, round(loss[0] * 10 ** loss[1]))
 
     def _other_line(self, number: int, line: bytes) -> None:
         if self.run is None:
@@ -288,6 +309,50 @@ class _LogReader:
         return built
 
 
+class Trace:
+    """What the lines between validations tell, as hashes: of their times, and of their training losses.
+
+    Two runs never tell the same unless one is a copy of the other. A hash is made only of enough numbers that no rule
+    foretells: one is foretold that lies as far from the number before as that one did from its own."""
+
+    TIMES, LOSSES = "step time", "training loss"
+    FEWEST: ClassVar = {
+        TIMES: 60,
+        LOSSES: 20,
+    }  # so that there are 60 bits: a time tells one or more, a loss three or more
+    _TIME = re.compile(rb"train_time:(\d+)(?:\.(\d+))?(?:ms|s)")
+    _LOSS = re.compile(rb"train_loss:(\d+\.\d{3,})")
+
+    def __init__(self) -> None:
+        self.digests = {what: hashlib.blake2b(digest_size=16) for what in self.FEWEST}
+        self.told = dict.fromkeys(self.FEWEST, 0)
+        self.last = dict.fromkeys(self.FEWEST, (0, 0))  # number in units of its last digit, distance to that before
+
+    def __deepcopy__(self, memo: dict) -> Trace:
+        twin = Trace()
+        twin.digests = {what: digest.copy() for what, digest in self.digests.items()}
+        twin.told, twin.last = dict(self.told), dict(self.last)
+        return twin
+
+    def line(self, rest: bytes) -> None:
+        """A line as logs of the track have it: `train_loss:4.1 train_time:28446ms step_avg:227.57ms`."""
+        if match := self._TIME.search(rest):
+            self.number(self.TIMES, int(match[1] + (match[2] or b"")))
+        if match := self._LOSS.search(rest):
+            self.number(self.LOSSES, int(match[1].replace(b".", b"")))
+
+    def number(self, what: str, units: int) -> None:
+        """One number, in units of its last digit."""
+        before, usual = self.last[what]
+        self.digests[what].update(b"%d " % units)
+        self.told[what] += abs(units - before - usual) > 1  # one more or less is rounding
+        self.last[what] = units, units - before
+
+    def hashes(self) -> tuple[tuple[str, str], ...]:
+        """(what, hash) where enough was told."""
+        return tuple((what, self.digests[what].hexdigest()) for what, n in self.FEWEST.items() if self.told[what] >= n)
+
+
 class _RunBuilder:
     """One run while its lines come in; notices what is missing, repeated or out of order."""
 
@@ -304,6 +369,7 @@ class _RunBuilder:
         self.first_step_line: int | None = None
         self.last_step_line: int | None = None
         self.step_gap: int | None = None  # between the last two step lines
+        self.trace = Trace()
 
     def problem(self, line: int | None, text: str, doubt: bool = False) -> None:
         if len(self.problems) < self.MOST_PROBLEMS:
@@ -418,6 +484,7 @@ class _RunBuilder:
             problems=tuple(self.problems),
             code_hash=code_hash,
             peak_memory_mib=self.peak_memory_mib,
+            traces=self.trace.hashes(),
             **facts,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from stats.errors import DataError
 from stats.program import differing_lines, program_key
 from stats.series import Launch, Series
-from stats.values import LeftOut, Run, Validation, final_validation, unit_of
+from stats.values import LeftOut, Run, Validation, decimals_of, final_validation, unit_of
 
 DIVERGED = 4  # exit code of a trainer whose loss was no longer finite
 
@@ -39,10 +39,8 @@ class Sample:
 
     @property
     def decimals(self) -> int | None:
-        """Digits after the point to which the losses are rounded: the most that any of them shows (a table
-        may drop zeros at the end); None if some have full precision."""
-        digits = [point.decimals for point in self.finals if point.decimals is not None]
-        return max(digits) if digits and len(digits) == len(self.finals) else None
+        """Digits after the point to which the losses are rounded; None if some have full precision."""
+        return decimals_of(self.finals)
 
 
 def sample_of(

@@ -343,7 +343,7 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
 
 def _parse(stream: BinaryIO, path: str, suffix: str) -> list[Run]:
     """Log or table, by the file's suffix or, without one that tells, by what it starts with."""
-    stream = _as_utf8(stream, path)
+    stream = as_utf8(stream, path)
     start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     stream.seek(0)
     if not start:
@@ -372,7 +372,7 @@ def _parse(stream: BinaryIO, path: str, suffix: str) -> list[Run]:
         raise DataError(f"not UTF-8 text: {error.reason}", path, line) from None
 
 
-def _as_utf8(stream: BinaryIO, path: str) -> BinaryIO:
+def as_utf8(stream: BinaryIO, path: str) -> BinaryIO:
     """The stream itself, or its text from UTF-16 (exports of Windows tools), which begins with a mark."""
     mark = stream.read(512)
     stream.seek(0)

@@ -5,17 +5,18 @@ Tables (Weights & Biases, Hugging Face, CSV, JSON lines) are read by `stats.tabl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from stats.errors import DataError
-from stats.runs import EmptyLog
+from stats.runs import EmptyLog, Trace
 from stats.values import Problem, Run, Validation
 
 _NANOGPT = re.compile(r"step (\d{1,9}): train loss (\S+), val loss (\S+)\s*$")
-_NANOGPT_STEP = re.compile(r"iter (\d{1,9}): loss \S+, time ([\d.]+)ms")
+_NANOGPT_STEP = re.compile(r"iter (\d{1,9}): loss (\S+), time ([\d.]+)ms")
 _NANOGPT_END = re.compile(r"^(?:Overriding: )?max_iters = (\d{1,9})\b")
 _NANOCHAT = re.compile(r"Step (\d{1,9}) \| Validation (bpb|loss): (\S+)")
 _NANOCHAT_STEP = re.compile(r"step (\d{1,9})/(\d{1,9}) .*?\| dt: ([\d.]+)ms")
@@ -29,7 +30,7 @@ def parse_console(stream: BinaryIO, path: str) -> list[Run]:
     points: list[Validation] = []
     problems: list[Problem] = []
     planned = seed = last_step = None
-    dialect, steps, time_s = "", 0, 0.0
+    dialect, steps, time_s, trace = "", 0, 0.0, Trace()
     for number, raw in enumerate(stream, 1):
         line = raw[:2000].decode("utf-8-sig" if number == 1 else "utf-8", "replace").rstrip()
         if match := _NANOGPT_END.match(line):
@@ -37,12 +38,16 @@ def parse_console(stream: BinaryIO, path: str) -> list[Run]:
         elif match := _SEED.match(line):
             seed = int(match[1])
         elif match := _NANOGPT_STEP.match(line):
-            time_s += float(match[2]) / 1e3
+            time_s += float(match[3]) / 1e3
             steps, last_step = steps + 1, int(match[1])
+            trace.number(Trace.TIMES, round(time_s * 1e6))
+            if _NUMBER.fullmatch(match[2]) and math.isfinite(float(match[2])):
+                trace.number(Trace.LOSSES, round(float(match[2]) * 1e4))
         elif match := _NANOCHAT_STEP.match(line):
             planned = int(match[2])
             time_s += float(match[3]) / 1e3
             steps, last_step = steps + 1, int(match[1])
+            trace.number(Trace.TIMES, round(time_s * 1e6))
         elif match := _NANOGPT.match(line) or _NANOCHAT.match(line):
             is_chat = match.re is _NANOCHAT
             dialect = "nanochat" if is_chat else "nanogpt"
@@ -70,6 +75,7 @@ def parse_console(stream: BinaryIO, path: str) -> list[Run]:
         step_lines=steps,
         validations=tuple(points),
         problems=tuple(problems),
+        traces=trace.hashes(),
         seed=seed,
         origin=origin[dialect] + ("" if dialect == "nanogpt" else f" {'bpb' if points[-1].extra else 'loss'}"),
     )

@@ -31,6 +31,7 @@ from stats.judge import judge
 from stats.monitor import monitor
 from stats.planfile import read_plan
 from stats.plans import Plan
+from stats.runs import hash_of_source
 from stats.samples import Sample, drops_in, sample_of
 from stats.sequential import ACCEPT
 from stats.series import Series
@@ -214,7 +215,7 @@ def _program(series: Series, sample: Sample | None) -> Iterator[Finding]:
         kept = Path(series.path) / "source" / f"{digest[:16]}.py"
         if not kept.is_file():
             continue
-        same = hashlib.sha256(kept.read_bytes().rstrip(b"\r\n") + b"\n").hexdigest() == digest
+        same = hash_of_source(kept.read_bytes()) == digest
         where = f"source/{kept.name}"
         text = f"{where} is the program in the logs" if same else f"{where} is not what its name and the logs say"
         yield Finding("program", "A" if same else "D", text)
@@ -267,7 +268,7 @@ def _sidecar_disagreements(run: Run) -> Iterator[str]:
     told = {p.get("step"): p.get("loss") for p in beside.get("validation") or () if isinstance(p, dict)}
     for point in run.validations:
         loss = told.get(point.step)
-        half = 0.51 * 10.0 ** -(point.decimals or 17)
+        half = 0.51 * 10.0 ** -(17 if point.decimals is None else point.decimals)
         if not isinstance(loss, (int, float)) or not abs(loss - point.loss) <= half:
             yield f"loss {loss} at step {point.step}, {point.loss} in the log"
     for step in sorted(step for step in told.keys() - run.losses_by_step.keys() if isinstance(step, int)):

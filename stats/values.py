@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class Run:
     host: str | None = None
     world_size: int | None = None
     peak_memory_mib: int | None = None
+    traces: tuple[tuple[str, str], ...] = ()  # (`step time` or `training loss`, hash of all of them)
     config_hash: str | None = None
     kernels_hash: str | None = None  # of the folder kernels/, in older logs
     program_hash: str | None = None  # of all files of the program
@@ -96,6 +98,13 @@ class Run:
 def unit_of(point: Validation) -> str | None:
     """The unit of a loss that is not in nats a token; None for those that are, or do not say."""
     return dict(point.extra).get("unit")
+
+
+def decimals_of(points: Sequence[Validation]) -> int | None:
+    """Digits after the point to which these losses are rounded: the most that any of them shows (a table may drop zeros
+    at the end); None if some have full precision."""
+    digits = [point.decimals for point in points if point.decimals is not None]
+    return max(digits) if digits and len(digits) == len(points) else None
 
 
 def final_validation(run: Run, stop_step: int | None = None) -> Validation:

@@ -4,15 +4,13 @@ import hashlib
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from stats.chain import link
-from stats.chance import ACCUSED_BELOW, nearest_pairs
 from stats.evidence import against
 from stats.planfile import write_plan
 from stats.plans import make_plan
-from stats.series import Series, find_series, load_series
+from stats.series import find_series, load_series
 from stats.validate import GRADES, validate, validate_each
 
 
@@ -197,85 +195,6 @@ def test_a_ledger_written_anew_is_seen_only_against_a_published_head(honest, ser
     assert against(load_series(honest), early[:16]).grade == "A", "a head of the first line still holds"
 
 
-def curves(rng, runs, points, memory):
-    """Honest loss curves: noise that remembers, as the noise between runs does."""
-    noise = rng.standard_normal((runs, points))
-    for step in range(1, points):
-        noise[:, step] = memory * noise[:, step - 1] + np.sqrt(1 - memory**2) * noise[:, step]
-    scale = np.linspace(0.02, 0.0008, points)
-    return 3 + np.linspace(2, 0, points) + noise * scale
-
-
-def test_no_honest_series_is_accused():
-    """1,000 series of 3 to 40 runs and 4 to 60 validations, noise of any memory, rounded as logs are."""
-    rng = np.random.default_rng(7)
-    accused = 0
-    for _ in range(1000):
-        shape = int(rng.integers(3, 41)), int(rng.integers(4, 61))
-        x = np.round(curves(rng, *shape, float(rng.choice([0, 0.5, 0.9, 0.99]))), int(rng.choice([4, 6])))
-        accused += any(near.chance < ACCUSED_BELOW for near in nearest_pairs(x))
-    assert accused == 0
-
-
-@pytest.mark.parametrize("jitter", [0.0, 1e-3, 1e-2])
-def test_a_jittered_copy_stands_out(jitter):
-    rng = np.random.default_rng(1)
-    x = curves(rng, 12, 46, 0.5)
-    x[7] = x[2] + jitter * np.linspace(0.02, 0.0008, 46) * rng.standard_normal(46)
-    near = nearest_pairs(x)[0]
-    assert {near.first, near.second} == {2, 7} and near.chance < ACCUSED_BELOW
-    assert 0.5 * jitter <= near.ratio <= 1.6 * jitter + 1e-9
-
-
-def test_a_copy_with_a_new_end_stands_out(tmp_path, make_log):
-    """A run's curve under another seed, its last losses made anew."""
-    import re
-
-    for seed in range(8):
-        (tmp_path / f"{seed}.txt").write_text(make_log(2.9180 + seed * 1e-4, seed=seed, steps=320, every=20))
-    text = (tmp_path / "5.txt").read_text().replace('"seed": 5', '"seed": 3')
-
-    def moved(match):
-        return (
-            f"{match[1]}{float(match[2]) + 0.003 * (int(match[3]) % 7 - 3):.6f} train_time:{int(match[3]) * 51 // 50}"
-        )
-
-    late = r"(step:(?:2[4-9]\d|3\d\d)/320 val_loss:)(\d\.\d+) train_time:(\d+)"
-    (tmp_path / "3.txt").write_text(re.sub(late, moved, text))
-    found = [f.text for f in validate(load_series(tmp_path)).findings if f.check == "duplicates"]
-    assert len(found) == 1 and found[0].startswith("3 and 5 lie 0 of the noise apart over the first 8 validations"), (
-        found
-    )
-
-
-def test_equal_losses_by_accident_accuse_nobody():
-    """400 honest series of few validations and few digits, where equal curves are no rarity."""
-    from stats.copies import within
-    from stats.values import Run, Validation
-
-    rng, equal = np.random.default_rng(5), 0
-    for _ in range(400):
-        n, points = int(rng.integers(5, 31)), int(rng.integers(1, 4))
-        losses = np.round(2.92 + 0.001 * rng.standard_normal((n, points)), 4)
-        equal += len({tuple(row) for row in losses.tolist()}) < n
-        runs = tuple(
-            Run(
-                f"{i}.txt",
-                str(i),
-                "steps",
-                1,
-                60,
-                60,
-                0,
-                tuple(Validation(20 * (j + 1), float(x), None, None, 4, j + 1) for j, x in enumerate(row)),
-            )
-            for i, row in enumerate(losses)
-        )
-        series = Series("s", "s", runs)
-        assert not list(within(series, None))
-    assert equal > 100, "accidents do happen here"
-
-
 @pytest.mark.parametrize("kind", ["no time", "too quick"])
 def test_a_clock_that_was_moved_between_two_validations(kind, tmp_path, make_log):
     for seed in range(5):
@@ -291,31 +210,3 @@ def test_a_clock_that_was_moved_between_two_validations(kind, tmp_path, make_log
     found = [f.text for f in validate(series, allow_mixed=True).findings if f.check in ("clocks", "logs")]
     wanted = {"no time": "runs backwards", "too quick": "from step 40 to 60, the next took"}[kind]
     assert any(wanted in text for text in found), found
-
-
-def renamed_with_other_digits(folder, jitter, rng):
-    """Every loss and time of a folder's logs told a little otherwise."""
-    import re
-
-    for log in folder.glob("*.txt"):
-
-        def told(match):
-            loss = float(match[2]) + jitter * rng.standard_normal()
-            return f"{match[1]}{loss:.6f} train_time:{int(match[3]) + int(rng.integers(1, 40))}ms"
-
-        log.write_text(re.sub(r"(val_loss:)(\d\.\d{6}) train_time:(\d+)ms", told, log.read_text()))
-
-
-def test_a_whole_series_copied_under_a_new_name_with_other_digits_is_found(tmp_path, make_log):
-    rng = np.random.default_rng(9)
-    for name, shift in (("a", 0), ("honest", 50)):
-        (tmp_path / name).mkdir()
-        for seed in range(6):
-            text = make_log(2.918 + 1e-4 * seed, seed=seed + shift, steps=320, step_ms=50 + (seed + shift) / 7)
-            (tmp_path / name / f"{seed}.txt").write_text(text)
-    shutil.copytree(tmp_path / "a", tmp_path / "copy")
-    renamed_with_other_digits(tmp_path / "copy", 1e-5, rng)
-    grades = {one.series: one for one in validate_each(find_series([tmp_path])).assessments}
-    copied = {name: [f.text for f in one.findings if f.check == "copied"] for name, one in grades.items()}
-    assert copied["a"] == copied["honest"] == []
-    assert len(copied["copy"]) == 1 and "of the noise of runs of" in copied["copy"][0], copied

@@ -65,6 +65,71 @@ def test_holm_over_several_candidates():
     assert np.allclose([one.loss.holm_p for one in result.comparisons], multipletests(raw, method="holm")[1])
 
 
+def test_losses_times_and_candidates_are_one_family():
+    """Against statsmodels: Holm over all that is asked; --by one question leaves the other out of it."""
+    rng = np.random.default_rng(6)
+    base = _sample("base", rng.normal(3, 0.1, 9), rng.normal(90, 1, 9))
+    others = [_sample(f"c{i}", rng.normal(3.05, 0.1, 9), rng.normal(90.5, 1, 9)) for i in range(3)]
+    for asked in (("loss", "time_s"), ("loss",), ("time_s",)):
+        result = compare(base, others, asked=asked)
+        tests = [getattr(one, what) for one in result.comparisons for what in asked]
+        raw = [test.p_value for test in tests]
+        assert np.allclose([test.holm_p for test in tests], multipletests(raw, method="holm")[1])
+        told = " ".join(result.comparisons[0].conclusions)
+        assert ("loss: not asked" in told, "time: not asked" in told) == ("loss" not in asked, "time_s" not in asked)
+    both, two = compare(base, others, correction="dunnett"), compare(base, others, correction="dunnett", asked=["loss"])
+    for one, other in zip(both.comparisons, two.comparisons):
+        assert one.loss.holm_p == pytest.approx(min(1, 2 * other.loss.holm_p))
+
+
+def test_difference_and_equivalence_are_tested_in_one_family():
+    """No difference and a difference of the margin cannot both be true: with one question nothing is corrected, with
+    three candidates the least p of all six counts three times, not six."""
+    rng = np.random.default_rng(7)
+    base, *others = (_sample(str(i), rng.normal(3, 0.1, 9)) for i in range(4))
+    alone = compare(base, others[:1], loss_margin=0.2).comparisons[0]
+    assert alone.loss.holm_p == alone.loss.p_value and alone.loss_equivalence.holm_p == alone.loss_equivalence.p_value
+    three = [compare(base, others, loss_margin=0.2).comparisons[i] for i in range(3)]
+    tests = sorted([test for one in three for test in (one.loss, one.loss_equivalence)], key=lambda test: test.p_value)
+    factors = [3, 3, 3, 3, 2, 1]  # Shaffer 1986
+    wanted = np.minimum(1, np.maximum.accumulate([f * test.p_value for f, test in zip(factors, tests)]))
+    assert np.allclose([test.holm_p for test in tests], wanted)
+
+
+def test_exit_code_0_is_wrong_no_oftener_than_alpha():
+    """Recipes that differ neither in loss nor in time, 400 times two candidates; and with a margin that is the very
+    difference of the times, so that either of two claims would be wrong."""
+    rng = np.random.default_rng(8)
+    false = {"no difference": 0, "at the margin": 0}
+    for _ in range(400):
+        x, t = rng.normal(2.92, 0.001, (3, 8)), rng.normal(90, 1, (3, 8))
+        for kind, shift, margins in (("no difference", 0, {}), ("at the margin", 2, {"time_margin_s": 2})):
+            base, *others = (_sample(str(i), x[i], t[i] + shift * bool(i)) for i in range(3))
+            result = compare(base, others, **margins)
+            wrong = [one.loss.holm_p < 0.05 for one in result.comparisons]
+            if kind == "no difference":
+                wrong += [one.time_s.holm_p < 0.05 for one in result.comparisons]
+                assert result.found_something == any(wrong)
+            else:
+                wrong += [one.time_equivalence.equivalent for one in result.comparisons]
+            false[kind] += any(wrong)
+    assert max(false.values()) <= 400 * 0.05 + 3 * math.sqrt(400 * 0.05 * 0.95), false
+
+
+def test_by_says_what_the_exit_code_is_about(make_series, capsys):
+    """One recipe is quicker and no better: exit code 0 by the times, 1 by the losses."""
+    a = make_series("a", [2.9193, 2.9198, 2.9189, 2.9201], step_ms=50.0)
+    b = make_series("b", [2.9194, 2.9197, 2.9188, 2.9203], step_ms=48.0)
+    told = {
+        by: (main(["compare", str(a), str(b), "--by", by]), capsys.readouterr().out) for by in ("loss", "time", "both")
+    }
+    assert {by: code for by, (code, _) in told.items()} == {"loss": 1, "time": 0, "both": 0}
+    assert "time: not asked; these runs are shorter by" in told["loss"][1]
+    assert "p-values of 2 questions are corrected together by Holm's" in told["both"][1]
+    assert main(["compare", str(a), str(b), "--by", "time", "--sequential", "0.001", "0.001"]) == 2
+    assert main(["compare", str(a), str(b), "--correction", "dunnett", "--time-margin", "1"]) == 2
+
+
 def test_pairs_by_seed_or_by_host():
     rng = np.random.default_rng(1)
     shared = rng.normal(3, 1, 8)

@@ -47,7 +47,7 @@ def test_copied_run(make_series):
     folder = make_series("s", GOOD, plan=PLAN)
     (folder / "runs" / "seed-003.txt").write_text((folder / "runs" / "seed-005.txt").read_text())
     grade, found = _grade(folder)
-    what = "every loss and every time is equal"
+    what = "every loss and every time and every training loss is equal"
     assert grade == "F" and found["duplicates", "F"] == f"seed-005 and seed-003 are the same run: {what}"
 
 

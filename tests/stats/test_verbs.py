@@ -40,12 +40,12 @@ def test_every_verb_says_what_it_read(verb, pair, capsys):
 def test_dunnett_over_several_candidates(pair, make_series, capsys):
     other = [2.9190, 2.9199, 2.9187, 2.9201, 2.9196, 2.9195]
     third = make_series("third", other)
-    _, result = told(capsys, "compare", *pair, third, "--correction", "dunnett")
+    _, result = told(capsys, "compare", *pair, third, "--correction", "dunnett", "--by", "loss")
     candidates = [[loss - 0.002 for loss in reversed(BASE)], other]
     wanted = scipy.stats.dunnett(*map(np.array, candidates), control=BASE, rng=np.random.default_rng(0)).pvalue
     assert [one["loss"]["holm_p"] for one in result["comparisons"]] == pytest.approx(list(wanted), abs=1e-4)
     assert "Dunnett" in " ".join(result["notes"])
-    _, result = told(capsys, "compare", *pair, third)
+    _, result = told(capsys, "compare", *pair, third, "--by", "loss")
     plain = [one["loss"]["p_value"] for one in result["comparisons"]]
     assert min(one["loss"]["holm_p"] for one in result["comparisons"]) == pytest.approx(2 * min(plain))
     assert "Holm" in " ".join(result["notes"])
