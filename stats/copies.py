@@ -159,7 +159,8 @@ def across(series: Sequence[Series]) -> dict[str, list[Finding]]:
         if not (told := _no_accidents(pairs)):
             continue
         names = list(dict.fromkeys(twins.second.name for twins in told))
-        what = "are runs of" if same else "have every loss of runs of"
+        losses = "every loss" if all("every loss" in twins.what for twins in told) else "every training loss"
+        what = "are runs of" if same else f"have {losses} of runs of"
         text = f"{len(names)} runs ({', '.join(names[:3])}) {what} {there_path}: told twice, they are no new evidence"
         found.setdefault(here_path, []).append(Finding("copied", "F" if same else "C", text))
     for path, finding in _near_copies(series):
@@ -194,9 +195,8 @@ def _near_copies(series: Sequence[Series]) -> Iterator[tuple[str, Finding]]:
 
 
 def _same_log(twins: Twins) -> bool:
-    """Whether one log was told twice, and not one seed run twice: its clock is the same, or its training losses are and
-    its validations are not."""
-    points = [{point.step: (point.loss, point.time_s) for point in run.validations} for run in twins[:2]]
+    """Whether one log was told twice: its clock is the same. Equal losses alone may be one seed, run twice."""
+    points = [{point.step: point.time_s for point in run.validations} for run in twins[:2]]
     common = points[0].keys() & points[1].keys()
-    same_times = bool(common) and all(points[0][step][1] == points[1][step][1] for step in common)
-    return "time" in twins.what or same_times or any(points[0][step][0] != points[1][step][0] for step in common)
+    same_times = bool(common) and all(points[0][step] == points[1][step] for step in common)
+    return "time" in twins.what or same_times

@@ -64,6 +64,6 @@ def studentised_bound(x: np.ndarray, alpha: float, resamples: int, rng: np.rando
     spread = draws.std(axis=1, ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (draws.mean(axis=1) - x.mean()) / (spread / math.sqrt(n))
-    quantile = float(np.quantile(np.nan_to_num(t, nan=0.0), alpha, method="lower"))
+    quantile = float(np.quantile(np.where(np.isnan(t), 0.0, t), alpha, method="lower"))
     bound = float(x.mean()) - quantile * float(x.std(ddof=1)) / math.sqrt(n)
     return bound if math.isfinite(bound) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, fields
@@ -27,7 +28,8 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = False) -> None:
     except OSError as error:
         raise DataError(f"cannot be written: {error.strerror or error}", path) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -37,6 +37,7 @@ BLOCK_BYTES = 1 << 18
 LONGEST_LINE_BYTES = 1 << 20
 
 _SEPARATOR = re.compile(rb"^={60,}[ \t\r]*$", re.MULTILINE)
+_RULER = re.compile(rb"^={60,}[ \t\r]*(?:\n|\Z)", re.MULTILINE)  # the same, with the end of its line
 _STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) (.+)")
 _LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl|eval):(\S+)(.*)")
 _PAIR = re.compile(r"([A-Za-z_][\w.]*):(\S+)")
@@ -139,7 +140,7 @@ def source_in(stream: BinaryIO, most: int) -> bytes:
     if code_hash is None or end - start > most:
         return b""
     stream.seek(start)
-    return [part for part in _SEPARATOR.split(stream.read(end - start)) if part.strip()][-1]
+    return [part for part in _RULER.split(stream.read(end - start)) if part.strip()][-1]
 
 
 def hash_of_source(source: bytes) -> str:

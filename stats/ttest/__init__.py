@@ -291,6 +291,8 @@ def checked_losses(losses: Sequence[float]) -> np.ndarray:
 
 
 def _warnings(n: int, n_times: int, rounding: RoundingInterval | None, pooled: PooledZ | None) -> tuple[str, ...]:
+    from stats.text import p_text
+
     found = []
     if n < FEWEST_RUNS:
         found.append(f"only {n} runs: below {FEWEST_RUNS} the result rests on normality, which they cannot show")
@@ -302,7 +304,7 @@ def _warnings(n: int, n_times: int, rounding: RoundingInterval | None, pooled: P
             f"[{rounding.p_low:.3g}, {rounding.p_high:.3g}]: the decision hangs on digits not printed"
         )
     if pooled and pooled.variance_p < 0.05:
-        found.append(f"the scatter of these runs does not fit sigma = {pooled.sigma} (p = {pooled.variance_p:.2g})")
+        found.append(f"the scatter of these runs does not fit sigma = {pooled.sigma} (p = {p_text(pooled.variance_p)})")
     return tuple(found)
 
 

@@ -32,6 +32,9 @@ PATH is a folder of logs (or of series, each judged by itself), a log, a CSV, JS
 standard input, or simply losses: `ttest 2.9195 2.9198 2.9206`."""
 
 
+_TRACK = float("nan")  # --pooled-sigma without a number: the track's own
+
+
 def ttest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folders, files, -, or losses")
     parser.add_argument("--threshold", type=float, help="default: what record.json says, else 2.92")
@@ -40,7 +43,7 @@ def ttest_options(parser: argparse.ArgumentParser) -> None:
         "--pooled-sigma",
         type=float,
         nargs="?",
-        const=-1.0,
+        const=_TRACK,
         metavar="SIGMA",
         help="add the z-test with a standard deviation from elsewhere (no value: the medium track's, 0.0008)",
     )
@@ -58,7 +61,7 @@ def _run_ttest(options: argparse.Namespace) -> int:
     check_alpha(options.alpha)
     settings = {"alpha": options.alpha, "sensitivity": not options.no_sensitivity}
     settings["pooled_sigma"] = options.pooled_sigma
-    if options.pooled_sigma == -1.0:
+    if options.pooled_sigma is _TRACK:
         settings |= {"pooled_sigma": POOLED_SIGMA, "pooled_sigma_df": POOLED_SIGMA_DF}
     losses, decimals = losses_on_command_line(options.paths)
     if losses:

@@ -27,12 +27,12 @@ def log_text(final: float, *, steps=STEPS, every=EVERY, step_ms=50.0, source=SOU
     lines += [f"plan_hash:{plan_hash}"] if plan_hash else []
     lines += ["config:" + json.dumps({"seed": seed, "preset": "nano", "target_loss": 2.92} | (facts or {}))]
     lines.append("=" * 100)
-    rng = np.random.default_rng(seed)
+    rng, training = np.random.default_rng(seed), np.random.default_rng([seed, round(final * 1e7)])
     for step in range(steps + 1):
         clock = step * step_ms
         average = clock / max(step, 1)
         if step:
-            loss = 4 + rng.random()
+            loss = 4 + training.random()
             lines.append(f"step:{step}/{steps} train_loss:{loss:.6f} train_time:{clock:.0f}ms step_avg:{average:.2f}ms")
         if step % every == 0 or step == steps:
             wobble = 0 if step == steps else rng.normal(0, 0.01)

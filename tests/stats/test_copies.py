@@ -102,6 +102,24 @@ def test_a_series_told_again_with_other_validations_is_a_copy(tmp_path, capsys):
     assert len(found["b"]) == 1 and found["b"][0].startswith("6 runs (r0, r1, r2) are runs of"), found
 
 
+def test_one_training_that_was_validated_in_two_ways_is_no_copy_but_is_told(tmp_path, capsys):
+    """Two series of one seed each a run: their training losses agree, their clocks and validations do not."""
+    fill(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for path in sorted((tmp_path / "b").iterdir()):
+        text = re.sub(r"val_loss:(\S+)", lambda m: f"val_loss:{float(m[1]) - 0.004:.4f}", path.read_text())
+        path.write_text(re.sub(r"train_time:(\d+)", lambda m: f"train_time:{int(m[1]) * 199 // 200}", text))
+    _, result = told(capsys, "validate", tmp_path)
+    found = [
+        (one["series"], f["grade"], f["text"])
+        for one in result["assessments"]
+        for f in one["findings"]
+        if f["check"] == "copied"
+    ]
+    assert [(name, grade) for name, grade, _ in found] == [("b", "C")], found
+    assert "have every training loss of runs of" in found[0][2]
+
+
 # ----------------------------------------------------------------------------------------------------
 # Parallel curves
 
@@ -300,6 +318,20 @@ def test_statements_one_by_one_are_the_program(text):
 @pytest.mark.parametrize("text", ["x = (1,\ny = 2\n", "def f(:\n    pass\n", "a = 1\nelse:\n    b = 2\n", "x = 1\n\0"])
 def test_what_is_no_program_has_no_essence(text):
     assert essence(text) is None
+
+
+@pytest.mark.parametrize("start", ["", "=" * 100 + "\n", "\n\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_programs_are_compared_however_the_log_begins(start, encoding, newline, tmp_path, capsys):
+    """Two logs whose sources differ in a run's name; a ruler, blank lines or a mark may stand above them."""
+    for number in range(3):
+        source = f'import torch\nrun_id = "{number}"\n   \nlr = 0.02\n\n'
+        text = (
+            start + source + "=" * 100 + f"\nstep:9/9 val_loss:2.91{number} train_time:9{number}ms step_avg:10.00ms\n"
+        )
+        (tmp_path / f"{number}.txt").write_bytes(text.replace("\n", newline).encode(encoding))
+    assert main(["ttest", str(tmp_path)]) == 0, capsys.readouterr().err
 
 
 def test_a_long_string_at_the_left_edge_is_one_statement():
