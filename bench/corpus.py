@@ -11,7 +11,6 @@ told a little otherwise. The commands run as whole processes, on a tenth of the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from bench.common import REPO, read_result, up_to_date, write_result
 from bench.dialects import Truth, autumn_2024, medium_2025, own, seconds_2026
+from trainer.options import command, setting
 
 NAME, PAGE = "corpus", REPO / "stats" / "README.md"
 BEGIN, END = "<!-- corpus: made by python -m bench.corpus -->", "<!-- end of corpus -->"
@@ -57,10 +57,12 @@ def make_corpus(root: Path, logs: int = LOGS, folders: int = FOLDERS, seed: int 
     sizes[-1] = 6
     while sum(sizes) < logs:
         sizes[rng.randrange(1, folders - 1)] += 1
+    clocks = [248 + 4 * index / sum(sizes) for index in range(sum(sizes))]  # ms a step; no two runs have one clock
+    rng.shuffle(clocks)
     total, first = 0, None
     for number, size in enumerate(sizes):
         dialect, planned = rng.choice(DIALECTS), rng.choice(PLANNED)
-        runs = recipe(rng, size, planned, number)
+        runs = recipe(rng, [clocks.pop() for _ in range(size)], planned, number)
         if number == 0:
             first = dialect, runs
         elif number == folders - 1 and first:
@@ -74,25 +76,25 @@ def make_corpus(root: Path, logs: int = LOGS, folders: int = FOLDERS, seed: int 
     return total
 
 
-def recipe(rng: random.Random, runs: int, planned: int, number: int) -> list[Truth]:
-    """Honest runs of one recipe: noise between them that remembers, and grows smaller towards the end."""
+def recipe(rng: random.Random, clocks: Sequence[float], planned: int, number: int) -> list[Truth]:
+    """Honest runs of one recipe, one a clock: noise between them that remembers, and grows smaller towards the end."""
     steps = (*range(0, planned, 125), planned)
     center, found = rng.uniform(2.914, 2.924), []
-    for seed in range(runs):
+    for seed, step_ms in enumerate(clocks):
         noise, losses = rng.gauss(0, 1), []
         for step in steps:
             left = 1 - step / planned
             noise = 0.7 * noise + rng.gauss(0, 0.714)
             losses.append(round(center + 8 * left**3 + noise * (0.0008 + 0.02 * left), 5))
         stem = f"{number:03d}-{rng.getrandbits(48):012x}"
-        found.append(Truth(stem, seed, steps, tuple(losses), planned, rng.uniform(248, 252)))
+        found.append(Truth(stem, seed, steps, tuple(losses), planned, step_ms))
     return found
 
 
 def told_otherwise(rng: random.Random, run: Truth) -> Truth:
     """The same run under a new name, its losses and times moved by less than runs differ."""
     losses = tuple(round(loss + rng.gauss(0, 2e-5), 5) for loss in run.losses)
-    return replace(run, stem=f"{rng.getrandbits(48):012x}", losses=losses, step_ms=run.step_ms + rng.uniform(0.1, 1))
+    return replace(run, stem=f"{rng.getrandbits(48):012x}", losses=losses, step_ms=run.step_ms + 5)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -152,17 +154,23 @@ def page(record: dict, text: str) -> str:
     return f"{before}{BEGIN}\n\n{paragraph(record)}\n\n{END}{rest.partition(END)[2]}"
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is done with the paragraph."""
+
+    check: bool = setting(False, "flag", "measure nothing; exit 1 if the paragraph is out of date")
+    page: Path = setting(PAGE, "file", "with the paragraph")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 1 if the report took longer than the goal, or not just the copy was accused."""
-    parser = argparse.ArgumentParser(prog="python -m bench.corpus", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="measure nothing; exit 1 if the paragraph is out of date")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the file with the paragraph")
-    options = parser.parse_args(arguments)
+    _, options = command(__doc__, arguments, Options)
     if not options.check:
         write_result(NAME, {"corpora": [measured(LOGS // 10, FOLDERS // 10), measured(LOGS, FOLDERS)]})
     record = read_result(NAME)
     if record is None:
-        parser.error("no result: run it without --check first")
+        print("error: no result: run it without --check first", file=sys.stderr)
+        return 2
     text = options.page.read_text(encoding="utf-8")
     if options.check:
         return up_to_date(options.page, page(record, text), "bench.corpus")

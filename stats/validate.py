@@ -12,7 +12,6 @@ and has to agree. The grade is the worst that any finding allows:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re

@@ -258,11 +258,17 @@ def test_equal_losses_by_accident_accuse_nobody():
         equal += len({tuple(row) for row in losses.tolist()}) < n
         runs = tuple(
             Run(
-                f"{i}.txt", str(i), "steps", 1, 60, 60, 0,
+                f"{i}.txt",
+                str(i),
+                "steps",
+                1,
+                60,
+                60,
+                0,
                 tuple(Validation(20 * (j + 1), float(x), None, None, 4, j + 1) for j, x in enumerate(row)),
             )
             for i, row in enumerate(losses)
-        )  # fmt: skip
+        )
         series = Series("s", "s", runs)
         assert not list(within(series, None))
     assert equal > 100, "accidents do happen here"
