@@ -118,7 +118,7 @@ class Duelling:
     """What the duel is fought with."""
 
     out: str = setting("lab/out/duel", "folder", "for pictures, numbers and page")
-    prompt: str = setting("", "text", "that both continue; '': from the first side's validation text")
+    prompt: str = setting("", "text", "that both continue; '': from the text that both read")
     path: str = setting("", "file", "where the first side's text lies now")
     alpha: float = setting(0.05, "probability", "of a false verdict", above=0, below=1)
     vocab: str = setting("", "folder", "GPT-2's encoder.json and vocab.bpe, where there is no network")
@@ -135,7 +135,9 @@ def main(words: list[str]) -> int:
     told = verdict(sides, asked.alpha)
     findings = [curves(sides, told, Path(asked.out))]
     documents = texts_of(sides[0].checkpoint, asked.path).documents
-    written = samples(sides, asked.prompt or starting_prompt(sides[0].checkpoint, documents))
+    # Where the texts differ, one side may not even know the letters of the other's.
+    prompt = asked.prompt or (starting_prompt(sides[0].checkpoint, documents) if comparable(sides) else "")
+    written = samples(sides, prompt)
     for name, texts in written.items():
         print(f"{name}:", *texts, sep="\n  ")
     if comparable(sides):

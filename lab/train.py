@@ -29,6 +29,7 @@ from lab.checkpoints import load_tensors, save_checkpoint, save_tensors
 from lab.cli import setting
 from lab.datasets import KINDS, SPLIT_KINDS, Corpus, Tokens, load_corpus, overlap, pack_rows, row_batches
 from lab.diagnostics import Diagnostics
+from lab.memory import refuse_batch
 from lab.models import IGNORE, LADDER, LanguageModel, build_model, fields_class
 from lab.models.initial import different_units, initialise_, parse_initial
 from lab.runlog import RunLog, finite, sources_of
@@ -294,6 +295,7 @@ class Run:
         return self.corpus.floor_of(scored_rows(val, c.row_tokens, c.val_tokens)[1])
 
     def _check_context(self) -> None:
+        refuse_batch(self.config.batch_tokens, self.corpus.tokenizer.vocab_size, self.fields)
         smallest = min(t.num_predictions for t in self.corpus.tokens.values())
         needed = self.model.context or 1
         if needed > smallest:

@@ -80,7 +80,7 @@ def check_limits(options: Any) -> None:
             continue
         if isinstance(value, str):
             _check_text(field, value)
-        if kind_of(field) is int:
+        if kind_of(field) is int and "at most" not in limits:
             limits.setdefault("below", MOST + 1)
         held = all(_HOLDS[words](value, limit) for words, limit in limits.items())
         if not held or (isinstance(value, float) and not math.isfinite(value)):

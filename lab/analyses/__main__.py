@@ -10,6 +10,7 @@ A run's own text is found where it lay when it was trained (or give --path, or n
 refused, unless it is asked for with --other. `python -m lab.analyses list` tells what there is.
 """
 
+import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,9 @@ def main(words: list[str]) -> int:
         print("\n".join(f"{name:20} {item.shows}" for name, item in MENU.items()))
         return 0
     _refuse_unread(places, asked)
+    close = difflib.get_close_matches(places[0], [*_VERBS, "list"], 1)
+    if close and places[0] not in _VERBS and not Path(places[0]).exists():
+        raise LabError(f"no checkpoint at {places[0]}; did you mean the command {close[0]}?")
     if places[0] in _VERBS:
         findings = [_VERBS[places[0]][0](places[1:], asked)]
         print(f"{findings[0].name}: {findings[0].summary}")

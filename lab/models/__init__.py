@@ -11,6 +11,7 @@ from typing import Any
 
 from lab import LabError
 from lab.cli import checked
+from lab.memory import refuse_too_large
 from lab.models.base import IGNORE, MARK, LanguageModel
 
 # rung -> (module, model class, fields class). Modules are imported when asked for: the GPT pulls in
@@ -51,7 +52,9 @@ def build_model(name: str, vocab_size: int, fields: Any = None) -> LanguageModel
         fields = cls(**fields)
     if vocab_size < 2:
         raise LabError(f"a vocabulary of {vocab_size} tokens cannot be modelled; is the corpus empty?")
-    return model(vocab_size, checked(fields if fields is not None else cls()))
+    fields = checked(fields if fields is not None else cls())
+    refuse_too_large(name, vocab_size, fields, lambda: model(vocab_size, fields))
+    return model(vocab_size, fields)
 
 
 __all__ = ["IGNORE", "LADDER", "MARK", "LanguageModel", "build_model", "fields_class"]

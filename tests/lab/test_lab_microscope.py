@@ -425,6 +425,19 @@ def test_options_that_nothing_would_read_are_refused(own, words, told, tmp_path,
     assert told in capsys.readouterr().err
 
 
+def test_a_duel_over_two_alphabets_has_samples_of_each_and_no_verdict(tmp_path, capsys):
+    words = "--model=bigram --data=names --steps=2 --row_tokens=16 --batch_tokens=16 --checkpoints=1"
+    for name, letters in (("greek", "αβγ"), ("latin", "abc")):
+        path = tmp_path / f"{name}.txt"
+        path.write_text("\n".join(a + b for a in letters for b in letters), encoding="utf-8")
+        assert cli.run(train.main, f"{words} --path={path} --output_dir={tmp_path / name}".split()) == 0
+    sides = [str(tmp_path / name) for name in ("greek", "latin")]
+    assert cli.run(duel.main, [*sides, f"--out={tmp_path / 'd'}"]) == 0
+    assert "No verdict" in capsys.readouterr().out
+    assert cli.run(duel.main, [*sides, "--prompt=α", f"--out={tmp_path / 'd'}"]) == 2, "asked for, and not to be read"
+    assert "vocabulary lacks" in capsys.readouterr().err
+
+
 def test_losses_of_other_texts_are_not_compared(tmp_path, capsys):
     words = "--model=bigram --data=names --steps=2 --row_tokens=64 --batch_tokens=64 --checkpoints=1 --limit_chars="
     for name, size in (("a", 3000), ("b", 4000)):

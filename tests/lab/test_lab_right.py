@@ -179,6 +179,7 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--model=counts --smoothing=-1", "at least 0"),
         ("--model=gpt --head_lr=-1", "at least 0"),
         ("--model=gpt --model_dim=0", "at least 4"),
+        ("--checkpoints=10001", "--checkpoints=10001: at least 1 and at most 10000\n"),
         ("--seed=-1", "--seed=-1: at least 0"),
         ("--learning_rate=-0.1", "at least 0"),
         ("--weight_decay=-1", "at least 0"),
@@ -217,12 +218,29 @@ def test_settings_that_make_no_sense_are_refused_in_words(words, told, capsys, t
 
 
 @pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--model=gpt --model_dim=2048 --num_layers=4", "parameters with these settings: training takes 3 GiB"),
+        ("--model=mlp --hidden_dim=65536 --context=1024", "and this machine has 2. Lower its width or layers"),
+        ("--model=mlp --batch_tokens=16777216", "--batch_tokens=16777216: a step takes more than 37 GiB"),
+    ],
+)
+def test_what_this_machine_cannot_hold_is_refused_before_it_is_tried(words, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.memory.machine_bytes", lambda: 2 << 30)
+    assert cli.run(train.main, [*words.split(), "--limit_chars=3000", f"--output_dir={tmp_path}"]) == 2
+    assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "main, words, told",
     [
         (look.main, "nowhere --promt=a", "did you mean --prompt"),
         (look.main, "a b c", "not 3"),
         (look.main, "domains justarun", "write name=RUN"),
         (look.main, "domains a=nowhere", "no checkpoint at nowhere"),
+        (look.main, "domain a=nowhere", "did you mean the command domains?"),
+        (look.main, "lst", "did you mean the command list?"),
+        (tour.main, "--processes=-1", "--processes=-1: at least 0"),
         (stories.main, "judge gpt=x --pth=a", "did you mean --path"),
         (stories.main, "judge run", "write name=RUN"),
         (stories.main, "clean a b", "1 words are needed"),
