@@ -216,7 +216,7 @@ class Config:
     compile: str = setting("auto", "name", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
     tune: bool = setting(True, "flag", "coordinate-descent tuning of what torch.compile makes for GPUs")
     kernels: str = setting(
-        "auto", "name", "reference: plain; specialised: Hopper", choices=("auto", "triton", "specialised", "reference")
+        "auto", "name", "Hopper: specialised, gluon", choices=("auto", "triton", "specialised", "gluon", "reference")
     )
     communication: str = setting("auto", "name", "auto: overlap on GPUs", choices=("auto", "plain", "overlap"))
     patience: float = setting(600, "seconds", "that a process waits for another one", at_least=1, at_most=10**7)

@@ -89,7 +89,7 @@ def contestants(plan: AttentionPlan) -> dict[str, Callable]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, scale=SCALE).transpose(1, 2)
 
-    own = ("triton", "specialised") if device_kind() == "sm_90" else ("triton",)
+    own = ("triton", "specialised", "gluon") if device_kind() == "sm_90" else ("triton",)
     return {n: functools.partial(attention, plan=plan, scale=SCALE, impl=n) for n in own} | {"flex": flex}
 
 
@@ -159,7 +159,7 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
             new = timed_rows(contestants(plan), inputs, flops, repeats, **about)
         rows += new
         for code in {c.kernel: c for c in launched if c.kernel.startswith("_attention")}.values():
-            impl = "specialised" if "specialised" in code.kernel else "triton"
+            impl = next((n for n in ("specialised", "gluon") if n in code.kernel), "triton")
             figures = {f"{r['pass']}_ms_at_window_{window}": round(r["median_ms"], 4) for r in new if r["impl"] == impl}
             if "cubin" in code.asm:
                 entry = ran.setdefault(

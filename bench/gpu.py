@@ -96,7 +96,7 @@ def _first(options: Options, on_gpu: bool) -> list[Stage]:
         Stage("medium", _python("train_gpt.py", *medium, "--stop_after=10", "--overwrite"), 240),
         Stage("resume", _python("train_gpt.py", *medium, "--resume=auto"), 150),
         Stage("agreement", _python("-m", "bench.agreement"), 120),
-        Stage("specialised", _python(*tests[:-1], "tests/kernels/test_attention_gpu.py", "-k", "specialised"), 100),
+        Stage("hopper", _python(*tests[:-1], "tests/kernels/test_attention_gpu.py", "-k", "hopper"), 100),
         Stage("tests", _python(*tests), 240),  # without a GPU: that all of them are found
         Stage("proof", _python(*proof), 120),
     ]

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels import attention_gluon
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
+from kernels.gluon import HAVE_GLUON
 from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
 from kernels.runtime import (
     LOG2_E,
@@ -54,7 +56,12 @@ __all__ = [
 
 #: Tokens of one entry of the schedules in a plan. Every query and key tile divides it or is a multiple of it.
 SCHEDULE_TOKENS = 128
-IMPLEMENTATIONS = ("triton", "specialised", "banded", "flex", "reference")
+#: The forward kernels of our own.
+FORWARDS = ("triton", "specialised", "gluon")
+#: Those for Hopper, and the head widths that the trainer takes them at: at 64 the one of specialised warps asks for
+#: more issue slots than there are, in every tile (docs/slots.md).
+FOR_HOPPER = {"specialised": (128,), "gluon": attention_gluon.WIDTHS}
+IMPLEMENTATIONS = (*FORWARDS, "banded", "flex", "reference")
 _MASKED = -1e30  # finite, so that a tile whose rows are all masked makes no NaN; exp(_MASKED - score) is 0
 
 
@@ -1131,14 +1138,17 @@ def _with_room(device: torch.device, run: Callable[[], None]) -> None:
 
 
 def launch_forward(
-    q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None, specialised: bool = False
+    q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None, forward: str = "triton"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel. q, k, v (B, T, heads, Dh); slices of a merged projection are walked as they lie.
 
-    specialised: the one of specialised warps, whose tile is SPECIALISED, whatever `tile` is.
+    forward: which kernel, of FORWARDS; "specialised" and "gluon" have a tile of their own, whatever `tile` is.
     Returns: o, contiguous, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
-    tile = SPECIALISED if specialised else tile or tile_of(TILES, "forward", q.dtype)
     (q, k, v), plan = (_heads_in_order(x) for x in (q, k, v)), _walked(plan, q)
+    if forward == "gluon":
+        return attention_gluon.launch_forward(q, k, v, plan.first_key_BT, plan.query_order_N, scale)
+    specialised = forward == "specialised"
+    tile = SPECIALISED if specialised else tile or tile_of(TILES, "forward", q.dtype)
     B, T, H, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
     if specialised and not copies_in_bulk(q):  # a descriptor is made of it as well
@@ -1255,10 +1265,10 @@ def _attention(
     query_order_N: torch.Tensor,
     key_order_N: torch.Tensor,
     scale: float,
-    specialised: bool,
+    forward: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
-    return launch_forward(q, k, v, plan, scale, specialised=specialised)
+    return launch_forward(q, k, v, plan, scale, forward=forward)
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
@@ -1280,7 +1290,7 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale, specialised):
+def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale, forward):
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
@@ -1291,7 +1301,7 @@ def _(do, q, k, v, o, lse, first_key_BT, end_query_BT, query_order_N, key_order_
 
 
 def _attention_setup(ctx, inputs, output):
-    q, k, v, *plan, ctx.scale, _specialised = inputs
+    q, k, v, *plan, ctx.scale, _forward = inputs
     ctx.save_for_backward(q, k, v, *output, *plan)
     ctx.mark_non_differentiable(output[1])
 
@@ -1313,15 +1323,26 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     """Name of what `attention(..., impl=impl)` runs on this tensor's device; the training log prints it.
 
     Raises: ValueError for what cannot run there."""
-    if impl != "specialised":
+    if impl not in FOR_HOPPER:
         return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
-    implementation_of("triton", tensor, cpu="banded", choices=IMPLEMENTATIONS)  # what that needs, this needs too
+    if impl == "gluon" and tensor.device.type == "cpu":
+        raise ValueError("impl='gluon' needs a GPU: Triton's interpreter cannot run Gluon; choose 'banded' or 'triton'")
+    implementation_of("triton", tensor, cpu="banded", choices=IMPLEMENTATIONS)  # what that needs, these need too
     if tensor.device.type == "cuda" and (device_kind() != "sm_90" or tensor.dtype.itemsize != 2):
         raise ValueError(
-            f"impl='specialised' is for 16 bits on Hopper (sm_90), not for {tensor.dtype} on {device_kind()}; "
+            f"impl='{impl}' is for 16 bits on Hopper (sm_90), not for {tensor.dtype} on {device_kind()}; "
             "choose 'triton'"
         )
+    if impl == "gluon" and not HAVE_GLUON:
+        raise ValueError("impl='gluon' needs triton 3.6 or newer, whose Gluon it is written in; choose 'triton'")
     return impl
+
+
+def check_forward(impl: str, width: int) -> None:
+    """Raise ValueError if a forward kernel that was asked for by name is not to be had at that head width."""
+    if width not in FOR_HOPPER.get(impl, (width,)):
+        widths = " and ".join(map(str, FOR_HOPPER[impl]))
+        raise ValueError(f"impl='{impl}' is for head widths of {widths}, not {width}; choose 'triton'")
 
 
 @without_autocast
@@ -1342,8 +1363,9 @@ def attention(
         plan: of `attention_plan`, for the same B and T and on the same device.
         scale: factor on the logits q . k.
         impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen, and
-            "specialised": on Hopper in 16 bits the forward kernel of specialised warps, with the same gradients. It has
-            not run on a GPU yet; `python -m bench.gpu first` compares it with "triton" there.
+            two on Hopper in 16 bits with the same gradients: "specialised", the forward kernel of specialised warps,
+            and "gluon", that of kernels/attention_gluon.py. Neither has run on a GPU yet; `python -m bench.gpu first`
+            compares them with "triton" there.
 
     Returns: o, with the shape, dtype and device of q.
     Raises: ValueError or TypeError naming the argument.
@@ -1362,7 +1384,7 @@ def attention(
     else:
         check_width(q)
         refuse_tangents("attention", q, k, v)
-        o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale), chosen == "specialised")
+        o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale), chosen)
     return o.reshape(q_BTHDh.shape)
 
 

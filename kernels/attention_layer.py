@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import (
+    FORWARDS,
     AttentionPlan,
     LayerInputs,
     attention,
@@ -179,14 +180,14 @@ def launch_layer(
     heads: int,
     width: int,
     scale: float,
-    specialised: bool = False,
+    forward: str = "triton",
 ):
     """(o (B, T, H, Dh), its rows' base-2 log-sum-exp, qkv with q and k normed and rotated, both factors of norms)."""
     B, T, D = x_BTD.shape
     qkv = (dense(x_BTD).view(B * T, D) @ dense(w_ED).t()).view(B, T, -1, width)
     v, rms_q, rms_k = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, True)
     q, k, _ = _slices(qkv, heads)
-    o, lse = launch_forward(q, k, v, plan, scale, specialised=specialised)
+    o, lse = launch_forward(q, k, v, plan, scale, forward=forward)
     return o, lse, qkv, rms_q, rms_k
 
 
@@ -221,10 +222,10 @@ def _layer(
     heads: int,
     width: int,
     scale: float,
-    specialised: bool,
+    forward: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
-    return launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan, heads, width, scale, specialised)
+    return launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan, heads, width, scale, forward)
 
 
 @torch.library.custom_op("speedrun::attention_layer_backward", mutates_args=())
@@ -247,7 +248,7 @@ def _layer_backward(
 
 
 @_layer.register_fake
-def _(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale, specialised):
+def _(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale, forward):
     B, T, _ = x_BTD.shape
     all_heads = w_ED.shape[0] // width
     kv_heads = (all_heads - heads) // 2
@@ -261,7 +262,7 @@ def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale):
 
 
 def _layer_setup(ctx, inputs, output):
-    x_BTD, w_ED, ve, *rest, _heads, _width, ctx.scale, _specialised = inputs
+    x_BTD, w_ED, ve, *rest, _heads, _width, ctx.scale, _forward = inputs
     ctx.has_ve = ve is not None
     ctx.save_for_backward(x_BTD, w_ED, *([ve] if ctx.has_ve else []), *rest, *output)
     ctx.mark_non_differentiable(*output[1:])
@@ -312,7 +313,7 @@ def attention_layer(
         rotary: cos and sin, float32 (T, Dh / 2). plan: of `attention_plan`, for the same B and T.
         heads, width: H and Dh; scale: factor on the logits.
         impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU, or
-            "specialised" and "triton": one operator.
+            "specialised" or "gluon" and "triton": one operator.
         linear: another product x w^T than this operator's own, which then is taken apart.
 
     Raises: ValueError or TypeError naming the argument.
@@ -326,7 +327,7 @@ def attention_layer(
     if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
         raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
     chosen, of_inputs = (attention_implementation(name, x_BTD) for name in (impl, inputs_impl))
-    if linear or chosen not in ("triton", "specialised") or of_inputs != "triton":
+    if linear or chosen not in FORWARDS or of_inputs != "triton":
         how = dict(heads=heads, width=width, impl=inputs_impl, linear=linear or F.linear)
         inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, **how)
         return attention(*inputs, plan, scale=scale, impl=impl)
@@ -334,7 +335,7 @@ def attention_layer(
     refuse_tangents("attention_layer", x_BTD, w_ED, ve_BTKDh, s)
     ve = None if ve_BTKDh is None else dense(ve_BTKDh)
     small = [dense(t) for t in (s, *rotary, *plan[:4])]
-    return _layer(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen == "specialised")[0]
+    return _layer(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen)[0]
 
 
 def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: float) -> None:

@@ -13,9 +13,9 @@ FAMILIES = {"attention": attention, "attention_inputs": attention, "mlp": mlp, "
 
 def asked(kernels: str, device: str, in_8_bits: str = "bf16") -> dict[str, str]:
     """`--kernels` spelled out, by family; device: as `--device` has it. The plain way on a GPU is FlexAttention;
-    "specialised" is attention's, and "auto" everything else.
+    "specialised" and "gluon" are attention's, and "auto" everything else.
     "products": those of `--products` that the device has."""
-    other = "auto" if kernels == "specialised" else kernels
+    other = "auto" if kernels in ("specialised", "gluon") else kernels
     found = {**dict.fromkeys(FAMILIES, other), "attention": kernels, "products": products.on_device(in_8_bits, device)}
     if kernels == "reference":
         found["attention"] = "flex" if torch.cuda.is_available() and device != "cpu" else "banded"
@@ -33,7 +33,8 @@ def check_device(kernels: str, head_width: int, device: torch.device, dtype: tor
     """Raise UsageError for what that device cannot do."""
     try:
         runs = running(asked(kernels, device.type), device, dtype, "bf16")["attention"]
-        if runs in ("triton", "specialised", "flex"):
+        attention.check_forward(runs, head_width)
+        if runs in ("triton", "specialised", "gluon", "flex"):
             attention_inputs.check_width(torch.empty(0, head_width, dtype=dtype))
     except ValueError as error:
         raise UsageError(f"--kernels={kernels} --model_dim / --num_heads = {head_width}: {error}") from error

@@ -5,6 +5,7 @@
     python -m kernels.proof --family attention --part compile --device sm_90
     python -m kernels.proof --part compile --update    rewrite machine_code.json's rows for this Triton
     python -m kernels.proof --part scan                every candidate tile: no product's registers written too early
+    python -m kernels.proof --part slots               issue slots of attention's forward kernels (docs/slots.md)
     python -m kernels.proof --part mutate --minutes 20 go on with the campaign of planted faults (docs/mutations.md)
 
 Exit code 0: all holds. 1: something does not, and the output says what. 2: usage.
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernels.proof import DEVICES, families, machine_code, mutation
+from kernels.proof import DEVICES, families, machine_code, mutation, slots
 
 PARTS = ("interpret", "faults", "compile")
 
@@ -31,7 +32,7 @@ def run_part(part: str, names: list[str], devices: list[str], quick: bool, minut
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[2] / ".triton-cache"))
     environment["OMP_NUM_THREADS"] = "1"
-    if part not in ("compile", "scan", "mutate-compiled"):
+    if part not in ("compile", "scan", "slots", "mutate-compiled"):
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "kernels.proof.worker", part, *(["--quick"] * quick)]
     command += [f"--family={n}" for n in names] + [f"--device={d}" for d in devices]
@@ -120,6 +121,15 @@ def report_scan(result: dict) -> list[str]:
     return result["reused"]
 
 
+def report_slots(result: dict, update: bool) -> None:
+    """Print the counted issue slots, and write docs/slots.md if `update`."""
+    made_with = f"triton {result['triton']}, ptxas {result['ptxas']}"
+    print(f"\n{made_with}: issue slots of attention's forward kernels on sm_90, counted")
+    print("\n".join(slots.table(result["rows"])))
+    if update:
+        slots.PAGE.write_text(slots.page(result["rows"], made_with))
+
+
 def report_compile(result: dict, update: bool) -> list[str]:
     """Print the machine code table and what the committed files say; return what does not hold."""
     print(f"\ncompiled with triton {result['triton']}, assembled by ptxas {result['ptxas']}")
@@ -159,13 +169,19 @@ def main() -> int:
     )
     parser.add_argument("--family", action="append", default=[], help="only this kernel family (repeatable)")
     parser.add_argument(
-        "--part", action="append", default=[], choices=(*PARTS, "scan", "mutate"), help="only this part (repeatable)"
+        "--part",
+        action="append",
+        default=[],
+        choices=(*PARTS, "scan", "slots", "mutate"),
+        help="only this part (repeatable)",
     )
     parser.add_argument("--minutes", type=float, help="of the mutate part, for each of its two halves")
     parser.add_argument("--page", action="store_true", help="of the mutate part: only write docs/mutations.md")
     parser.add_argument("--device", action="append", default=[], choices=DEVICES, help="compile for this only")
     parser.add_argument("--quick", action="store_true", help="only what the default tests run")
-    parser.add_argument("--update", action="store_true", help="rewrite this Triton's rows of machine_code.json")
+    parser.add_argument(
+        "--update", action="store_true", help="rewrite this Triton's rows of machine_code.json; of slots: docs/slots.md"
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything found to FILE")
     options = parser.parse_args()
     try:
@@ -177,6 +193,9 @@ def main() -> int:
     for part in options.part or PARTS:
         if part == "mutate":
             wrong += mutate(options.family, options.minutes, options.page)
+            continue
+        if part == "slots":
+            report_slots(run_part(part, [], [], False), options.update)
             continue
         if part == "scan":
             wrong += report_scan(run_part(part, options.family, [], False))

@@ -98,6 +98,26 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
     } | ({"reused_registers": reused} if reused else {})
 
 
+def tensor_loops(cubin: bytes) -> list[tuple[int, int]]:
+    """(instructions a warp, cycles of the tensor cores) of every innermost loop with asynchronous products (HGMMA).
+
+    The cycles are those that the loop's products of one group of four warps take on sm_90, whose four tensor cores do
+    4,096 floating-point operations in 16 bits a cycle together: half a column of a 64 x N x 16 product. A scheduler
+    issues one instruction of one warp a cycle, and each of a group's warps has a scheduler of its own: so the first
+    number over the second is what the loop asks of the schedulers in a cycle that the tensor cores are busy."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code, loops = read_listing(_tool("nvdisasm", "-c", file.name))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    found = []
+    for start, end in inner:
+        products = [_ASYNCHRONOUS.match(rest) for opcode, rest in code[start:end] if opcode == "HGMMA"]
+        if products:
+            found.append((end - start, sum(int(product[1]) // 2 for product in products if product)))
+    return found
+
+
 def reused_registers(code: list[tuple[str, str]], loops: list[tuple[int, int]]) -> list[str]:
     """Instructions that write a register which an asynchronous product in flight still reads or writes, in words.
 
@@ -220,7 +240,7 @@ _WITHOUT_PTX = {r"max\.NaN": r"arith\.maximumf", r"min\.NaN": r"arith\.minimumf"
 def unmet_structure(family: Family, compiled: Compiled) -> list[str]:
     """What the family demands of a kernel's intermediate code and this compilation does not show, in words."""
     demand, options = family.demands.get(compiled.kernel, Demand()), compiled.options
-    ttir, ptx = compiled.asm["ttir"], compiled.asm.get("ptx", "")
+    ttir, ptx = compiled.asm.get("ttir", compiled.asm.get("ttgir")), compiled.asm.get("ptx", "")  # Gluon: no ttir
     unmet = [f"{name} is reached by 32-bit offsets" for name in sorted(narrow_pointers(ttir) & set(demand.wide))]
     for pattern, where in demand.shows:
         option, _, value = where.partition("=")

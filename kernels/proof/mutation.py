@@ -157,7 +157,7 @@ def _parses(lines: list[str]) -> bool:
 def _lines_of_code(lines: list[str]) -> list[int]:
     """Numbers of the lines from the first kernel to the last launcher that are neither text nor comment."""
     text = "\n".join(lines)
-    first = text[: text.index("@triton.jit")].count("\n")
+    first = text[: re.search(r"^@(triton|gluon)\.jit", text, re.MULTILINE).start()].count("\n")
     last = next((n for n, line in enumerate(lines) if line.startswith("# ---- torch operators")), len(lines))
     if last == len(lines):
         last = next((n for n, line in enumerate(lines) if line.startswith("# ---- public")), len(lines))

@@ -350,6 +350,30 @@ def _mlp_reference(module, g):
     return {"y": module.relu_squared_mlp_reference(g["x"], g["w_in"], g["w_out"])}
 
 
+# Products in 8 bits are defined by what rounds: their plain way, in float32 whatever the dtype of the truth.
+
+
+def _mlp_8(module, g, impl):
+    return {"y": module.relu_squared_mlp_8(g["x"], g["w_in"], g["w_out"], impl=impl)}
+
+
+def _mlp_8_reference(module, g):
+    x, w_in, w_out = (g[name].float() for name in ("x", "w_in", "w_out"))
+    return {"y": module.relu_squared_mlp_8(x, w_in, w_out, impl="reference").to(g["x"].dtype)}
+
+
+def _linear_8_inputs(random):
+    return _draw(random, x=(2, 5, 8), w=(12, 8), upstream_y=(2, 5, 12))
+
+
+def _linear_8(module, g, impl):
+    return {"y": module.linear(g["x"], g["w"], impl=impl)}
+
+
+def _linear_8_reference(module, g):
+    return {"y": module.linear(g["x"].float(), g["w"].float(), impl="reference").to(g["x"].dtype)}
+
+
 def _mix_inputs(random):
     shape = (2, 7, 16)
     return _draw(random, x=shape, x00=shape, x01=shape, lambdas=(3,), upstream_y=shape)
@@ -546,6 +570,24 @@ OPERATORS: dict[str, Operator] = {
             ("x", "w_in", "w_out", "residual"),
         ),
         Operator(
+            "mlp, 8 bits",
+            "kernels.mlp8",
+            _mlp_inputs,
+            _mlp_8,
+            _mlp_8_reference,
+            ("x", "w_in", "w_out"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "linear, 8 bits",
+            "kernels.products8",
+            _linear_8_inputs,
+            _linear_8,
+            _linear_8_reference,
+            ("x", "w"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
             "residual mix",
             "kernels.residual",
             _mix_inputs,
@@ -588,7 +630,7 @@ OPERATORS: dict[str, Operator] = {
             _attention,
             _attention_reference,
             _QKV,
-            implementations=("auto", "reference", "triton"),
+            implementations=("auto", "reference", "triton", "specialised"),
         ),
         Operator(
             "attention, looped",

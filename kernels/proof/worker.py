@@ -12,6 +12,8 @@ import time
 
 from kernels.proof import DEVICES, families
 
+PARTS = ("interpret", "faults", "compile", "scan", "slots", "mutate", "mutate-compiled")
+
 
 def interpret(names: tuple[str, ...], quick: bool) -> dict:
     """Numeric cases: family -> results."""
@@ -100,9 +102,33 @@ def scan(names: tuple[str, ...]) -> dict:
     return {"triton": triton.__version__, **told, "not_compiled": failures}
 
 
+def slots() -> dict:
+    """Attention's forward kernels compiled for sm_90, and what they ask of the schedulers: rows of `slots.count`."""
+    import torch
+
+    import kernels.attention as module
+    from kernels.assembler import choose_assembler
+    from kernels.proof import machine_code, pretend
+    from kernels.proof import slots as counted
+    from kernels.runtime import triton
+
+    ptxas = choose_assembler().partition(" ")[0]
+
+    def launched(kernel: str, width: int) -> pretend.Compiled:
+        q, k, v = (torch.empty(1, counted.TOKENS, 8, width, dtype=torch.bfloat16, device="meta") for _ in range(3))
+        sizes = ((1, counted.TOKENS), (counted.TOKENS // module.SCHEDULE_TOKENS,))
+        row, order = (torch.empty(*size, dtype=torch.int32, device="meta") for size in sizes)
+        plan = module.AttentionPlan(row, row, order, order)
+        with pretend.device(machine_code.TABLE_DEVICE) as found:
+            module.launch_forward(q, k, v, plan, 0.1, forward=kernel)
+        return found[-1]
+
+    return {"triton": triton.__version__, "ptxas": ptxas, "rows": counted.count(launched)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=("interpret", "faults", "compile", "scan", "mutate", "mutate-compiled"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--family", action="append", default=[])
     parser.add_argument("--device", action="append", default=[], choices=DEVICES)
@@ -118,6 +144,8 @@ def main() -> None:
         result = interpret(names, options.quick)
     elif options.part == "faults":
         result = faults(names)
+    elif options.part == "slots":
+        result = slots()
     elif options.part == "scan":
         result = scan(names)
     else:

@@ -215,9 +215,9 @@ def test_operator_contracts():
     q, k, v, _ = draw(1, 20, 2, 1, 16, torch.float32)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE, True), test_utils=tests)
+    torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE, "specialised"), test_utils=tests)
     with torch.no_grad():
-        o, lse = module._attention(*leaves, *plan[:4], SCALE, False)
+        o, lse = module._attention(*leaves, *plan[:4], SCALE, "triton")
         given = o, *(x.detach() for x in leaves), o.clone(), lse, *plan[:4], SCALE
         torch.library.opcheck(module._attention_backward, given, test_utils=tests[:2])
     torch.library.opcheck(
@@ -236,16 +236,29 @@ def test_what_runs():
 @pytest.mark.parametrize(
     "kind, dtype, runs", [("sm_90", "bfloat16", True), ("sm_90", "float32", False), ("sm_80", "bfloat16", False)]
 )
-def test_specialised_warps_are_for_hopper(monkeypatch, kind, dtype, runs):
+@pytest.mark.parametrize("impl", ["specialised", "gluon"])
+def test_kernels_for_hopper_are_refused_elsewhere(monkeypatch, impl, kind, dtype, runs):
     """Asked of a tensor that says it is on a GPU; never what "auto" chooses."""
     tensor = SimpleNamespace(device=torch.device("cuda"), dtype=getattr(torch, dtype))
     monkeypatch.setattr(module, "device_kind", lambda: kind)
     assert implementation("auto", tensor) == "triton"
     if runs:
-        assert implementation("specialised", tensor) == "specialised"
+        assert implementation(impl, tensor) == impl
     else:
         with pytest.raises(ValueError, match="for 16 bits on Hopper"):
-            implementation("specialised", tensor)
+            implementation(impl, tensor)
+
+
+def test_gluon_is_refused_without_a_gpu_without_gluon_and_at_other_widths(monkeypatch):
+    with pytest.raises(ValueError, match="interpreter cannot run Gluon"):
+        implementation("gluon", torch.zeros(1, dtype=torch.bfloat16))
+    monkeypatch.setattr(module, "device_kind", lambda: "sm_90")
+    monkeypatch.setattr(module, "HAVE_GLUON", False)
+    with pytest.raises(ValueError, match=r"triton 3\.6 or newer"):
+        implementation("gluon", SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
+    q = torch.zeros(1, 5, 1, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="head width 32"):
+        module.launch_forward(q, q, q, attention_plan(length=5), 0.1, forward="gluon")
 
 
 def test_every_device_has_tiles_that_divide_the_schedule():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.attention import attention, attention_inputs, attention_plan, attention_reference
+from kernels.attention_gluon import WIDTHS
 from kernels.proof import TOLERANCE
 from kernels.runtime import device_kind
 
@@ -48,21 +49,22 @@ def test_against_float64(B, T, H, K, width, dtype, window):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("T, H, K, width", [(65536, 8, 8, 128), (2049, 4, 2, 64), (130, 2, 2, 32)])
 @pytest.mark.parametrize("window", [{}, {"window_blocks": 1}, {"window_blocks": 27}])
-def test_specialised_warps_are_as_near_as_the_plain_kernel(T, H, K, width, dtype, window):
+@pytest.mark.parametrize("impl", ["specialised", "gluon"])
+def test_kernels_for_hopper_are_as_near_as_the_plain_one(impl, T, H, K, width, dtype, window):
     """Against float64 where that fits, and everywhere against the plain kernel; a race would differ from run to run."""
+    if impl == "gluon" and width not in WIDTHS:
+        pytest.skip("the Gluon kernel is for widths of 64 and 128")
     tokens = torch.randint(0, 700, (1, T), generator=torch.Generator().manual_seed(1)).cuda()
     plan = attention_plan(tokens, eos_id=0, **window)
     q, k, v, _ = draw(1, T, H, K, width, dtype)
-    plain, mine, again = (
-        attention(q, k, v, plan, scale=SCALE, impl=impl) for impl in ("triton", "specialised", "specialised")
-    )
+    plain, mine, again = (attention(q, k, v, plan, scale=SCALE, impl=which) for which in ("triton", impl, impl))
     assert torch.equal(mine, again), "two runs differ"
     if T > 4096:
         torch.testing.assert_close(mine, plain, rtol=2e-2, atol=TOLERANCE[dtype])
         return
     truth = attention_reference(q.double(), k.double(), v.double(), plan, scale=SCALE)
     usual, error = ((x.double() - truth).square().mean().sqrt() for x in (plain, mine))
-    assert error <= 1.1 * usual + 1e-6, f"{error} of the specialised kernel, {usual} of the plain one"
+    assert error <= 1.1 * usual + 1e-6, f"{error} of the {impl} kernel, {usual} of the plain one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -75,7 +75,15 @@ def test_operators_keep_torchs_contracts():
         for name in list(given)[:4]:
             if given[name] is not None:
                 given[name].requires_grad_()
-        arguments = (*list(given.values())[:4], *given["rotary"], *given["plan"][:4], H, WIDTH, SCALE, with_ve)
+        arguments = (
+            *list(given.values())[:4],
+            *given["rotary"],
+            *given["plan"][:4],
+            H,
+            WIDTH,
+            SCALE,
+            "triton" if with_ve else "specialised",
+        )
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(module._layer, arguments, test_utils=checks)
         with torch.no_grad():

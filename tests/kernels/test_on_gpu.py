@@ -30,20 +30,20 @@ def module_of(name):
 
 
 def runs_here(case, dtype):
-    """Skip what the kernel of specialised warps is not made for: it takes 16 bits, on Hopper."""
-    if "specialised" in case and (device_kind() != "sm_90" or dtype.itemsize != 2):
-        pytest.skip("specialised warps are for 16 bits on Hopper")
+    """Skip what the kernels for Hopper are not made for: they take 16 bits."""
+    if ("specialised" in case or "gluon" in case) and (device_kind() != "sm_90" or dtype.itemsize != 2):
+        pytest.skip("for 16 bits on Hopper")
 
 
 @pytest.mark.parametrize("name, case, dtype", on_device(*CASES))
 def test_numeric_cases(name, case, dtype):
-    runs_here(case.name, dtype)
+    runs_here(f"{name} {case.name}", dtype)
     check_case(module_of(name), case, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("name, check", on_device(*FURTHER))
 def test_nan_layouts_and_a_familys_own_checks(name, check):
-    runs_here(check, torch.float16 if "minus infinity" in check else torch.float32)
+    runs_here(f"{name} {check}", torch.float16 if "minus infinity" in check or "events" in check else torch.float32)
     further_checks(FAMILIES[name], device="cuda")[check](module_of(name))
 
 

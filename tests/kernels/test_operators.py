@@ -20,13 +20,14 @@ from kernels.proof.operators import (
 )
 from kernels.runtime import INTERPRETED
 
+IN_TRITON = ("triton", "specialised")
 CASES = [
     (name, impl)
     for name, operator in OPERATORS.items()
     for impl in operator.implementations
-    if impl != "triton" or INTERPRETED
+    if impl not in IN_TRITON or INTERPRETED
 ]
-FAST = [(name, impl) for name, impl in CASES if not (name.startswith(("attention", "prologue")) and impl == "triton")]
+FAST = [(name, impl) for name, impl in CASES if not (name.startswith(("attention", "prologue")) and impl in IN_TRITON)]
 PUBLIC = [(name, impl) for name, impl in CASES if name != "attention, looped"]  # reached through `attention` only
 operators = pytest.mark.parametrize("name, impl", CASES, ids=[f"{n}-{i}" for n, i in CASES])
 differentiable = pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_values(name, impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name, impl", [c for c in CASES if OPERATORS[c[0]].half and c[1] != "triton"])
+@pytest.mark.parametrize("name, impl", [c for c in CASES if OPERATORS[c[0]].half and c[1] not in IN_TRITON])
 def test_values_in_half_precision(name, impl, dtype):
     check_values(OPERATORS[name], impl, dtype)
 
@@ -63,7 +64,7 @@ def test_values_in_half_precision(name, impl, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name, impl", FAST)
 def test_layouts(name, impl, layout):
-    check_layout(OPERATORS[name], impl, layout, at_once=impl == "triton")
+    check_layout(OPERATORS[name], impl, layout, at_once=impl in IN_TRITON)
 
 
 @pytest.mark.slow
@@ -110,6 +111,8 @@ def test_numbers_that_are_not_floating_are_refused(name, impl):
 
 NO_ROWS = [
     "mlp",
+    "mlp, 8 bits",
+    "linear, 8 bits",
     "residual mix",
     "norm",
     "loss, mean, rsqrt",

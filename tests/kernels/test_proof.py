@@ -76,13 +76,14 @@ def test_every_kernel_has_a_case(name):
     """Each kernel that a module launches is named by its family; what a family names besides is another family's."""
     import importlib
 
+    from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.runtime.interpreter import InterpretedFunction
 
     module = importlib.import_module(FAMILIES[name].module)
     entry = {
         n
         for n, x in vars(module).items()
-        if isinstance(x, InterpretedFunction)
+        if isinstance(x, (InterpretedFunction, GluonJITFunction))
         and any(p.startswith("p_") for p in x.arg_names)
         and re.search(rf"launch\(\s*{n},", Path(module.__file__).read_text())
     }

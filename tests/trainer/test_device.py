@@ -35,3 +35,16 @@ def test_a_head_width_that_no_kernel_has_is_refused_at_start(heads, width, monke
     assert f"--model_dim / --num_heads = {width}" in told and "widths 16, 32, 64 and 128" in told
     assert "impl='reference'" in told and not list(tmp_path.iterdir())
     implementations.check_device("auto", 64, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("kernels, width, widths", [("specialised", 64, "128"), ("gluon", 32, "64 and 128")])
+def test_a_kernel_for_hopper_is_refused_at_a_head_width_that_it_is_not_for(
+    kernels, width, widths, monkeypatch, capsys, tmp_path
+):
+    """The command names what is asked for and what to choose; nothing is swapped in silence."""
+    monkeypatch.setattr(implementations, "running", lambda *_: {"attention": kernels})
+    words = ["--preset=nano", "--device=cpu", f"--model_dim={2 * width}", "--num_heads=2", f"--output_dir={tmp_path}"]
+    assert train_gpt.main([*words, f"--kernels={kernels}"]) == 2
+    told = capsys.readouterr().err
+    assert f"--kernels={kernels} --model_dim / --num_heads = {width}" in told
+    assert f"for head widths of {widths}, not {width}; choose 'triton'" in told and not list(tmp_path.iterdir())

@@ -66,7 +66,7 @@ def _numeric(name, tile, *shape, descriptors=False, quick=True, hostile=False, *
 def _specialised_kernel(module, given):
     """The forward kernel of specialised warps, which has one tile."""
     q, k, v, plan = (given[n] for n in ("q", "k", "v", "plan"))
-    return dict(zip(("o", "lse"), module.launch_forward(q, k, v, plan, SCALE, specialised=True)))
+    return dict(zip(("o", "lse"), module.launch_forward(q, k, v, plan, SCALE, forward="specialised")))
 
 
 def _specialised_reference(module, given):
@@ -213,7 +213,7 @@ def _specialised_launch(K=8, width=128, apart=False, dtype=torch.bfloat16):
         if not apart:
             q, k, v = (x.contiguous() for x in (q, k, v))
         row, order = (torch.empty(*s, dtype=torch.int32, device="meta") for s in ((1, T), (T // 128,)))
-        module.launch_forward(q, k, v, module.AttentionPlan(row, row, order, order), SCALE, specialised=True)
+        module.launch_forward(q, k, v, module.AttentionPlan(row, row, order, order), SCALE, forward="specialised")
 
     return run
 
@@ -226,7 +226,7 @@ def _logits_of_minus_infinity(module, device):
     k = torch.zeros_like(q)
     k[:, 128:] = -torch.inf
     plan = attention_plan(length=130, device=device)
-    o, _ = module.launch_forward(q, k, v, plan, SCALE, specialised=True)
+    o, _ = module.launch_forward(q, k, v, plan, SCALE, forward="specialised")
     assert torch.equal(o, v), "logits of -inf spoil a row"
 
 
