@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data import paths, shards
+from data.echo import program
 from data.encoding import ENCODINGS, TokenizeError
 from data.tokenize import PartWriter
 
@@ -107,4 +108,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("data.convert", main))

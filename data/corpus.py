@@ -44,6 +44,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import paths, shards
+from data.echo import program
 from data.grammar import END, Choice, Grammar, Measure, Option, Rule, read_grammar
 
 GRAMMAR_FILE = Path(__file__).with_name("grammar.txt")
@@ -397,4 +398,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("data.corpus", main))

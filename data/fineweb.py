@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import paths, shards
+from data.echo import program
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # 103 shards of 100M tokens of FineWeb's 10B sample, and one for validation
 MAX_SHARDS = 103
@@ -226,4 +227,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("data.fineweb", main))

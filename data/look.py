@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import paths, shards
+from data.echo import program
 from data.encoding import ENCODINGS, TokenizeError, encoding_for
 from data.folder import facts_beside
 
@@ -90,4 +91,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("data.look", main))

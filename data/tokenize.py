@@ -45,6 +45,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data import paths, shards
+from data.echo import program
 from data.encoding import ENCODINGS, MARKER, TokenizeError, make_encoder, token_characters
 from data.reading import KINDS, PACKED, Piece, Reader, file_kind
 
@@ -639,4 +640,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # end as on Ctrl-C, and clean up
-    sys.exit(main())
+    sys.exit(program("data.tokenize", main))

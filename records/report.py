@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from data.echo import program
 from data.paths import write_text
 from records.account import EXIT_NO_VERDICT, Account, Verdict, decide, read_account
 from records.folder import SeriesError, write_record
@@ -382,4 +383,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("records.report", main))

@@ -17,6 +17,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.echo import tell
 from records.folder import EXIT_CRASHED, Series, SeriesError, set_aside
 from records.launch import EXIT_BAD_INPUT, EXIT_IO, Job, Local, seal
 from records.ledger import RunState
@@ -44,7 +45,7 @@ def settle_lost(series: Series, wait_s: float = 90.0) -> None:
         if time.monotonic() > deadline:
             raise SeriesError(f"{where}, left by a start that died; stop it, then give the same command again")
         if not told:
-            print(f"{where}, left by a start that died: waiting for it to end", flush=True)
+            tell(f"{where}, left by a start that died: waiting for it to end")
             told = True
         time.sleep(0.2)
     for state in states.values():
@@ -230,7 +231,7 @@ class Runner:
         if hasattr(self.launcher, "cancel_pending"):
             cancelled += self.launcher.cancel_pending(reason)
         if cancelled:
-            print(f"{cancelled} queued runs cancelled: {reason}", flush=True)
+            tell(f"{cancelled} queued runs cancelled: {reason}")
 
     def _start(self, task: Task) -> None:
         series = self.series
@@ -253,14 +254,14 @@ class Runner:
             timeout_s=self.timeout_s,
         )
         again = f" (attempt {task.attempt}{', resumed' if task.resume else ''})" if task.attempt > 1 else ""
-        print(f"{now()} {task.run} started{again}", flush=True)
+        tell(f"{now()} {task.run} started{again}")
         self.launcher.start(job)
 
     def _ended(self, job: Job, end: dict) -> None:
         status = end["status"]
         after_end(self.series, job.run, status)
         told = f"loss {end['final_loss']:.6f}" if end.get("final_loss") is not None else end.get("error", "")
-        print(f"{end['time']} {job.run} {status} after {end['seconds']:.1f} s {told}".rstrip(), flush=True)
+        tell(f"{end['time']} {job.run} {status} after {end['seconds']:.1f} s {told}".rstrip())
         copy_away(self.series.folder, self.copy_to)
         if status == "finished" and (other := other_data(self.series, job.run)):
             self.give_up = other

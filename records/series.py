@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from data.echo import program, tell
 from records import report
 from records.asking import ask_trainer
 from records.flags import AmendFlags, SeriesFlags, default_root, helped, make_launcher, read_flags
@@ -124,7 +125,7 @@ def begin(series: Series, threshold: float | None, plan: Plan | None) -> None:
     stop_step = plan.stop_step if plan else None
     plan_hash = plan.hash if plan else None
     series.ledger.append("begin", threshold=threshold, plan=plan_hash, stop_step=stop_step, identity=identity)
-    print(f"{series.folder.name}: head {series.ledger.head()} (publish it before the first run: stats/README.md)")
+    tell(f"{series.folder.name}: head {series.ledger.head()} (publish it before the first run: stats/README.md)")
 
 
 def with_plan(series: Series, options: SeriesFlags, threshold: float | None):
@@ -159,10 +160,10 @@ def run_and_judge(series: Series, options: SeriesFlags, plan: Plan | None, thres
     begin(series, threshold, plan)
     adopted = launcher.adopt() if options.launcher == "slurm" else set()
     tasks, crashed = choose(series, repeats, options.retry_crashed, adopted)
-    print(f"{series.folder}: {repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed", flush=True)
+    tell(f"{series.folder}: {repeats} runs wanted, {len(tasks)} to start, {len(crashed)} stay crashed")
     for state in crashed:
         end = state.attempts[-1].end or {}
-        print(f"  {state.run} crashed: {end.get('error')} (again with --retry-crashed)", flush=True)
+        tell(f"  {state.run} crashed: {end.get('error')} (again with --retry-crashed)")
     decided = None
     if plan:
         from records.sequential import Watch
@@ -252,4 +253,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("records.series", main))

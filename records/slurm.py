@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.echo import tell
 from records.folder import SeriesError
 from records.launch import Job, Slot, seal
 from records.ledger import Attempt, Ledger
@@ -180,7 +181,7 @@ class Slurm:
         for job, handle in zip(jobs, handles):
             self.ledger.append("submit", run=job.run, seed=job.seed, attempt=job.attempt, job=handle.job_id)
             self.active[job.run] = Submitted(job, handle.job_id, handle)
-        print(f"submitted {len(jobs)} runs as {handles[0].job_id.partition('_')[0]}", flush=True)
+        tell(f"submitted {len(jobs)} runs as {handles[0].job_id.partition('_')[0]}")
 
     def _attempt(self, one: Submitted) -> Attempt | None:
         """The launch of this submission, once the ledger has it."""

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.echo import program, tell
 from data.paths import write_text
 from records.flags import StudyFlags, default_root, helped, make_launcher, read_flags
 from records.folder import EXIT_CRASHED, EXIT_MORE_RUNS, EXIT_USAGE, SCHEMA, Identity, Series, SeriesError, sole_start
@@ -170,12 +171,12 @@ def run_study(study: Study, launcher, *, quiet: bool) -> int:
             raise SeriesError(f"{failed} failed: without the base nothing can be compared", EXIT_CRASHED)
         write_report(study.folder, study.plan, pairs)
         for line in told(study.plan, verdicts(study.plan, pairs)):
-            print(line, flush=True)
+            tell(line)
         tasks = next_tasks(study, pairs)
         if not tasks:
             return 0
         if reason := budget():
-            print(f"{reason}: {len(tasks)} runs up to the next look were not started", flush=True)
+            tell(f"{reason}: {len(tasks)} runs up to the next look were not started")
             write_report(study.folder, study.plan, pairs, final=True)
             return EXIT_MORE_RUNS
         # In one series-like loop with the ledger: starting, stopping, recording is the runner's.
@@ -247,4 +248,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program("records.study", main))

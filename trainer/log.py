@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import os
 import sys
 import time
 import uuid
@@ -23,6 +22,7 @@ from typing import Any, TextIO
 
 import torch
 
+from data.echo import mute, tell
 from data.paths import atomic_file
 from trainer.options import UsageError
 from trainer.program import now
@@ -368,29 +368,12 @@ class Progress:
 
 def say(text: str) -> None:
     """Print, above the progress bar if there is one. If nobody can read it, the run goes on: the log has it all."""
+    if Progress.bar is None:
+        return tell(text)
     try:
-        if Progress.bar is not None:
-            Progress.bar.write(text)
-        else:
-            print(text, flush=True)
-    except (OSError, ValueError):  # closed pipe, full disk behind it, lost terminal
-        mute(sys.stdout)
-
-
-def flush_or_mute(stream: TextIO) -> None:
-    """Write what a stream still holds; if nobody can read it, nowhere."""
-    try:
-        stream.flush()
+        Progress.bar.write(text)
     except (OSError, ValueError):
-        mute(stream)
-
-
-def mute(stream: TextIO) -> None:
-    """Send what is still written to a broken stream nowhere, so that neither the run nor its exit fails for it."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        mute(sys.stdout)
 
 
 def unique_name(preset: str) -> str:

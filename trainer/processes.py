@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.log import flush_or_mute
+from data.echo import flush_or_mute
 from trainer.options import UsageError
 
 T = TypeVar("T")
