@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from stats.errors import Exit, UsageError
+from stats.errors import Exit, StatsError, UsageError
 from stats.verbs.options import (
     Verb,
     asked,
@@ -88,12 +88,23 @@ def _plot(result: Any, losses: Sequence[float], series: Sequence[Any], options: 
     """--plot: the first result as a picture."""
     from stats.figures import draw_test
 
-    if not losses:
-        from stats.samples import selected
+    draw_test(result, losses or _losses_of(result, series, options), options.plot)
 
-        own = next(one for one in series if one.name == result.series)
-        losses = selected(own, **asked(options, series)).losses
-    draw_test(result, losses, options.plot)
+
+def _losses_of(result: Any, series: Sequence[Any], options: argparse.Namespace) -> Sequence[float]:
+    """The losses of the series that a result is about: of its name, which another may have too, and with its sample."""
+    from stats.samples import selected
+    from stats.ttest import summarize
+
+    for one in series:
+        if one.name == result.series:
+            try:
+                losses = selected(one, **asked(options, series)).losses
+            except StatsError:
+                continue
+            if losses and summarize(losses) == result.loss:
+                return losses
+    raise AssertionError(f"no series has the losses of {result.series}")
 
 
 # ----------------------------------------------------------------------------------------------------
