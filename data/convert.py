@@ -52,9 +52,13 @@ def read_tokens(path: str) -> np.ndarray:
 def convert(files: list[str], out: Path, encoding: str, shard_tokens: int) -> dict:
     """Write shards of `files` and tokenize.json to `out`; returns what that holds. Raises TokenizeError."""
     vocabulary = ENCODINGS[encoding]
+    if twice := [path for path in files if files.count(path) > 1]:
+        raise TokenizeError(f"{twice[0]}: named {files.count(twice[0])} times; name each file once")
     if list(out.glob("*.bin")):
         raise TokenizeError(f"{out}: holds .bin files already; give another --out")
     opened = {path: read_tokens(path) for path in files}
+    if empty := [path for path, tokens in opened.items() if not len(tokens)]:
+        raise TokenizeError(f"{empty[0]}: holds no tokens")
     writers = {part: PartWriter(out, part, shard_tokens) for part in ("train", "val")}
     try:
         for path, tokens in opened.items():
@@ -103,7 +107,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data.convert: {error}", file=sys.stderr)
         return 3
     told = ", ".join(f"{part} {facts[part]['tokens']:,} tokens" for part in ("train", "val") if part in facts)
-    print(f"{told}; train with: python train_gpt.py --data={options.out}")
+    missing = [part for part in ("train", "val") if part not in facts]
+    for part in missing:
+        print(f"data.convert: none of them is for {part} (a name with val or test is for val)", file=sys.stderr)
+    print(told if missing else f"{told}; train with: python train_gpt.py --data={options.out}")
     return 0
 
 

@@ -120,6 +120,8 @@ def _guess(header: bytes) -> str:
         return " (it is a shard of 32-bit Llama 3 tokens)"
     if header and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in header[:64]):
         return " (it looks like text: make shards of it with python -m data.tokenize)"
+    if header.startswith(b"PK\x03\x04"):
+        return " (it is a zip archive, as .npz files are: unpack it)"
     if header.startswith(b"\x93NUMPY"):
         return " (it is a NumPy array: make a shard of it with python -m data.convert)"
     return (

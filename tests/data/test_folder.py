@@ -91,7 +91,23 @@ def test_shards_of_other_projects(tmp_path, capsys):
         assert np.array(shards.open_shard(name)).tolist() == [50256, *tokens.tolist()]
     np.save(tmp_path / "wide.npy", np.zeros((2, 2), dtype=np.int32))
     (tmp_path / "odd.bin").write_bytes(b"abc")
+    (tmp_path / "no.bin").touch()
     np.save(tmp_path / "high.npy", np.array([50257]))
-    for name, message in (("wide.npy", "one row of integers"), ("odd.bin", "odd number"), ("high.npy", "has id 50257")):
+    np.save(tmp_path / "low.npy", np.array([-1]))
+    np.savez(tmp_path / "many.npz", tokens)
+    for name, message in (
+        ("wide.npy", "one row of integers"),
+        ("odd.bin", "odd number"),
+        ("no.bin", "holds no tokens"),
+        ("high.npy", "has id 50257"),
+        ("low.npy", "do not fit 16 bits"),
+    ):
         assert convert.main([str(tmp_path / name), "--out", str(tmp_path / "new")]) == 3
         assert message in capsys.readouterr().err
+    with pytest.raises(ShardError, match=r"a zip archive, as \.npz files are"):
+        shards.read_header(tmp_path / "many.npz")
+    assert convert.main([files[0], files[0], "--out", str(tmp_path / "new")]) == 3
+    assert "named 2 times" in capsys.readouterr().err
+    assert convert.main([files[0], "--out", str(tmp_path / "half")]) == 0
+    told = capsys.readouterr()
+    assert told.out == "train 7 tokens\n" and "none of them is for val" in told.err
