@@ -418,7 +418,9 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: 
 
 
 class _Plain:
-    """The head's three products in x's dtype, for chunks of tokens."""
+    """The head's three products in x's dtype, for chunks of tokens, which begin at multiples of `multiple`."""
+
+    multiple = 1
 
     def __init__(self, x_ND, weight_VD, gradient: bool):
         self.x, self.w, self.gradient = x_ND, weight_VD.to(x_ND.dtype), gradient
@@ -438,6 +440,8 @@ class _Eight(_Plain):
     """The same in 8 bits. x and w are converted once, whatever the chunks.
 
     largest: of x, w and the gradient at the logits, 0 where unknown, which is then measured."""
+
+    multiple = MULTIPLE
 
     def __init__(self, x_ND, weight_VD, gradient: bool, largest):
         self.x, self.w, self.gradient = x_ND, weight_VD, gradient
@@ -477,6 +481,7 @@ def _in_chunks(rows_of, products, targets_NK, softcap, ignore_index, chunk_token
     dw_VD = x_ND.new_empty((products.w.shape[0], x_ND.shape[1]) if gradient else 0, dtype=wide)
     if N == 0:
         dw_VD.zero_()
+    chunk_tokens = -(-chunk_tokens // products.multiple) * products.multiple
     for start in range(0, N, chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         z = products.logits(rows)
@@ -703,7 +708,8 @@ def linear_cross_entropy(
     compiles nothing. A weight of 0 leaves its column out. It gets no gradient.
     reduction: "mean" over the tokens with a target that is not `ignore_index`, "sum", or "none" for float32 losses
     (N,), zero where all is ignored.
-    chunk_tokens: rows of x whose logits are in memory at once (None: chosen for the device).
+    chunk_tokens: rows of x whose logits are in memory at once (None: chosen for the device); in 8 bits the next
+    multiple of 16.
     fp8: products of the head in 8 bits, on GPUs that have them and, slowly, on a CPU: True, or the largest numbers of
     x, the weight and the gradient at the logits of the losses' sum, which fix the scales (0 for one to be measured).
     impl: "auto" | "triton" | "reference" (plain torch in chunks) | "eager" (plain torch, all logits).

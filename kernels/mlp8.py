@@ -191,6 +191,8 @@ def _with_epilogue(a: Eight, b: Eight, of_out: torch.Tensor, act: Eight | None, 
 
 def _longest(w: torch.Tensor, axis: int) -> torch.Tensor:
     """float32 (): the largest norm along an axis."""
+    if w.numel() == 0:
+        return w.new_zeros((), dtype=torch.float32)
     return torch.linalg.vector_norm(w, dim=axis, dtype=torch.float32).amax()
 
 

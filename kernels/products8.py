@@ -83,9 +83,11 @@ def scale_for(x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch
     """float32 (): the least power of two with which x's largest finite number fits into `dtype`.
 
     largest: as a number, it is the one that exactly fits, whatever x has, unless it is 0; as a tensor (), it stands in
-    place of x's."""
+    place of x's. Raises: ValueError for a number that is none, or below 0."""
     if isinstance(largest, torch.Tensor):
         return _least_scale(largest, dtype)
+    if not 0 <= largest < math.inf:
+        raise ValueError(f"a known largest number must be finite and above 0, or 0 for a measured one; got {largest}")
     if largest:
         return torch.full((), largest / torch.finfo(dtype).max, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -178,10 +180,21 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
 
 
+def _check(x: torch.Tensor, dtype: torch.dtype) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x must be (M, K), got {tuple(x.shape)}")
+    expect_floats("x", x, KERNEL_DTYPES)
+    if dtype not in (E4M3, E5M2):
+        raise TypeError(f"dtype must be one of 8 bits, {E4M3} or {E5M2}, got {dtype}")
+
+
 def in_8_bits(
     x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch.Tensor = 0.0, impl: str = "auto"
 ) -> Eight:
-    """x (M, K) in 8 bits, with both axes filled up with zeros to multiples of 16; largest: see `scale_for`."""
+    """x (M, K) in 8 bits, with both axes filled up with zeros to multiples of 16; largest: see `scale_for`.
+
+    Raises: ValueError for another shape, TypeError for x's dtype or a format that is not of 8 bits."""
+    _check(x, dtype)
     scale = scale_for(x, dtype, largest)
     if implementation(impl, x) == "triton":
         return Eight(_in_8_bits(dense(x), scale, dtype == E5M2, False)[0], scale)
@@ -192,6 +205,7 @@ def both_ways(
     x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch.Tensor = 0.0, impl: str = "auto"
 ) -> tuple[Eight, Eight]:
     """(`in_8_bits` of x (M, K), the same turned (K, M))."""
+    _check(x, dtype)
     if implementation(impl, x) != "triton":
         eight = in_8_bits(x, dtype, largest, impl)
         return eight, eight.turned()

@@ -326,6 +326,15 @@ def _several_targets_reference(module, g):
     return {"loss": module.linear_cross_entropy_reference(*given, target_weights=g["weights"])}
 
 
+def _loss_8(module, g, impl):
+    return {"loss": module.linear_cross_entropy(g["x"], g["w"], g["targets"], impl=impl, chunk_tokens=5, fp8=True)}
+
+
+def _loss_8_reference(module, g):
+    given = {**g, "x": g["x"].float(), "w": g["w"].float()}
+    return {"loss": _loss_8(module, given, "reference")["loss"].to(torch.promote_types(g["x"].dtype, torch.float32))}
+
+
 def _mlp_inputs(random):
     return _draw(random, x=(2, 5, 8), w_in=(12, 8), w_out=(8, 12), upstream_y=(2, 5, 8))
 
@@ -557,6 +566,15 @@ OPERATORS: dict[str, Operator] = {
             _targets_inputs,
             _several_targets,
             _several_targets_reference,
+            ("x", "w"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "loss, 8 bits",
+            "kernels.cross_entropy",
+            _loss_inputs("mean"),
+            _loss_8,
+            _loss_8_reference,
             ("x", "w"),
             implementations=("reference", "triton"),
         ),

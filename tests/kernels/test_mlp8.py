@@ -97,6 +97,8 @@ def test_sizes_that_16_does_not_divide_and_no_rows():
     empty = results(products8.linear, torch.zeros(0, 5), x[:0], w)
     assert empty[0].shape == (0, 5) and (empty[2] == 0).all()
     x, w_in, w_out, _ = of_mlp()
+    without_hidden = results(relu_squared_mlp_8, torch.ones(N, D), x, w_in[:0], w_out[:, :0])
+    assert all((found == 0).all() for found in without_hidden)
     empty = results(relu_squared_mlp_8, torch.zeros(0, D), x[:0], w_in, w_out)
     assert empty[0].shape == (0, D) and all((g == 0).all() for g in empty[1:])
 

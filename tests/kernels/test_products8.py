@@ -58,6 +58,23 @@ def test_conversion_saturates_and_zeros_have_a_scale():
     assert product(in_8_bits(huge), in_8_bits(small), torch.float32)[0, 0].item() == pytest.approx(1.0, rel=0.1)
 
 
+@pytest.mark.parametrize("convert", [in_8_bits, both_ways])
+def test_what_cannot_be_converted_is_refused_by_name(convert):
+    """On every path alike: the plain one took integers, and a format of 32 bits for one of 8."""
+    x = torch.ones(16, 16)
+    for wrong in (x.int(), x.double()):
+        with pytest.raises(TypeError, match="x has dtype"):
+            convert(wrong)
+    with pytest.raises(TypeError, match="one of 8 bits"):
+        convert(x, torch.float32)
+    for wrong in (x[0], x[None]):
+        with pytest.raises(ValueError, match=r"x must be \(M, K\)"):
+            convert(wrong)
+    for largest in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="largest number must be finite"):
+            convert(x, E4M3, largest)
+
+
 def test_both_axes_are_filled_up_with_zeros():
     a, b = draw(5, 19), draw(3, 19, seed=1)
     z = product(in_8_bits(a), in_8_bits(b), torch.float32)
@@ -96,3 +113,23 @@ def test_a_gradients_scale_follows_from_the_targets_weights_and_given_ones_go_fi
     assert cross_entropy._products_for(x, w, True, (0.0, 0.0, 0.0), weights.expand(16, 3)).of_g == 0
     assert scale_for(x, E4M3, 32.0).item() == pytest.approx(32 / 448, rel=1e-7)
     assert scale_for(x, E5M2, torch.tensor(1.75)).item() == 2.0**-15
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_head_in_chunks_of_any_size_is_the_head_at_once(reduction):
+    """Chunks of 5 tokens ended in an error of shapes; a NaN in a token stays with it, whatever chunk comes next."""
+    x, w = draw(40, 32), draw(96, 32, seed=1).float()
+    x[17] = torch.nan
+    targets = torch.arange(40)
+
+    def outcome(chunk_tokens):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        how = dict(impl="reference", fp8=True, reduction=reduction, chunk_tokens=chunk_tokens)
+        loss = cross_entropy.linear_cross_entropy(*leaves, targets, **how)
+        return [loss.detach(), *torch.autograd.grad(loss.nansum(), leaves)]
+
+    at_once = outcome(40)
+    assert at_once[1].isnan().any(1).tolist() == [n == 17 for n in range(40)] or reduction == "sum"
+    for chunk_tokens in (5, 16, 33):
+        for found, right in zip(outcome(chunk_tokens), at_once):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6, equal_nan=True)
