@@ -43,7 +43,6 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from data.shards import ShardError, TokenStream
-from kernels.assembler import choose_assembler, doubts
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
@@ -63,20 +62,22 @@ from trainer import (
     techniques,
 )
 from trainer.adam import Adam
+from trainer.ahead import Ahead
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
-from trainer.evidence import TokenRecord, check_same_data, hash_of
+from trainer.evidence import TokenRecord, check_same_data
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
 from trainer.explain import explain_command
-from trainer.log import Clock, Progress, RunLog, matmul_ceiling, unique_name
+from trainer.log import Clock, Progress, RunLog, matmul_ceiling
+from trainer.ngram_table import NoRows, RowExchange
 from trainer.ngrams import NGramRows
 from trainer.normuon import NorMuon
 from trainer.options import UsageError, check_limits, from_json, help_text, parse_options, setting, wants_help
 from trainer.presets import frontier_presets
 from trainer.processes import StopRequest, on_rank_0, rank, world_size
-from trainer.program import describe_environment, json_hash, program_files, unproven_versions
+from trainer.program import json_hash
 from trainer.start import expand, start_from
-from trainer.streams import describe_data, open_streams, to_device, with_all_validation
+from trainer.streams import open_streams, to_device, with_all_validation
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -147,11 +148,14 @@ class Config:
     exact_windows: bool = setting(False, "flag", "a window of W blocks is a distance in tokens, without blocks")
     bigram_rows: int = setting(0, "rows", "of a table that two tokens pick a row of, mixed into every layer; 0: none")
     bigram_init_weight: float = setting(0.05, "factor", "on its rows, at first")
+    ngram_rows: int = setting(0, "rows", "of a table shared out, that two and three tokens pick; 0: none", at_least=0)
     untied_values: bool = setting(False, "flag", "the last layers have value embeddings of their own")
     xsa: bool = setting(False, "flag", "what attention found loses its part along the token's own value")
     paired_heads: str = setting("", "layers", "in which two heads each attend to the keys of both; '': none")
     late_attention_source: int = setting(-1, "layer", "whose output later attention reads; -1: off", at_least=-1)
     dynamic_skips: str = setting("", "layers", "early and middle one, mixed in at the end by the token: 4,11; '': off")
+    dynamic_gates: int = setting(-1, "layer", "from whose input on it makes each token's gates; -1: off", at_least=-1)
+    head_mixing: bool = setting(False, "flag", "the last layer's heads share by the token what they attend to")
     dynamic_hidden: int = setting(64, "width", "of the networks that mix them", at_least=1)
     # Schedules (trainer/schedule.py). Lists have one value for each twelfth of the run; the last one stays
     extension_steps: int = setting(0, "steps", "the run's last, after the end of its schedules", at_least=0)
@@ -190,6 +194,7 @@ class Config:
     two_rate_from: float = setting(0.0, "fraction", "of the run, then NorMuon has two momenta; 0: never", at_least=0)
     muon_head_pairs: bool = setting(False, "flag", "NorMuon takes q and k by two heads each, not whole")
     gram_newton_schulz: bool = setting(False, "flag", "NorMuon takes matrices of the MLP by their products X X^T")
+    ema_nesterov: float = setting(0.0, "factor", "of the gradients' way ahead of the weights; 0: none", at_least=0)
     tail_ema: float = setting(0.0, "factor", "a step, of the weights' average at the end; 0: none", at_least=0, below=1)
     tail_ema_steps: int = setting(300, "steps", "the run's last, that the average is over", at_least=1)
     tail_ema_tables: float = setting(0.65, "share", "of it in head and input embedding", at_least=0, at_most=1)
@@ -205,6 +210,7 @@ class Config:
     mix_lr: float = setting(0.0, "rate", "both embeddings' factors; 0: they are scalars", at_least=0)
     input_gate_lr: float = setting(4e-5, "rate", "gates of smear and skips", at_least=0)
     gate_lr: float = setting(4e-4, "rate", "gates a head, by Adam", at_least=0)
+    ngram_lr: float = setting(0.3, "rate", "rows that ngram_rows are picked from, by row", at_least=0)
     bigram_mix_lr: float = setting(4e-3, "rate", "factors of the bigram table", at_least=0)
     dynamic_lr: float = setting(1e-3, "rate", "networks of dynamic_skips", at_least=0)
     # Machine
@@ -506,10 +512,10 @@ class GPT(nn.Module):
         plan = attention_plan(tokens_BT, eos_id=c.eos_id, **window)
         return plan._replace(block_mask=flex_mask(plan)) if self.impls["attention"] == "flex" else plan
 
-    def hidden(self, tokens_BT: Tensor, window_blocks, cache=None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, window_blocks, cache=None, ngrams=None) -> Tensor:
         """Final hidden states, normed: (B, T, D). With a `trainer.sample.Cache` the tokens follow those it has seen."""
         if self.techniques is not None:
-            return self.techniques.hidden(self, tokens_BT, window_blocks, cache)
+            return self.techniques.hidden(self, tokens_BT, window_blocks, cache, ngrams)
         L = self.config.num_layers
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
         begin, end = seen_BS.size(1) - tokens_BT.size(1), seen_BS.size(1)
@@ -539,17 +545,19 @@ class GPT(nn.Module):
         return norm(x_BTD)
 
     def forward(
-        self, tokens_BT, targets_BT=None, *, window_blocks=None, reduction="mean", cache=None, target_weights=None
-    ):
+        self, tokens_BT, targets_BT=None, *,
+        window_blocks=None, reduction="mean", cache=None, target_weights=None, ngrams=None,
+    ):  # fmt: skip
         """Cross-entropy in nats per token if targets are given, else float32 logits (B, T, V).
 
         `window_blocks`: the long window, an int or a 0-d int tensor; by default the full window.
         `reduction`: mean, sum or none (then (B, T) losses).
         `cache`: a `trainer.sample.Cache` with the tokens before these.
-        `target_weights`: float32 (K,): a token's loss is their sum over K targets (`mtp`, `prefix_loss`)."""
+        `target_weights`: float32 (K,): a token's loss is their sum over K targets (`mtp`, `prefix_loss`).
+        `ngrams`: (B, T, D) of `ngram_rows`; by default the model looks them up itself."""
         if window_blocks is None:
             window_blocks = schedule.validation_window_at(self.config.num_iterations, self.config)
-        x_ND = self.hidden(tokens_BT, window_blocks, cache).flatten(0, 1)
+        x_ND = self.hidden(tokens_BT, window_blocks, cache, ngrams).flatten(0, 1)
         cap = None if self.config.soft_cap == "none" else self.config.soft_cap
         if targets_BT is None:
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]
@@ -565,7 +573,7 @@ class GPT(nn.Module):
 
 def flops_per_token(model: GPT) -> float:
     """Training FLOPs a token in matrix products, forward and backward: 6 a weight; attention not counted."""
-    networks = [p for n, p in model.named_parameters() if "dynamic" in n]
+    networks = [p for n, p in model.named_parameters() if "dynamic" in n or "head_mixing" in n]
     return 6.0 * (sum(p.numel() for p in (*model.blocks.parameters(), *networks)) + model.head_w.numel())
 
 
@@ -675,7 +683,10 @@ class Trainer:
         self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables))
         compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         mine = self.exchange.my_matrices, self.exchange.my_others
-        self.muon, self.adam, self.average = self.optimizers(*mine, compiles)
+        self.muon, self.adam, self.average, self.ahead = self.optimizers(*mine, compiles)
+        table = self.model.techniques and self.model.techniques.ngrams
+        self.rows = RowExchange(table, config, device) if table else NoRows()
+        self.exchange.cut = self.rows.cut
         self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         self.targets = techniques.Targets(config, self.model, device)  # and their weights, likewise
@@ -688,26 +699,27 @@ class Trainer:
     def parameters(self) -> tuple[dict[str, nn.Parameter], ...]:
         """The model's parameters by name: matrices of the blocks, embedding tables, head, scalars and all else."""
         kinds: dict[str, dict[str, nn.Parameter]] = dict(blocks={}, embed={}, head_w={}, scalars={})
-        for name, p in self.model.named_parameters():
-            gates = "_gates" in name and self.config.gate_optimizer == "muon"
+        for name, p in ((name, p) for name, p in self.model.named_parameters() if p.requires_grad):
+            gates = "_gates" in name and "dynamic" not in name and self.config.gate_optimizer == "muon"
             kinds["blocks" if gates else next((kind for kind in kinds if kind in name), "scalars")][name] = p
         return tuple(kinds.values())
 
     def optimizers(self, matrices: dict, others: dict, compiled: bool = False):
-        """(of matrices, of all else, average of the weights): Muon and AdamW, or those of trainer/normuon.py and
-        trainer/adam.py where a field asks for them; None, or that of trainer/averages.py."""
+        """(of matrices, of all else, average of the weights, way ahead of them): Muon and AdamW, or those of
+        trainer/normuon.py and trainer/adam.py where a field asks for them; None, or trainer/averages.py's; likewise."""
         c, impl = self.config, self.model.impls["muon"]
         muon = (NorMuon if c.normuon_beta2 else Muon)(matrices, c, impl)
         other = Adam(others, c, self.exchange, compiled) if techniques.own_adam(c) else AdamW(others, c)
-        return muon, other, TailAverage(c, matrices, others, muon.mantissa) if c.tail_ema else None
+        ahead = Ahead(c, matrices, others, muon.mantissa) if c.ema_nesterov else None
+        return muon, other, TailAverage(c, matrices, others, muon.mantissa) if c.tail_ema else None, ahead
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes and that this process holds: parameters, its share of the optimizers' state; by
         name, live, not copies."""
         self.exchange.wait_weights()
         parameters = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        averages = self.average.state() if self.average else {}
-        return parameters | self.muon.state() | self.adam.state() | averages
+        parts = self.muon, self.adam, self.average, self.ahead, self.rows
+        return parameters | {n: t for part in parts if part is not None for n, t in part.state().items()}
 
     def layout(self) -> dict[str, Tensor]:
         """Shapes and types of all processes' state together, as tensors without memory."""
@@ -715,7 +727,7 @@ class Trainer:
         named = {n: p for kind in others for n, p in kind.items()}
         parameters = {f"model.{n}": p.detach().to("meta") for n, p in self.model.named_parameters()}
         states = [part.state() for part in self.optimizers(matrices, named) if part is not None]
-        return {name: t for state in (parameters, *states) for name, t in state.items()}
+        return {name: t for state in (parameters, *states, self.rows.layout()) for name, t in state.items()}
 
     def whole_state(self) -> dict[str, Tensor]:
         """On rank 0 all processes' state together, elsewhere nothing. Collective."""
@@ -740,23 +752,17 @@ class Trainer:
         losses, how = [], self.targets.at(step)
         for number, batch in enumerate(batches, 1):
             inputs_T, targets_T = to_device(batch, self.device)
+            how |= self.rows.fetch(batch[0])
             loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window, **how)
             if number == len(batches):
                 self.exchange.arm()
             (loss / sequences).backward()
+            self.rows.collect()
             losses.append(loss.detach() / len(inputs_T) if self.config.loss_sum else loss.detach())
         self.update(step)
         if self.average is not None:
-            self.take_average(step)
+            self.average.take(step, self.exchange)
         return torch.stack(losses).mean()
-
-    def take_average(self, step: int) -> None:
-        """`tail_ema`: the weights enter their average, and after the last step it enters them."""
-        if step == self.average.last:
-            self.exchange.wait_weights()  # what is on its way would overwrite the new ones
-        if self.average.after(step):
-            self.exchange.publish_matrices()
-            self.exchange.publish_head()
 
     def update(self, step: int) -> None:
         """Update the matrices, and on steps of `adam_every` all else, on the gradients since its last time."""
@@ -764,6 +770,8 @@ class Trainer:
         if self.norm:
             self.norm.add(self.exchange.my_matrices)
         self.muon.step(step)
+        if self.ahead is not None:
+            self.ahead.after(step, self.exchange.my_matrices)
         self.exchange.publish_matrices()
         if not schedule.adam_steps(step, self.config):
             for p in self.matrices:
@@ -773,7 +781,10 @@ class Trainer:
         if self.norm:
             self.norm.add(self.exchange.my_others)
         self.adam.step(step)
+        if self.ahead is not None:
+            self.ahead.after(step, self.exchange.my_others)
         self.exchange.publish_head()
+        self.rows.step(step, self.norm)
         self.model.zero_grad(set_to_none=True)
         if step <= schedule.split_step(self.config):
             self.exchange.wait_weights()
@@ -791,10 +802,13 @@ def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
     trainer.exchange.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
-    mine = ((0, sequence) for sequence in range(rank(), count, trainer.world_size))
-    for batch in stream.prefetch(mine, pin_memory=trainer.device.type == "cuda"):
+    mine = range(rank(), count, trainer.world_size)
+    for batch in stream.prefetch(((0, number) for number in mine), pin_memory=trainer.device.type == "cuda"):
         inputs_T, targets_T = to_device(batch, trainer.device)
-        total += trainer.forward(inputs_T[None], targets_T[None], window_blocks=trainer.window)
+        how = trainer.rows.fetch(batch[0])
+        total += trainer.forward(inputs_T[None], targets_T[None], window_blocks=trainer.window, **how)
+    for _ in range(len(mine), -(-count // trainer.world_size)):  # others have a sequence more and ask for its rows
+        trainer.rows.fetch(torch.zeros(0))
     if trainer.world_size > 1:
         dist.all_reduce(total)
     return total.item() / count
@@ -863,9 +877,11 @@ def warm_up(trainer: Trainer, stop: StopRequest) -> None:
         trainer.step(step, [(draw(length), draw(length)) for _ in range(mine)])
     with torch.no_grad():
         trainer.exchange.wait_weights()
-        tokens, targets = to_device((draw(c.val_seq_len), draw(c.val_seq_len)), device)
-        trainer.forward(tokens[None], targets[None], window_blocks=trainer.window)
+        drawn = draw(c.val_seq_len), draw(c.val_seq_len)
+        tokens, targets = to_device(drawn, device)
+        trainer.forward(tokens[None], targets[None], window_blocks=trainer.window, **trainer.rows.fetch(drawn[0]))
     trainer.model.zero_grad(set_to_none=True)
+    trainer.rows.forget()
     for name, live in trainer.state().items():
         live.copy_(before[name])
     if device.type == "cuda":
@@ -971,29 +987,6 @@ class Stretch:
         self.progress.update(step, self.clock.read(), loss)
 
 
-def open_log(config: Config, trainer: Trainer, streams: tuple[TokenStream, TokenStream]) -> RunLog:
-    """The run's log, opened, with all that its header says: machine, program, data, the kernels that run."""
-    c, device, dtype = config, trainer.device, getattr(torch, config.dtype)
-    data, remarks = describe_data(c, *streams)
-    environment = describe_environment(
-        device,
-        world_size=trainer.world_size,
-        source=SOURCE,
-        program=program_files(__file__),
-        implementations=implementations.running(trainer.model.impls, device, dtype, c.products),
-        assembler=choose_assembler() if device.type == "cuda" else "none",
-        val_data_hash=hash_of(streams[1]),
-        plan_hash=c.plan_hash,
-    ) | {"data": data}
-    told, name = dataclasses.asdict(c), on_rank_0(lambda: c.run_name or unique_name(c.preset))
-    log = RunLog(c.output_dir, name, told, environment, SOURCE, config_hash(c), writes=rank() == 0)
-    on_rank_0(lambda: log.open(resuming=bool(c.resume), overwrite=c.overwrite))
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    for remark in [*unproven_versions(environment), *(doubts(environment["assembler"]) if hopper else []), *remarks]:
-        log.line(remark)
-    return log
-
-
 def run(config: Config) -> int:
     """Everything from set-up to the report. Returns the exit code; errors are raised after they are logged."""
     if config.dry_run:
@@ -1006,7 +999,7 @@ def run(config: Config) -> int:
     config = check_config(dataclasses.replace(config, train_seq_len=length))
     streams = open_streams(config)
     trainer = Trainer(config, device)
-    log = open_log(config, trainer, streams)
+    log = report.open_log(config, trainer, streams, __file__, SOURCE, config_hash(config))
     stop.at_once = lambda: log.summary("interrupted")
     with log.failure_told():
         if config != asked:

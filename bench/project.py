@@ -5,10 +5,10 @@
 
 What is counted: the parameters of a preset by kind (from its own model, on the meta device), its steps with their
 tokens and windows (trainer/schedule.py), the allowed pairs of attention at each of them over drawn documents, the bytes
-that a process exchanges. What is taken over: the milliseconds of `medium`'s parts, from its rehearsal
-(bench/results/rehearsal-medium.json) at the ceilings and efficiencies of bench/rehearse/project.py. A part of another
-preset costs in proportion of its weights, tokens and layers; a whole rehearsal of each preset would count its own
-kernels, and was not made. What is estimated: passes over the stream that techniques add (STREAMS).
+that a process exchanges. What is taken over: the milliseconds of the parts of a step, from the preset's own rehearsal
+where one is kept (bench/results/rehearsal-PRESET.json), else from `medium`'s, at the ceilings and efficiencies of
+bench/rehearse/project.py. A part of a preset that was not rehearsed costs in proportion of its weights, tokens and
+layers, and the passes over the stream that its techniques add are estimated (STREAMS).
 
 The reference run's published seconds calibrate: one factor, its measured over its projected time. The other published
 runs were not used for it, so their errors tell what the projection is worth.
@@ -57,6 +57,8 @@ STREAMS = {
     "smear": (5, "step"),
     "dynamic_skips": (24, "step"),
     "untied_values": (15, "step"),
+    "ngram_rows": (24, "step"),
+    "head_mixing": (21, "step"),
 }
 TOUCHED = {"embed": 0.611, "bigram": 0.2}  # rows of a table a step exchanges: rehearsed; published (#252)
 
@@ -86,7 +88,7 @@ def weights_of(config: Any) -> Weights:
             counts["tables"] += p.numel()
         elif "mlp" in name:
             counts["mlp"] += p.numel()
-        elif "qkvo" in name or "dynamic.in_w" in name or "dynamic.out_w" in name:
+        elif "qkvo" in name or ("dynamic" in name and name.endswith(("in_w", "out_w"))):
             counts["projections"] += p.numel()
         elif name == "head_w":
             counts["head"] += p.numel()
@@ -94,13 +96,15 @@ def weights_of(config: Any) -> Weights:
 
 
 class Projection:
-    """Milliseconds of one preset's steps, from the rehearsed parts of `medium`."""
+    """Milliseconds of one preset's steps, from the rehearsed parts of a step of the configuration `rehearsed`: the same
+    one's, or `medium`'s."""
 
-    def __init__(self, config: Any, medium: Any, parts: dict[str, float], rehearsed_tokens: int):
+    def __init__(self, config: Any, rehearsed: Any, parts: dict[str, float], rehearsed_tokens: int):
         self.config, self.parts, self.tokens = config, parts, rehearsed_tokens
-        self.own, self.ref = weights_of(config), weights_of(medium)
-        self.layers = [c.num_layers - len(numbers(c.attention_free_layers)) for c in (config, medium)]
-        self.deep = config.num_layers / medium.num_layers
+        self.counted = config == rehearsed  # whatever its techniques add is in the parts
+        self.own, self.ref = weights_of(config), weights_of(rehearsed)
+        self.layers = [c.num_layers - len(numbers(c.attention_free_layers)) for c in (config, rehearsed)]
+        self.deep = config.num_layers / rehearsed.num_layers
         self.h100 = CEILINGS["h100"]
         self.faster = self.h100.tflops_16 / self.h100.tflops_8
         self._attention: dict[tuple[int, int], float] = {}
@@ -131,6 +135,8 @@ class Projection:
     def streams_ms(self) -> float:
         """Norms, mixes and embeddings of the rehearsed number of tokens, with what techniques add."""
         c, passes = self.config, 0.0
+        if self.counted:
+            return self.parts["norms, mixes, embeddings"]
         for field, (count, per) in STREAMS.items():
             value = getattr(c, field)
             times = len(numbers(value)) if per == "named" else {"layer": self.layers[0], "step": 1}[per]
@@ -138,6 +144,12 @@ class Projection:
         moved = passes * self.tokens * c.model_dim * 2
         own = moved / self.h100.tb_per_s / EFFICIENCY["inductor", False] / 1e9
         return self.parts["norms, mixes, embeddings"] * self.deep + own
+
+    def ngram_bytes(self, step: int) -> float:
+        """Of rows of `ngram_rows` that a process fetches and whose gradients it sends back, if no two n-grams of its
+        sequence share a row: the most that it can be."""
+        here = schedule.batch_tokens_at(step, self.config) / WORLD
+        return 2 * 2 * here * self.config.model_dim * 2 * (WORLD - 1) / WORLD if self.config.ngram_rows else 0.0
 
     def sent_bytes(self) -> float:
         """That a process sends a step: matrices there and back, head and touched rows as often as Adam steps."""
@@ -154,6 +166,7 @@ class Projection:
         share = schedule.batch_tokens_at(step, self.config) / WORLD / self.tokens
         matrices = (own.mlp + own.projections) / (ref.mlp + ref.projections)
         others = (own.head + own.tables + own.bigram) / (ref.head + ref.tables) / self.config.adam_every
+        link = self.h100.link_gb_per_s * 1e6
         return {
             "MLP": p["MLP"] * share * own.mlp / ref.mlp * self.eight("fp8_mlp"),
             "attention projections": p["attention projections"] * share * projections * self.eight("fp8"),
@@ -163,7 +176,7 @@ class Projection:
             "norms, mixes, embeddings": self.streams_ms() * share,
             "Muon": p["Muon"] * matrices,
             "AdamW": p["AdamW"] * others,
-            "messages not hidden": (1 - HIDDEN) * self.sent_bytes() / self.h100.link_gb_per_s / 1e6,
+            "messages not hidden": ((1 - HIDDEN) * self.sent_bytes() + self.ngram_bytes(step)) / link,
             "gaps between launches": p["gaps between launches"] * self.deep,
         }
 
@@ -194,7 +207,10 @@ def project(presets: Sequence[str]) -> dict[str, Any]:
     runs: dict[str, Any] = {}
     for name in dict.fromkeys((*PUBLISHED, *presets)):
         config = train_gpt.parse_config([f"--preset={name}"])
-        runs[name] = Projection(config, medium, rehearsed["projection"]["parts"], rehearsed["tokens"]).run()
+        own = kept(name)
+        told, reference = (own, config) if own else (rehearsed, medium)
+        runs[name] = Projection(config, reference, told["projection"]["parts"], told["tokens"]).run()
+        runs[name]["rehearsed"] = own is not None
     factor = PUBLISHED["medium"]["seconds"] / runs["medium"]["seconds"]
     for name, told in runs.items():
         told["calibrated_seconds"] = told["seconds"] * factor

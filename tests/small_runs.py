@@ -57,6 +57,8 @@ import os, shutil, sys, json
 import torch, train_gpt
 from trainer.program import program_files
 args, worlds, port = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+if sys.argv[4] == "double":
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double  # whatever asks for float32 gets this
 program_files(train_gpt.__file__)  # parsed once for all processes, as torch is imported once
 for number, (world, *more) in enumerate(worlds):  # forked before torch has started any thread
     children = []
@@ -78,14 +80,18 @@ for number, (world, *more) in enumerate(worlds):  # forked before torch has star
 """
 
 
-def in_worlds(args: list[str], worlds: list[list]) -> None:
+def in_worlds(args: list[str], worlds: list[list], double: bool = False) -> None:
     """Run the trainer in worlds of several processes, one world after the other: [[size, more arguments...], ...], of
-    which those of a world replace `args`. Between two, [0, path] removes a file and [0, path, path] copies one."""
+    which those of a world replace `args`. Between two, [0, path] removes a file and [0, path, path] copies one.
+
+    double: in float64. Worlds differ by the order of sums alone, but training blows that up: an element whose gradient
+    is next to zero moves by its sign under Adam, and small singular values are multiplied by hundreds. In float32
+    losses then differ by up to 3e-2 after a few steps, as much as a fault makes them; in float64 by no digit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] % 50000 + 2000
     done = subprocess.run(
-        [sys.executable, "-c", WORLD, json.dumps(args), json.dumps(worlds), str(port)],
+        [sys.executable, "-c", WORLD, json.dumps(args), json.dumps(worlds), str(port), "double" * double],
         cwd=REPO,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -29,6 +29,8 @@ RATES = dict(
 # fmt: off
 _PARTS = {  # of a parameter's name, the first that fits, and its kind
     "head_w": "head", "bigram_embed": "bigram", "embed": "tables", "bigram_mixes": "bigram_mixes", "mixes": "mixes",
+    "dynamic_gates.scale": "scalars", "dynamic_gates.bias": "dynamic_bias", "head_mixing.bias": "dynamic_bias",
+    "dynamic_gates": "dynamic", "head_mixing": "dynamic",
     "smear_w": "inputs", "skip_w": "inputs", "gates": "gates", "dynamic.bias": "dynamic_bias", "dynamic": "dynamic",
     "scalars": "scalars", "xsa_w": "scalars",
 }

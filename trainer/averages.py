@@ -34,6 +34,15 @@ class TailAverage:
         p, low = self.named[name].detach(), self.mantissa.get(name)
         return p.float() if low is None else join_master(p, low)
 
+    def take(self, step: int, exchange: Any) -> None:
+        """After the update of a step, with trainer.exchange: its weights enter the average; after the last step it
+        enters them, and everyone learns of it."""
+        if step == self.last:
+            exchange.wait_weights()  # what is on its way would overwrite the new ones
+        if self.after(step):
+            exchange.publish_matrices()
+            exchange.publish_head()
+
     @torch.no_grad()
     def after(self, step: int) -> bool:
         """After the update of a step; whether it was the last one, so that the weights are new ones."""

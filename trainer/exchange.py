@@ -139,6 +139,7 @@ class PlainExchange:
         self.my_matrices = dict(matrices)
         self.my_others = {**tables, **head, **others}
         self.sends_others = True
+        self.cut: Mapping[str, int] = {}
         self.pending: list[Any] = []
 
     def begin(self, tokens: list[Tensor], others: bool = True) -> None:
@@ -220,6 +221,7 @@ class GradientExchange:
         self.rows: list[Tensor] = []  # of each group, those touched since they were last sent
         self.tokens: list[Tensor] = []  # that touched them
         self.sends_others = True
+        self.cut: Mapping[str, int] = {}
         # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
         self.kinds = {
             "matrices": (self._reduce_matrices, self.matrices),
@@ -415,10 +417,14 @@ def spread_state(
 
 
 def _holders(exchange: PlainExchange | GradientExchange, key: str, like: Tensor) -> tuple[int | None, int | None]:
-    """(the one rank that holds the state of that name, the rows that each rank holds of it); None, None: everyone."""
+    """(the one rank that holds the state of that name, the rows that each rank holds of it); None, None: everyone.
+
+    `exchange.cut`: {parameter: rows that each rank holds}, of parameters of which no rank has all."""
+    parameter = key.removeprefix("model.") if key.startswith("model.") else key.split(".", 2)[-1]
+    if parameter in exchange.cut:
+        return None, exchange.cut[parameter]
     if key.startswith("model.") or like.dim() == 0:
         return None, None
-    parameter = key.split(".", 2)[2]
     return exchange.owner_of(parameter), exchange.rows_of(parameter)
 
 

@@ -31,12 +31,16 @@ SOURCES = {
     "key_offset": "#169", "soft_cap": "#181", "normuon_beta2": "#144; arXiv:2510.05491",
     "muon_coefficients": "#134; arXiv:2505.16932", "cautious_decay": "#154, in Adam #172",
     "muon_lr_factors": "#188", "muon_weight_decay": "#154", "adam_weight_decay": "#172", "adam_decay": "#172",
-    "bigram_rows": "#201", "bigram_init_weight": "#201", "bigram_mix_lr": "#201", "gate_optimizer": "#187",
+    "bigram_rows": "#201", "bigram_init_weight": "#201", "bigram_mix_lr": "#201",
+    "ngram_rows": "#360, in host memory #366; signs: #299", "ngram_lr": "#360",
+    "gate_optimizer": "#187",
     "gate_lr": "#187", "adam_moments": "#187", "matrix_dtype": "#252",
     "products": "head: #248; MLP: #344", "fp8_scales": "#248",
     "prefix_loss": "#337", "dynamic_skips": "#259; arXiv:2502.12170", "dynamic_hidden": "#259", "dynamic_lr": "#259",
-    "late_attention_source": "#241", "xsa": "#264", "paired_heads": "#191", "untied_values": "#209",
+    "late_attention_source": "#241", "xsa": "#264", "paired_heads": "#191",
+    "dynamic_gates": "#315", "head_mixing": "#315; arXiv:2405.08553", "untied_values": "#209",
     "two_rate_from": "#340", "muon_head_pairs": "#253",
+    "ema_nesterov": "#308; arXiv:2605.25395",
     "tail_ema": "#347", "tail_ema_steps": "#347", "tail_ema_tables": "#347", "tail_ema_matrices": "#347",
 }  # fmt: skip
 

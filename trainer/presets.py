@@ -43,6 +43,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it star
     )),
     "frontier": ("f3", dict(
         yarn_until=0, xsa=True, two_rate_from=0.3, muon_head_pairs=True, untied_values=True, paired_heads="1,5,9",
+        ngram_rows=2**24, dynamic_gates=6, head_mixing=True,
     )),
     "nano-frontier": ("frontier", dict(
         train_files="embedded", val_files="embedded", vocab_size=256, eos_id=0, drop_shard_tail=False,
@@ -51,8 +52,8 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it star
         num_layers=4, model_dim=64, num_heads=2, value_embeddings=1, unet_skips="1>3", attention_scale=0.35,
         block_tokens=32, long_window_layers="0,3", window_schedule="1,2,3,4,5,6,7,8", validation_window=0,
         short_window_max=4, key_offset="0,3", late_attention_source=1, dynamic_skips="0,1", dynamic_hidden=16,
-        bigram_rows=4096, paired_heads="1,2", embed_lr=0.1, head_lr=0.01, muon_momentum=0.9, muon_momentum_warmup=100,
-        dtype="float32", log_train_loss=True,
+        bigram_rows=4096, ngram_rows=8192, dynamic_gates=2, paired_heads="1,2", embed_lr=0.1, head_lr=0.01,
+        muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     )),
 }
 # fmt: on

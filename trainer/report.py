@@ -1,15 +1,49 @@
-"""The end of a run: the log's last lines and the JSON's last state."""
+"""The beginning and the end of a run's log: its header, its last lines and the JSON's last state."""
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from typing import Any
 
 import torch
 
-from trainer.log import RunLog
-from trainer.processes import on_rank_0
-from trainer.streams import loss_floor
+from data.shards import TokenStream
+from kernels.assembler import choose_assembler, doubts
+from trainer import implementations
+from trainer.evidence import hash_of
+from trainer.log import RunLog, unique_name
+from trainer.processes import on_rank_0, rank
+from trainer.program import describe_environment, program_files, unproven_versions
+from trainer.streams import describe_data, loss_floor
+
+
+def open_log(
+    config: Any, trainer: Any, streams: tuple[TokenStream, TokenStream], path: str, source: str, hashed: str
+) -> RunLog:
+    """The run's log, opened, with all that its header says: machine, program, data, the kernels that run. Collective.
+
+    config, trainer: of train_gpt.py. path, source: its file, and the text of it that runs. hashed: of the
+    configuration."""
+    c, device, dtype = config, trainer.device, getattr(torch, config.dtype)
+    data, remarks = describe_data(c, *streams)
+    environment = describe_environment(
+        device,
+        world_size=trainer.world_size,
+        source=source,
+        program=program_files(path),
+        implementations=implementations.running(trainer.model.impls, device, dtype, c.products),
+        assembler=choose_assembler() if device.type == "cuda" else "none",
+        val_data_hash=hash_of(streams[1]),
+        plan_hash=c.plan_hash,
+    ) | {"data": data}
+    told, name = dataclasses.asdict(c), on_rank_0(lambda: c.run_name or unique_name(c.preset))
+    log = RunLog(c.output_dir, name, told, environment, source, hashed, writes=rank() == 0)
+    on_rank_0(lambda: log.open(resuming=bool(c.resume), overwrite=c.overwrite))
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    for remark in [*unproven_versions(environment), *(doubts(environment["assembler"]) if hopper else []), *remarks]:
+        log.line(remark)
+    return log
 
 
 def report(log: RunLog, config: Any, device: torch.device, signal_number: int, saved: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.checkpoints import find_checkpoint
 from trainer.foreign import SAMPLE
+from trainer.gating import REACH, mixed_heads_of_few
 from trainer.options import UsageError, check_limits, fields_text, fill, read_words, setting, wants_help
 
 # -------------------------------------------------------------------------------------------------------------
@@ -61,10 +62,12 @@ class Cache:
         first_key_BS: Tensor,
         scale: float,
         per_token: int = 1,
+        mixing: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of the new queries over old and new keys, (B, T, H, Dh); query i sees keys first_key[i] .. i.
 
-        per_token: positions of q, k and v that a token has in that layer (2: `paired_heads`)."""
+        per_token: positions of q, k and v that a token has in that layer (2: `paired_heads`). mixing: weights of
+        `head_mixing`, where the layer has it."""
         T, end = q_BTHDh.size(1), self.length * per_token
         if layer in self.layers:
             old_k, old_v, begin = self.layers[layer]
@@ -77,6 +80,9 @@ class Cache:
         allowed_BTS = (position <= asked) & (position >= first_BT[:, :, None])
         q, k, v = (x.transpose(1, 2) for x in (q_BTHDh, k_BTHDh, v_BTHDh))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed_BTS[:, None], scale=scale).transpose(1, 2)
+        if mixing is not None:
+            near_BTS = allowed_BTS & (position > asked - REACH)
+            y = y + mixed_heads_of_few(q_BTHDh, k_BTHDh, v_BTHDh, mixing, near_BTS, scale)
         needed = int(first_BT[:, -1].min()) - begin  # first keys never go back
         if needed > (end - begin) // 2:
             k_BTHDh, v_BTHDh, begin = k_BTHDh[:, needed:].clone(), v_BTHDh[:, needed:].clone(), begin + needed

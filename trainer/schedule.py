@@ -65,6 +65,11 @@ def learning_rate_factor(step: int, config: Any) -> float:
     return left * maximum + (1 - left) * config.lr_floor
 
 
+def highest_rate_factor(config: Any) -> float:
+    """The largest value of `lr_schedule`."""
+    return max(_listed(config, "lr_schedule", float))
+
+
 def muon_momentum_at(step: int, config: Any) -> float:
     """From 0.85 linearly to `muon_momentum` over the warm-up, and back over the last `muon_momentum_cooldown` steps."""
     fraction = min(step / max(config.muon_momentum_warmup, 1), 1.0)

@@ -23,6 +23,8 @@ from kernels.cross_entropy import next_targets
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers
 from trainer import adam, products
+from trainer.gating import DynamicGates, Gates, HeadMixing, mixed_heads
+from trainer.ngram_table import NGramTable
 from trainer.normuon import factors
 from trainer.options import UsageError
 from trainer.schedule import short_window, target_weights, yarn_at
@@ -34,8 +36,8 @@ GATE_INPUTS = 16  # a gate reads so many dimensions of its input
 PLAIN = dict(
     norm_before_attention=False, value_norm=True, output_scalar=False, mix_lr=0.0, smear=False, skip_gates=False,
     backout_layer=-1, value_gates=False, output_gates=False, key_offset="", exact_windows=False, bigram_rows=0,
-    late_attention_source=-1, dynamic_skips="", matrix_dtype="",
-    yarn_until=-1, untied_values=False, xsa=False, paired_heads="",
+    ngram_rows=0, late_attention_source=-1, dynamic_skips="", matrix_dtype="",
+    yarn_until=-1, untied_values=False, xsa=False, paired_heads="", dynamic_gates=-1, head_mixing=False,
 )
 # fmt: on
 
@@ -81,6 +83,8 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError(f"--prefix_loss={c.prefix_loss}: it ends with the second target, so give --mtp=2 or 3")
     if c.tail_ema and c.tail_ema_steps > c.num_iterations:
         raise UsageError(f"--tail_ema_steps={c.tail_ema_steps}: there are only --num_iterations={c.num_iterations}")
+    if c.ngram_rows % 16:  # halves for pairs and triples, each over 1, 2, 4 or 8 processes
+        raise UsageError(f"--ngram_rows={c.ngram_rows}: a multiple of 16")
     if c.bigram_rows == 1:
         raise UsageError("--bigram_rows=1: the first token has a row of its own, so at least 2")
     for field in ("num_iterations", "checkpoint_every", "stop_after"):  # else gradients would wait in between
@@ -103,6 +107,11 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
             raise UsageError(f"--{field}={getattr(c, field)}: {error}") from error
     if c.paired_heads and (c.num_heads % 2 or set(numbers(c.paired_heads)) & set(numbers(c.key_offset))):
         raise UsageError(f"--paired_heads={c.paired_heads}: of an even --num_heads, in layers without --key_offset")
+    if not -1 <= c.dynamic_gates < c.num_layers or c.dynamic_gates == 0:
+        raise UsageError(f"--dynamic_gates={c.dynamic_gates}: -1, or a layer from 1 to {c.num_layers - 1}")
+    last = c.num_layers - 1
+    if c.head_mixing and last in {*numbers(c.attention_free_layers), *numbers(c.paired_heads)}:
+        raise UsageError("--head_mixing: the last layer is without attention, or one of --paired_heads")
 
 
 def three_numbers(text: str) -> None:
@@ -286,11 +295,13 @@ class Targets:
 
 
 def exclusive(o_BTHDh: Tensor, v_BTHDh: Tensor, alpha_H: Tensor) -> Tensor:
-    """`xsa` (#264): o - tanh(alpha) (o . v / |v|^2) v with the token's own value v: what attention found in others."""
+    """`xsa` (#264): o - tanh(alpha) (o . v / |v|^2) v with the token's own value v: what attention found in others.
+
+    alpha: (H,), or by the token (B, T, H)."""
     wide = torch.promote_types(o_BTHDh.dtype, torch.float32)
     o, v = o_BTHDh.to(wide), v_BTHDh.to(wide)
     along = (o * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-12)
-    return (o - torch.tanh(alpha_H)[:, None] * along * v).to(o_BTHDh.dtype)
+    return (o - torch.tanh(alpha_H)[..., None] * along * v).to(o_BTHDh.dtype)
 
 
 # ---- paired_heads ----------------------------------------------------------------------------------------------
@@ -384,15 +395,20 @@ class Techniques(nn.Module):
         self.long, self.offset, self.paired = (
             numbers(text) for text in (c.long_window_layers, c.key_offset, c.paired_heads)
         )
-        self.xsa_w = empty(L, H, dtype=torch.float32) if c.xsa else None
+        self.dynamic_gates = DynamicGates(c) if c.dynamic_gates > 0 else None
+        self.head_mixing = HeadMixing(c) if c.head_mixing else None
+        self.xsa_w = empty(L, H, dtype=torch.float32) if c.xsa and not self.dynamic_gates else None
         self.gated = [i for i in value_layers if not (c.dynamic_skips and i == L - 1)]  # whose gate is a network's
         self.mixes = empty(L, 2, dtype=torch.float32) if c.mix_lr else None
         self.smear_w = empty(1, GATE_INPUTS) if c.smear else None
         self.skip_w = empty(len(skips), GATE_INPUTS) if c.skip_gates else None
         self.value_gates = empty(len(self.gated), H, GATE_INPUTS, dtype=gate_dtype) if c.value_gates else None
-        self.output_gates = empty(L, H, GATE_INPUTS, dtype=gate_dtype) if c.output_gates else None
+        self.output_gates = (
+            empty(L, H, GATE_INPUTS, dtype=gate_dtype) if c.output_gates and not self.dynamic_gates else None
+        )
         self.bigram_embed = nn.Embedding(c.bigram_rows, D, dtype=dtype) if c.bigram_rows else None
-        self.bigram_mixes = empty(L, dtype=torch.float32) if c.bigram_rows else None
+        self.bigram_mixes = empty(L, dtype=torch.float32) if c.bigram_rows or c.ngram_rows else None
+        self.ngrams = NGramTable(c, dtype) if c.ngram_rows else None
         self.dynamic = DynamicSkips(c) if c.dynamic_skips else None
         self.bigram_rows = BigramRows(c.bigram_rows)
 
@@ -402,10 +418,13 @@ class Techniques(nn.Module):
             p.zero_()
         if self.bigram_mixes is not None:
             self.bigram_mixes.fill_(self.config.bigram_init_weight)
-        if self.dynamic is not None:
-            self.dynamic.reset_parameters()
+        for part in (self.dynamic, self.dynamic_gates, self.head_mixing):
+            if part is not None:
+                part.reset_parameters()
 
-    def hidden(self, gpt: Any, tokens_BT: Tensor, window_blocks: Any, cache: Any = None) -> Tensor:
+    def hidden(
+        self, gpt: Any, tokens_BT: Tensor, window_blocks: Any, cache: Any = None, ngrams: Tensor | None = None
+    ) -> Tensor:
         """`train_gpt.GPT.hidden` with techniques: the same steps, and beside each what fields add to it."""
         c, last = self.config, self.config.num_layers - 1
         seen_BS = tokens_BT if cache is None else cache.extend(tokens_BT)
@@ -422,20 +441,24 @@ class Techniques(nn.Module):
         values = dict(enumerate(first)) | {last + 1 - len(first) + i: ve for i, ve in enumerate(late_tables)}
         x0 = self.entered(gpt, seen_BS, begin, scalars)
         x2 = None if gpt.embed2 is None else norm(gpt.embed2(gpt.rows2(seen_BS)[:, begin:]))
-        bigram = None if self.bigram_embed is None else self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])
+        bigram = self.pairs(seen_BS, begin, ngrams)
         mixes = self.mixing_factors(scalars, x0)
         outputs: dict[int, Tensor] = {}
         x_BTD, factors, more_values = x0, None, None
+        gated = self.dynamic_gates
+        gates: list[Gates] = [] if gated is None else gated(0, x0)
         for layer, block in enumerate(gpt.blocks):
+            if gated is not None and layer == gated.middle:
+                gates += gated(1, x_BTD)
             if layer in self.skips:
                 x_BTD = self.skipped(x_BTD, x0, layer, outputs, scalars)
             if factors is None:
-                x_BTD = self.mixed(x_BTD, x0, x2, bigram, mixes[layer])
+                x_BTD = self.mixed(x_BTD, x0, x2, bigram, mixes[layer], gates[layer] if gates else None)
             late = 0 <= c.late_attention_source < layer
             source = outputs[c.late_attention_source] if late else x_BTD
             short = layer not in self.long
             where = pairs[short] if layer in self.paired else (rotary, plans[short])
-            given = *where, gpt, cache, (factors, more_values)
+            given = *where, gpt, cache, (factors, more_values), gates[layer] if gates else None
             a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
             of_mlp = norm(x_BTD), block.mlp_in_w, block.mlp_out_w
@@ -462,6 +485,13 @@ class Techniques(nn.Module):
             e_BTD = smeared(e_BTD, before, self.smear_w, scalars["smear"][0])
         return norm(e_BTD)
 
+    def pairs(self, seen_BS: Tensor, begin: int, ngrams: Tensor | None) -> Tensor | None:
+        """What several tokens together pick: the rows of `bigram_rows` and of `ngram_rows`, added up."""
+        found = [] if self.bigram_embed is None else [self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])]
+        if self.ngrams is not None:
+            found.append(self.ngrams(seen_BS)[:, begin:] if ngrams is None else ngrams)
+        return sum(found[1:], found[0]) if found else None
+
     def skipped(self, x_BTD: Tensor, x0: Tensor, layer: int, outputs: dict[int, Tensor], scalars: Any) -> Tensor:
         """x + w output; with `skip_gates` (#151) w = 2 sigmoid(b) sigmoid(h . x0[:16])."""
         output = outputs[self.skips[layer]]
@@ -478,9 +508,11 @@ class Techniques(nn.Module):
         tables = [table for table in (scalars["mixes"], self.mixes, beta_L1) if table is not None]
         return factors_of_layers(torch.cat(tables, 1), x0)
 
-    def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, factors: Any) -> Tensor:
+    def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, factors: Any, gates: Gates | None) -> Tensor:
         """r x + p x0 + q x2 + beta B[row], with a layer's factors."""
         r, p, q, *beta = factors
+        if gates is not None:
+            p, beta = p + gates.first, [one + gates.pairs for one in beta]
         terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
         return summed(x_BTD, *terms, *([] if bigram is None else [(beta[0], bigram)]))
 
@@ -503,6 +535,7 @@ class Techniques(nn.Module):
         gpt: Any,
         cache: Any,
         dynamic: Any,
+        gates: Any = None,
     ) -> Tensor | None:
         """Attention of a layer, from what it reads to what it adds to the stream; None for a layer without."""
         if not block.has_attention:
@@ -522,19 +555,29 @@ class Techniques(nn.Module):
             q = q * gpt.query_factor
         if layer in self.offset:
             k = offset_keys(k, None if cache is None else cache.last_key(layer, k))
+        mixing = self.head_mixing(y_BTD) if self.head_mixing is not None and layer == c.num_layers - 1 else None
         if cache is None:
             o_BTHDh = attention(q, k, v, plan, scale=c.attention_scale, impl=gpt.impls["attention"])
+            if mixing is not None:
+                o_BTHDh = o_BTHDh + mixed_heads(q, k, v, mixing, plan.first_key_BT, c.attention_scale)
         else:
-            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, c.attention_scale, per_token=2 if pair else 1)
+            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, c.attention_scale, 2 if pair else 1, mixing)
         if pair:
             o_BTHDh = separated(o_BTHDh)
-        elif self.xsa_w is not None:
-            o_BTHDh = exclusive(o_BTHDh, own_v, self.xsa_w[layer])
-        if self.output_gates is not None:  # #117
-            o_BTHDh = o_BTHDh * gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))[..., None]
+        elif c.xsa:
+            alpha = self.xsa_w[layer] if self.xsa_w is not None else gates.alpha
+            o_BTHDh = exclusive(o_BTHDh, own_v, alpha)
+        if c.output_gates:  # #117
+            o_BTHDh = o_BTHDh * self.opened(y_BTD, layer, gates).to(y_BTD.dtype)[..., None]
         w_o_DD = block.qkvo_w[3].to(y_BTD.dtype)
         w_o_DD = scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD
         return products.linear(o_BTHDh.reshape(B, T, D), w_o_DD, gpt.impls)
+
+    def opened(self, y_BTD: Tensor, layer: int, gates: Any) -> Tensor:
+        """How far each head's gate is open, (B, T, H)."""
+        if self.output_gates is None:
+            return gates.output
+        return gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))
 
     def valued(
         self, v: Tensor, ve_BTD: Tensor | None, y_BTD: Tensor, layer: int, scalars_2: Tensor, dynamic: Any

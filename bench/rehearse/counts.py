@@ -28,7 +28,7 @@ def one_block(config):
 
     What joins layers is off; the layers that are treated otherwise become the one, if there are any."""
     off = dict(value_embeddings=0, untied_values=False, unet_skips="", attention_free_layers="", dynamic_skips="")
-    off |= dict(backout_layer=-1, late_attention_source=-1, long_window_layers="0")
+    off |= dict(backout_layer=-1, late_attention_source=-1, long_window_layers="0", dynamic_gates=-1, head_mixing=False)
     off |= dict(skip_gates=False, value_gates=False, xsa=False)  # their weights would have no gradient
     one = {name: "0" if getattr(config, name) else "" for name in ("key_offset", "paired_heads")}
     return dataclasses.replace(config, num_layers=1, **off, **one)
@@ -105,6 +105,20 @@ def _triton_version() -> str:
     return triton.__version__
 
 
+def _spread_ngrams() -> None:
+    """What tokens that are not there cannot tell of `ngram_rows`: here no two n-grams of a sequence share a row, which
+    is the most that can be sent, and rows lie evenly on the processes."""
+    from trainer import ngram_table
+
+    def ask(_exchange: Any, asked_U: torch.Tensor) -> tuple:
+        world = ngram_table.world_size()
+        even = [len(asked_U) // world] * world
+        return asked_U, even, even
+
+    ngram_table.different = lambda rows: (rows.flatten(), torch.zeros_like(rows))
+    ngram_table.RowExchange.ask = ask  # type: ignore[method-assign]
+
+
 class Rehearsal:
     """One process of a run on the pretended device; the methods in the order in which they are called."""
 
@@ -112,6 +126,7 @@ class Rehearsal:
         self.config, self.recorder, self.device_waits, self.say = config, recorder, waits, say
         self.trainer: Any = None
         self.sequences = 0
+        _spread_ngrams()
 
     def set_up(self) -> dict:
         import train_gpt
