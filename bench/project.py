@@ -60,6 +60,22 @@ STREAMS = {
     "ngram_rows": (24, "step"),
     "head_mixing": (21, "step"),
 }
+#: What `frontier` has and f3 has not: (field, least and most share of the steps saved, how it was published). Where one
+#: number was published, it is both; "mn" is 0.001 nats, and on this track 1 mn is 18 to 28 of some 4,600 steps.
+EFFECTS = (
+    ("xsa", 0.020, 0.020, "-30 of 1480 steps, -4.5 mn (n 10/10, #264)"),
+    ("paired_heads", 0.035, 0.035, "-65 of about 1840 steps (n 5, #191)"),
+    ("untied_values", 0.016, 0.016, "-25 of 1600 steps (n 10/10, #209)"),
+    ("muon_head_pairs", 0.005, 0.007, "-10 of 1490 steps, -1.2 mn (n 8/8, #253)"),
+    ("two_rate_from", 0.012, 0.012, "-40 of 3250 steps, -1.9 mn (n 10/8, #340), on the optimizer track"),
+    (
+        "dynamic_gates, head_mixing",
+        0.036,
+        0.072,
+        "-50 to -100 of 1385 steps, -7.6 mn (n 11/9, #315), with other changes",
+    ),
+    ("ngram_rows", 0.050, 0.113, "guessed 5 to 10 %; -145 of 1285 steps (n 12/12, #366) for 80 M rows in host memory"),
+)
 TOUCHED = {"embed": 0.611, "bigram": 0.2}  # rows of a table a step exchanges: rehearsed; published (#252)
 
 
@@ -222,6 +238,23 @@ def project(presets: Sequence[str]) -> dict[str, Any]:
     return {"schema": 1, "name": "projection", "calibration": factor, "goal_s": GOAL_S, "runs": runs}
 
 
+def argued(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Steps and seconds of `frontier` if its techniques' published effects add up, wholly or by half."""
+    least, most = (sum(effect[i] for effect in EFFECTS) for i in (1, 2))
+    cases = {
+        "nothing is saved": 0.0,
+        "half of the least": least / 2,
+        "half of the most": most / 2,
+        "all of the most": most,
+    }
+    rows = []
+    for words, saved in cases.items():
+        steps = round(run["steps"] * (1 - saved))
+        seconds = run["calibrated_seconds"] * steps / run["steps"]
+        rows.append({"of the published effects": words, "steps": steps, "calibrated s": round(seconds)})
+    return rows
+
+
 def page(told: dict[str, Any]) -> str:
     """docs/projection.md from the file."""
     runs = told["runs"]
@@ -254,6 +287,11 @@ def page(told: dict[str, Any]) -> str:
     ]
     errors = [abs(run["error"]) for name, run in runs.items() if "error" in run and name != "medium"]
     return TEXT.format(
+        effects=table(
+            [{"field": f, "least": f"{a:.1%}", "most": f"{b:.1%}", "published": how} for f, a, b, how in EFFECTS]
+        ),
+        argued=table(argued(runs["frontier"])) if "frontier" in runs else "Not projected.",
+        rehearsed=", ".join(f"`{name}`" for name, run in runs.items() if run["rehearsed"]),
         runs=table(rows),
         sizes=table(sizes),
         parts=table(parts),
@@ -295,9 +333,20 @@ Published ones are differences of cumulative times, where the logs tell them. A 
 
 {parts}
 
+## How many steps `frontier` may need: an argument, not a projection
+
+f3 reaches 2.917 in 4150 steps (n 6, #261). `frontier` keeps that number until a run has shown another. What it adds was
+published elsewhere, each time on a weaker baseline than this one, so that effects overlap: shares of the steps saved.
+
+{effects}
+
+If they added up:
+
+{argued}
+
 ## Not in it
 
-Kernels of each preset's own step (only `medium` was rehearsed whole), NorMuon's second pass over its matrices, memory
+Kernels of each preset's own step (rehearsed whole: {rehearsed}), NorMuon's second pass over its matrices, memory
 limits, data loading, and everything a GPU must still confirm (docs/rehearsal.md).
 """
 

@@ -16,7 +16,7 @@ from trainer import schedule
 from trainer.options import command, setting
 
 PAGE, PICTURE = REPO / "docs" / "schedules.md", REPO / "docs" / "schedules.png"
-PRESETS = ("medium", "record18", "f3")
+PRESETS = ("medium", "record18", "f3", "frontier")
 #: Title -> what is drawn over the steps of a run.
 CURVES: dict[str, Callable[[int, Any], float]] = {
     "tokens a step, thousands": lambda step, c: schedule.batch_tokens_at(step, c) / 1000,

@@ -841,7 +841,9 @@ def test_frontier_trains_alike_with_interpreted_kernels():
 
 @pytest.mark.slow
 def test_four_and_eight_processes_train_as_one_does(shards, tmp_path):
-    args = [*words(shards, tmp_path, "--tokens_per_step=512"), "--communication=overlap"]
+    """With a batch that grows, and every technique."""
+    ramp = "--tokens_per_step=512", "--batch_schedule=128,256,384"
+    args = [*words(shards, tmp_path, *ramp), "--communication=overlap"]
     in_worlds(args, [[1], [4], [8]], double=True)
     one, *others = (losses(tmp_path / f"world{world}.txt") for world in (1, 4, 8))
     for other in others:

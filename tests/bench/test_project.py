@@ -66,6 +66,34 @@ def test_tokens_layers_and_bits_tell_on_the_parts_that_they_concern():
     assert projection(rare).sent_bytes() > projection(RECORD18).sent_bytes()
 
 
+def test_rows_of_ngrams_are_bytes_and_a_preset_of_its_own_rehearsal_is_that():
+    """The most that can be: two rows a token, there and their gradients back, of which an eighth stays."""
+    frontier = train_gpt.parse_config(["--preset=frontier"])
+    last, first = (projection(frontier).ngram_bytes(step) for step in (4000, 0))
+    assert last == 2 * 2 * 65536 * 1024 * 2 * 7 / 8 == 4 * first
+    without = dataclasses.replace(frontier, ngram_rows=0)
+    assert projection(without).ngram_bytes(0) == 0
+    assert projection(without).streams_ms() < projection(frontier).streams_ms()
+    parts = dict.fromkeys(kept("medium")["projection"]["parts"], 1.0)
+    own = project.Projection(frontier, frontier, parts, 65536).step_ms(4000)
+    assert own["norms, mixes, embeddings"] == own["MLP"] == own["attention inputs"] == 1.0
+
+
+def test_steps_are_argued_from_the_effects():
+    told = project.argued({"steps": 1000, "calibrated_seconds": 200.0})
+    least, most = (sum(effect[i] for effect in project.EFFECTS) for i in (1, 2))
+    assert [row["steps"] for row in told] == [
+        1000,
+        round(1000 - 500 * least),
+        round(1000 - 500 * most),
+        round(1000 - 1000 * most),
+    ]
+    assert told[-1]["calibrated s"] == round(0.2 * told[-1]["steps"])
+    fields = {name.strip() for effect in project.EFFECTS for name in effect[0].split(",")}
+    f3, frontier = (train_gpt.parse_config([f"--preset={name}"]) for name in ("f3", "frontier"))
+    assert all(getattr(f3, name) != getattr(frontier, name) for name in fields)
+
+
 def test_a_run_is_the_sum_of_its_steps():
     config = dataclasses.replace(RECORD18, num_iterations=24, extension_steps=0)
     one = projection(config)
