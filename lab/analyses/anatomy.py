@@ -37,10 +37,10 @@ class _Watching(Cache):
         super().__init__()
         self.gpt, self.maps = gpt, []
 
-    def attend(self, layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale, per_token=1):
+    def attend(self, layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale, per_token=1, mixing=None):
         if per_token == 1:
             self.maps.append(self._map(layer, q_BTHDh, k_BTHDh, first_key_BS, scale))
-        return super().attend(layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale, per_token)
+        return super().attend(layer, q_BTHDh, k_BTHDh, v_BTHDh, first_key_BS, scale, per_token, mixing)
 
     def _map(self, layer, q_BTHDh, k_BTHDh, first_key_BS, scale) -> AttentionMap:
         score_HTT = torch.einsum("thd,shd->hts", q_BTHDh[0].float(), k_BTHDh[0].float()) * scale

@@ -141,6 +141,7 @@ class GPTRung(LanguageModel):
             "second embedding": c.second_embedding_context if gpt.embed2 is not None else 1,
             "value embeddings": c.value_embedding_context if len(gpt.value_embeds) else 1,
             "bigram table": 2 if c.bigram_rows else 1,
+            "n-gram table": 3 if c.ngram_rows else 1,
         }
         return {table: count for table, count in found.items() if count > 1}
 
@@ -178,7 +179,7 @@ class GPTRung(LanguageModel):
             kinds["skip, before its gate"] = dict(zip(gpt.skips, (2 * own["skips"].sigmoid()).tolist()))
         elif gpt.skips:
             kinds["skip"] = _of(sorted(gpt.skips), own["skips"])
-        if c.bigram_rows:
+        if c.bigram_rows or c.ngram_rows:
             kinds["bigram table"] = _of(layers, gpt.techniques.bigram_mixes)
         if c.backout_layer >= 0:
             kinds["backout"] = {c.backout_layer: float(own["backout"])}

@@ -66,7 +66,8 @@ def test_what_has_no_row_of_a_token_is_said(words, tmp_path, capsys):
     names = "embeddings,attribution,architecture" + (",scalars,attention" if words is FRONTIER else "")
     flags = [f"--other={text}", "--data=names", f"--out={tmp_path / 'look'}", "--prompt=the c"]
     assert cli.run(look.main, [str(path.parent), f"--only={names}", *flags]) == 0
-    several = "the second embedding by 3, the value embeddings by 2" if words is HASHED else "the bigram table by 2"
+    several = "the bigram table by 2, the n-gram table by 3"
+    several = "the second embedding by 3, the value embeddings by 2" if words is HASHED else several
     for name in ("embeddings", "attribution", "architecture"):
         told = json.loads((tmp_path / "look" / f"{name}.json").read_text())["summary"]
         assert f"A row is picked by several tokens ({several})" in told
