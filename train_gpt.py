@@ -167,7 +167,7 @@ class Config:
     short_window_max: int = setting(0, "blocks", "that half of the long window is cut to; 0: not cut", at_least=0)
     yarn_until: int = setting(-1, "blocks", "YaRN as the window grows, up to this one; 0: all; -1: none", at_least=-1)
     prefix_loss: float = setting(0.0, "weight", "in mtp's first part, of the token that begins as the next", at_least=0)
-    vocab: str = setting("", "folder", "with GPT-2's encoder.json, which tells what a token begins with")
+    vocab: str = setting("", "folder", "with GPT-2's encoder.json: for prefix_loss, and to tokenise --data offline")
     mtp: int = setting(1, "targets", "of a token in the first twelfth, one fewer in each next", at_least=1, at_most=3)
     muon_momentum_cooldown: int = setting(0, "steps", "the run's last, over which the momentum falls", at_least=0)
     adam_every: int = setting(1, "steps", "between updates by Adam, on the sum of their gradients", at_least=1)

@@ -53,7 +53,8 @@ def _stream(config: Any, options: EvaluateOptions) -> TokenStream:
     if options.data and options.val_files:
         raise UsageError("--data and --val_files: give one of them")
     if options.data:
-        found = from_data(options.data, dataclasses.asdict(config), {})
+        known = dataclasses.asdict(config) | ({"vocab": options.vocab} if options.vocab else {})
+        found = from_data(options.data, known, {})
         names = ("val_files", "val_seq_len", "val_tokens")
         config = dataclasses.replace(config, data=options.data, **{name: found[name] for name in names})
     else:

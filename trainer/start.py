@@ -215,7 +215,7 @@ def from_data(path: str, known: Mapping[str, Any], given: Mapping[str, str]) -> 
     if not folder.is_dir():
         say = print if not asked_rank() else lambda text: None
         try:
-            folder = tokens_of(path, encoding_name(known["vocab_size"]), say)
+            folder = tokens_of(path, encoding_name(known["vocab_size"]), say, known["vocab"] or None)
         except (TokenizeError, PathError, OSError) as error:
             raise ShardError(f"--data={path}: {error}") from error
     parts = open_folder(folder)

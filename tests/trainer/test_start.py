@@ -10,7 +10,7 @@ import torch
 from small_runs import SMALL, folder_of, run, tokens
 
 import train_gpt
-from data.shards import write_shard
+from data.shards import ShardError, write_shard
 from trainer.checkpoints import load_tensors
 from trainer.options import UsageError
 from trainer.streams import open_streams
@@ -151,6 +151,13 @@ def test_a_folder_says_all_of_its_data(tmp_path):
         train_gpt.parse_config([f"--data={data}"])
     with pytest.raises(ValueError, match="no such folder or file"):
         train_gpt.parse_config(["--preset=nano", "--data=nowhere.txt"])
+
+
+def test_a_text_is_tokenised_offline_with_the_vocabulary_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "story.txt").write_text("Once upon a time. " * 4000)
+    with pytest.raises(ShardError, match=r"story\.txt: .*nowhere/encoder\.json: No such file or directory; --vocab"):
+        train_gpt.parse_config(["--preset=small", f"--data={tmp_path / 'story.txt'}", f"--vocab={tmp_path}/nowhere"])
 
 
 @pytest.mark.parametrize("name", ["a,b", "x[1]", "50% [a, b]", "star*"])
