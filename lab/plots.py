@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # pictures are files; no window system is needed
 
@@ -137,6 +138,37 @@ def rectangle(x: float, y: float, width: float, height: float, colour: str) -> A
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), width, height, facecolor=colour, edgecolor="none")
+
+
+def spread(points: Sequence[tuple[float, float]], apart: float, rounds: int = 500) -> np.ndarray:
+    """(N, 2) places near `points` of which no two are nearer than `apart` (as far as `rounds` of pushing go): where
+    letters can be read though their points lie on each other."""
+    places = np.array(points, dtype=float).reshape(-1, 2)
+    places += 1e-3 * apart * np.random.default_rng(0).standard_normal(places.shape)  # those in one place part, too
+    for _ in range(rounds):
+        away = places[:, None] - places[None]
+        distance = np.linalg.norm(away, axis=-1) + np.eye(len(places)) * 2 * apart
+        push = np.clip(apart - distance, 0, None) / distance
+        if not push.any():
+            break
+        # half of the way each, and of the mean over all that are too near: a crowd must not burst
+        places += 0.5 * (away * push[..., None]).sum(1) / np.maximum(1, (push > 0).sum(1))[:, None]
+    return places
+
+
+def label_points(ax: Any, points: Sequence[tuple[float, float]], names: Sequence[str], size: int = 9) -> None:
+    """A dot a point and its name on it, or beside it with a line between, where names would lie on each other."""
+    ax.scatter(*zip(*points), s=4, color="0.8")
+    ax.margins(0.06)
+    ax.figure.draw_without_rendering()  # sets the limits, and with them what a pixel is
+    pixels = ax.transData.transform(points)
+    apart = 1.6 * size * ax.figure.dpi / 72
+    for name, point, pixel, place in zip(names, points, pixels, spread(pixels, apart)):
+        moved = np.linalg.norm(place - pixel) > 0.5 * apart
+        line = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0} if moved else None
+        offset = (place - pixel) * 72 / ax.figure.dpi
+        how = dict(textcoords="offset points", ha="center", va="center", fontsize=size, annotation_clip=False)
+        ax.annotate(plain(name), point, offset, arrowprops=line, **how)
 
 
 def note(ax: Any, text: str) -> None:

@@ -163,9 +163,7 @@ def embeddings(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out:
     for ax, (when, checkpoint) in zip(axes, (("before", checkpoints[0]), ("after", checkpoints[-1]))):
         vectors = embedding_of(checkpoint)
         plane, kept = in_the_plane(vectors[tokens])
-        ax.scatter(*plane.T.tolist(), s=4, color="0.8")
-        for t, (x, y) in zip(tokens, plane.tolist()):
-            ax.text(x, y, plots.plain(tokenizer.piece(t)), ha="center", va="center", fontsize=9)
+        plots.label_points(ax, plane.tolist(), [tokenizer.piece(t) for t in tokens])
         ax.set_title(f"{when}: step {checkpoint.step:,}; two dimensions keep {kept:.0%} of the variance")
         near = neighbours(vectors, tokens)
         data[when] = {

@@ -14,7 +14,7 @@ from lab.analyses.samples import cosine, distinct, profile
 from lab.analyses.scoring import score
 from lab.analyses.tasks import hellaswag, lambada
 from lab.checkpoints import find_checkpoints, load_checkpoint
-from lab.datasets import load_corpus
+from lab.datasets import load_corpus, stand_in_of
 from lab.models import fields_class
 from lab.train import TrainConfig, complete, train_model
 
@@ -88,6 +88,14 @@ def test_unknown_characters_are_charged_eight_bits(runs):
     plain, spoiled = score(checkpoint, [document]), score(checkpoint, [document + "é" * 10])
     assert plain.unknown_share == 0 and plain.bytes == len(document) + 1
     assert spoiled.unknown == {"é": 10} and spoiled.bytes == plain.bytes + 20
+    tokenizer = checkpoint.tokenizer
+    ids = tokenizer.encode(document + "é" * 10, "keep").tolist()
+    read = [tokenizer.mark, *(i if i >= 0 else stand_in_of(tokenizer) for i in ids)]
+    with torch.no_grad():
+        logp = checkpoint.model.logits(torch.tensor([read]))[0].log_softmax(-1)
+    known = [(place, i) for place, i in enumerate([*ids, tokenizer.mark]) if i >= 0]
+    by_hand = -sum(float(logp[place, i]) for place, i in known) / len(known)
+    assert spoiled.nats_per_token == pytest.approx(by_hand, abs=1e-5) and spoiled.tokens == len(known)
     bits = spoiled.nats_per_token * spoiled.tokens / math.log(2) + 160
     assert spoiled.bits_per_byte == pytest.approx(bits / spoiled.bytes)
     with pytest.raises(LabError, match="not one character"):

@@ -296,6 +296,8 @@ def test_symbols_are_counted_in_what_was_written_and_read(tmp_path):
     }
     by_hand = 0.5 * (abs(3 / 6 - 1 / 2) + abs(2 / 6 - 1 / 2) + 1 / 6)
     assert found["total_variation"] == pytest.approx(by_hand)
+    long = symbols(writer, ["a" * 200 + "b" * 50], tmp_path, count=1).data["table"]
+    assert {row["symbol"]: row["corpus"] for row in long} == {"a": 200, "b": 0}, "as far as samples are written"
 
 
 def test_entropy_along_training_is_the_mean_over_every_place(own, tmp_path):

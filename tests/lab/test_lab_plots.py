@@ -1,9 +1,12 @@
 """Pictures in any alphabet: a label is drawn with a font that has its characters, or says which they are."""
 
+import math
 import warnings
+from itertools import combinations
 
 import pytest
 from matplotlib import font_manager
+from matplotlib.text import Text
 
 import lab.analyses.__main__ as look
 from lab import cli, plots, train
@@ -118,3 +121,17 @@ def test_a_large_picture_is_kept_small_and_looks_the_same(tmp_path, monkeypatch)
     assert after.getpixel((1, 1)) == (255, 255, 255), "white stays white"
     small = after.resize((40, 24)), before.resize((40, 24))
     assert max(abs(a - b) for a, b in zip(*(picture.tobytes() for picture in small))) < 12
+
+
+def test_letters_of_one_place_are_put_beside_each_other():
+    points = [(0.0, 0.0)] * 9 + [(100.0, 5.0), (101.0, 5.0), (500.0, 500.0)]
+    places = plots.spread(points, apart=10.0)
+    apart = [math.dist(a, b) for a, b in combinations(places.tolist(), 2)]
+    assert min(apart) > 9 and max(math.dist(a, b) for a, b in zip(points, places.tolist())) < 30
+    assert math.dist(places[-1], points[-1]) < 0.1, "who stands alone stays"
+    fig, ax = plots.figure()
+    plots.label_points(ax, points, "abcdefghijkl")
+    fig.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # of the letters, without their lines
+    assert [text.get_text() for text in ax.texts] == list("abcdefghijkl")
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2)), "not even the letters' boxes"

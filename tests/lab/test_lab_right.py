@@ -29,7 +29,7 @@ from lab.analyses.learning import spelling
 from lab.analyses.losses import fine_tune, next_token
 from lab.analyses.quality import assess
 from lab.analyses.samples import cosine, positions, profile
-from lab.analyses.scoring import score
+from lab.analyses.scoring import score, token_logits
 from lab.analyses.tasks import (
     hellaswag,
     lambada,
@@ -45,7 +45,7 @@ from lab.cleaning import clean_stories, kept_by_share, raw_stories
 from lab.datasets import load_corpus, load_documents, overlap, split_documents
 from lab.embedded import floor_on
 from lab.models import IGNORE, build_model
-from lab.texts import starting_prompt
+from lab.texts import starting_prompt, texts_of
 from lab.tokens import ByteTokenizer, CharTokenizer, WordTokenizer, word_tokenizer
 from lab.train import evaluate
 from lab.words import split_words
@@ -136,6 +136,10 @@ def test_the_share_of_a_split_that_stands_in_training_is_told(tmp_path):
     apart = split_documents(names, kind="unique")
     assert sorted(name for part in apart.values() for name in part) == sorted(names)
     assert not set(apart["val"]) & set(apart["train"]) and overlap(apart) == {"val": 0.0, "test": 0.0}
+    more = "--split=unique --split_seed=3"
+    assert cli.run(train.main, [*words.split(), *more.split(), "--overwrite"]) == 0
+    read = texts_of(load_checkpoint(best_checkpoint(tmp_path / "o"))).documents
+    assert read == split_documents(names, 3, kind="unique") != split_documents(names, kind="unique")
 
 
 @pytest.mark.parametrize("name", ["batchnorm", "wavenet"])
@@ -308,6 +312,18 @@ def test_no_text_is_written_or_read_from_more_than_the_model_was_trained_on(own,
         one(checkpoint, "a" * 100, tmp_path)
     assert max(seen) == 32
     assert sum("Its first 69 tokens are not read" in one.summary for one in found) == 3, "the mark and 100 letters"
+
+
+def test_a_long_text_is_scored_with_half_a_context_before_every_token(own):
+    """By hand: rows of 32 that begin every 16 tokens; of all but the first only the second half counts."""
+    checkpoint = load_checkpoint(best_checkpoint(own[0]))
+    ids = list(("αβγ ab" * 9).encode())
+    row = torch.tensor([[0, *ids[:-1]]])
+    with torch.no_grad():
+        checkpoint.model.gpt.head_w.normal_(generator=torch.Generator().manual_seed(1))
+        parts = [checkpoint.model.logits(row[:, s : s + 32])[0] for s in range(0, len(ids) - 16, 16)]
+    by_hand = torch.cat([parts[0], *(part[16:] for part in parts[1:])])
+    torch.testing.assert_close(token_logits(checkpoint, ids), by_hand, atol=1e-5, rtol=1e-4)
 
 
 def test_an_overwritten_run_leaves_nothing_that_could_be_read_as_the_new_one(tmp_path, capsys):

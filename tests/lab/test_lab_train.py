@@ -64,8 +64,10 @@ def test_the_statistics_read_a_series(names, tmp_path):
     assert final_validation(run).loss == pytest.approx(told["final_loss"], abs=1e-6)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(names, tmp_path):
-    c, fields = config(steps=20), fields_class("mlp")()
+@pytest.mark.parametrize("model, fields", [("mlp", {}), ("wavenet", {"dropout": 0.3, "hidden_dim": 8})])
+def test_a_resumed_run_equals_an_uninterrupted_one(names, tmp_path, model, fields):
+    """With dropout the draws of training must go on where they stopped, too."""
+    c, fields = config(model, steps=20), fields_class(model)(**fields)
     whole = Run(c, fields, names, tmp_path / "a", echo=False).train()
     first = Run(c, fields, names, tmp_path / "b", echo=False)
     stop = sorted(train.checkpoint_steps(20, 3))[1]
@@ -156,6 +158,10 @@ def test_diagnostics_do_not_disturb_training(names, tmp_path):
     plain = train_model(config(steps=6), folder=tmp_path / "a", corpus=names)
     watched = train_model(config(steps=6, diagnostics=True), folder=tmp_path / "b", corpus=names)
     assert plain.final_loss == watched.final_loss
+    drops = fields_class("wavenet")(dropout=0.3, hidden_dim=8)  # it draws, and its norms count, in every pass
+    both = [config("wavenet", steps=6, diagnostics=looks) for looks in (False, True)]
+    losses = [train_model(c, drops, folder=tmp_path / str(c.diagnostics), corpus=names).final_loss for c in both]
+    assert losses[0] == losses[1]
     moments = json.loads((tmp_path / "b/diagnostics/seed-000.json").read_text())["moments"]
     assert moments[0]["loss"] == pytest.approx(moments[0]["expected_initial_loss"], abs=0.1)
     assert 0 <= moments[0]["layers"]["tanh"]["saturated"] <= 1

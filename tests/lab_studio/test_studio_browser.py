@@ -132,7 +132,8 @@ class Browser:
         self.errors += [message for message in found if not any(word in message for word in left)]
 
     def picture(self, name: str) -> None:
-        """Screenshots of the page, wide and narrow, in the light and in the dark, if wanted."""
+        """Screenshots of the page, wide and narrow, in the light and in the dark, if wanted. A chart keeps the colours
+        of the theme that the page was opened in, so it is right in the light ones alone."""
         if folder := os.environ.get("STUDIO_SCREENSHOTS"):
             for width, dark in ((400, True), (400, False), (1400, True), (1400, False)):
                 self.driver.set_window_size(width, 1000)
