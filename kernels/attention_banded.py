@@ -22,6 +22,16 @@ MASK_BYTES = 64 << 20
 _MASKED = -1e30  # finite, so that a row that is all masked makes no NaN; exp(_MASKED - score) is 0
 
 
+def _without_weights(o: torch.Tensor, lse: torch.Tensor, masked: float) -> torch.Tensor:
+    """o, with NaN in place of rows whose logits are all -inf, as in the definition; o (..., Dh), lse (...).
+
+    A finite mask is above those: the row would be the mean of what it must not see. A mask of float16's least number
+    is not told from logits."""
+    if masked == _MASKED and bool((lse < _MASKED / 2).any()):
+        o = o.masked_fill((lse < _MASKED / 2)[..., None], torch.nan)
+    return o
+
+
 def band_mask(first_key_BT: torch.Tensor) -> torch.Tensor | None:
     """Additive float32 mask (B * chunks, 1, CHUNK_TOKENS, band) of a plan on the CPU, or None if it would be large.
 
@@ -51,6 +61,7 @@ class _Chunked(torch.autograd.Function):
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=mask, scale=scale
         )
+        o = _without_weights(o, lse, _MASKED)
         ctx.save_for_backward(queries, keys, values, mask, o, lse)
         ctx.scale, ctx.shape = scale, (B, T)
         return _together(o, B, T)
@@ -138,6 +149,7 @@ def _banded_attention(
         o_c, lse_c = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_c, k_c, v_c, attn_mask=mask, scale=scale
         )
+        o_c = _without_weights(o_c, lse_c, max(_MASKED, torch.finfo(q.dtype).min))
         o[b, start:end] = o_c[0].transpose(0, 1)
         lse[b, :, start:end] = lse_c[0]
     return o, lse

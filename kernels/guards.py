@@ -45,9 +45,17 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 def in_place(name: str, x: torch.Tensor) -> Iterator[torch.Tensor]:
     """What a kernel may change in place of x, whatever x's strides; x has the change afterwards.
 
-    Raises: ValueError if elements of x share memory."""
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape)):
-        raise ValueError(f"{name} {tuple(x.shape)} is expanded: its elements share memory, so it cannot be updated")
+    Raises: ValueError if elements of x may share memory; RuntimeError, as torch does, for a leaf of a graph."""
+    reach = 0  # elements that the axes so far, of the smallest steps, lie within
+    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape) if size > 1):
+        if step <= reach:
+            raise ValueError(
+                f"{name} {tuple(x.shape)} with strides {x.stride()} is expanded or overlaps: its elements share "
+                "memory, so it cannot be updated"
+            )
+        reach += step * (size - 1)
+    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is a leaf that requires grad: update it under torch.no_grad()")
     walked = dense(x)
     yield walked
     if walked is not x:

@@ -70,8 +70,28 @@ def test_the_operators_keep_their_contracts():
     q, k, v, do = (torch.randn(1, T, heads, 8, generator=random) for heads in (2, 1, 1, 2))
     first_key = attention_plan(length=T, window_tokens=70).first_key_BT
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(attention_banded._banded, (*leaves, first_key, 0.3))
+    torch.library.opcheck(attention_banded._banded_attention, (*leaves, first_key, 0.3))
     with torch.no_grad():
-        o, lse = attention_banded._banded(q, k, v, first_key, 0.3)
+        o, lse = attention_banded._banded_attention(q, k, v, first_key, 0.3)
         given = do, *(x.detach() for x in (q, k, v)), o, lse, first_key, 0.3
-        torch.library.opcheck(attention_banded._banded_backward, given)
+        torch.library.opcheck(attention_banded._banded_attention_backward, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, K", [(70, 2), (300, 1)])
+def test_a_row_whose_logits_are_all_minus_infinity_is_nan_as_in_the_definition(T, K, dtype):
+    """It was the mean of keys that it must not see, later ones among them; chunks in one batch, and the loop."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, T, h, 16, generator=random).to(dtype) for h in (2, K, K))
+    q, k[:, :5], k[:, 40] = q.abs(), -torch.inf, -torch.inf
+    tokens = torch.ones(T, dtype=torch.int32)
+    tokens[40] = 0
+    plan = attention_plan(tokens, eos_id=0)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = attention(*leaves, plan, scale=0.3)
+    right = attention_reference(q.double(), k.double(), v.double(), plan, scale=0.3)
+    rows = [0, 1, 2, 3, 4, 40]
+    assert right.isnan().flatten(2).all(2)[0].nonzero().flatten().tolist() == rows
+    torch.testing.assert_close(found.double(), right, rtol=2e-2, atol=2e-2, equal_nan=True)
+    (dq,) = torch.autograd.grad(found.sum(), leaves[:1])
+    assert dq[0, rows].isnan().any(-1).all()

@@ -249,5 +249,12 @@ def test_in_place_comes_back():
             assert walked.is_contiguous() and not walked.is_neg()
             walked.add_(1)
         assert torch.equal(x.resolve_neg(), torch.arange(1.0, 13.0).view(3, 4)), layout
-    with pytest.raises(ValueError, match="is expanded"), guards.in_place("x", torch.zeros(1, 3).expand(2, 3)):
+    overlapping = torch.zeros(20).as_strided((3, 4), (2, 1))
+    for wrong in (torch.zeros(1, 3).expand(2, 3), overlapping, overlapping.t()):
+        with pytest.raises(ValueError, match="is expanded or overlaps"), guards.in_place("x", wrong):
+            pass
+    leaf = torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf that requires grad"), guards.in_place("x", leaf):
         pass
+    with torch.no_grad(), guards.in_place("x", leaf) as walked:
+        assert walked is leaf
