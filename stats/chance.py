@@ -68,18 +68,23 @@ def chance_of_equality(samples: Sequence[np.ndarray], least_noise: float, grid: 
 
     `grid`: the distance of neighbouring values as they were printed. The noise between runs is that of the quietest
     sample, or `least_noise` where none has three runs. Neighbouring points remember one another: every one after the
-    first counts half.
+    first counts half, and less where the runs show that it should (a clock that is steady throughout a run is one
+    number, however often it is printed).
     """
     if not samples or samples[0].shape[1] == 0:
         return 1.0
     grid = max(1e-9, grid)
-    scales = [np.full(samples[0].shape[1], least_noise)]
+    points = samples[0].shape[1]
+    scales, independent = [np.full(points, least_noise)], float(points)
     if larger := [curves for curves in samples if len(curves) >= FEWEST_CURVES and np.isfinite(curves).all()]:
-        pairs = [(curves, _some_pairs(len(curves))) for curves in larger]
-        scales = [np.median(np.abs(x[a] - x[b]), axis=0) / _NORMAL_MEDIAN for x, (a, b) in pairs]
+        differences = [curves[a] - curves[b] for curves in larger for a, b in [_some_pairs(len(curves))]]
+        scales = [np.median(np.abs(one), axis=0) / _NORMAL_MEDIAN for one in differences]
+        independent = min(
+            independent_points(one / np.maximum(scale, grid / 4)) for one, scale in zip(differences, scales)
+        )
     scale = np.maximum(np.min(scales, axis=0), grid / 4)
     each = np.minimum(1.0, grid / (math.sqrt(2 * math.pi) * scale))
-    weight = 0.5 + 0.5 / len(each)
+    weight = min(0.5 + 0.5 / points, independent / points)
     return math.exp(weight * float(np.log(each).sum()))
 
 

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stats.chance import ACCUSED_BELOW, Nearness, chance_of_equality, near_across, nearest_pairs
+from stats.chance import ACCUSED_BELOW, FEWEST_POINTS, Nearness, chance_of_equality, near_across, nearest_pairs
 from stats.samples import Sample
 from stats.series import Series
 from stats.values import Finding, Run, decimals_of
 
-# In how many ways curves are looked at: the whole and the first half, each as it is and by its differences from one
-# validation to the next, which a constant that was added to a whole curve leaves as they are.
-LOOKS_WITHIN, LOOKS_ACROSS = 4, 2
+# In how many ways curves are looked at: validations, the first half of them, and within a series training losses, each
+# as it is and by its differences from one to the next, which a constant that was added leaves as they are.
+LOOKS_WITHIN, LOOKS_ACROSS = 6, 2
 # Between two runs, where too few tell it: nats, and seconds between validations.
 LEAST_NOISE = {"every loss": 5e-4, "every time": 2e-3}
 CHANCE_OF_A_TRACE = 2.0**-60
@@ -43,20 +43,36 @@ def within(series: Series, sample: Sample | None) -> Iterator[Finding]:
         accused.add(frozenset((twins.first.label, twins.second.label)))
         text = f"{twins.second.name} and {twins.first.name} are the same run: {twins.what} is equal"
         yield Finding("duplicates", "F", text)
-    runs = [run for run in series.runs if len(run.validations) >= 4]
-    common = sorted(set.intersection(*({p.step for p in run.validations} for run in runs))) if runs else []
-    curves = np.array([[run.losses_by_step[step] for step in common] for run in runs])
-    grid = _grid(runs)
-    for part, points in (("", len(common)), ("the first ", len(common) // 2)):  # a copy may have a new end
-        for way, look in _looks_at(curves[:, :points] if runs else curves):
+    for runs, curves, grid, told in _curves(series.runs):
+        for way, look in _looks_at(curves):
             for near in nearest_pairs(look, LOOKS_WITHIN, grid)[:20]:
                 a, b = runs[near.first], runs[near.second]
                 pair = frozenset((a.label, b.label))
                 if pair not in accused:
                     accused.add(pair)
-                    text = f"{a.name} and {b.name} {way} {near.ratio:.2g} of the noise apart over {part}{points}"
-                    chance = f"by accident with probability {max(near.chance, 1e-300):.1g}"
-                    yield Finding("duplicates", "F", f"{text} validations: {chance}")
+                    text = f"{a.name} and {b.name} {way} {near.ratio:.2g} of the noise apart over {told}"
+                    yield Finding(
+                        "duplicates", "F", f"{text}: by accident with probability {max(near.chance, 1e-300):.1g}"
+                    )
+
+
+def _curves(all_runs: Sequence[Run]) -> Iterator[tuple[list[Run], np.ndarray, float, str]]:
+    """(runs, their values (runs, steps), distance of neighbouring values as printed, what they are): validations, the
+    first half of them (a copy may have a new end), training losses."""
+    runs = [run for run in all_runs if len(run.validations) >= FEWEST_POINTS]
+    x = _at_common_steps([run.losses_by_step for run in runs])
+    half = x.shape[1] // 2
+    yield runs, x, _grid(runs), f"{x.shape[1]} validations"
+    yield runs, x[:, :half], _grid(runs), f"the first {half} validations"
+    runs = [run for run in all_runs if len(run.training) >= FEWEST_POINTS]
+    x = _at_common_steps([dict(run.training) for run in runs])
+    yield runs, x, 1e-3, f"{x.shape[1]} training losses"
+
+
+def _at_common_steps(curves: Sequence[dict[int, float]]) -> np.ndarray:
+    """(runs, steps that all of them have) values."""
+    common = sorted(set.intersection(*map(set, curves))) if curves else []
+    return np.array([[curve[step] for step in common] for curve in curves]).reshape(len(curves), len(common))
 
 
 def _looks_at(curves: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -191,7 +207,20 @@ def _near_copies(series: Sequence[Series]) -> Iterator[tuple[str, Finding]]:
                 f"{len(names)} runs ({', '.join(names[:3])}) lie within {ratio:.2g} of the noise of runs of "
                 f"{alike[a].path}, or run parallel to them: by accident with probability {max(chance, 1e-300):.1g}"
             )
-            yield alike[b].path, Finding("copied", "F", text)
+            if all(_two_recipes(alike[a].runs[first], alike[b].runs[second]) for first, second in pairs):
+                text += "; or one seed under two recipes that hardly differ"
+                yield alike[b].path, Finding("copied", "C", text)
+            else:
+                yield alike[b].path, Finding("copied", "F", text)
+
+
+def _two_recipes(a: Run, b: Run) -> bool:
+    """Whether two runs are of one seed and say that they are of different recipes: then they may well be near."""
+    differ = any(
+        None not in (one := (getattr(a, what), getattr(b, what))) and one[0] != one[1]
+        for what in ("code_hash", "config_hash", "program_hash")
+    )
+    return a.seed is not None and a.seed == b.seed and differ
 
 
 def _same_log(twins: Twins) -> bool:

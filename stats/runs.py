@@ -250,7 +250,7 @@ class _LogReader:
             if not rest.startswith(b"train_"):
                 run.problem(number, f"not a step line: {_shown(rest)}")
             run.step_line(number, step)
-            run.trace.line(rest)
+            run.trace.line(step, rest)
             return
         text = rest.decode("utf-8", "replace").strip()
         pairs = _PAIR.findall(text)
@@ -277,8 +277,8 @@ class _LogReader:
             run.validation(Validation(step, loss[0], None, None, loss[1], number))
         elif kind == b"trl":
             run.step_line(number, step)
-            if loss[1] is not None and loss[1] >= 3:
-                run.trace.number(Trace.LOSSES, round(loss[0] * 10 ** loss[1]))
+            if loss[1] is not None:
+                run.trace.loss(step, value.decode())
 
     def _other_line(self, number: int, line: bytes) -> None:
         if self.run is None:
@@ -321,6 +321,7 @@ class Trace:
         TIMES: 60,
         LOSSES: 20,
     }  # so that there are 60 bits: a time tells one or more, a loss three or more
+    MOST_POINTS = 128  # of the training losses that are kept as a curve
     _TIME = re.compile(rb"train_time:(\d+)(?:\.(\d+))?(?:ms|s)")
     _LOSS = re.compile(rb"train_loss:(\d+\.\d{3,})")
 
@@ -328,19 +329,33 @@ class Trace:
         self.digests = {what: hashlib.blake2b(digest_size=16) for what in self.FEWEST}
         self.told = dict.fromkeys(self.FEWEST, 0)
         self.last = dict.fromkeys(self.FEWEST, (0, 0))  # number in units of its last digit, distance to that before
+        self.points: list[tuple[int, float]] = []
+        self.stride = 1
 
     def __deepcopy__(self, memo: dict) -> Trace:
         twin = Trace()
         twin.digests = {what: digest.copy() for what, digest in self.digests.items()}
         twin.told, twin.last = dict(self.told), dict(self.last)
+        twin.points, twin.stride = list(self.points), self.stride
         return twin
 
-    def line(self, rest: bytes) -> None:
+    def line(self, step: int, rest: bytes) -> None:
         """A line as logs of the track have it: `train_loss:4.1 train_time:28446ms step_avg:227.57ms`."""
         if match := self._TIME.search(rest):
             self.number(self.TIMES, int(match[1] + (match[2] or b"")))
         if match := self._LOSS.search(rest):
-            self.number(self.LOSSES, int(match[1].replace(b".", b"")))
+            self.loss(step, match[1].decode())
+
+    def loss(self, step: int, text: str) -> None:
+        """A training loss with three digits or more after its point; others are too coarse to tell anything."""
+        if len(text.partition(".")[2]) < 3:
+            return
+        self.number(self.LOSSES, int(text.replace(".", "")))
+        if step % self.stride == 0:
+            self.points.append((step, float(text)))
+        if len(self.points) > self.MOST_POINTS:
+            self.stride *= 2
+            self.points = [point for point in self.points if point[0] % self.stride == 0]
 
     def number(self, what: str, units: int) -> None:
         """One number, in units of its last digit."""
@@ -486,6 +501,7 @@ class _RunBuilder:
             code_hash=code_hash,
             peak_memory_mib=self.peak_memory_mib,
             traces=self.trace.hashes(),
+            training=tuple(self.trace.points),
             **facts,
         )
 

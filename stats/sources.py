@@ -5,7 +5,6 @@ Tables (Weights & Biases, Hugging Face, CSV, JSON lines) are read by `stats.tabl
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,8 +40,8 @@ def parse_console(stream: BinaryIO, path: str) -> list[Run]:
             time_s += float(match[3]) / 1e3
             steps, last_step = steps + 1, int(match[1])
             trace.number(Trace.TIMES, round(time_s * 1e6))
-            if _NUMBER.fullmatch(match[2]) and math.isfinite(float(match[2])):
-                trace.number(Trace.LOSSES, round(float(match[2]) * 1e4))
+            if (told := _NUMBER.fullmatch(match[2])) and told[1]:
+                trace.loss(last_step, match[2])
         elif match := _NANOCHAT_STEP.match(line):
             planned = int(match[2])
             time_s += float(match[3]) / 1e3
@@ -76,6 +75,7 @@ def parse_console(stream: BinaryIO, path: str) -> list[Run]:
         validations=tuple(points),
         problems=tuple(problems),
         traces=trace.hashes(),
+        training=tuple(trace.points),
         seed=seed,
         origin=origin[dialect] + ("" if dialect == "nanogpt" else f" {'bpb' if points[-1].extra else 'loss'}"),
     )

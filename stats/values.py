@@ -70,6 +70,7 @@ class Run:
     host: str | None = None
     world_size: int | None = None
     peak_memory_mib: int | None = None
+    training: tuple[tuple[int, float], ...] = ()  # (step, training loss) of some lines between validations
     traces: tuple[tuple[str, str], ...] = ()  # (`step time` or `training loss`, hash of all of them)
     config_hash: str | None = None
     kernels_hash: str | None = None  # of the folder kernels/, in older logs

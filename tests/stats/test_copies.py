@@ -91,6 +91,57 @@ def test_clocks_that_a_rule_makes_accuse_nobody(tmp_path, capsys):
     assert findings(capsys, folder, "duplicates") == {"s": []}
 
 
+def test_a_clock_that_is_steady_in_each_run_accuses_nobody(tmp_path, capsys):
+    """Twelve runs of which two have one speed, to the digit: every time of theirs is equal, which is one accident, not
+    sixteen."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    rng = np.random.default_rng(4)
+    for run in range(12):
+        speed = 50 + (run % 11) / 100
+        lines = []
+        for step in range(20, 321, 20):
+            loss = 2.91 + (320 - step) / 100 + rng.normal(0, 0.002)
+            clock = f"train_time:{step * speed:.0f}ms step_avg:{speed:.2f}ms"
+            lines.append(f"step:{step}/320 val_loss:{loss:.4f} {clock}\n")
+        (folder / f"r{run}.txt").write_text("".join(lines))
+    assert findings(capsys, folder, "duplicates") == {"s": []}
+
+
+@pytest.mark.parametrize("jitter", [0.0002, 0.003, 0.01])
+def test_training_losses_told_a_little_otherwise_are_found(jitter, tmp_path, capsys):
+    """One validation, which is another one, a new clock, every training loss moved by up to a seventh of the noise."""
+    folder = fill(tmp_path / "s", 8)
+    rng = np.random.default_rng(6)
+    text = re.sub(r"val_loss:\S+", "val_loss:2.9051", (folder / "r2.txt").read_text())
+    text = re.sub(r"train_loss:(\S+)", lambda m: f"train_loss:{float(m[1]) + jitter * rng.standard_normal():.4f}", text)
+    (folder / "r4.txt").write_text(re.sub(r"train_time:(\d+)", lambda m: f"train_time:{int(m[1]) * 199 // 200}", text))
+    found = findings(capsys, folder, "duplicates")["s"]
+    assert len(found) == 1 and re.match(
+        r"r2 and r4 lie \S+ of the noise apart over \d+ training losses: by", found[0]
+    ), found
+
+
+@pytest.mark.parametrize("other, grade", [(True, "C"), (False, "F")])
+def test_near_runs_of_one_seed_under_two_recipes_are_told_and_not_condemned(other, grade, tmp_path, capsys):
+    """A change that hardly matters, seed by seed; the same with one program for both is a copy."""
+    rng = np.random.default_rng(8)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    for seed in range(6):
+        text = log(rng, 2.91, every=10, train_loss=False)
+        head = f"lr = {{}}\n{'=' * 100}\nseed:{seed}\n{'=' * 100}\n"
+        (tmp_path / "a" / f"{seed}.txt").write_text(head.format(1) + text)
+        text = re.sub(r"val_loss:(\S+)", lambda m: f"val_loss:{float(m[1]) + rng.normal(0, 1e-4):.4f}", text)
+        text = re.sub(r"train_time:(\d+)", lambda m: f"train_time:{int(m[1]) * 199 // 200}", text)
+        (tmp_path / "b" / f"{seed}.txt").write_text(head.format(2 if other else 1) + text)
+    _, result = told(capsys, "validate", tmp_path)
+    found = [
+        (one["series"], f["grade"]) for one in result["assessments"] for f in one["findings"] if f["check"] == "copied"
+    ]
+    assert found == [("b", grade)], result
+
+
 def test_a_series_told_again_with_other_validations_is_a_copy(tmp_path, capsys):
     """Under a new name, its validations lowered, its steps as they were."""
     shutil.copytree(fill(tmp_path / "a"), tmp_path / "b")
