@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,8 @@ def tokens_of(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with paths.locked(folder.parent / f".{folder.name}.lock"):
         if not (folder / "tokenize.json").is_file():
+            for left in folder.glob(".tokenize-*"):  # by a process that was killed: the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
             say(f"tokenising {path} to {folder}")
             how = Settings(out=str(folder), vocab=vocab, overwrite=True, **settings)
             try:

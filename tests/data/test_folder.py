@@ -26,6 +26,10 @@ def test_a_text_becomes_a_folder_once(tmp_path, monkeypatch):
     few = json.loads((folder.tokens_of(str(text), "bytes", said.append) / "tokenize.json").read_text())
     assert (few["train"]["documents"], few["split"], few["val"]["characters"]) == (2, "characters", 4)  # a tenth of 33
     lines = folder.tokens_of(str(text), "bytes", said.append, documents="line")
+    (lines / "tokenize.json").unlink()
+    (lines / ".tokenize-left").mkdir()  # by a process that was killed
+    assert folder.tokens_of(str(text), "bytes", said.append, documents="line") == lines
+    assert sorted(path.name for path in lines.iterdir()) == ["tokenize.json", "train_000001.bin", "val_000000.bin"]
     assert json.loads((lines / "tokenize.json").read_text())["documents"] == "line"
 
 
