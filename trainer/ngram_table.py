@@ -70,7 +70,9 @@ class NGramTable(nn.Module):
         return rows.sum(-2) * self.signs[((before ^ tokens) % SIGNS).long()].to(rows.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """n of tokens, from a table that is whole."""
+        """n of tokens, from a table that is whole. Raises RuntimeError where it is not."""
+        if self.share < sum(len(picker) for picker in self.pickers):
+            raise RuntimeError("this process has a share of the n-gram table: RowExchange.fetch looks rows up")
         return self.joined(tokens, F.embedding(self.picks(tokens), self.weight))
 
 

@@ -238,10 +238,12 @@ class Rehearsal:
         """Forward as that step of training does it; None: as a validation."""
         device, c, grad = self.trainer.device, self.config, step is not None
         length = c.val_seq_len if step is None else schedule.sequence_tokens_at(step, c)
+        on_host = torch.zeros(length, dtype=torch.int32)
         tokens = torch.zeros(1, length, dtype=torch.int32, device=device)
         targets = torch.zeros(1, length, dtype=torch.int64, device=device)
         with torch.set_grad_enabled(grad):
             how = {} if step is None else self.trainer.targets.at(step)
+            how |= self.trainer.rows.fetch(on_host)
             self.trainer.forward(tokens, targets, window_blocks=self.trainer.window, **how)
 
     def validation(self) -> dict:

@@ -1,5 +1,6 @@
 """The shared table of n-grams (`ngram_rows`): its formula and its updates in float64, its ways between processes."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from small_runs import folder_of, in_worlds, losses, tokens
 import train_gpt
 from train_gpt import CHECKPOINT_FORMAT as FORMAT
 from trainer.checkpoints import load_tensors
-from trainer.ngram_table import NAME, SIGNS
+from trainer.ngram_table import NAME, SIGNS, NGramTable
 
 CPU = torch.device("cpu")
 MULTIPLIER, PRIME, ROWS, EOS = 1_000_003, 2**31 - 1, 64, 7
@@ -21,9 +22,13 @@ SMALL = f"""--preset=nano-plain --num_layers=3 --model_dim=16 --num_heads=1 --un
 --checkpoint_every=2 --keep_checkpoints=0 --run_name=run""".split()
 
 
+def trainer_config(*more):
+    return train_gpt.parse_config([*SMALL, *more])
+
+
 def trainer_of(*more):
     """With a head that is not zero: through that one no gradient flows."""
-    trainer = train_gpt.Trainer(train_gpt.parse_config([*SMALL, *more]), CPU)
+    trainer = train_gpt.Trainer(trainer_config(*more), CPU)
     torch.nn.init.normal_(trainer.model.head_w, std=0.1)
     return trainer
 
@@ -175,6 +180,17 @@ def test_two_and_four_processes_train_as_one_does(shards, tmp_path):
         found = state_of(tmp_path, f"world{world}")
         assert torch.equal(found[f"rows.count.{NAME}"], whole[f"rows.count.{NAME}"])
         torch.testing.assert_close(found[f"model.{NAME}"], whole[f"model.{NAME}"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_share_of_the_table_does_not_pass_for_all_of_it(monkeypatch):
+    monkeypatch.setattr("trainer.ngram_table.world_size", lambda: 2)
+    table = trainer_of().model.techniques.ngrams
+    assert table.weight.shape == (ROWS // 2, 16)
+    with pytest.raises(RuntimeError, match="a share of the n-gram table"):
+        table(drawn(8, 1)[None])
+    with pytest.raises(train_gpt.UsageError, match="ngram_rows=72: a multiple of twice the 5 processes"):
+        monkeypatch.setattr("trainer.ngram_table.world_size", lambda: 5)
+        NGramTable(dataclasses.replace(trainer_config(), ngram_rows=72), torch.float32)
 
 
 def test_a_table_that_does_not_divide_is_refused():
