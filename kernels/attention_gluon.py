@@ -16,7 +16,7 @@ so the softmax of a tile and a product always go on side by side. What is left, 
 and on the diagonal, is walked in halves of 64 keys with a mask, and halves without an allowed pair are left out.
 
 Shared memory at width 128: queries 32 KiB, two buffers each of keys and values 128 KiB. Registers: 240 for those who
-multiply, 24 for the loader.
+multiply, 24 for the loader. What the loops ask of the schedulers is counted in docs/slots.md, beside the plain kernel.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class Descriptor:
     """Tiles of a tensor; zeros where a tile hangs over."""
 
     def __init__(self, base: torch.Tensor, block: list[int]):
-        self.base, self.block, self.dtype, self.layout = base, block, base.dtype, None
+        self.base, self.block, self.dtype, self.layout = base.detach(), block, base.dtype, None
 
     def load(self, where: list[int]) -> torch.Tensor:
         tile = self.base.new_zeros(self.block)
@@ -398,7 +398,7 @@ class _Kernel:
 
     def __getitem__(self, programs: tuple[int, ...]):
         def run(*arguments, num_warps, enable_fp_fusion, **constants):
-            given = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            given = [Pointer(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments]
             _written.clear()
             launched[self.__name__] += 1
             for number in range(programs[0]):

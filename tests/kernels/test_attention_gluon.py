@@ -6,8 +6,9 @@ Here: what the counted issue slots rest on, and that the model notices what it i
 import pytest
 import torch
 
+import kernels.attention
 import kernels.attention_gluon as module
-from kernels.attention import allowed_pairs, attention_plan
+from kernels.attention import allowed_pairs, attention_plan, attention_reference
 from kernels.proof import gluon_model, machine_code, slots
 from kernels.proof.interpreter import KernelFault
 from kernels.runtime import INTERPRETED
@@ -50,6 +51,30 @@ def test_visited_tiles_hold_all_allowed_pairs(kernel):
     if kernel != "specialised":  # 8 tiles of queries; of the 36 pairs of 128 x 128, 28 lie before the diagonal
         assert one.full * one.full_keys * 64 == 28 * 128**2
     assert one.masked * one.masked_keys * 64 == {"triton": 8, "specialised": 36, "gluon": 6}[kernel] * 128**2
+
+
+def test_attention_takes_it_by_name_with_the_gradients_of_the_plain_kernel(monkeypatch):
+    """From the public function through the operator, with inputs and a plan that are not dense; as on a device, where
+    nothing but the name chooses it."""
+    monkeypatch.setattr(kernels.attention, "attention_gluon", gluon_model.modelled(module))
+    monkeypatch.setattr(kernels.attention, "implementation", lambda impl, _tensor: impl)
+    random = torch.Generator().manual_seed(0)
+    merged = torch.randn(1, 140, 3, 64, generator=random)
+    plan = plan_of(140, (0, 50))
+    hostile = plan._replace(query_order_N=torch.stack((plan.query_order_N, plan.query_order_N), 1)[:, 0])
+    upstream = torch.randn(1, 140, 1, 64, generator=random)
+
+    def outcome(run, plan):
+        leaf = merged.clone().requires_grad_()
+        o = run(*leaf.split(1, dim=2), plan)
+        return o.detach(), torch.autograd.grad(o, leaf, upstream)[0]
+
+    gluon_model.launched.clear()
+    found = outcome(lambda *given: kernels.attention.attention(*given, scale=0.2, impl="gluon"), hostile)
+    assert gluon_model.launched == {"_attention_forward_gluon": 1}
+    right = outcome(lambda q, k, v, plan: attention_reference(q, k, v, plan, scale=0.2), plan)
+    for x, true in zip(found, right):
+        torch.testing.assert_close(x, true, rtol=1e-4, atol=1e-5)
 
 
 def test_slots_and_cycles_of_a_loop(monkeypatch):
