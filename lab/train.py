@@ -38,6 +38,7 @@ from trainer.processes import StopRequest
 
 KEEP = ("best", "last")
 TOKEN_KINDS = ("char", "word", "byte")
+MOST_SEEDS = 10_000  # of a series
 EVAL_TOKENS = 16384  # tokens a batch of evaluation; only memory depends on it
 
 
@@ -532,6 +533,8 @@ def parse_seeds(text: str) -> list[int]:
             raise LabError(f"--seeds={text}: write 0-4 or 0,3,7")
         if not (found := range(int(low), int(high or low) + 1)):
             raise LabError(f"--seeds={text}: {part} goes down; write the smaller number first")
+        if int(high or low) - int(low) >= MOST_SEEDS:
+            raise LabError(f"--seeds={text}: at most {MOST_SEEDS:,} seeds, each is a run")
         seeds += found
     if len(set(seeds)) < len(seeds):
         raise LabError(f"--seeds={text}: a seed is named twice, and would train the same run again")

@@ -207,6 +207,7 @@ def test_diagnostics_end_where_the_units_and_the_run_do(tmp_path):
         ("--model=bigram --context=3", "not to bigram, which has no settings of its own"),
         ("--seeds=5-2", "goes down"),
         ("--seeds=0,0", "named twice"),
+        ("--seeds=0-99999999999", "at most 10,000 seeds"),
         ("--seeds=0-", "write 0-4 or 0,3,7"),
         ("--seeds=a", "write 0-4 or 0,3,7"),
         ("--seeds=0-1 --seed=3", "give one of them"),
