@@ -303,8 +303,7 @@ def _attention_forward_gluon(
 
 def _walked(x: torch.Tensor) -> torch.Tensor:
     """x (B, T, heads, Dh) as the copy engine takes it: rows dense, addresses and distances multiples of 16 bytes."""
-    steps = [x.storage_offset(), *x.stride()[:3]]
-    fits = x.stride(3) == 1 and not any(step * x.element_size() % 16 for step in steps) and not x.is_neg()
+    fits = x.stride(3) == 1 and not any(step * x.element_size() % 16 for step in x.stride()[:3]) and not x.is_neg()
     return x if fits and x.data_ptr() % 16 == 0 else dense(x).clone()
 
 

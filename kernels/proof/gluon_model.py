@@ -233,6 +233,10 @@ class Descriptor:
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> Descriptor:
+    """Raises: KernelFault for what the copy engine does not take: rows are dense, all else is multiples of 16 bytes."""
+    steps = [x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1])]
+    if x.stride(-1) != 1 or any(step % 16 for step in steps) or x.is_neg():
+        raise KernelFault(f"no descriptor for strides {x.stride()} of {x.dtype} at {x.data_ptr() % 16} bytes past 16")
     return Descriptor(x, block)
 
 

@@ -99,6 +99,17 @@ def _logits_of_minus_infinity(module, device):
     assert o[:, :5].isnan().all(), "a row without weights is NaN, as in the definition"
 
 
+def _large_logits(module, device):
+    """Logits of hundreds, exactly: a running maximum in another scale than theirs leaves no weight at all."""
+    from kernels.attention import AttentionPlan, attention_reference
+
+    q, k, v, first, order = _drawn(device, 330, 1, 1, 64, (200,))
+    o, _ = _forward(module, 64 * q, k, v, first, order)
+    plan = AttentionPlan(first, first, order, order)
+    right = attention_reference(64 * q.double(), k.double(), v.double(), plan, scale=SCALE)
+    assert (o.double() - right).square().mean() <= 1e-4 * right.square().mean(), "large logits lose their weights"
+
+
 def _launch(K=8, width=128, apart=False, dtype=torch.bfloat16):
     """The forward launch of a training step; `apart`: slices of a merged projection."""
 
@@ -132,6 +143,7 @@ FAMILY = Family(
         ("any order of events", _any_order_of_events),
         ("every small plan", _every_small_plan),
         ("logits of minus infinity", _logits_of_minus_infinity),
+        ("large logits", _large_logits),
     ),
     launches=(
         Launch("bf16, 8 heads of 128", _launch(), devices=("sm_90",), quick=True),

@@ -56,14 +56,15 @@ def _layouts(module, device):
         assert torch.equal(found.float(), right.float())
 
 
-def _launch(N=65536, D=1024, F=4096):
+def _launch(N=65536, D=1024, F=4096, **options):
     def run():
         import kernels.mlp8 as module
 
         empty = lambda *size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
         scales, w, act = empty(3, dtype=torch.float32), empty(F, D, dtype=E4M3), empty(N, F, dtype=E4M3)
-        module.launch_product_8(empty(N, D, dtype=E4M3), w, scales)
-        module.launch_product_8(empty(N, D, dtype=E5M2), w, scales, act)
+        tile = module.tile_of(module.TILES, "product", E4M3)._replace(**options)
+        module.launch_product_8(empty(N, D, dtype=E4M3), w, scales, tile=tile)
+        module.launch_product_8(empty(N, D, dtype=E5M2), w, scales, act, tile=tile)
 
     return run
 
@@ -77,12 +78,20 @@ FAMILY = Family(
         Numeric("by descriptors", _inputs(48, 80, 32), _by_descriptors, _reference, dtypes=(torch.float32,)),
         Numeric("one tile", _inputs(16, 16, 16), _kernel, _reference, dtypes=(torch.float32,), hostile=True),
     ),
-    launches=(Launch("a training step", _launch(), devices=FLOAT8_DEVICES, quick=True),),
+    launches=(
+        Launch("a training step", _launch(), devices=FLOAT8_DEVICES, quick=True),
+        Launch(
+            "a training step, pointers",
+            _launch(rows=64, columns=64, warps=4, stages=2, depth=32, descriptors=False),
+            devices=("sm_90",),
+            demanding=False,
+        ),
+    ),
     demands={
         "_product_8": Demand(
             instructions=("QGMMA", "UTMALDG"),
             stack_bytes=656 if triton.__version__.startswith("3.6.") else 0,  # nothing spills from 3.7 on
-            wide=("p_act", "p_out", "p_turned"),
+            wide=("p_a", "p_b", "p_act", "p_out", "p_turned"),
             shows=((r"max\.NaN", "BACKWARD=False"),),
         )
     },

@@ -47,6 +47,17 @@ def _not_finite(module, device):
             assert found[:3].isnan().all() and found[3:].tolist() == [most, -most], found
 
 
+def _formats(module, device):
+    """The format that is asked for, from the public functions on, turned and not, as on the plain way."""
+    x = torch.linspace(-3, 3, 20, device=device).view(4, 5)
+    for dtype in (E4M3, E5M2):
+        both = (module.both_ways(x, dtype, impl=impl) for impl in ("triton", "reference"))
+        found, right = ([eight.values for eight in way] for way in both)
+        found.append(module.in_8_bits(x, dtype, impl="triton").values)
+        for values, true in zip(found, (*right, right[0])):
+            assert values.dtype == dtype and torch.equal(values.float(), true.float()), dtype
+
+
 def _launch(dtype, kind, M, K):
     def run():
         import kernels.products8 as module
@@ -72,7 +83,7 @@ FAMILY = Family(
         Launch("the head's weights", _launch(torch.float32, E4M3, 50304, 1024), devices=FLOAT8_DEVICES),
     ),
     demands={"_convert": Demand(wide=("p_x", "p_out", "p_turned"))},
-    checks=(("what is not finite", _not_finite),),
+    checks=(("what is not finite", _not_finite), ("formats", _formats)),
     faults=(
         Fault("x is taken for dense", "    x = dense(x)\n", "", by="transposed"),
         Fault("the transpose is not turned", "tl.trans(b_out), mask=m_turned", "b_out, mask=m_turned"),
