@@ -162,6 +162,8 @@ def clean_command(words: list[str]) -> int:
         kept = kept_by_share(clean_stories(stories).stories, asked.common_words, SHARES)
         told = ", ".join(f"{share:g}: {count}" for share, count in kept.items())
         print(f"stories kept of each --replaced_share at {asked.common_words} words: {told}")
+    if asked.out and not cleaned.stories:
+        raise LabError(f"{raw}: no story is left, so {asked.out} was not written; see the counts above for why")
     if asked.out:
         write_text(Path(asked.out), f"\n{STORY_END}\n".join([*cleaned.stories, ""]))
     return 0

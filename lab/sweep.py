@@ -111,6 +111,8 @@ def main(words: list[str]) -> int:
     if cli.wants_help(words):
         print(__doc__, cli.describe(Rates))
         return 0
+    if read(words, Rates)[1].get("model") == "counts":
+        raise LabError("--model=counts counts and has no learning rate to sweep")
     config, fields, where, rates = parse(words, {"steps": "200"}, Rates)
     if unread := sorted(read(words, Rates)[1].keys() & UNREAD):
         raise LabError(f"--{unread[0]} has no part in a sweep, whose short runs have one seed and leave nothing behind")

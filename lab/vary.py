@@ -21,7 +21,7 @@ from lab.cli import setting
 from lab.comparable import NOT_COMPARABLE, validated_on
 from lab.datasets import Corpus
 from lab.models.initial import different_units
-from lab.train import Run, corpus_of, parse, parse_seeds, read, use_threads
+from lab.train import Run, Where, corpus_of, parse, parse_seeds, read, use_threads
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def choices(varying: Varying) -> tuple[list[str], list[tuple[str, ...]]]:
     lists = [[v.strip() for v in part.split(",") if v.strip()] for part in varying.values.split("/")]
     if not 1 <= len(fields) <= 2 or len(lists) != len(fields) or not all(lists):
         raise LabError(f"--field={varying.field} --values={varying.values}: a field, or two, and values for each")
+    if places := [name for name in fields if name in Where.__dataclass_fields__]:
+        raise LabError(f"--field={places[0]}: says where and how runs go, and changes nothing that they learn")
     return fields, list(itertools.product(*lists))
 
 

@@ -324,7 +324,8 @@ class Progress:
         self.total, self.first, self.shows = total, start, shows
         self.tokens_until, self.flops, self.ceiling = tokens_until, flops_per_token, ceiling
         self.shown = time.perf_counter()
-        self.begin_ms: float | None = None
+        self.begin_ms: float | None = None  # the clock at the end of the first step, begin_step, that was told of
+        self.begin_step = start
         if shows and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -337,13 +338,12 @@ class Progress:
     def update(self, step: int, clock_ms: float, loss: torch.Tensor) -> None:
         """After training step number `step` (from 1)."""
         if self.begin_ms is None:
-            self.begin_ms = clock_ms
-        if not self.due():
+            self.begin_ms, self.begin_step = clock_ms, step
+        if not self.due() or clock_ms <= self.begin_ms:  # no time has gone by yet that a speed could be of
             return
         self.shown = time.perf_counter()
-        begin = min(self.first + 1, step - 1)  # the step whose end `begin_ms` is
-        tokens = self.tokens_until(step) - self.tokens_until(begin)
-        tokens_s = tokens / max((clock_ms - self.begin_ms) / 1000, 1e-9)
+        tokens = self.tokens_until(step) - self.tokens_until(self.begin_step)
+        tokens_s = tokens / ((clock_ms - self.begin_ms) / 1000)
         speed = f"loss {loss.item():.4f}, {tokens_s:,.0f} tokens/s"
         if self.ceiling:
             share = tokens_s * self.flops / self.ceiling

@@ -138,6 +138,15 @@ def _outside(look: Look, asked: Looking) -> dict[str, Any]:
     return calls
 
 
+#: Analyses of a file from outside, and the flag that names it.
+NEEDS = {
+    "fewshot": "--fewshot_path",
+    "fewshot_early": "--fewshot_path",
+    "benchmarks": "--hellaswag or --lambada",
+    "grammar": "--grammar",
+}
+
+
 def _chosen(look: Look, asked: Looking) -> list[analyses.Finding]:
     outside = _outside(look, asked)
     there = {name: (lambda n=name: look_at(look, n)) for name in fitting(look)} | outside
@@ -145,6 +154,7 @@ def _chosen(look: Look, asked: Looking) -> list[analyses.Finding]:
     for name in wanted:
         if name not in there:
             why = "does not fit this model" if name in MENU else "is not one of the analyses"
+            why = f"needs {NEEDS[name]}" if name in NEEDS else why
             raise LabError(f"--only={name}: {why}; there are {', '.join(there)}")
     findings = []
     for name in there:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab import LabError
+from lab import LabError, cli, stories
 from lab.cleaning import clean_stories, repair_encoding
 from lab.datasets import (
     load_corpus,
@@ -132,3 +132,10 @@ def test_gpt2_tokens_by_a_folder_and_a_folder_without_them(shared_data, tmp_path
     assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.decode([15496, 995]) == "Hello world"
     with pytest.raises(LabError, match="GPT-2's vocabulary cannot be loaded"):
         GPT2Tokenizer(str(tmp_path))
+
+
+def test_a_file_of_stories_of_which_none_is_left_is_not_written(tmp_path, capsys):
+    raw, out = tmp_path / "raw.txt", tmp_path / "clean.txt"
+    raw.write_text("too short\n", "utf-8")
+    assert cli.run(stories.main, ["clean", str(raw), f"--out={out}"]) == 2
+    assert "no story is left" in capsys.readouterr().err and not out.exists()

@@ -79,6 +79,8 @@ def test_what_has_no_row_of_a_token_is_said(words, tmp_path, capsys):
         assert [one["layer"] for one in told["layers"]] == [0, 2, 3] and "Layers 1, of paired heads" in told["summary"]
         assert cli.run(look.main, [str(path), "--only=logit_lens", *flags]) == 2
         assert "--only=logit_lens: does not fit this model" in capsys.readouterr().err
+        assert cli.run(look.main, [str(path), "--only=benchmarks", *flags]) == 2
+        assert "--only=benchmarks: needs --hellaswag or --lambada" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lab.analyses.__main__ as look
 from data.corpus import grammar, log_prob
 from data.grammar import Choice
-from lab import LabError, cli, sample, stories, sweep, tour, train
+from lab import LabError, cli, sample, stories, sweep, tour, train, vary
 from lab.analyses.anatomy import attention, logit_lens
 from lab.analyses.attribution import (
     EmbeddedModel,
@@ -256,6 +256,8 @@ def test_what_this_machine_cannot_hold_is_refused_before_it_is_tried(words, told
         (tour.main, "--scale=0", "--scale=0.0: above 0"),
         (sweep.main, "--model=mlp --seeds=0-2", "--seeds has no part in a sweep"),
         (sweep.main, "--model=mlp --learning_rate=1", "--learning_rate has no part in a sweep"),
+        (sweep.main, "--model=counts", "--model=counts counts and has no learning rate to sweep"),
+        (vary.main, "--field=output_dir --values=a,b", "--field=output_dir: says where and how runs go"),
     ],
 )
 def test_unknown_words_are_refused_by_every_command(main, words, told, capsys):

@@ -166,5 +166,6 @@ def test_speed_and_time_left_count_tokens_not_steps(monkeypatch, capsys):
     progress = Progress(10, 0, until, flops_per_token=2.0, ceiling=1600.0)
     monkeypatch.setattr(progress, "due", lambda: True)
     progress.update(1, 1000.0, torch.tensor(3.0))
+    assert capsys.readouterr().out == ""  # one step alone has no speed
     progress.update(6, 3000.0, torch.tensor(2.5))  # 3 x 100 + 2 x 400 tokens in 2 s, 4 x 400 are left
     assert "progress: step 6 of 10, loss 2.5000, 550 tokens/s, MFU 69%, 3 s left" in capsys.readouterr().out
