@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m stats
     except BrokenPipeError:
         sys.stderr.close()  # whoever read the output has left, as `| head` does
         return int(Exit.PASS)
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        print(f"error: {error.filename!a}: {error.strerror or error}", file=sys.stderr)
+    except OSError as error:  # a name that is too long, a folder that may not be read, a full disk behind the output
+        place = "standard output" if error.filename is None else ascii(error.filename)
+        print(f"error: {place}: {error.strerror or error}", file=sys.stderr)
         return int(Exit.INVALID_DATA)
 
 

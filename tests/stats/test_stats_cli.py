@@ -222,3 +222,11 @@ def test_1500_logs_of_300_kb_in_a_minute(tmp_path, repo):
 def test_a_name_that_no_file_can_have_is_an_error_of_ours(name, capsys):
     assert main(["ttest", name]) == 3
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_behind_standard_output_is_named():
+    words = [sys.executable, "-m", "stats.ttest", "2.91", "2.912", "2.913"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 3 and done.stderr == "error: standard output: No space left on device\n"
