@@ -48,7 +48,7 @@ from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
-from kernels.residual import factors_of_layers, residual_mix
+from kernels.residual import factors_of_layers, mixes_of_layers
 from trainer import (
     checkpoints,
     evaluate,
@@ -386,31 +386,28 @@ class Block(nn.Module):
         self.mlp_in_w.uniform_(-bound, bound)
         self.mlp_out_w.zero_()
 
-    def forward(self, x_BTD, x00_BTD, x01_BTD, ve_BTD, lambdas_3, attention_lambdas_2, plan, rotary, impls, cache=None):
-        if x01_BTD is None:
-            x_BTD = techniques.summed(x_BTD, (lambdas_3[0], x_BTD), (lambdas_3[1], x00_BTD))
-        else:
-            x_BTD = residual_mix(x_BTD, x00_BTD, x01_BTD, lambdas_3)
+    def forward(self, x_BTD, mix, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache=None):
+        x_BTD = mix(x_BTD)
         if self.has_attention:
-            y_BTD = self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
+            y_BTD, x_BTD = self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
             x_BTD = products.added(x_BTD, y_BTD, self.qkvo_w[3], impls)
-        return products.mlp(norm(x_BTD), self.mlp_in_w, self.mlp_out_w, x_BTD, impls)
+        return products.mlp_added(x_BTD, self.mlp_in_w, self.mlp_out_w, impls)
 
     def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
-        """What the heads find, side by side, before it is projected back: attention over normed queries, keys and
-        values; the values are mixed with an embedding of the token."""
+        """(What the heads find, side by side, before it is projected back; x): attention over normed queries, keys and
+        values; the values are mixed with an embedding of the token. x comes back for the sake of its gradient."""
         (B, T, D), H = x_BTD.shape, self.config.num_heads
         ve_BTHDh = None if ve_BTD is None else ve_BTD.view(B, T, H, D // H)
         given = x_BTD, self.qkvo_w[:3].flatten(0, 1), ve_BTHDh, lambdas_2, rotary
         shape, scale, of_inputs = dict(heads=H, width=D // H), self.config.attention_scale, impls["attention_inputs"]
         if cache is None:
-            impl = impls["attention"]
-            how = dict(scale=scale, impl=impl, inputs_impl=of_inputs, linear=products.linear_of(impls))
-            y_BTHDh = attention_layer(*given, plan, **shape, **how)
+            how = dict(scale=scale, impl=impls["attention"], inputs_impl=of_inputs)
+            how |= dict(eight=products.in_8_bits(impls, "fp8"))
+            y_BTHDh, x_BTD = attention_layer(*given, plan, **shape, **how)
         else:
             q, k, v = projected(*given, **shape, impl=of_inputs)
             y_BTHDh = cache.attend(self.layer, q, k, v, plan.first_key_BT, scale)
-        return y_BTHDh.reshape(B, T, D)
+        return y_BTHDh.reshape(B, T, D), x_BTD
 
 
 class GPT(nn.Module):
@@ -528,9 +525,13 @@ class GPT(nn.Module):
         attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
         x00_BTD = norm(self.embed1(tokens_BT))
-        mixes = factors_of_layers(lambdas.view(L, 3), x00_BTD)
         rows2_BT, rows_v_BT = (rows(seen_BS)[:, begin:] for rows in (self.rows2, self.rows_v))
-        x01_BTD = None if self.embed2 is None else norm(self.embed2(rows2_BT))
+        if self.embed2 is None:
+            factors = factors_of_layers(lambdas.view(L, 3), x00_BTD)
+            mixes = [lambda x, f=f: techniques.summed(x, (f[0], x), (f[1], x00_BTD)) for f in factors]
+        else:
+            x01_BTD = norm(self.embed2(rows2_BT))
+            mixes = mixes_of_layers(lambdas.view(L, 3), x00_BTD, x01_BTD, impl=self.impls["mix"])
         tables = [table(rows_v_BT) for table in self.value_embeds]
         values = dict(enumerate(tables)) | {L - len(tables) + i: ve for i, ve in enumerate(tables)}
         x_BTD, outputs = x00_BTD, {}
@@ -538,8 +539,8 @@ class GPT(nn.Module):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
-            scalars = mixes[layer], attention_lambdas_L4[layer, :2]
-            x_BTD = block(x_BTD, x00_BTD, x01_BTD, values.get(layer), *scalars, plan, rotary, self.impls, cache)
+            values_2 = attention_lambdas_L4[layer, :2]
+            x_BTD = block(x_BTD, mixes[layer], values.get(layer), values_2, plan, rotary, self.impls, cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD
         return norm(x_BTD)

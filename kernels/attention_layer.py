@@ -4,22 +4,23 @@
 
 Taken together for the sake of bytes. The projection lies in one tensor qkv (B, T, H + 2 K, Dh). Forward, one kernel
 norms and rotates q and k in place, notes the factors of their norms, and writes the mixed v; qkv is kept for the
-backward pass and the mixed v is not: the same kernel makes it again. Backward, attention's own kernels go on through
-rotary, norms and mix before they write (the derivative of y = x r needs only y and r), each into its slice of one
-gradient tensor, which both products read. So with E = B T H Dh elements and K = H, beside products and attention:
-7 E read and written forward, 3 E + 3 E backward, where separate operators take 7 E, 11 E and 6 E for putting the three
-gradients together; and kept are 3 E (qkv) in place of 6 E (q, k, v before and after).
+backward pass, the mixed v only where it has a value embedding: else the same kernel makes it again. Backward,
+attention's own kernels go on through rotary, norms and mix before they write (the derivative of y = x r needs only y
+and r), each into its slice of one gradient tensor, which both products read. So with E = B T H Dh elements and K = H,
+beside products and attention: 7 E read and written forward, 3 E backward and 2 E for v made again, where separate
+operators take 7 E, 11 E and 6 E for putting the three gradients together; and kept are 3 E (qkv) or 4 E in place of 6 E
+(q, k, v before and after). x goes through: the gradient that it has from elsewhere is the first summand of the product
+that makes its own, which saves a pass over three tensors.
 
 Shapes: x (B, T, D), w ((H + 2 K) Dh, D), ve (B, T, K, Dh), s float32 (2,), cos, sin float32 (T, R) with R = Dh / 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
+from kernels import products8
 from kernels.attention import (
     FORWARDS,
     AttentionPlan,
@@ -169,6 +170,34 @@ def _slices(qkv_BTEDh, heads: int):
     return qkv_BTEDh.split((heads, kv_heads, kv_heads), dim=2)
 
 
+def launch_attended(
+    qkv_BTEDh, ve, s, cos_TR, sin_TR, plan: AttentionPlan, heads: int, scale: float, forward: str = "triton"
+):
+    """(o (B, T, H, Dh), its rows' base-2 log-sum-exp, qkv with q and k normed and rotated, both factors of norms, the
+    mixed v or nothing) from the projection qkv, which changes in place.
+
+    With a value embedding v takes three passes to make again, without one two: the first is worth its memory."""
+    v, rms_q, rms_k = launch_prepare(qkv_BTEDh, ve, s, cos_TR, sin_TR, heads, True)
+    q, k, _ = _slices(qkv_BTEDh, heads)
+    o, lse = launch_forward(q, k, v, plan, scale, forward=forward)
+    return o, lse, qkv_BTEDh, rms_q, rms_k, v.new_empty(0) if ve is None else v
+
+
+def launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, scale: float):
+    """(dqkv (B, T, H + 2 K, Dh), dve or None, ds) from the gradient at o and `saved`, what `launch_attended`
+    returned."""
+    o, lse, qkv, rms_q, rms_k, v = saved
+    heads = do.shape[2]
+    if ve is None:
+        v, _, _ = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, False)
+    q, k, raw = _slices(qkv, heads)
+    dqkv = torch.empty_like(qkv)
+    tables = (dense(x.float()) for x in (s, cos_TR, sin_TR))
+    inputs = LayerInputs(dense(rms_q), dense(rms_k), raw, None if ve is None else dense(ve), *tables)
+    *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, inputs=inputs, out=_slices(dqkv, heads))
+    return dqkv, dve, ds
+
+
 def launch_layer(
     x_BTD,
     w_ED,
@@ -182,26 +211,24 @@ def launch_layer(
     scale: float,
     forward: str = "triton",
 ):
-    """(o (B, T, H, Dh), its rows' base-2 log-sum-exp, qkv with q and k normed and rotated, both factors of norms)."""
+    """`launch_attended` of the projection x w^T."""
     B, T, D = x_BTD.shape
     qkv = (dense(x_BTD).view(B * T, D) @ dense(w_ED).t()).view(B, T, -1, width)
-    v, rms_q, rms_k = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, True)
-    q, k, _ = _slices(qkv, heads)
-    o, lse = launch_forward(q, k, v, plan, scale, forward=forward)
-    return o, lse, qkv, rms_q, rms_k
+    return launch_attended(qkv, ve, s, cos_TR, sin_TR, plan, heads, scale, forward)
 
 
-def launch_layer_backward(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, heads: int, scale: float):
-    """(dx, dw, dve or None, ds) from the gradient at o and `saved`, what `launch_layer` returned."""
-    o, lse, qkv, rms_q, rms_k = saved
-    v, _, _ = launch_prepare(qkv, ve, s, cos_TR, sin_TR, heads, False)
-    q, k, raw = _slices(qkv, heads)
-    dqkv = torch.empty_like(qkv)
-    tables = (dense(x.float()) for x in (s, cos_TR, sin_TR))
-    inputs = LayerInputs(dense(rms_q), dense(rms_k), raw, None if ve is None else dense(ve), *tables)
-    *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, inputs=inputs, out=_slices(dqkv, heads))
+def launch_layer_backward(
+    do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, scale: float, dx_BTD=None
+):
+    """(dx, dw, dve or None, ds) from the gradient at o and `saved`, what `launch_layer` returned; dx plus `dx_BTD`."""
+    dqkv, dve, ds = launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan, scale)
     x_ND, dqkv_NE = dense(x_BTD).flatten(0, 1), dqkv.view(-1, w_ED.shape[0])
-    return (dqkv_NE @ dense(w_ED)).view(x_BTD.shape), dqkv_NE.t() @ x_ND, dve, ds
+    if dx_BTD is None:
+        dx_ND = dqkv_NE @ dense(w_ED)
+    else:
+        expect("the gradient at x", dx_BTD, x_BTD.shape, x_BTD)
+        dx_ND = torch.addmm(dense(dx_BTD).flatten(0, 1), dqkv_NE, dense(w_ED))
+    return dx_ND.view(x_BTD.shape), dqkv_NE.t() @ x_ND, dve, ds
 
 
 # ---- torch operators --------------------------------------------------------------------------------------
@@ -223,7 +250,7 @@ def _layer(
     width: int,
     scale: float,
     forward: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
     return launch_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, plan, heads, width, scale, forward)
 
@@ -240,52 +267,133 @@ def _layer_backward(
     saved: list[torch.Tensor],
     plan: list[torch.Tensor],
     scale: float,
+    dx_BTD: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    grads = launch_layer_backward(
-        do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), do.shape[2], scale
-    )
-    return [g for g in grads if g is not None]
+    given = do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), scale, dx_BTD
+    return [g for g in launch_layer_backward(*given) if g is not None]
 
 
 @_layer.register_fake
-def _(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale, forward):
+def _fake_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key_order, heads, width, scale, forward):
     B, T, _ = x_BTD.shape
     all_heads = w_ED.shape[0] // width
     kv_heads = (all_heads - heads) // 2
     rows = [s.new_empty(B, h, T) for h in (heads, heads, kv_heads)]
-    return x_BTD.new_empty(B, T, heads, width), rows[0], x_BTD.new_empty(B, T, all_heads, width), *rows[1:]
+    v = x_BTD.new_empty(0 if ve is None else ve.shape)
+    return x_BTD.new_empty(B, T, heads, width), rows[0], x_BTD.new_empty(B, T, all_heads, width), *rows[1:], v
 
 
 @_layer_backward.register_fake
-def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale):
+def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale, dx_BTD):
     return [x.new_empty(x.shape) for x in (x_BTD, w_ED, ve, s) if x is not None]
 
 
-def _layer_setup(ctx, inputs, output):
-    x_BTD, w_ED, ve, *rest, _heads, _width, ctx.scale, _forward = inputs
-    ctx.has_ve = ve is not None
-    ctx.save_for_backward(x_BTD, w_ED, *([ve] if ctx.has_ve else []), *rest, *output)
-    ctx.mark_non_differentiable(*output[1:])
+@torch.library.custom_op("speedrun::attention_layer_8", mutates_args=())
+def _layer_8(
+    factors: list[torch.Tensor],
+    like_BTD: torch.Tensor,
+    ve: torch.Tensor | None,
+    s: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    plan: list[torch.Tensor],
+    features: int,
+    heads: int,
+    width: int,
+    scale: float,
+    forward: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_layer`, from the projection's factors in 8 bits: x (N, D), its scale, w (features, D), its scale."""
+    (B, T, _), (x, w) = like_BTD.shape, (products8.Eight(*factors[i : i + 2]) for i in (0, 2))
+    qkv = products8.product(x, w, like_BTD.dtype, fast=True)[: B * T, :features].contiguous().view(B, T, -1, width)
+    return launch_attended(qkv, ve, s, cos_TR, sin_TR, AttentionPlan(*plan), heads, scale, forward)
 
 
-@differentiable_once("attention_layer")
-def _layer_grad(ctx, do, *_):
-    x_BTD, w_ED, *rest = ctx.saved_tensors
-    ve = rest.pop(0) if ctx.has_ve else None
-    tables, plan, saved = rest[:3], rest[3:7], rest[7:]
-    dx, dw, *dve, ds = _layer_backward(do, x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale)
-    return dx, dw, (dve[0] if dve else None), ds, *[None] * 10
+@torch.library.custom_op("speedrun::attended_backward", mutates_args=())
+def _attended_backward(
+    do: torch.Tensor,
+    ve: torch.Tensor | None,
+    s: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    saved: list[torch.Tensor],
+    plan: list[torch.Tensor],
+    scale: float,
+) -> list[torch.Tensor]:
+    grads = launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), scale)
+    return [g for g in grads if g is not None]
 
 
-_layer.register_autograd(_layer_grad, setup_context=_layer_setup)
+@_layer_8.register_fake
+def _(factors, like_BTD, ve, s, cos_TR, sin_TR, plan, features, heads, width, scale, forward):
+    w_ED = like_BTD.new_empty(features, 0)
+    return _fake_layer(like_BTD, w_ED, ve, s, cos_TR, sin_TR, *plan, heads, width, scale, forward)
+
+
+@_attended_backward.register_fake
+def _(do, ve, s, cos_TR, sin_TR, saved, plan, scale):
+    return [x.new_empty(x.shape) for x in (saved[2], ve, s) if x is not None]
+
+
+class _Layer(torch.autograd.Function):
+    """The operator, and x as it is: what x gets from elsewhere comes to the backward pass, too."""
+
+    @staticmethod
+    def forward(ctx, x_BTD, w_ED, ve, *rest):
+        *tensors, _heads, _width, ctx.scale, _forward = rest
+        o, *kept = _layer(x_BTD, w_ED, ve, *rest)
+        ctx.has_ve = ve is not None
+        ctx.save_for_backward(x_BTD, w_ED, *([ve] if ctx.has_ve else []), *tensors, o, *kept)
+        ctx.set_materialize_grads(False)
+        return o, x_BTD.view_as(x_BTD)
+
+    @staticmethod
+    @differentiable_once("attention_layer")
+    def backward(ctx, do, dx_BTD):
+        x_BTD, w_ED, *rest = ctx.saved_tensors
+        ve = rest.pop(0) if ctx.has_ve else None
+        tables, plan, saved = rest[:3], rest[3:7], rest[7:]
+        do = torch.zeros_like(saved[0]) if do is None else do
+        dx, dw, *dve, ds = _layer_backward(do, x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale, dx_BTD)
+        return dx, dw, (dve[0] if dve else None), ds, *[None] * 10
+
+
+class _Layer8(torch.autograd.Function):
+    """`_Layer` with its three products in 8 bits (kernels/products8.py)."""
+
+    @staticmethod
+    def forward(ctx, x_BTD, w_ED, ve, s, cos_TR, sin_TR, *rest):
+        *plan, heads, width, ctx.scale, chosen = rest
+        (x, x_turned), (w, w_turned) = products8.both_ways(x_BTD.flatten(0, 1)), products8.both_ways(w_ED)
+        how = w_ED.shape[0], heads, width, ctx.scale, chosen
+        kept = _layer_8([*x, *w], x_BTD, ve, s, cos_TR, sin_TR, plan, *how)
+        ctx.save_for_backward(*([] if ve is None else [ve]), s, cos_TR, sin_TR, *plan, *kept, *x_turned, *w_turned)
+        ctx.shapes, ctx.dtypes, ctx.has_ve = (x_BTD.shape, w_ED.shape), (x_BTD.dtype, w_ED.dtype), ve is not None
+        ctx.set_materialize_grads(False)
+        return kept[0], x_BTD.view_as(x_BTD)
+
+    @staticmethod
+    @differentiable_once("attention_layer")
+    def backward(ctx, do, dx_BTD):
+        *rest, x_values, x_scale, w_values, w_scale = ctx.saved_tensors
+        ve = rest.pop(0) if ctx.has_ve else None
+        tables, plan, saved = rest[:3], rest[3:7], rest[7:]
+        do = torch.zeros_like(saved[0]) if do is None else do
+        dqkv, *dve, ds = _attended_backward(do, ve, *tables, saved, plan, ctx.scale)
+        (of_x, (E, D)), (x_dtype, w_dtype) = ctx.shapes, ctx.dtypes
+        dy, dy_turned = products8.both_ways(dqkv.view(-1, E), products8.E5M2)
+        dx_ND = products8.product(dy, products8.Eight(w_values, w_scale), x_dtype)[: dqkv.numel() // E, :D].contiguous()
+        dw = products8.product(dy_turned, products8.Eight(x_values, x_scale), w_dtype)[:E, :D].contiguous()
+        dx = dx_ND.view(of_x) if dx_BTD is None else dx_BTD + dx_ND.view(of_x)
+        return dx, dw, (dve[0] if dve else None), ds, *[None] * 10
 
 
 # ---- public functions -------------------------------------------------------------------------------------
 
 
-def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto", linear=F.linear):
+def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto", eight: bool = False):
     """(q, k, v) of the formula above, before attention; arguments as in `attention_layer`."""
-    q, k, v = _slices(linear(x_BTD, w_ED).unflatten(2, (-1, width)), heads)
+    q, k, v = _slices((products8.linear if eight else F.linear)(x_BTD, w_ED).unflatten(2, (-1, width)), heads)
     return attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=impl)
 
 
@@ -303,9 +411,10 @@ def attention_layer(
     scale: float,
     impl: str = "auto",
     inputs_impl: str = "auto",
-    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """o (B, T, H, Dh) of the formula above, differentiable once in x, w, ve and s.
+    eight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o (B, T, H, Dh) of the formula above, x), differentiable once in x, w, ve and s. Whoever goes on with the x that
+    comes back has its gradient added on the way rather than in a pass of its own.
 
     Args:
         x_BTD: (B, T, D). w_ED: ((H + 2 K) Dh, D), the projections to queries, keys and values, in x's dtype.
@@ -314,7 +423,7 @@ def attention_layer(
         heads, width: H and Dh; scale: factor on the logits.
         impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU, or
             "specialised" or "gluon" and "triton": one operator.
-        linear: another product x w^T than this operator's own, which then is taken apart.
+        eight: the projection's products, forward and backward, in 8 bits.
 
     Raises: ValueError or TypeError naming the argument.
     """
@@ -327,15 +436,16 @@ def attention_layer(
     if w_ED.dim() != 2 or w_ED.shape[1] != D or w_ED.shape[0] % width or (w_ED.shape[0] // width - heads) % 2:
         raise ValueError(f"w {tuple(w_ED.shape)} must be ((heads + 2 K) * width, {D}) for {heads} heads of {width}")
     chosen, of_inputs = (attention_implementation(name, x_BTD) for name in (impl, inputs_impl))
-    if linear or chosen not in FORWARDS or of_inputs != "triton":
-        how = dict(heads=heads, width=width, impl=inputs_impl, linear=linear or F.linear)
+    if chosen not in FORWARDS or of_inputs != "triton":
+        how = dict(heads=heads, width=width, impl=inputs_impl, eight=eight)
         inputs = projected(x_BTD, w_ED, ve_BTKDh, s, rotary, **how)
-        return attention(*inputs, plan, scale=scale, impl=impl)
+        return attention(*inputs, plan, scale=scale, impl=impl), x_BTD
     _check(x_BTD, w_ED, ve_BTKDh, s, rotary, plan, heads, width, scale)
     refuse_tangents("attention_layer", x_BTD, w_ED, ve_BTKDh, s)
     ve = None if ve_BTKDh is None else dense(ve_BTKDh)
     small = [dense(t) for t in (s, *rotary, *plan[:4])]
-    return _layer(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen)[0]
+    run = _Layer8.apply if eight else _Layer.apply
+    return run(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen)
 
 
 def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: float) -> None:

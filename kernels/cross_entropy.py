@@ -41,7 +41,19 @@ from kernels.guards import (
     without_autocast,
 )
 from kernels.products8 import DEVICES as FP8_DEVICES
-from kernels.products8 import E4M3, E5M2, MULTIPLE, available_on, both_ways, in_8_bits, product
+from kernels.products8 import (
+    E4M3,
+    E5M2,
+    MULTIPLE,
+    Eight,
+    available_on,
+    both_ways,
+    in_8_bits,
+    product,
+    saturated,
+    scale_for,
+    turned,
+)
 from kernels.runtime import LOG2_E, device_kind, implementation_of, tl, triton
 
 SOFTCAPS = ("rsqrt", "sigmoid", None)
@@ -206,13 +218,18 @@ def _load_capped(p_z, o, V, weight, CAP: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _store_softmax(p_z, o, b_c, b_slope, log_total, V, MASKED: tl.constexpr):
-    """z <- weight softmax(c) dc/dz, the loss's gradient but for the targets' classes."""
+def _store_gradient(p_g, b_g, p_scale, mask, LIMIT: tl.constexpr):
+    """Write b_g, or, LIMIT, b_g / scale in 8 bits, saturated at it."""
+    if LIMIT > 0:
+        b_g = saturated(b_g / tl.load(p_scale), LIMIT)
+    tl.store(p_g, b_g.to(p_g.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_softmax(p_g, o, b_c, b_slope, log_total, V, p_scale, MASKED: tl.constexpr, LIMIT: tl.constexpr):
+    """g <- weight softmax(c) dc/dz, the loss's gradient but for the targets' classes."""
     b_g = tl.exp2((b_c - log_total) * _LOG2_E) * b_slope
-    if MASKED:
-        tl.store(p_z + o, b_g.to(p_z.dtype.element_ty), mask=o < V)
-    else:
-        tl.store(p_z + o, b_g.to(p_z.dtype.element_ty))
+    _store_gradient(p_g + o, b_g, p_scale, o < V if MASKED else None, LIMIT)
 
 
 @triton.jit
@@ -261,6 +278,8 @@ def _row_loss(
     p_target,
     p_weight,
     p_loss,
+    p_g,
+    p_scale,
     V,
     ignore_index,
     K: tl.constexpr,
@@ -268,17 +287,20 @@ def _row_loss(
     WEIGHTED: tl.constexpr,
     CAP: tl.constexpr,
     GRADIENT: tl.constexpr,
+    LIMIT: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One row of logits (V,): loss = sum_k w_k (log sum exp(cap(z)) - cap(z[target_k])); if GRADIENT, z <- d loss / dz.
+    """One row of logits (V,): loss = sum_k w_k (log sum exp(cap(z)) - cap(z[target_k])); if GRADIENT, g <- d loss / dz.
 
+    g may be z. LIMIT, if not 0: g is in 8 bits, d loss / dz over a scale, saturated at LIMIT.
     ONE: the whole row is one block, kept in registers. Else it is V // BLOCK blocks without a mask, and what is left
     in a block of TAIL. A row without a target has loss 0 and gradient 0; one with a target that is no class has NaN for
     both. COLUMNS: a power of two from K on."""
     row = tl.program_id(0).to(tl.int64)
     p_z += row * V
+    p_g += row * V
     b_target, b_weight, m_counted, m_known = _targets(p_target, p_weight, row, V, ignore_index, K, COLUMNS, WEIGHTED)
     weight = tl.sum(b_weight, 0)
     any_counted, all_known = tl.max(m_counted.to(tl.int32), 0), tl.min((m_known == m_counted).to(tl.int32), 0)
@@ -311,14 +333,14 @@ def _row_loss(
     tl.store(p_loss + row, tl.where(any_counted == 1, weight * log_total - picked, 0.0))
     if GRADIENT:
         if ONE:
-            _store_softmax(p_z, o, b_c, b_slope, log_total, V, True)
+            _store_softmax(p_g, o, b_c, b_slope, log_total, V, p_scale, True, LIMIT)
         else:
             # the second reading of the row, from the second-level cache
             for start in range(0, whole, BLOCK):
                 b_c, b_slope = _load_capped(p_z, start + o, V, weight, CAP, False)
-                _store_softmax(p_z, start + o, b_c, b_slope, log_total, V, False)
+                _store_softmax(p_g, start + o, b_c, b_slope, log_total, V, p_scale, False, LIMIT)
             if TAIL > 0:
-                _store_softmax(p_z, o_tail, b_c_tail, b_slope_tail, log_total, V, True)
+                _store_softmax(p_g, o_tail, b_c_tail, b_slope_tail, log_total, V, p_scale, True, LIMIT)
         # The targets' classes lack their weights. Few numbers, written again after all threads have written theirs,
         # cost less than asking of every class whether it is a target; read again, so that they take no registers
         # meanwhile. A class that is the target of several columns lacks all their weights, and the first writes it.
@@ -332,7 +354,7 @@ def _row_loss(
         b_own = tl.sum(tl.where(m_same, b_weight[:, None], 0.0), 0)
         earlier = tl.sum((m_same & (o_k[:, None] < o_k[None, :])).to(tl.int32), 0)
         b_g = (tl.exp(b_c_target - log_total) * weight - b_own) * b_slope_target
-        tl.store(p_z + b_target, b_g.to(p_z.dtype.element_ty), mask=m_known & (earlier == 0))
+        _store_gradient(p_g + b_target, b_g, p_scale, m_known & (earlier == 0), LIMIT)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------
@@ -357,8 +379,10 @@ def launch_rows(
     block: int | None = None,
     losses: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    into: Eight | None = None,
 ):
-    """float32 losses (N,); if `gradient`, z is overwritten by d(sum of losses)/dz. targets: (N,) or (N, K).
+    """float32 losses (N,); if `gradient`, z is overwritten by d(sum of losses)/dz, or, with `into`, that is written
+    there, in 8 bits and its scale. targets: (N,) or (N, K).
 
     block: classes a program holds at once, a power of two; None: all of them, if registers suffice.
     losses: where they go, dense; None: a new tensor. weights: of the targets, (K,) or (N, K); None: 1."""
@@ -378,7 +402,11 @@ def launch_rows(
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device) if losses is None else losses
     if losses.dtype != torch.float32 or not losses.is_contiguous():
         raise ValueError(f"losses go to a dense float32 tensor, got {losses.dtype} of strides {losses.stride()}")
-    with in_place("z", z_NV) if gradient else nullcontext(dense(z_NV)) as walked:
+    if into is not None:
+        expect("the gradient in 8 bits", into.values, (N, V), z_NV)
+        if not into.values.is_contiguous():
+            raise ValueError(f"the gradient in 8 bits must be dense, not of strides {into.values.stride()}")
+    with in_place("z", z_NV) if gradient and into is None else nullcontext(dense(z_NV)) as walked:
         launch(
             _row_loss,
             (N,),
@@ -386,6 +414,8 @@ def launch_rows(
             dense(targets_NK),
             losses if weights is None else weights,
             losses,
+            walked if into is None else into.values,
+            losses if into is None else into.scale,
             V,
             ignore_index,
             K=K,
@@ -393,6 +423,7 @@ def launch_rows(
             WEIGHTED=0 if weights is None else weights.dim(),
             CAP=SOFTCAPS.index(softcap) + 1 if softcap else 0,
             GRADIENT=gradient,
+            LIMIT=0.0 if into is None else torch.finfo(into.values.dtype).max,
             ONE=one,
             BLOCK=block,
             TAIL=tail,
@@ -429,6 +460,10 @@ class _Plain:
         """(C, V), dense."""
         return self.x[rows] @ self.w.t()
 
+    def room(self, z: torch.Tensor) -> Eight | None:
+        """Where the gradient at the logits z is to go in 8 bits; None: in their place."""
+        return None
+
     def gradients_(self, g, rows: slice, dx, dw) -> None:
         """dx <- g w and dw += g^T x in place (dw <- g^T x for the first chunk); g (C, V) is the gradient at the
         logits."""
@@ -461,8 +496,14 @@ class _Eight(_Plain):
         z = product(self.x_8.rows(self._filled(rows)), self.w_8, self.x.dtype, fast=True)
         return z[: len(self.x[rows]), : len(self.w)].contiguous()
 
+    def room(self, z: torch.Tensor) -> Eight | None:
+        known = isinstance(self.of_g, torch.Tensor) or self.of_g > 0
+        if not known or any(size % MULTIPLE for size in z.shape):
+            return None
+        return Eight(torch.empty(z.shape, dtype=E5M2, device=z.device), scale_for(z, E5M2, self.of_g))
+
     def gradients_(self, g, rows: slice, dx, dw) -> None:
-        g_8, g_turned = both_ways(g, E5M2, self.of_g)
+        g_8, g_turned = (g, turned(g)) if isinstance(g, Eight) else both_ways(g, E5M2, self.of_g)
         dx.copy_(product(g_8, self.w_turned, dx.dtype)[: dx.shape[0], : dx.shape[1]])
         part = product(g_turned, self.x_turned.columns(self._filled(rows)), dw.dtype)[: dw.shape[0], : dw.shape[1]]
         dw.copy_(part) if rows.start == 0 else dw.add_(part)
@@ -486,10 +527,14 @@ def _in_chunks(rows_of, products, targets_NK, softcap, ignore_index, chunk_token
         rows = slice(start, start + chunk_tokens)
         z = products.logits(rows)
         own = weights if weights is None or weights.dim() == 1 else weights[rows]
-        rows_of(z, targets_NK[rows], softcap, ignore_index, gradient, losses=losses[rows], weights=own)
+        how = dict(losses=losses[rows], weights=own)
+        g = products.room(z) if gradient and rows_of is launch_rows else None
+        if g is not None:
+            how["into"] = g
+        rows_of(z, targets_NK[rows], softcap, ignore_index, gradient, **how)
         if gradient:
-            products.gradients_(z, rows, dx_ND[rows], dw_VD)
-        del z  # before the next chunk's logits, or two chunks of them would exist
+            products.gradients_(z if g is None else g, rows, dx_ND[rows], dw_VD)
+        del z, g  # before the next chunk's logits, or two chunks of them would exist
     return losses, dx_ND, dw_VD
 
 

@@ -24,7 +24,8 @@ def launch(kernel, programs: tuple[int, ...], *arguments, **options) -> None:
     """kernel[programs](*arguments, **options), on the device of its tensors, which need not be the current one.
 
     Raises: ValueError if the tensors lie on several devices."""
-    tensors = [t for t in (getattr(a, "base", a) for a in arguments) if isinstance(t, torch.Tensor)]
+    parts = [part for a in arguments for part in (a if isinstance(a, tuple) else (a,))]
+    tensors = [t for t in (getattr(part, "base", part) for part in parts) if isinstance(t, torch.Tensor)]
     devices = {t.device for t in tensors}
     if len(devices) != 1:
         raise ValueError(f"{kernel.__name__} got tensors on {sorted(map(str, devices))}: all must be on one device")

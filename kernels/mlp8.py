@@ -43,7 +43,7 @@ from kernels.products8 import (
     saturated,
     scale_for,
 )
-from kernels.runtime import Tile, Tiles, copies_in_bulk, descriptor, tile_of, tl, triton
+from kernels.runtime import Tile, Tiles, copies_in_bulk, descriptor, persistent, tile_of, tl, triton
 
 
 def product_8_reference(a_MK, b_NK, scales_3, act_MN=None):
@@ -86,43 +86,46 @@ def _product_8(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BACKWARD: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """out (M, N) = relu(a b^T)^2, or, BACKWARD, (a b^T) 2 sqrt(act), in 8 bits, and its transpose; a (M, K), b (N, K).
 
-    scales (3,): of the product, of act, of out. DESCRIPTOR: p_a and p_b are tensor descriptors."""
+    A program takes every num_programs-th tile, FLATTEN as in kernels/mlp.py. scales (3,): of the product, of act, of
+    out. DESCRIPTOR: p_a and p_b are tensor descriptors."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    row, column = (first + within % height) * BM, (within // height) * BN
-    o_m = row + tl.arange(0, BM)
-    o_n = column + tl.arange(0, BN)
-    b_out = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, K, BK):
-        if DESCRIPTOR:
-            b_a, b_b = p_a.load([row, k]), p_b.load([column, k])
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        first = tile // (GROUP * tiles_n) * GROUP
+        height = tl.minimum(tiles_m - first, GROUP)
+        within = tile % (GROUP * tiles_n)
+        row, column = (first + within % height) * BM, (within // height) * BN
+        o_m = row + tl.arange(0, BM)
+        o_n = column + tl.arange(0, BN)
+        b_out = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, K, BK):
+            if DESCRIPTOR:
+                b_a, b_b = p_a.load([row, k]), p_b.load([column, k])
+            else:
+                o_k = k + tl.arange(0, BK)
+                m_a, m_b = (o_m < M)[:, None] & (o_k < K)[None, :], (o_n < N)[:, None] & (o_k < K)[None, :]
+                b_a = tl.load(p_a + o_m[:, None].to(tl.int64) * K + o_k[None, :], mask=m_a, other=0.0)
+                b_b = tl.load(p_b + o_n[:, None].to(tl.int64) * K + o_k[None, :], mask=m_b, other=0.0)
+            b_out = tl.dot(b_a, tl.trans(b_b), b_out)
+        b_out *= tl.load(p_scales)
+        o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
+        m_out = (o_m < M)[:, None] & (o_n < N)[None, :]
+        if BACKWARD:
+            b_act = tl.load(p_act + o_out, mask=m_out, other=0.0).to(tl.float32) * tl.load(p_scales + 1)
+            b_out *= 2 * tl.sqrt(b_act)
         else:
-            o_k = k + tl.arange(0, BK)
-            m_a, m_b = (o_m < M)[:, None] & (o_k < K)[None, :], (o_n < N)[:, None] & (o_k < K)[None, :]
-            b_a = tl.load(p_a + o_m[:, None].to(tl.int64) * K + o_k[None, :], mask=m_a, other=0.0)
-            b_b = tl.load(p_b + o_n[:, None].to(tl.int64) * K + o_k[None, :], mask=m_b, other=0.0)
-        b_out = tl.dot(b_a, tl.trans(b_b), b_out)
-    b_out *= tl.load(p_scales)
-    o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
-    m_out = (o_m < M)[:, None] & (o_n < N)[None, :]
-    if BACKWARD:
-        b_act = tl.load(p_act + o_out, mask=m_out, other=0.0).to(tl.float32) * tl.load(p_scales + 1)
-        b_out *= 2 * tl.sqrt(b_act)
-    else:
-        b_out = tl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_out *= b_out
-    b_8 = saturated(b_out / tl.load(p_scales + 2), LIMIT).to(p_out.dtype.element_ty)
-    tl.store(p_out + o_out, b_8, mask=m_out)
-    o_turned = o_n[:, None].to(tl.int64) * M + o_m[None, :]
-    tl.store(p_turned + o_turned, tl.trans(b_8), mask=(o_n < N)[:, None] & (o_m < M)[None, :])
+            b_out = tl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_out *= b_out
+        b_8 = saturated(b_out / tl.load(p_scales + 2), LIMIT).to(p_out.dtype.element_ty)
+        tl.store(p_out + o_out, b_8, mask=m_out)
+        o_turned = o_n[:, None].to(tl.int64) * M + o_m[None, :]
+        tl.store(p_turned + o_turned, tl.trans(b_8), mask=(o_n < N)[:, None] & (o_m < M)[None, :])
 
 
 def launch_product_8(a_MK, b_NK, scales_3, act_MN=None, tile: Tile | None = None):
@@ -141,9 +144,10 @@ def launch_product_8(a_MK, b_NK, scales_3, act_MN=None, tile: Tile | None = None
     factors = given[:2]
     if descriptors:
         factors = [descriptor(x, [rows, tile.depth]) for x, rows in zip(factors, (tile.rows, tile.columns))]
+    tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
     launch(
         _product_8,
-        (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),),
+        (persistent(tiles) if descriptors else tiles,),
         *factors,
         given[2] if backward else out,
         given[3],
@@ -156,6 +160,7 @@ def launch_product_8(a_MK, b_NK, scales_3, act_MN=None, tile: Tile | None = None
         BN=tile.columns,
         BK=tile.depth,
         GROUP=_GROUP,
+        FLATTEN=descriptors,
         BACKWARD=backward,
         DESCRIPTOR=descriptors,
         LIMIT=torch.finfo(dtype).max,

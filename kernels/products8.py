@@ -144,6 +144,32 @@ def _convert(
         tl.store(p_turned + o_k[:, None].to(tl.int64) * M_out + o_m[None, :], tl.trans(b_out), mask=m_turned)
 
 
+@triton.jit
+def _turn(p_x, p_out, M, K, BM: tl.constexpr, BK: tl.constexpr):
+    """out (K, M), the transpose of x (M, K), byte by byte."""
+    tiles = tl.cdiv(K, BK)
+    o_m = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
+    o_k = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+    m_x = (o_m < M)[:, None] & (o_k < K)[None, :]
+    b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * K + o_k[None, :], mask=m_x, other=0)
+    m_out = (o_k < K)[:, None] & (o_m < M)[None, :]
+    tl.store(p_out + o_k[:, None].to(tl.int64) * M + o_m[None, :], tl.trans(b_x), mask=m_out)
+
+
+def launch_turn(x: torch.Tensor) -> torch.Tensor:
+    """The transpose of x (M, K) in 8 bits, dense."""
+    (M, K), block, x = x.shape, 64, dense(x)
+    out = torch.empty(K, M, dtype=x.dtype, device=x.device)
+    programs = triton.cdiv(M, block) * triton.cdiv(K, block)
+    launch(_turn, (programs,), x.view(torch.uint8), out.view(torch.uint8), M, K, BM=block, BK=block, num_warps=4)
+    return out
+
+
+def turned(x: Eight) -> Eight:
+    """x (M, K) the other way round, (K, M), by a kernel; the scale is the same."""
+    return Eight(launch_turn(x.values), x.scale)
+
+
 def filled(size: int) -> int:
     """The next multiple of 16."""
     return -(-size // MULTIPLE) * MULTIPLE

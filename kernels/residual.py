@@ -3,19 +3,24 @@
 x, x00, x01 are (..., D) in one dtype; lambdas is a float32 (3,) tensor, or three factors a token, (..., 1) each. Sums
 are taken in float32 and rounded once.
 
-There is no Triton kernel here, by count of bytes. For E = N D elements of 2 bytes, forward reads three tensors and
-writes one (8 E), backward reads four and writes three (14 E): elementwise work and three sums, which torch.compile
-fuses into one pass each, together with the norm that follows; a kernel of ours would force x through memory again. So
-on a GPU "auto" is the reference, left to the compiler; run eagerly there, it takes about three times the bytes.
+The mix itself has no Triton kernel, by count of bytes. For E = N D elements of 2 bytes it reads three tensors and
+writes one (8 E): elementwise work, which torch.compile fuses with the norm that follows; a kernel of ours would force x
+through memory again. So on a GPU "auto" is the reference, left to the compiler.
+
+The gradients of x00 and x01 are sums over all L layers. Taken layer by layer, each reads both tensors and both sums and
+writes both sums: 6 L passes over E elements. `mixes_of_layers` keeps the L gradients dy instead, and one kernel walks
+over them at the end: L + 4 passes.
+
+    dx00 = sum_l l1_l dy_l,   dx01 = sum_l l2_l dy_l,   dl1_l = <dy_l, x00>,   dl2_l = <dy_l, x01>
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from kernels.guards import differentiable_once, expect, expect_floats, without_autocast
+from kernels.guards import KERNEL_DTYPES, dense, differentiable_once, expect, expect_floats, launch, without_autocast
 from kernels.norm import summed_product
-from kernels.runtime import implementation_of
+from kernels.runtime import implementation_of, tl, triton
 
 
 def factors_of_layers(factors_LK: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor | tuple[torch.Tensor, ...]]:
@@ -95,3 +100,122 @@ def residual_mix(
     if one_each and implementation(impl, x) == "written" and wide and not torch.compiler.is_compiling():
         return _ResidualMix.apply(x, x00, x01, lambdas)
     return residual_mix_reference(x, x00, x01, lambdas)
+
+
+# ---- both embeddings' gradients, over all layers at once -------------------------------------------------------
+
+#: Elements a program, and its warps: 16 of each tensor a thread.
+_BLOCK, _WARPS = 2048, 4
+
+
+@triton.jit
+def _gather_gradients(
+    p_dy, p_x00, p_x01, p_factors, p_dx00, p_dx01, p_dots, elements, LAYERS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dx00 and dx01 of BLOCK elements, and this program's part of the factors' gradients, dots (programs, LAYERS, 2).
+
+    p_dy: LAYERS pointers; factors (LAYERS, 2)."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < elements
+    b_x00 = tl.load(p_x00 + o, mask=m, other=0.0).to(tl.float32)
+    b_x01 = tl.load(p_x01 + o, mask=m, other=0.0).to(tl.float32)
+    b_dx00 = tl.zeros([BLOCK], tl.float32)
+    b_dx01 = tl.zeros([BLOCK], tl.float32)
+    p_dots += tl.program_id(0).to(tl.int64) * LAYERS * 2
+    for layer in tl.static_range(LAYERS):
+        b_dy = tl.load(p_dy[layer] + o, mask=m, other=0.0).to(tl.float32)
+        b_dx00 += tl.load(p_factors + 2 * layer) * b_dy
+        b_dx01 += tl.load(p_factors + 2 * layer + 1) * b_dy
+        tl.store(p_dots + 2 * layer, tl.sum(b_dy * b_x00, 0))
+        tl.store(p_dots + 2 * layer + 1, tl.sum(b_dy * b_x01, 0))
+    tl.store(p_dx00 + o, b_dx00.to(p_dx00.dtype.element_ty), mask=m)
+    tl.store(p_dx01 + o, b_dx01.to(p_dx01.dtype.element_ty), mask=m)
+
+
+def launch_gather(dy: Sequence[torch.Tensor], x00: torch.Tensor, x01: torch.Tensor, factors_L2: torch.Tensor):
+    """(dx00, dx01, dfactors (L, 2) float32) of the formula above from the L gradients dy, all of x00's shape."""
+    expect_floats("x00", x00, KERNEL_DTYPES)
+    expect("factors", factors_L2, (len(dy), 2), x00)
+    for name, x in (("x01", x01), *((f"dy[{layer}]", d) for layer, d in enumerate(dy))):
+        expect(name, x, x00.shape, x00)
+        expect_floats(name, x, (x00.dtype,))
+    given = dense(x00), dense(x01), dense(factors_L2.float())
+    dx00, dx01 = (torch.empty(x00.shape, dtype=x00.dtype, device=x00.device) for _ in range(2))
+    programs, layers = triton.cdiv(x00.numel(), _BLOCK), len(dy)
+    dots = torch.empty(programs, layers, 2, dtype=torch.float32, device=x00.device)
+    rest = (*given, dx00, dx01, dots, x00.numel())
+    how = dict(LAYERS=layers, BLOCK=_BLOCK, num_warps=_WARPS)
+    launch(_gather_gradients, (programs,), tuple(dense(d) for d in dy), *rest, **how)
+    return dx00, dx01, dots.sum(0)
+
+
+def gather_reference(dy: Sequence[torch.Tensor], x00: torch.Tensor, x01: torch.Tensor, factors_L2: torch.Tensor):
+    """What `launch_gather` computes, in plain torch."""
+    wide = torch.promote_types(x00.dtype, torch.float32)
+    dx = [sum(factor * d.to(wide) for factor, d in zip(factors_L2[:, i].to(wide), dy)) for i in range(2)]
+    dots = [[(d.to(wide) * x.to(wide)).sum() for x in (x00, x01)] for d in dy]
+    return *(d.to(x00.dtype) for d in dx), torch.stack([torch.stack(pair) for pair in dots])
+
+
+@torch.library.custom_op("speedrun::gather_gradients", mutates_args=())
+def _gather(
+    dy: list[torch.Tensor], x00: torch.Tensor, x01: torch.Tensor, factors_L2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return launch_gather(dy, x00, x01, factors_L2)
+
+
+@_gather.register_fake
+def _(dy, x00, x01, factors_L2):
+    return x00.new_empty(x00.shape), x00.new_empty(x00.shape), factors_L2.new_empty(len(dy), 2, dtype=torch.float32)
+
+
+class _Tickets(torch.autograd.Function):
+    """L tensors that nobody reads: their gradients are those of the L mixes, which meet in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x00, x01, factors_L2):
+        ctx.save_for_backward(x00, x01, factors_L2)
+        return tuple(x00.new_empty(x00.shape) for _ in factors_L2)
+
+    @staticmethod
+    @differentiable_once("mixes_of_layers")
+    def backward(ctx, *dy):
+        x00, x01, factors_L2 = ctx.saved_tensors
+        run = _gather if implementation_of("auto", x00, cpu="reference", choices=()) == "triton" else gather_reference
+        dx00, dx01, dfactors = run(list(dy), x00, x01, factors_L2)
+        return dx00, dx01, dfactors.to(factors_L2.dtype)
+
+
+class _MixOfTicket(torch.autograd.Function):
+    """The mix of one layer, with the gradients of x and its factor; those of x00 and x01 go to the ticket."""
+
+    @staticmethod
+    def forward(ctx, x, ticket, x00, x01, l0, factors_2):
+        ctx.save_for_backward(x, l0)
+        return residual_mix_reference(x, x00, x01, (l0, *factors_2.unbind()))
+
+    @staticmethod
+    @differentiable_once("mixes_of_layers")
+    def backward(ctx, dy):
+        x, l0 = ctx.saved_tensors
+        wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        dl0 = (wide * x.to(wide.dtype)).sum(-1, keepdim=True)
+        return (l0 * wide).to(dy.dtype), dy, None, None, dl0.to(l0.dtype), None
+
+
+def mixes_of_layers(
+    factors_L3: torch.Tensor, x00: torch.Tensor, x01: torch.Tensor, *, impl: str = "auto"
+) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Of each of L layers x -> l0 x + l1 x00 + l2 x01, with its three factors. For the compiler, where there will be
+    gradients, those of x00, x01 and their factors are left to one pass at the end (see above), unless impl is
+    "reference"."""
+    if impl == "reference" or not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        rows = factors_of_layers(factors_L3, x00)
+        return [lambda x, row=row: residual_mix(x, x00, x01, row, impl=impl) for row in rows]
+    own, shared = factors_of_layers(factors_L3[:, :1], x00), factors_L3[:, 1:]
+    tickets = _Tickets.apply(x00, x01, shared)
+    x00, x01 = x00.detach(), x01.detach()  # and no longer the first layer's stream, which is x00
+    return [
+        lambda x, ticket=ticket, l0=l0, row=row: _MixOfTicket.apply(x, ticket, x00, x01, l0, row)
+        for ticket, (l0,), row in zip(tickets, own, shared.detach().unbind())
+    ]

@@ -6,6 +6,7 @@ implementation is chosen from the tensor's device and the interpreter knob, neve
 
 from __future__ import annotations
 
+import functools
 import os
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -108,6 +109,18 @@ def device_kind() -> str:
         return "default"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def persistent(tiles: int) -> int:
+    """Programs of a kernel that walks over so many tiles with as many programs as the device runs at once, one a
+    multiprocessor; few in the interpreter, so that each has several tiles."""
+    at_once = 3 if INTERPRETED else _multiprocessors(triton.runtime.driver.active.get_current_device())
+    return min(tiles, at_once)
 
 
 class Tile(NamedTuple):

@@ -288,7 +288,9 @@ class GradientExchange:
     def _sum_tables(self) -> list[tuple[Any, Tensor | None]]:
         found = []
         for rows, tables in zip(self.rows, self.groups.values()):
-            packed = torch.stack([p.grad.index_select(0, rows) for p in tables])
+            packed = tables[0].grad.new_empty(len(tables), len(rows), *tables[0].shape[1:])
+            for p, picked in zip(tables, packed):
+                torch.index_select(p.grad, 0, rows, out=picked)
             found.append((dist.all_reduce(packed, async_op=True), packed))
         return found
 

@@ -11,15 +11,16 @@ CPU the same 8-bit numbers are multiplied in float32. What the numbers are: kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import products8
-from kernels.mlp import relu_squared_mlp
+from kernels.mlp import normed_mlp, relu_squared_mlp
 from kernels.mlp8 import relu_squared_mlp_8
+from kernels.norm import rms_norm
 
 NAMES = ("bf16", "fp8_head", "fp8_mlp", "fp8")  # each has those of the one before it
 
@@ -35,14 +36,18 @@ def in_8_bits(impls: Mapping[str, str], least: str) -> bool:
     return NAMES.index(impls["products"]) >= NAMES.index(least) and torch.is_grad_enabled()
 
 
-def mlp(
-    x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, residual_BTD: Tensor | None, impls: Mapping[str, str]
-) -> Tensor:
-    """relu(x w_in^T)^2 w_out^T, plus the residual if there is one; the rows of x come from a norm."""
+def mlp(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, str]) -> Tensor:
+    """relu(norm(x) w_in^T)^2 w_out^T."""
     if in_8_bits(impls, "fp8_mlp"):
-        y_BTD = relu_squared_mlp_8(x_BTD, w_in_FD, w_out_DF)
-        return y_BTD if residual_BTD is None else residual_BTD + y_BTD
-    return relu_squared_mlp(x_BTD, w_in_FD, w_out_DF, residual_BTD, impl=impls["mlp"])
+        return relu_squared_mlp_8(rms_norm(x_BTD), w_in_FD, w_out_DF)
+    return relu_squared_mlp(rms_norm(x_BTD), w_in_FD, w_out_DF, impl=impls["mlp"])
+
+
+def mlp_added(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, str]) -> Tensor:
+    """x + `mlp`, in fewer passes over memory."""
+    if in_8_bits(impls, "fp8_mlp"):
+        return x_BTD + mlp(x_BTD, w_in_FD, w_out_DF, impls)
+    return normed_mlp(x_BTD, w_in_FD, w_out_DF, impl=impls["mlp"])
 
 
 def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, str]) -> Tensor:
@@ -60,11 +65,6 @@ def added(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor, impls: Mapping[str,
 def added_in_the_product(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor) -> Tensor:
     """`added` as one call of the library: the same sums, of which the residual is the first summand."""
     return torch.addmm(residual_BTD.flatten(0, 1), x_BTE.flatten(0, 1), w_DE.t()).view_as(residual_BTD)
-
-
-def linear_of(impls: Mapping[str, str]) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """What `attention_layer` multiplies with in place of its own product."""
-    return products8.linear if in_8_bits(impls, "fp8") else None
 
 
 def of_head(impls: Mapping[str, str], scales: str) -> bool | tuple[float, ...]:

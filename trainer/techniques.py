@@ -461,11 +461,11 @@ class Techniques(nn.Module):
             given = *where, gpt, cache, (factors, more_values), gates[layer] if gates else None
             a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
-            of_mlp = norm(x_BTD), block.mlp_in_w, block.mlp_out_w
+            of_mlp = x_BTD, block.mlp_in_w, block.mlp_out_w, gpt.impls
             if factors is None:
-                x_BTD = products.mlp(*of_mlp, x_BTD, gpt.impls)
+                x_BTD = products.mlp_added(*of_mlp)
             else:
-                y_BTD = products.mlp(*of_mlp, None, gpt.impls)
+                y_BTD = products.mlp(*of_mlp)
                 x_BTD = summed(x_BTD, (factors[1][4], x_BTD), (factors[1][5], y_BTD))
             outputs[layer] = x_BTD
             if self.dynamic is not None and layer == last - 1:

@@ -29,6 +29,8 @@ def summary(counted: dict) -> str:
         group["TFLOP"] = group.get("TFLOP", 0.0) + row["flops"] / 1e12
     step, kernels, windows = counted["step"], counted["kernels"], counted["windows"]
     spilling = [k["kernel"] for k in kernels if k["stack_bytes"]]
+    peaks = {"a step": step["peak_holders_gib"], "the warm-up": counted["warm_up_holders_gib"]}
+    peaks["a validation"] = counted["validation"]["peak_holders_gib"]
     lines = [
         table(sorted(groups.values(), key=lambda g: -g["GB"])),
         "",
@@ -40,7 +42,7 @@ def summary(counted: dict) -> str:
         f"waits of the host in a step: {step['host_waits'] or 'none'}",
         f"own kernels whose machine code is not the proof's: {', '.join(counted['unproven']) or 'none'}",
         "",
-        "held at the peak (GiB): " + ", ".join(f"{k} {v:.2f}" for k, v in list(step["peak_holders_gib"].items())[:14]),
+        *(f"held at the peak of {name} (GiB): {_held(holders)}" for name, holders in peaks.items()),
     ]
     for m in step["messages"]:
         lines.append(
@@ -48,6 +50,10 @@ def summary(counted: dict) -> str:
             f"{m['bytes'] / 1e6:.1f} MB"
         )
     return "\n".join(lines)
+
+
+def _held(holders: dict[str, float]) -> str:
+    return ", ".join(f"{maker} {gib:.2f}" for maker, gib in list(holders.items())[:14])
 
 
 def projection(counted: dict) -> str:
@@ -99,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.rehearse: skipped: {error}", file=sys.stderr)
         return 3
     counted["unproven"] = budgets.unproven(counted, budgets.proven_hashes())
-    counted["projection"] = project(counted, attention_tflop(config, counted["sequences"]))
+    counted["attention_tflop"] = attention_tflop(config, counted["sequences"])
+    counted["projection"] = project(counted, counted["attention_tflop"])
     print(summary(counted), projection(counted), sep="\n\n")
     if options.json:
         write_json(Path(options.json), counted)

@@ -185,9 +185,10 @@ class Rehearsal:
         with mock.patch.object(self.trainer.adam, "step", adam_step):
             train_gpt.warm_up(self.trainer, SimpleNamespace(heard=lambda: False))  # nobody asks it to stop
         self.say(f"compiled and warmed up in {time.monotonic() - started:.0f} s")
-        peak, _, _ = self.recorder.memory.peak(before)
+        peak, _, holders = self.recorder.memory.peak(before)
         graphs = {"graphs": _graphs() - sum(of_adam), "graphs_of_adam": sum(of_adam)}
-        return {"compile": {**_compiler_says(), **graphs}, "warm_up_peak_gib": peak / GIB}
+        told = {"compile": {**_compiler_says(), **graphs}, "warm_up_peak_gib": peak / GIB}
+        return told | {"warm_up_holders_gib": _in_gib(holders)}
 
     def _batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A step's sequences, as `TokenStream.prefetch` hands them to a GPU's process: in pinned memory."""
@@ -218,7 +219,7 @@ class Rehearsal:
         return {
             "peak_gib": peak / GIB,
             "peak_phase": phase,
-            "peak_holders_gib": {k: round(v / GIB, 3) for k, v in list(holders.items())[:40]},
+            "peak_holders_gib": _in_gib(holders),
             **_launch_counts(recorder),
             "host_waits": [*recorder.waits, *self.device_waits],
             "messages": [vars(m) for m in _grouped(recorder.messages)],
@@ -252,8 +253,8 @@ class Rehearsal:
         recorder.phase = "validation"
         with recorder.recording():
             self._forward()
-        peak, _, _ = recorder.memory.peak(before)
-        return {"peak_gib": peak / GIB, **_launch_counts(recorder)}
+        peak, _, holders = recorder.memory.peak(before)
+        return {"peak_gib": peak / GIB, "peak_holders_gib": _in_gib(holders), **_launch_counts(recorder)}
 
     def windows(self) -> dict:
         """Windows of the run in turn, all of them for one block, else the first, a middle and the last, each with its
@@ -270,6 +271,11 @@ class Rehearsal:
                     self.trainer.step(step, self._batches(step))
             self.trainer.exchange.wait_weights()
         return {"different": len(steps), "tried": len(tried), "new_graphs": _graphs() - before}
+
+
+def _in_gib(holders: dict[str, int]) -> dict[str, float]:
+    """The largest of what is held at a peak, by what makes it."""
+    return {maker: round(size / GIB, 3) for maker, size in list(holders.items())[:40]}
 
 
 def _graphs() -> int:

@@ -304,25 +304,42 @@ def moved_by(func, args, kwargs, outs: list[torch.Tensor]) -> int:
 
 
 @functools.cache
-def _rewritten(ttir: str) -> frozenset[str]:
-    from kernels.proof.machine_code import rewritten_pointers
+def _uses(ttir: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the pointers that a kernel reads through, and of those that it writes through."""
+    from kernels.proof.machine_code import pointer_uses
 
-    return frozenset(rewritten_pointers(ttir))
+    uses = [(kind, name) for kind, name, _ in pointer_uses(ttir)]
+    loaded, stored = (frozenset(name for kind, name in uses if kind == wanted) for wanted in ("load", "store"))
+    return loaded, stored
 
 
 def _touched(name: str, arguments: dict, ttir: str) -> int:
-    """Bytes that a kernel of ours reads and writes: each tensor once, twice where it does both."""
+    """Bytes that a kernel of ours reads and writes: each tensor once, twice where it does both, be it by two names."""
     if name in BYTES:
         return BYTES[name](arguments)
-    tensors = {n: a.base if type(a).__name__ == "TensorDescriptor" else a for n, a in arguments.items()}
-    tensors = {n: t for n, t in tensors.items() if isinstance(t, torch.Tensor)}
-    again = [t for n, t in tensors.items() if n in _rewritten(ttir)]
+    tensors = dict(_tensors(arguments))
+    loaded, stored = ([t for n, t in tensors.items() if n in names] for names in _uses(ttir))
+    read = {_place(t) for t in loaded}
+    again = [t for t in stored if _place(t) in read]
     return sum(map(nbytes, [*_distinct(list(tensors.values())), *_distinct(again)]))
+
+
+def _tensors(arguments: dict) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among a kernel's named arguments, those under descriptors and in tuples too."""
+    for name, argument in arguments.items():
+        for part, a in enumerate(argument) if isinstance(argument, tuple) else [("", argument)]:
+            if isinstance(t := getattr(a, "base", a), torch.Tensor):
+                yield f"{name}{part}", t
 
 
 def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors that are not the same part of the same storage."""
-    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in tensors}.values())
+    return list({_place(t): t for t in tensors}.values())
+
+
+def _place(t: torch.Tensor) -> tuple[int, int, int]:
+    """What part of which storage it is."""
+    return t.untyped_storage()._cdata, t.storage_offset(), t.numel()
 
 
 def _product_flops(func, args) -> float:
@@ -355,7 +372,6 @@ def _watch(recorder: Recorder) -> None:
         return
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from triton.runtime.jit import JITFunction
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     run, launch = CachingAutotuner.run, JITFunction.run
 
@@ -377,7 +393,7 @@ def _watch(recorder: Recorder) -> None:
         kernel = launch(self, *args, grid=grid, warmup=warmup, **kwargs)
         if recorder.on:
             named = dict(zip(self.arg_names, args)) | kwargs
-            first = next(a.base if isinstance(a, TensorDescriptor) else a for a in named.values())
+            first = next(t for _, t in _tensors(named))
             work = WORK.get(self.fn.__name__)
             flops = work(named, tuple(grid(named) if callable(grid) else grid)) if work else 0.0
             part = recorder.part(self.fn.__module__.rpartition(".")[2])

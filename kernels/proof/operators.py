@@ -343,16 +343,13 @@ def _mlp(module, g, impl):
     return {"y": module.relu_squared_mlp(g["x"], g["w_in"], g["w_out"], impl=impl)}
 
 
-def _mlp_added_inputs(random):
-    return _draw(random, x=(2, 5, 8), w_in=(12, 8), w_out=(8, 12), residual=(2, 5, 8), upstream_y=(2, 5, 8))
+def _normed_mlp(module, g, impl):
+    return {"y": module.normed_mlp(g["x"], g["w_in"], g["w_out"], impl=impl)}
 
 
-def _mlp_added(module, g, impl):
-    return {"y": module.relu_squared_mlp(g["x"], g["w_in"], g["w_out"], g["residual"], impl=impl)}
-
-
-def _mlp_added_reference(module, g):
-    return {"y": g["residual"] + module.relu_squared_mlp_reference(g["x"], g["w_in"], g["w_out"])}
+def _normed_mlp_reference(module, g):
+    normed = module.rms_norm(g["x"])
+    return {"y": g["x"] + module.relu_squared_mlp_reference(normed, g["w_in"], g["w_out"])}
 
 
 def _mlp_reference(module, g):
@@ -457,13 +454,14 @@ def _layer_inputs(random):
     angle = torch.arange(T)[:, None] * torch.linspace(0.1, 1, width // 2)
     given = _draw(random, x=(B, T, D), w=((H + 2 * K) * width, D), ve=(B, T, K, width), s=(2,))
     given |= {"cos": angle.cos(), "sin": angle.sin(), "plan": attention_plan(tokens, eos_id=0, window_tokens=9)}
-    return given | _draw(random, upstream_o=(B, T, H, width))
+    return given | _draw(random, upstream_o=(B, T, H, width), upstream_x=(B, T, D))
 
 
 def _layer(module, g, impl):
     shape = dict(heads=2, width=16, scale=0.3)
     rotary, both = (g["cos"], g["sin"]), dict(impl=impl, inputs_impl=impl)
-    return {"o": module.attention_layer(g["x"], g["w"], g["ve"], g["s"], rotary, g["plan"], **shape, **both)}
+    o, x = module.attention_layer(g["x"], g["w"], g["ve"], g["s"], rotary, g["plan"], **shape, **both)
+    return {"o": o, "x": x}
 
 
 def _momentum_inputs(random):
@@ -579,14 +577,7 @@ OPERATORS: dict[str, Operator] = {
             implementations=("reference", "triton"),
         ),
         Operator("mlp", "kernels.mlp", _mlp_inputs, _mlp, _mlp_reference, ("x", "w_in", "w_out")),
-        Operator(
-            "mlp, added",
-            "kernels.mlp",
-            _mlp_added_inputs,
-            _mlp_added,
-            _mlp_added_reference,
-            ("x", "w_in", "w_out", "residual"),
-        ),
+        Operator("normed mlp", "kernels.mlp", _mlp_inputs, _normed_mlp, _normed_mlp_reference, ("x", "w_in", "w_out")),
         Operator(
             "mlp, 8 bits",
             "kernels.mlp8",

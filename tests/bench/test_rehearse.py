@@ -159,6 +159,16 @@ def test_what_an_operator_changes_moves_twice():
     assert moved_by(aten.mul_.Tensor, (a, torch.empty(4, 8)), {}, [a]) == 2 * 128, "the host's memory is not counted"
 
 
+def test_what_a_kernel_reads_and_writes_moves_twice_whatever_its_names():
+    from bench.rehearse.recorder import _touched
+
+    ttir = "tt.func public @k(%p_x: !tt.ptr<f32>, %p_g: !tt.ptr<f32>) {\n%0 = tt.load %p_x\ntt.store %p_g, %0\n}"
+    x, g = (torch.empty(4, 8, device="meta") for _ in range(2))
+    assert _touched("k", {"p_x": x, "p_g": g}, ttir) == 128 + 128
+    assert _touched("k", {"p_x": x, "p_g": x}, ttir) == 128 + 128, "in place"
+    assert _touched("k", {"p_x": (x, g), "p_g": None}, ttir) == 128 + 128, "each of a tuple"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_planted_faults_are_seen():

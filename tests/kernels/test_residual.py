@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from kernels.residual import factors_of_layers, residual_mix, residual_mix_reference
+import kernels.residual as module
+from kernels.residual import factors_of_layers, mixes_of_layers, residual_mix, residual_mix_reference
+from kernels.runtime import INTERPRETED
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before triton is imported")
 
 
 def draw(shape=(2, 7, 16), dtype=torch.float32):
@@ -47,20 +51,41 @@ def test_compiles_without_a_graph_break_and_gradcheck():
     assert torch.autograd.gradcheck(residual_mix, [t.double().requires_grad_() for t in draw((2, 3))[0]])
 
 
-def test_factors_of_layers_mean_the_same_for_the_compiler():
-    """One number a layer, or one a token: the same stream and the same gradients, those of the factors as (L, 3)."""
-    (x, x00, x01, lambdas), dy = draw()
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_mixes_of_layers_mean_the_same_for_the_compiler(impl):
+    """Layer by layer, or with the embeddings' gradients left to the end: the same stream, and the same gradients. It
+    begins as the model's does, with the first embedding."""
+    (_, x00, x01, lambdas), dy = draw()
     lambdas_L3 = torch.stack([lambdas, lambdas.flip(0), -lambdas])
 
-    def run(x, x00, x01, lambdas_L3):
-        for factors in factors_of_layers(lambdas_L3, x):
-            x = residual_mix(x, x00, x01, factors)
+    def run(x00, x01, lambdas_L3):
+        x = x00
+        for mix in mixes_of_layers(lambdas_L3, x00, x01, impl=impl):
+            x = mix(x)
         return x
 
-    inputs = [x, x00, x01, lambdas_L3]
+    inputs = [x00, x01, lambdas_L3]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for mine, plain in zip(with_gradients(compiled, inputs, dy), with_gradients(run, inputs, dy)):
         torch.testing.assert_close(mine, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), run(*inputs))
+
+
+def test_factors_of_layers_are_rows_or_one_a_token():
+    lambdas_L3 = torch.arange(6.0).view(2, 3)
+    rows = factors_of_layers(lambdas_L3, torch.zeros(2, 5, 4))
+    assert torch.equal(torch.stack(list(rows)), lambdas_L3)
+
+
+@interpreted
+def test_what_gathers_the_gradients_keeps_torchs_contracts():
+    (x, x00, x01, _), dy = draw()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(module._gather, ([dy, x, dy], x00, x01, torch.ones(3, 2)), test_utils=checks)
+    for wrong, name in (([dy, dy[:1]], "dy.1."), ([dy], "factors"), ([dy, dy.double()], "dy.1.")):
+        with pytest.raises((ValueError, TypeError), match=name):
+            module.launch_gather(wrong, x00, x01, torch.ones(2, 2))
 
 
 def test_what_does_not_fit_is_refused():

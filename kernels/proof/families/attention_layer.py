@@ -27,6 +27,7 @@ def _inputs(B, T, H, K, width, D, starts, with_ve=True, **window):
             "cos": angle.cos(),
             "sin": angle.sin(),
             "do": torch.randn(B, T, H, width, generator=random),
+            "dx": torch.randn(B, T, D, generator=random),
             "plan": attention_plan(tokens, eos_id=0, **window),
         }
 
@@ -34,20 +35,20 @@ def _inputs(B, T, H, K, width, D, starts, with_ve=True, **window):
 
 
 def _kernel(module, given):
-    x, w, ve, s, cos, sin, do, plan = given.values()
+    x, w, ve, s, cos, sin, do, dx, plan = given.values()
     heads, width = do.shape[2:]
     saved = module.launch_layer(x, w, ve, s, cos, sin, plan, heads, width, SCALE)
-    grads = module.launch_layer_backward(do, x, w, ve, s, cos, sin, saved, plan, heads, SCALE)
+    grads = module.launch_layer_backward(do, x, w, ve, s, cos, sin, saved, plan, SCALE, dx)
     return {"o": saved[0], **{f"d{n}": g for n, g in zip(LEAVES, grads) if g is not None}}
 
 
 def _kernel_of_strided_factors(module, given):
     """The same with the saved factors of the norms apart in memory, which the backward launcher makes dense."""
-    x, w, ve, s, cos, sin, do, plan = given.values()
+    x, w, ve, s, cos, sin, do, dx, plan = given.values()
     heads, width = do.shape[2:]
-    o, lse, qkv, *factors = module.launch_layer(x, w, ve, s, cos, sin, plan, heads, width, SCALE)
-    saved = (o, lse, qkv, *(LAYOUTS["strided"](r) for r in factors))
-    grads = module.launch_layer_backward(do, x, w, ve, s, cos, sin, saved, plan, heads, SCALE)
+    o, lse, qkv, *factors, v = module.launch_layer(x, w, ve, s, cos, sin, plan, heads, width, SCALE)
+    saved = (o, lse, qkv, *(LAYOUTS["strided"](r) for r in factors), v)
+    grads = module.launch_layer_backward(do, x, w, ve, s, cos, sin, saved, plan, SCALE, dx)
     return {"o": o, **{f"d{n}": g for n, g in zip(LEAVES, grads) if g is not None}}
 
 
@@ -61,7 +62,7 @@ def _reference(module, given):
     q, k, v = module._slices(qkv, heads)
     q, k, v = attention_inputs_reference(q, k, v, leaves.get("ve"), leaves["s"], given["cos"], given["sin"])
     o = attention_reference(q, k, v, given["plan"], scale=SCALE)
-    grads = torch.autograd.grad(o, list(leaves.values()), given["do"])
+    grads = torch.autograd.grad((o, leaves["x"] * 1), list(leaves.values()), (given["do"], given["dx"]))
     return {"o": o, **{f"d{n}": g for n, g in zip(leaves, grads)}}
 
 
@@ -85,7 +86,7 @@ def _launch(dtype, T=65536, H=8, K=8, width=128, with_ve=True):
         ve = meta(1, T, K, width) if with_ve else None
         tables = [meta(*shape, dtype=torch.float32) for shape in ((2,), (T, width // 2), (T, width // 2))]
         saved = module.launch_layer(x, w, ve, *tables, plan, H, width, SCALE)
-        module.launch_layer_backward(meta(1, T, H, width), x, w, ve, *tables, saved, plan, H, SCALE)
+        module.launch_layer_backward(meta(1, T, H, width), x, w, ve, *tables, saved, plan, SCALE)
 
     return run
 
@@ -120,6 +121,7 @@ FAMILY = Family(
         Fault("the factors of keys' norms are taken for dense", "dense(rms_k), raw", "rms_k, raw", by="tiny"),
         Fault("the value embedding is taken for dense", "        ve = dense(ve)\n", "", by="transposed"),
         Fault("the input is taken for dense", "(dense(x_BTD).view(B * T, D)", "(x_BTD.view(B * T, D)", by="transposed"),
+        Fault("the gradient that the input has from elsewhere is lost", "if dx_BTD is None", "if True"),
         Fault("a token past the end is touched", "o_token < tokens", "o_token < tokens + 1"),
         Fault("every sequence but the first has wrong angles", "(o_token % T)[:, None]", "o_token[:, None]"),
         Fault(
@@ -134,6 +136,7 @@ FAMILY = Family(
         Fault("keys' factors of norms lie where queries' do", "+ h - HEADS) * T", "+ h) * T"),
         Fault("the second sequence's factors overwrite the first one's", "o_wide // T * HEADS", "0 * HEADS"),
         Fault("the mixed values are not made again", "v, _, _ = launch_prepare", "_, _, v = _slices(qkv, heads)  #"),
+        Fault("the mixed values are not kept", "v.new_empty(0) if ve is None else v", "_slices(qkv_BTEDh, heads)[2]"),
         Fault("the mean is over half a head", "/ (2 * R)", "/ R"),
     ),
 )

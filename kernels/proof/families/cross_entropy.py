@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof.families.products8 import FLOAT8_DEVICES
 from kernels.proof.operators import same_layout
 
 IGNORED = -100
@@ -101,9 +102,38 @@ def _minus_infinity(module, device):
         assert (mine.sum(1).abs() <= 1e-6).all()
 
 
-def _launch(dtype, N=4096, V=50304, softcap="rsqrt", K=0):
+def _in_8_bits(module, device):
+    """A gradient that is written in 8 bits is the one in 32, rounded; z stays, and so do the losses."""
+    from kernels.products8 import E5M2, Eight, in_8_bits_reference
+
+    random = torch.Generator().manual_seed(0)
+    z, targets = 3 * torch.randn(6, 90, generator=random), torch.randint(90, (6, 2), generator=random)
+    targets[1, 0] = IGNORED
+    for block in (None, 16):
+        whole, kept = z.to(device, copy=True), z.to(device, copy=True)
+        scale = torch.tensor(2.0**-13, device=device)
+        into = Eight(torch.empty(z.shape, dtype=E5M2, device=device), scale)
+        arguments = targets.to(device), "rsqrt", IGNORED, True, block
+        losses = module.launch_rows(whole, *arguments)
+        assert torch.equal(module.launch_rows(kept, *arguments, into=into), losses) and torch.equal(kept.cpu(), z)
+        found, right = into.values.float().cpu(), in_8_bits_reference(whole.cpu(), E5M2, scale.cpu())[:6, :90].float()
+        assert (found != right).float().mean() <= 0.005 and right.abs().max() > 1000
+        torch.testing.assert_close(
+            found, right, rtol=0.26, atol=2.0**-16
+        )  # to the next number, where one is near a tie
+
+
+def _launch(dtype, N=4096, V=50304, softcap="rsqrt", K=0, eight=False):
     def run():
         import kernels.cross_entropy as module
+        from kernels.products8 import E5M2, Eight
+
+        if eight:
+            z, into = torch.empty(N, V, dtype=dtype, device="meta"), torch.empty(N, V, dtype=E5M2, device="meta")
+            into = Eight(into, torch.empty((), device="meta"))
+            targets = torch.empty(N, dtype=torch.int64, device="meta")
+            module.launch_rows(z, targets, softcap, IGNORED, True, into=into)
+            return
 
         z = torch.empty(N, V, dtype=dtype, device="meta")
         targets = torch.empty((N, K) if K else N, dtype=torch.int64, device="meta")
@@ -137,6 +167,7 @@ FAMILY = Family(
     ),
     launches=(
         Launch("bf16, a chunk of the head", _launch(torch.bfloat16), quick=True),
+        Launch("bf16, in 8 bits", _launch(torch.bfloat16, eight=True), devices=FLOAT8_DEVICES, quick=True),
         Launch("bf16, sigmoid", _launch(torch.bfloat16, softcap="sigmoid")),
         Launch("bf16, sigmoid, three targets", _launch(torch.bfloat16, softcap="sigmoid", K=3)),
         Launch("bf16, no cap, a row in registers", _launch(torch.bfloat16, V=16000, softcap=None)),
@@ -144,7 +175,7 @@ FAMILY = Family(
     ),
     demands={
         "_row_loss": Demand(
-            wide=("p_z",),
+            wide=("p_z", "p_g"),
             shows=((r"max\.NaN", "CAP=1"), (r"min\.NaN", "CAP=1"), (r"barrier all|gpu\.barrier", "GRADIENT=True")),
         )
     },
@@ -153,8 +184,11 @@ FAMILY = Family(
         ("a logit of -inf without a cap", _minus_infinity),
         ("an ignored row of NaN", _ignored_nan),
         ("a weight of 0", _weight_of_zero),
+        ("a gradient in 8 bits", _in_8_bits),
     ),
     faults=(
+        Fault("a gradient in 8 bits lacks its scale", "b_g / tl.load(p_scale)", "b_g", by="8 bits"),
+        Fault("a gradient in 8 bits goes to the first row", "p_g += row * V", "p_g += 0", by="8 bits"),
         Fault("the target is not subtracted", "* weight - b_own) * b_slope", "* weight) * b_slope"),
         Fault("the target's slope is left out", "- b_own) * b_slope_target", "- b_own)"),
         Fault("the cap's slope is left out", "* _LOG2_E) * b_slope", "* _LOG2_E)"),
@@ -164,13 +198,11 @@ FAMILY = Family(
             "tl.load(p_z + o, mask=o < V, other=0.0)",
             "tl.load(p_z + o, mask=o < V + 1, other=0.0)",
         ),
-        Fault(
-            "classes past the end are written",
-            "b_g.to(p_z.dtype.element_ty), mask=o < V)",
-            "b_g.to(p_z.dtype.element_ty), mask=o < V + 1)",
-        ),
+        Fault("classes past the end are written", "p_scale, o < V if MASKED", "p_scale, o < V + 1 if MASKED"),
         Fault("ignored rows have a gradient", "tl.where(m_counted, b_weight, 0.0), m_counted", "b_weight, m_counted"),
-        Fault("ignored rows have a target", "mask=m_known & (earlier", "mask=(m_known | (row >= 0)) & (earlier"),
+        Fault(
+            "ignored rows have a target", "m_known & (earlier == 0), LIMIT", "(b_target >= 0) & (earlier == 0), LIMIT"
+        ),
         Fault(
             "ignored rows have a loss",
             "tl.where(any_counted == 1, weight * log_total - picked, 0.0)",

@@ -3,6 +3,7 @@
 import torch
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof.operators import LAYOUTS
 
 
 def _inputs(N, D, F):
@@ -23,6 +24,16 @@ def _kernel(module, given, tile=None):
     return {"a": a, **slopes}
 
 
+def _normed(module, given, tile=None):
+    a, r = module.launch_normed_activation(given["x"], given["w_in"], tile)
+    apart = LAYOUTS["strided"](r)  # which the launcher makes dense
+    return {"a": a, "r": r, "dh": module.launch_slope(given["dy"], given["w_out"], given["act"], tile, apart)}
+
+
+def _normed_by_descriptors(module, given):
+    return _normed(module, given, module.Tile(32, 64, 4, 1, depth=16, descriptors=True))
+
+
 def _by_descriptors(module, given):
     return _kernel(module, given, module.Tile(32, 64, 4, 1, depth=16, descriptors=True))
 
@@ -33,15 +44,27 @@ def _reference(module, given):
     return {"a": r * r, "dh": product * 2 * r, "given": product * 2 * given["act"].sqrt()}
 
 
-def _launch(dtype, N=65536, D=1024, F=4096):
+def _normed_reference(module, given):
+    x = given["x"]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    r = torch.rsqrt(x.to(wide).square().mean(-1) + torch.finfo(torch.float32).eps)
+    h = (x * r[:, None]).to(x.dtype) @ given["w_in"].t()
+    dh = (given["dy"] @ given["w_out"]) * 2 * given["act"].sqrt() * r[:, None]
+    return {"a": h.relu().square(), "r": r, "dh": dh.to(x.dtype)}
+
+
+def _launch(dtype, N=65536, D=1024, F=4096, normed=False):
     def run():
         import kernels.mlp as module
 
         def meta(*shape):
             return torch.empty(*shape, dtype=dtype, device="meta")
 
-        a = module.launch_activation(meta(N, D), meta(F, D))
-        module.launch_slope(meta(N, D), meta(D, F), a)
+        if normed:
+            a, r = module.launch_normed_activation(meta(N, D), meta(F, D))
+        else:
+            a, r = module.launch_activation(meta(N, D), meta(F, D)), None
+        module.launch_slope(meta(N, D), meta(D, F), a, r_N=r)
 
     return run
 
@@ -57,9 +80,13 @@ FAMILY = Family(
         Numeric("tiny", _inputs(6, 5, 9), _kernel, _reference, quick=False, hostile=True),
         Numeric("ragged, by descriptors", _inputs(70, 40, 136), _by_descriptors, _reference),
         Numeric("more groups of rows than one", _inputs(600, 16, 40), _kernel, _reference, quick=False),
+        Numeric("normed, ragged", _inputs(70, 37, 130), _normed, _normed_reference),
+        Numeric("normed, by descriptors", _inputs(70, 40, 136), _normed_by_descriptors, _normed_reference),
+        Numeric("normed, tiny", _inputs(6, 5, 9), _normed, _normed_reference, quick=False, hostile=True),
     ),
     launches=(
         Launch("bf16, a training step", _launch(torch.bfloat16), quick=True),
+        Launch("bf16, a training step, normed", _launch(torch.bfloat16, normed=True), quick=True),
         Launch("bf16, a validation sequence", _launch(torch.bfloat16, N=262144), devices=("sm_90",)),
         # widths that 16 bytes do not divide: masked loads of single numbers, which spill; no model has them
         Launch("bf16, ragged", _launch(torch.bfloat16, N=1000, D=100, F=300), demanding=False),
@@ -68,11 +95,19 @@ FAMILY = Family(
     demands={
         "_product": Demand(
             instructions=("HGMMA", "UTMALDG"),
-            wide=("p_a", "p_b", "p_act", "p_out"),
+            wide=("p_a", "p_b", "p_act", "p_out"),  # not p_r, one number a row
             shows=((r"max\.NaN", "BACKWARD=False"),),
         )
     },
     faults=(
+        Fault("rows are not normed", "b_r = tl.rsqrt(b_square / K + _EPS)", "b_r = b_square * 0 + 1", by="normed"),
+        Fault("squares of the last step alone", "b_square += tl.sum", "b_square = tl.sum", by="normed"),
+        Fault("the mean is over one too many", "b_square / K", "b_square / (K + 1)", by="normed"),
+        Fault(
+            "the slope lacks the rows' factor", "b_r = tl.load(p_r + o_m, mask=o_m < M, other=0.0)", "b_r = o_m * 0 + 1"
+        ),
+        Fault("every tile of columns writes the rows' factor", "if column == 0:", "if True:", by="normed"),
+        Fault("the rows' factor is taken for dense", "r_M = dense(r_M)", "r_M = r_M", by="normed"),
         Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
         Fault("the activation swallows NaN", ", propagate_nan=tl.PropagateNan.ALL", "", by="NaN"),
         Fault(
@@ -105,6 +140,7 @@ FAMILY = Family(
             "m_out = (o_m < M)[:, None] & (o_n < N)[None, :]",
             "m_out = (o_m < M)[:, None] & (o_n < N + 1)[None, :]",
         ),
+        Fault("a program passes over every second of its tiles", "tl.num_programs(0)", "2 * tl.num_programs(0)"),
         Fault("two programs take the same tile", "first + within % height", "first"),
         Fault(
             "a row of the result is one too long",

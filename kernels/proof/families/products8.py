@@ -26,6 +26,7 @@ def _kernel(module, given):
         alone, nothing = module.launch_in_8_bits(given["x"], dtype, given["scale"], False)
         assert nothing.numel() == 0
         found |= {name: values.float(), f"{name} turned": turned.float(), f"{name} alone": alone.float()}
+        found[f"{name} turned later"] = module.launch_turn(values).float()
     return found
 
 
@@ -34,6 +35,7 @@ def _reference(module, given):
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
         values = module.in_8_bits_reference(given["x"], dtype, given["scale"]).float()
         found |= {name: values, f"{name} turned": values.t(), f"{name} alone": values}
+        found[f"{name} turned later"] = values.t()
     return found
 
 
@@ -63,7 +65,8 @@ def _launch(dtype, kind, M, K):
         import kernels.products8 as module
 
         x, scale = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty((), device="meta")
-        module.launch_in_8_bits(x, kind, scale, True)
+        values, _ = module.launch_in_8_bits(x, kind, scale, True)
+        module.launch_turn(values)
 
     return run
 
@@ -71,7 +74,7 @@ def _launch(dtype, kind, M, K):
 FAMILY = Family(
     name="products8",
     module="kernels.products8",
-    kernels=("_convert",),
+    kernels=("_convert", "_turn"),
     numeric=(
         Numeric("ragged", _inputs(70, 37), _kernel, _reference, keep_float32=("scale",)),
         Numeric("whole tiles", _inputs(64, 128), _kernel, _reference, quick=False, keep_float32=("scale",)),
@@ -82,7 +85,7 @@ FAMILY = Family(
         Launch("gradients", _launch(torch.bfloat16, E5M2, 65536, 1024), devices=FLOAT8_DEVICES),
         Launch("the head's weights", _launch(torch.float32, E4M3, 50304, 1024), devices=FLOAT8_DEVICES),
     ),
-    demands={"_convert": Demand(wide=("p_x", "p_out", "p_turned"))},
+    demands={"_convert": Demand(wide=("p_x", "p_out", "p_turned")), "_turn": Demand(wide=("p_x", "p_out"))},
     checks=(("what is not finite", _not_finite), ("formats", _formats)),
     faults=(
         Fault("x is taken for dense", "    x = dense(x)\n", "", by="transposed"),
@@ -95,6 +98,13 @@ FAMILY = Family(
         Fault("NaN saturates", "LIMIT, propagate_nan=tl.PropagateNan.ALL)", "LIMIT)", by="not finite"),
         Fault("rows past the end are read", "m_x = (o_m < M)", "m_x = (o_m < M + 1)"),
         Fault("columns past the end are read", "(o_k < K)[None, :]\n    b_x", "(o_k < K + 1)[None, :]\n    b_x"),
+        Fault("turned later, not turned", "tl.trans(b_x), mask=m_out", "b_x, mask=m_out"),
+        Fault(
+            "turned later, columns past the end are written",
+            "m_out = (o_k < K)[:, None]",
+            "m_out = (o_k <= K)[:, None]",
+        ),
+        Fault("turned later, its rows are one too long", "* M + o_m", "* (M + 1) + o_m"),
         Fault("rows past the end are written", "m_out = (o_m < M_out)", "m_out = (o_m <= M_out)"),
         Fault("the filling is left out", "m_out = (o_m < M_out)[:, None] & (o_k < K_out)[None, :]", "m_out = m_x"),
         Fault("all tiles are the first row's", "tl.program_id(0) // tiles * BM", "tl.program_id(0) * 0 * BM"),
