@@ -218,7 +218,7 @@ FAMILY = Family(
             "tl.where(m_same, b_weight[:",
             "tl.where(o_k[:, None] == o_k, b_weight[:",
         ),
-        Fault("a class of several columns is written by all", "mask=m_known & (earlier == 0)", "mask=m_known"),
+        Fault("a class of several columns is written by all", "m_known & (earlier == 0), LIMIT", "m_known, LIMIT"),
         Fault(
             "a weight of 0 counts", "m_counted = m_counted & (b_weight != 0)", "m_counted = m_counted", by="weight of 0"
         ),
@@ -242,7 +242,7 @@ FAMILY = Family(
         Fault("targets are taken for dense", "dense(targets_NK)", "targets_NK", by="transposed"),
         Fault(
             "logits are taken for dense",
-            'in_place("z", z_NV) if gradient else nullcontext(dense(z_NV))',
+            'in_place("z", z_NV) if gradient and into is None else nullcontext(dense(z_NV))',
             "nullcontext(z_NV)",
             by="transposed",
         ),
