@@ -91,6 +91,8 @@ EXPLAINED: dict[str, str] = {
     "mlp: masks: 24a5fd88d2": _TIMES_ZERO,
     "mlp: masks: 4387fcfaf5": _NOT_STORED,
     "mlp: masks: ad25c846a1": _TIMES_ZERO,
+    "attention: masks: 324297ee37": _NOT_STORED,
+    "attention: comparison: 9292c294cf": "what is dense is copied: slower, not wrong",
     "attention_gluon: masks: 8464d0b78d": _NOT_STORED,
     "mlp8: comparison: 2583145ebf": "of the layer around the kernel, which tests/kernels/test_mlp8.py holds",
     "mlp8: strides: ddf328085c": "an empty factor, of which no tile is loaded: the same result here",

@@ -230,6 +230,19 @@ def _logits_of_minus_infinity(module, device):
     assert torch.equal(o, v), "logits of -inf spoil a row"
 
 
+def _large_logits(module, device):
+    """Logits of thousands: a running maximum in another scale than theirs leaves no weight at all."""
+    from kernels.attention import attention_plan
+
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 130, 1, 16, generator=random).half().to(device) for _ in range(3))
+    plan = attention_plan(length=130, device=device)
+    right = module.attention_reference(1024 * q.double(), k.double(), v.double(), plan, scale=SCALE)
+    for forward in ("triton", "specialised"):
+        o, _ = module.launch_forward(1024 * q, k, v, plan, SCALE, forward=forward)
+        assert (o.double() - right).square().mean() <= 1e-4 * right.square().mean(), f"{forward}: weights are lost"
+
+
 def _precision_is_torchs(module, device):
     """Float32 products are rounded to tf32 where torch's setting allows it, and nothing else ever is."""
     before = torch.get_float32_matmul_precision()
@@ -310,6 +323,7 @@ FAMILY = Family(
     checks=(
         ("sequences unevenly apart", _sequences_apart),
         ("specialised warps: logits of minus infinity", _logits_of_minus_infinity),
+        ("specialised warps: large logits", _large_logits),
         ("float32 products follow torch's own setting", _precision_is_torchs),
     ),
     launches=(
