@@ -246,6 +246,7 @@ class Rehearsal:
             how = {} if step is None else self.trainer.targets.at(step)
             how |= self.trainer.rows.fetch(on_host)
             self.trainer.forward(tokens, targets, window_blocks=self.trainer.window, **how)
+        self.trainer.rows.forget()  # no backward pass follows, after which the gradients of fetched rows were collected
 
     def validation(self) -> dict:
         """One sequence of a validation."""
