@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from stats.values import Problem
 
@@ -25,11 +24,6 @@ HEAD = re.compile(r"[0-9a-f]{16,64}")
 def link(before: bytes) -> str:
     """The hash of `before`, the bytes of all lines above the next one. Of a whole ledger: its head."""
     return hashlib.sha256(before).hexdigest()[:HEX_DIGITS]
-
-
-def json_hash(value: Any) -> str:
-    """sha256 of a value's JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def lines_of(data: bytes) -> Iterator[tuple[int, int, bytes]]:

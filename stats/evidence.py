@@ -18,9 +18,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stats.chain import HEAD, check_links, cut_at, json_hash, link
+from stats.chain import HEAD, check_links, cut_at, link
 from stats.copies import within
 from stats.errors import StatsError, UsageError
+from stats.jsonio import json_hash
 from stats.planfile import read_plan
 from stats.samples import RUN_FIELDS, Sample
 from stats.series import Series, read_runs

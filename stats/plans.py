@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from stats.chain import json_hash
 from stats.errors import UsageError
+from stats.jsonio import json_hash
 from stats.power import MOST_RUNS, check_sizes, runs_for_power
 from stats.ttest import POOLED_SIGMA, TRACK_THRESHOLD, check_alpha
 

@@ -26,6 +26,9 @@ from typing import Any
 from stats.errors import DataError
 from stats.values import Run, Validation
 
+#: A longer cell is no cell of a table of runs.
+MOST_CELL_CHARS = 1 << 17
+
 # What a column may be called; of several names for the loss the first group that a table has is taken, since `loss`
 # beside `val_loss` is the training loss. Names are compared in lower case, with `/`, ` `, `-`, `.` as `_`.
 _LOSSES = (
@@ -78,10 +81,13 @@ def parse_csv(text: str, path: str) -> list[Run]:
     first = text.lstrip().split("\n")[0]
     delimiter = next((sign for sign in (";", "\t") if sign in first and "," not in first), ",")
     rows = csv.reader(io.StringIO(text.replace("\0", "?"), newline=""), delimiter=delimiter)
+    others = csv.field_size_limit(MOST_CELL_CHARS)  # the process has one, and others may have set it
     try:
         lines = [line for line in rows if any(cell.strip() for cell in line)]
     except csv.Error as error:
         raise DataError(f"not a table: {error}", path, rows.line_num) from None
+    finally:
+        csv.field_size_limit(others)
     if not lines:
         raise DataError("an empty table", path)
     if _is_number(lines[0][0]) and len(lines[0]) == 1:

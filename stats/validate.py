@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from stats import evidence
-from stats.chain import json_hash
 from stats.copies import across
 from stats.errors import StatsError
 from stats.evidence import GRADES
+from stats.jsonio import json_hash
 from stats.judge import judge
 from stats.monitor import monitor
 from stats.planfile import read_plan

@@ -105,7 +105,7 @@ BOUNDS = {  # field: (least, most); 0 is allowed beside them where there is a de
     "layers": (1, 12),
     "seed": (0, 1_000_000),
 }
-VAL_TOKENS = 65_536  # of nano
+VAL_TOKENS = 16_384  # of nano
 LEAST_VAL_BYTES = 1_000  # a tenth of the text; training needs a few sequences of 1024 bytes
 _DEFAULT_AT_ZERO = ("batch_tokens", "learning_rate", "width", "layers")
 

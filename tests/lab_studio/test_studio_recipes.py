@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from lab.studio.catalogue import _corpus_of_shards
 from lab.studio.places import Places, Refused
-from lab.studio.recipes import BOUNDS, CORPORA, MODELS, READINGS, Request, checked, corpora_for, training_of, unit_of
+from lab.studio.recipes import (
+    BOUNDS,
+    CORPORA,
+    MODELS,
+    READINGS,
+    VAL_TOKENS,
+    Request,
+    checked,
+    corpora_for,
+    training_of,
+    unit_of,
+)
 
 
 @pytest.fixture
@@ -98,7 +109,7 @@ def test_nanos_floor_is_that_of_the_very_text_it_is_validated_on(places):
 
     floor = training_of(Request("nano", "all"), places).floor
     made = ensure_corpus(places.home / "corpus", train_bytes=1 << 12, val_bytes=1 << 17)
-    stream = TokenStream(made.val_files, sequence_tokens=65_536, vocab_size=256, cycle=False, sequences_per_step=1)
+    stream = TokenStream(made.val_files, sequence_tokens=VAL_TOKENS, vocab_size=256, cycle=False, sequences_per_step=1)
     inputs, targets = stream.batch(0, 0)
     read = np.append(np.asarray(inputs).reshape(-1), np.asarray(targets).reshape(-1)[-1])
     assert floor == best_loss(read) and floor != entropy_nats_per_byte()
