@@ -37,7 +37,7 @@ ONE_WAY = {
     r"gethostname\(\)\.encode": {"trainer/program.py": "the host's hash"},
     r"sha256\(json\.dumps\(": {
         "trainer/program.py": "hash of a value",
-        "stats/chain.py": "stands alone",
+        "stats/jsonio.py": "stands alone",
         "data/folder.py": "stands alone, and of bytes: a key of its cache",
     },
 }
