@@ -19,12 +19,13 @@ from pathlib import Path
 
 from bench.common import REPO, environment, summary, table, write_result
 from trainer.options import command, setting
-from trainer.threads import SPIN_COUNT
+from trainer.threads import BUSY_SPIN_COUNT, IDLE_SPIN_COUNT
 
 RULES: dict[str, dict[str, str]] = {
     "ours": {},
     "OpenMP's own": {"KMP_BLOCKTIME": "200"},  # a choice, LLVM's default: the trainer sets nothing for GNU's either
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "300 turns": {"GOMP_SPINCOUNT": "300"},
     "1000 turns": {"GOMP_SPINCOUNT": "1000"},
     "10000 turns": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
@@ -85,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     found = measure_rules(options.rounds, options.steps)
     rows = rows_of(found)
     times = {when: {name: summary(values) for name, values in one.items()} for when, one in found.items()}
-    told = dict(steps=options.steps, spin_count=SPIN_COUNT, rules=RULES, ms_a_step=times, rows=rows)
+    told = dict(
+        steps=options.steps, spin_counts=[IDLE_SPIN_COUNT, BUSY_SPIN_COUNT], rules=RULES, ms_a_step=times, rows=rows
+    )
     path = write_result("spin", told, folder=options.out)
     print(table(rows), f"{environment()['cpu']}; {path}", sep="\n")
     return 0
