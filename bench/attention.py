@@ -7,8 +7,8 @@ scaled_dot_product_attention at a T where its dense mask fits. TFLOP/s count exa
 pair and head forward, 10 Dh backward. The machine code that ran is noted in kernels/proof/measured.json.
 `--tune` times kernels.attention.CANDIDATES instead, one kernel at a time.
 
-On a CPU: the banded path's time against T x window, as JSON and as a picture, and a line that says what was not
-measured.
+On a CPU: the banded path's time against T x window, as JSON and as a picture, and a line that says what was
+not measured.
 """
 
 from __future__ import annotations

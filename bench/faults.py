@@ -222,8 +222,8 @@ class Sandbox:
 
 
 def make_shards(folder: Path) -> None:
-    """Two training shards and one for validation: words with a skewed distribution, so that there is something to
-    learn."""
+    """Two training shards and one for validation: words with a skewed distribution, so that there is something
+    to learn."""
     import numpy as np
 
     from data.shards import write_shard

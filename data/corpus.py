@@ -183,9 +183,8 @@ def iter_documents(
 ) -> Iterator[str]:
     """Endless documents, each ending in a line end; the same arguments give the same ones everywhere.
 
-    domain: "story", "sums" or "names", or None for the corpus's mixture of them. stream: "train", "val", or a
-    number of your own from 2 on, for documents that are independent of both. first: the number of the first
-    document.
+    domain: "story", "sums" or "names", or None for the corpus's mixture of them. stream: "train", "val", or a number of
+    your own from 2 on, for documents that are independent of both. first: the number of the first document.
     """
     known = grammar()
     start: tuple = (Choice("document", None),)
@@ -222,8 +221,7 @@ def entropy_nats_per_byte(domain: str | None = None) -> float:
 def log_prob(document: str | bytes, domain: str | None = None, *, whole: bool = True) -> float:
     """ln of the exact probability of a document (without separators), -inf if the grammar cannot write it.
 
-    The separator that ends it counts, as in the entropy. whole=False: the probability that a document begins
-    so.
+    The separator that ends it counts, as in the entropy. whole=False: the probability that a document begins so.
     """
     start = (Choice("document", None),) if domain is None else _domain_option(domain).parts
     text = document if isinstance(document, str) else document.decode("latin-1")

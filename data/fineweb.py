@@ -3,11 +3,10 @@
     python -m data.fineweb --shards 30       # 30 x 100M tokens for the medium preset, and the validation
     shard python -m data.fineweb --shards 1        # enough to try
 
-Each shard takes 200 MB. A download that was interrupted goes on where it stopped. Every file is checked: its
-size and sha256 against the hub's, its header against its size. Files that are there and good are kept; when
-all are, no network is needed. What was checked is noted in fineweb.json, so that the next start need not hash
-the files again (--verify does). HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean to
-huggingface_hub.
+Each shard takes 200 MB. A download that was interrupted goes on where it stopped. Every file is checked: its size and
+sha256 against the hub's, its header against its size. Files that are there and good are kept; when all are, no network
+is needed. What was checked is noted in fineweb.json, so that the next start need not hash the files again (--verify
+does). HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN mean what they mean to huggingface_hub.
 """
 
 from __future__ import annotations

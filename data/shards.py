@@ -293,8 +293,7 @@ class TokenStream:
     drop_shard_tail: mimic the public speedrun code, whose steps never cross from one shard into the next: it
     goes on to the next shard when fewer than S*T + 2 tokens are left, and drops those.
 
-    cycle: after the last token comes the first one again (`epoch` counts); otherwise asking for more is a
-    ShardError.
+    cycle: after the last token comes the first one again (`epoch` counts); otherwise asking for more is a ShardError.
 
     Headers are checked here, ids below `vocab_size` with every batch. Raises ShardError.
     """

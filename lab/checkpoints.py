@@ -109,9 +109,8 @@ def save_checkpoint(path: Path, model: LanguageModel, tokenizer: Tokenizer, head
 
 
 def load_checkpoint(path: str | Path, vocab_folder: str | None = None) -> Checkpoint:
-    """Open a checkpoint of the lab or of train_gpt.py (any preset), in evaluation mode, on the CPU.
-    `vocab_folder` holds GPT-2's encoder.json and vocab.bpe for models over its tokens, where there is no
-    network."""
+    """Open a checkpoint of the lab or of train_gpt.py (any preset), in evaluation mode, on the CPU. `vocab_folder`
+    holds GPT-2's encoder.json and vocab.bpe for models over its tokens, where there is no network."""
     path = Path(path)
     with _told():
         texts, _ = checkpoints.read_tensors(path)

@@ -65,8 +65,7 @@ def repair_encoding(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Clean stories and an account of the rest. `dropped` counts stories by reason, `repaired` those
-    mended."""
+    """Clean stories and an account of the rest. `dropped` counts stories by reason, `repaired` those mended."""
 
     stories: list[str]
     repaired: int
@@ -150,8 +149,7 @@ def kept_by_share(stories: Sequence[str], common_words: int, shares: Sequence[fl
 
 
 def read_stories(path: str | Path) -> Cleaned:
-    """Clean the stories of a file, whatever its encoding. LabError if it cannot be read or nothing is
-    left."""
+    """Clean the stories of a file, whatever its encoding. LabError if it cannot be read or nothing is left."""
     cleaned = clean_stories(raw_stories(path)[0])
     if not cleaned.stories:
         raise LabError(

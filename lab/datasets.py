@@ -253,8 +253,8 @@ class Corpus:
         return floor_on(self.documents["val"], self.kind)
 
     def floor_of(self, targets_RT: Tensor) -> float | None:
-        """The same for a part of the validation text: the targets of its first packed rows, the last document maybe
-        cut."""
+        """The same for a part of the validation text: the targets of its first packed rows, the last document
+        maybe cut."""
         if self.floor is None:
             return None
         ids = targets_RT[targets_RT != IGNORE].numpy()
@@ -263,8 +263,7 @@ class Corpus:
 
 
 def make_tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
-    """A vocabulary over `documents` (all splits: a character seen only in validation is still a
-    character)."""
+    """A vocabulary over `documents` (all splits: a character seen only in validation is still a character)."""
     if kind == "char":
         return CharTokenizer(set().union(*map(set, documents)))
     if kind == "byte":
@@ -284,9 +283,8 @@ def load_corpus(
     limit_chars: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Corpus:
-    """Read, split and encode a corpus. With `tokenizer` (a checkpoint's) its vocabulary is used as it is.
-    A word vocabulary is made from the training documents alone, so that validation meets unknown words
-    honestly."""
+    """Read, split and encode a corpus. With `tokenizer` (a checkpoint's) its vocabulary is used as it is. A word
+    vocabulary is made from the training documents alone, so that validation meets unknown words honestly."""
     documents = load_documents(kind, path, limit_chars)
     split = split_documents(documents, split_seed, kind=split_kind)
     if tokenizer is None:

@@ -69,8 +69,7 @@ class Diagnostics:
             self._before = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.ndim >= 2}
 
     def look(self, step: int, idx: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Forward and backward on a batch, without touching the gradients of training: loss, activations,
-        gradients."""
+        """Forward and backward on a batch, without touching the gradients of training: loss, activations, gradients."""
         model = self.model
         caught: dict[str, Tensor] = {}
 

@@ -14,8 +14,7 @@ DEFAULT_CHARS = {"names": 120_000, "text": 600_000, "stories": 600_000, "sums": 
 
 
 def embedded_documents(kind: str, chars: int = 0, seed: int = 0) -> list[str]:
-    """Documents of the embedded corpus for data `kind` (names: one name each), about `chars` characters of
-    them."""
+    """Documents of the embedded corpus for data `kind` (names: one name each), about `chars` characters of them."""
     if kind not in DOMAINS:
         raise LabError(f"the embedded corpus has no {kind!r}; choose one of {', '.join(DOMAINS)}")
     if chars > MOST_CHARS:
@@ -31,8 +30,7 @@ def embedded_documents(kind: str, chars: int = 0, seed: int = 0) -> list[str]:
 
 
 def entropy_floor(kind: str) -> float:
-    """Nats a prediction (characters and end marks) below which no model of characters can go on endless
-    text."""
+    """Nats a prediction (characters and end marks) below which no model of characters can go on endless text."""
     if kind == "names":
         measure = grammar().measure("name")  # its line end stands for our end mark
     else:

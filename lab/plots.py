@@ -62,8 +62,7 @@ def masked_blues() -> Any:
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) -> tuple[Any, Any]:
-    """A figure and its axes (one axes object, a list, or a list of lists) in the lab's style; `size` in
-    inches."""
+    """A figure and its axes (one axes object, a list, or a list of lists) in the lab's style; `size` in inches."""
     with plt.rc_context(_STYLE):
         fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     if rows == columns == 1:

@@ -33,8 +33,7 @@ class UnknownTextError(LabError):
 
 
 class Tokenizer:
-    """The interface. `encode` gives int64 ids without marks; `decode` skips marks; `piece` is one id,
-    printable."""
+    """The interface. `encode` gives int64 ids without marks; `decode` skips marks; `piece` is one id, printable."""
 
     kind = ""
     vocab_size = 0
@@ -43,8 +42,7 @@ class Tokenizer:
     never_written: tuple[int, ...] = ()  # ids that a model may read but must not write
 
     def encode(self, text: str, unknown: str = "error") -> np.ndarray:
-        """Ids of `text`. What the vocabulary lacks raises UnknownTextError, or with unknown="keep" reads
-        UNKNOWN."""
+        """Ids of `text`. What the vocabulary lacks raises UnknownTextError, or with unknown="keep" reads UNKNOWN."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -159,8 +157,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """One token a word or punctuation sign, lower case: id 0 is the mark (end of story), id 1 the unknown
-    word.
+    """One token a word or punctuation sign, lower case: id 0 is the mark (end of story), id 1 the unknown word.
 
     `decode` restores spaces and capitals: sentence starts, `i`, and the words that the corpus writes with a
     capital inside sentences (names), which the spec lists.

@@ -393,8 +393,7 @@ class Run:
         return loss.detach()
 
     def train(self, resume: bool = False, overwrite: bool = False, stop_after: int | None = None) -> Result:
-        """Train to the end (or, for tests of resuming, to `stop_after`), then choose, and score the test
-        split."""
+        """Train to the end (or, for tests of resuming, to `stop_after`), then choose, and score the test split."""
         c = self.config
         resuming = resume and (self.checkpoints / "resume.safetensors").exists()
         self.log.open(resuming=resuming, overwrite=overwrite)

@@ -77,9 +77,8 @@ _SPEECH |= {"they", "it", "the", "his", "her"}
 
 
 def join_words(words: Iterable[str], names: set[str] | frozenset[str] = frozenset()) -> str:
-    """Lower-case words as text: spaces around words but not before punctuation or inside quotes; capitals at
-    sentence starts, in `names` and in I. After a quote that ends in ! or ?, 'said' and its like stay
-    small."""
+    """Lower-case words as text: spaces around words but not before punctuation or inside quotes; capitals at sentence
+    starts, in `names` and in I. After a quote that ends in ! or ?, 'said' and its like stay small."""
     out: list[str] = []
     quoted, start, last, glue = False, True, "", True
     for word in words:

@@ -1,8 +1,7 @@
 """Starting trainers: one process (or one torchrun) a run, on a share of the machine, its end in the ledger.
 
-A `Job` is one launch of one run. It writes the ledger's launch line before the process exists and the end
-line when it is over, whatever the end was; `Local` runs several side by side, each pinned to its GPUs or
-cores.
+A `Job` is one launch of one run. It writes the ledger's launch line before the process exists and the end line when it
+is over, whatever the end was; `Local` runs several side by side, each pinned to its GPUs or cores.
 """
 
 from __future__ import annotations
@@ -68,14 +67,12 @@ def visible_gpus() -> list[str]:
 
 
 def default_nproc(gpus: Sequence[str]) -> int:
-    """Processes a run: the largest of 8, 4, 2, 1 that the GPUs allow (a step has 8 sequences); 1 without
-    GPUs."""
+    """Processes a run: the largest of 8, 4, 2, 1 that the GPUs allow (a step has 8 sequences); 1 without GPUs."""
     return max([n for n in (1, 2, 4, 8) if n <= len(gpus)], default=1)
 
 
 def slots(parallel: int | None, nproc: int) -> list[Slot]:
-    """Shares for runs side by side. parallel None: one run at a time, unpinned; 0: as many as the machine
-    holds.
+    """Shares for runs side by side. parallel None: one run at a time, unpinned; 0: as many as the machine holds.
 
     Raises ValueError if the machine is too small for `parallel` runs.
     """
@@ -202,8 +199,7 @@ class Job:
         self.ledger.append("start", run=self.run, attempt=self.attempt, pid=pid, pid_start=process_start(pid))
 
     def signal(self, number: int) -> None:
-        """Pass a signal on: the trainer writes a checkpoint and ends. From the third on, kill the whole
-        group."""
+        """Pass a signal on: the trainer writes a checkpoint and ends. From the third on, kill the whole group."""
         if self.process is None or self.process.poll() is not None:
             return
         self.stop_requested = self.stop_requested or number
@@ -235,8 +231,7 @@ class Job:
         return self.ledger.append("end", **fields, **seal(self.folder, self.run, status))
 
     def _ended(self) -> bool:
-        """True once the trainer is over; what is left of its process group (ranks of a dead torchrun) is
-        killed."""
+        """True once the trainer is over; what is left of its process group (ranks of a dead torchrun) is killed."""
         pid = self.process.pid
         if hasattr(os, "waitid"):
             # Looked at before it is reaped, so that its number cannot mean somebody else's group yet.

@@ -21,8 +21,8 @@ def plan_of(
 ) -> Plan:
     """The series' plan: the one in its folder, or a copy of `given`, or a new one written there.
 
-    `threshold` is for a new plan. Raises stats' errors, or ValueError if a plan is asked for that is not the series'
-    own.
+    `threshold` is for a new plan. Raises stats' errors, or ValueError if a plan is asked for that is not the
+    series' own.
     """
     path = folder / "plan.json"
     if path.exists():

@@ -52,8 +52,7 @@ class Design:
 
 
 def design(plan: Plan, simulations: int = 2000, seed: int = 0) -> Design:
-    """What `plan` costs and finds. A sequential plan is simulated at its margin, halfway and at the
-    threshold."""
+    """What `plan` costs and finds. A sequential plan is simulated at its margin, halfway and at the threshold."""
     expected: tuple[Expectation, ...] = ()
     if plan.method != "fixed" and simulations:
         means = [plan.threshold - share * plan.margin for share in (1, 0.5, 0)]

@@ -12,8 +12,7 @@ from typing import Any
 
 
 def to_jsonable(value: Any) -> Any:
-    """`value` as JSON can hold it: dataclasses as objects, tuples as arrays, numbers that are not finite as
-    null."""
+    """`value` as JSON can hold it: dataclasses as objects, tuples as arrays, numbers that are not finite as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (f for f in dataclasses.fields(value) if f.repr)
         return {f.name: to_jsonable(getattr(value, f.name)) for f in fields}

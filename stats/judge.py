@@ -32,8 +32,7 @@ def judge(
 ) -> TTest:
     """`ttest` on the runs of a series that count, against `threshold` or else the series' own or the track's.
 
-    `settings` go to `ttest`. Raises DataError as `stats.samples.sample_of` and `ttest` do, with the series'
-    path.
+    `settings` go to `ttest`. Raises DataError as `stats.samples.sample_of` and `ttest` do, with the series' path.
     """
     return judge_sample(series, sample_of(series, stop_step, drop, allow_mixed), threshold, **settings)
 

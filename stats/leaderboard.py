@@ -1,5 +1,4 @@
-"""All series of a folder in one table: what they claim, how good their evidence is, and whether neighbours
-differ."""
+"""All series of a folder in one table: what they claim, how good their evidence is, and whether neighbours differ."""
 
 from __future__ import annotations
 

@@ -84,8 +84,7 @@ def monitor_losses(losses: Sequence[float], plan: Plan) -> Monitoring:
 
 
 def _launches(series: Series, stop_step: int | None) -> list[tuple[str, Launch | None]]:
-    """Every launch in order. Without a ledger the logs are all there is; an unfinished one counts as
-    running."""
+    """Every launch in order. Without a ledger the logs are all there is; an unfinished one counts as running."""
     if series.launches is not None:
         return [(launch.run, launch) for launch in series.launches]
     order = in_launch_order(series)

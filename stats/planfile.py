@@ -15,8 +15,7 @@ from stats.series import read_object
 
 
 def write_plan(plan: Plan, path: str | Path, overwrite: bool = False) -> None:
-    """Write the plan with its hash. A plan that exists is not replaced unless asked: that would be another
-    design."""
+    """Write the plan with its hash. A plan that exists is not replaced unless asked: that would be another design."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; a plan is made once, before the runs (--overwrite replaces it)")
@@ -33,8 +32,7 @@ def write_plan(plan: Plan, path: str | Path, overwrite: bool = False) -> None:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a file. Raises DataError if it is broken, makes no sense or was changed after it was
-    written."""
+    """The plan in a file. Raises DataError if it is broken, makes no sense or was changed after it was written."""
     values = read_object(Path(path))
     written_hash = values.pop("hash", None)
     known = {field.name: field for field in fields(Plan)}

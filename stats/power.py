@@ -12,8 +12,7 @@ MOST_RUNS = 1000
 
 
 def power(n: int, margin: float, sigma: float, alpha: float) -> float:
-    """P(the one-sided t-test at `alpha` rejects | the true mean is `margin` below the threshold), for n
-    runs."""
+    """P(the one-sided t-test at `alpha` rejects | the true mean is `margin` below the threshold), for n runs."""
     check_sizes(margin=margin, sigma=sigma)
     check_alpha(alpha)
     if n < 2:
@@ -50,8 +49,7 @@ def runs_for_power(wanted: float, margin: float, sigma: float, alpha: float) -> 
 
 
 def least_margin(n: int, wanted: float, sigma: float, alpha: float) -> float:
-    """The margin below the threshold that n runs find with power `wanted`: nothing smaller is worth
-    claiming."""
+    """The margin below the threshold that n runs find with power `wanted`: nothing smaller is worth claiming."""
     if n < 2 or not 0 < wanted < 1:
         raise UsageError(f"at least 2 runs and a power between 0 and 1 are needed, not {n} and {wanted}")
     high = sigma

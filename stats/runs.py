@@ -133,8 +133,8 @@ def _skip_source(stream: BinaryIO, start: int = 0) -> tuple[str | None, int, int
 
 
 def source_in(stream: BinaryIO, most: int) -> bytes:
-    """The source that a log embeds, its ruler lines left out; empty where there is none, or one of more than `most`
-    bytes."""
+    """The source that a log embeds, its ruler lines left out; empty where there is none, or one of more than
+    `most` bytes."""
     start = 3 if stream.read(3) == b"\xef\xbb\xbf" else 0
     code_hash, end, _ = _skip_source(stream, start)
     if code_hash is None or end - start > most:

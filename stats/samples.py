@@ -18,8 +18,7 @@ DIVERGED = 4  # exit code of a trainer whose loss was no longer finite
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The final results of the runs of one configuration, in the order of their launch where a ledger tells
-    it."""
+    """The final results of the runs of one configuration, in the order of their launch where a ledger tells it."""
 
     name: str
     runs: tuple[Run, ...]
@@ -48,10 +47,9 @@ def sample_of(
 ) -> Sample:
     """The sample of a series: the final validation of every run that counts.
 
-    A run leaves the sample in three ways, each of which stands in `left_out`: the ledger says that it did
-    not finish (crashed, interrupted, still running), the ledger dropped it with a reason, or `drop` does
-    ({name: reason}). A run that ended because its loss was no longer finite did finish: that was its
-    result.
+    A run leaves the sample in three ways, each of which stands in `left_out`: the ledger says that it did not finish
+    (crashed, interrupted, still running), the ledger dropped it with a reason, or `drop` does ({name: reason}). A run
+    that ended because its loss was no longer finite did finish: that was its result.
 
     Raises DataError for an unfinished or damaged log that nothing accounts for, a loss that is not finite,
     and for mixed configurations unless `allow_mixed`.

@@ -5,8 +5,7 @@ threshold. These tests may look as they go. All have one form: at each look ther
 
     t_n = (threshold - mean_n) / (s_n / sqrt(n))        large: the mean is below the threshold
 
-at or above the upper one the series stops with ACCEPT, at or below the lower one with FUTILE, else it goes
-on.
+at or above the upper one the series stops with ACCEPT, at or below the lower one with FUTILE, else it goes on.
 
 sequential-t (Wald's likelihood ratio on the t statistic, whose distribution does not depend on sigma):
 
@@ -197,8 +196,7 @@ def likelihood_bounds(plan: Plan) -> tuple[float, float]:
 
 
 def _t_at_ratio(log_ratio: float, n: int, effect: float) -> float:
-    """The t at which the log likelihood ratio, which grows with t, has this value; infinite if it never
-    has."""
+    """The t at which the log likelihood ratio, which grows with t, has this value; infinite if it never has."""
     limit = 1e4
 
     def gap(t: float) -> float:
@@ -216,11 +214,10 @@ def spending_bounds(
 ) -> tuple[list[float], list[float]]:
     """(lower, upper) bounds of a normal statistic Z_k at information shares t_1 < ... < t_K = 1.
 
-    Z_k has mean drift*sqrt(t_k); `drift` is its mean at the end if the planned margin is true. Errors are
-    spent as 2 - 2*Phi(z(1 - error/2) / sqrt(t)) (Lan and DeMets 1983). The upper bounds are those without
-    stopping for futility. The crossing probabilities come from the density of the score process sqrt(t) Z
-    among the paths that have not stopped, stepped from look to look on a grid (Armitage, McPherson and Rowe
-    1969).
+    Z_k has mean drift*sqrt(t_k); `drift` is its mean at the end if the planned margin is true. Errors are spent as 2 -
+    2*Phi(z(1 - error/2) / sqrt(t)) (Lan and DeMets 1983). The upper bounds are those without stopping for futility. The
+    crossing probabilities come from the density of the score process sqrt(t) Z among the paths that have not stopped,
+    stepped from look to look on a grid (Armitage, McPherson and Rowe 1969).
     """
     upper = _spend(shares, _spent(shares, alpha), 0.0, None)
     lower = _spend(shares, _spent(shares, beta), drift, upper)
@@ -316,8 +313,7 @@ def estimate_after(losses: np.ndarray, plan: Plan, simulations: int = 4000, seed
 def simulate(
     plan: Plan, mean: float, simulations: int = 2000, seed: int = 0, sigma: float | None = None
 ) -> Expectation:
-    """What the plan does if the true mean loss is `mean` (and the scatter `sigma`, the plan's unless
-    given)."""
+    """What the plan does if the true mean loss is `mean` (and the scatter `sigma`, the plan's unless given)."""
     sigma = plan.sigma if sigma is None else sigma
     noise = np.random.default_rng(seed).standard_normal((simulations, plan.cap))
     accepted, stops, _ = _stopped(noise + (plan.threshold - mean) / sigma, plan)

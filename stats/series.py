@@ -86,8 +86,7 @@ class Series:
 
     @property
     def threshold(self) -> float | None:
-        """The loss that the series says it is judged by: record.json, else what every run's JSON agrees
-        on."""
+        """The loss that the series says it is judged by: record.json, else what every run's JSON agrees on."""
         if self.record and isinstance(self.record.get("threshold"), (int, float)):
             return float(self.record["threshold"])
         targets = {run.target_loss for run in self.runs}
@@ -220,11 +219,11 @@ def _read_folder(folder: Path, known: set[str]) -> tuple[list[Run], list[PassedO
 def settled(runs: list[Run], known: Collection[str] = ()) -> tuple[list[Run], list[PassedOver]]:
     """(runs in the light of one another, excerpts among them). `known`: runs that the ledger accounts for.
 
-    A cadence that looks as if a validation were gone is the recipe's own where a second run has the same validations;
-    one that is regular but for a hole, where three have: a line can be lost at the same place in two logs. It is not
-    where another run has these validations and those between them. A few lines of another run, with its losses and
-    times (a summary, a log that was cut), are no run; most of its lines, up to its end, are a copy that was tampered
-    with.
+    A cadence that looks as if a validation were gone is the recipe's own where a second run has the same
+    validations; one that is regular but for a hole, where three have: a line can be lost at the same place in two
+    logs. It is not where another run has these validations and those between them. A few lines of another run, with
+    its losses and times (a summary, a log that was cut), are no run; most of its lines, up to its end, are a copy
+    that was tampered with.
     """
     cadences = Counter(_steps(run) for run in runs)
     agreed = [
@@ -392,9 +391,8 @@ def as_utf8(stream: BinaryIO, path: str) -> BinaryIO:
 def read_ledger(path: str | Path) -> tuple[tuple[Launch, ...], tuple[Problem, ...]]:
     """(runs in the order of their first launch or submission, with what became of them; lines that make no sense).
 
-    A launch without an end counts as `running`: only its own host can tell whether its process still lives.
-    A last line without its newline is being written at this moment, or was cut off: it has not happened
-    yet.
+    A launch without an end counts as `running`: only its own host can tell whether its process still lives. A last line
+    without its newline is being written at this moment, or was cut off: it has not happened yet.
     """
     launches: dict[str, Launch] = {}
     problems: list[Problem] = []

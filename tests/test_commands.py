@@ -1,5 +1,5 @@
-"""Every `python -m` command of the house: it answers --help, and refuses a flag or a word that it does not have in one
-line."""
+"""Every `python -m` command of the house: it answers --help, and refuses a flag or a word that it does not have in
+one line."""
 
 import ast
 import contextlib

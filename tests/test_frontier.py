@@ -100,8 +100,8 @@ def model_agrees(trainer, preset, step=2):
 
 
 def optimizers_agree(trainer, preset):
-    """Six steps on random gradients: Adam updates after every second one, tied, then tied for the last time, then
-    alone."""
+    """Six steps on random gradients: Adam updates after every second one, tied, then tied for the last time,
+    then alone."""
     literal, generator = literal_of(trainer, preset), torch.Generator().manual_seed(5)
     model, c = trainer.model, trainer.config
     assert train_gpt.schedule.split_step(c) == literal.split == 3
@@ -445,9 +445,9 @@ def test_no_logit_depends_on_a_later_token(preset):
 
 @pytest.mark.parametrize("preset", ["record18", "f2", "f3", "nano-frontier", "nano-more"])
 def test_documents_do_not_see_each_other(preset):
-    """A position's logits have a gradient by its own document's embeddings, and by that of the one token before it,
-    which smear lets through. Moved keys let more through, as they are told to: at a border they are another
-    document's."""
+    """A position's logits have a gradient by its own document's embeddings, and by that of the one token
+    before it, which smear lets through. Moved keys let more through, as they are told to: at a border they are
+    another document's."""
     for offset, first in (("", lambda opened: opened - 1), (None, lambda opened: 0)):
         model, tokens, _, opened, at = causal_case(preset, **({} if offset is None else {"key_offset": offset}))
         seen = []

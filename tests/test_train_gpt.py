@@ -323,8 +323,8 @@ def test_muon_equals_spec_step_by_step(dtype):
 
 
 def test_adam_has_spec_rates_and_no_decay():
-    """Three updates against the formula in float64; the rate falls with the schedule, a parameter without a gradient
-    stays."""
+    """Three updates against the formula in float64; the rate falls with the schedule, a parameter without a
+    gradient stays."""
     config = tiny()
     adam = Trainer(config, CPU).adam
     rates = {name: 1 / 320 if name == "head_w" else 0.015 if name == "scalars" else 0.3 for name in adam.named}

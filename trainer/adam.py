@@ -4,9 +4,9 @@
     p <- p - u - l^2 decay p where u p > 0,   l = lr f
 
 g is the sum of the gradients since the last update (`adam_every` steps), t counts updates. Decay is quadratic in the
-rate (#172). A tied input table (`tie_embeddings_frac`, #175, #178) is a copy of the head that follows it: its gradient
-is added to the head's, and after an update it is overwritten; when they part, its Adam state is a copy of the head's,
-too.
+rate (#172). A tied input table (`tie_embeddings_frac`, #175, #178) is a copy of the head that follows it: its
+gradient is added to the head's, and after an update it is overwritten; when they part, its Adam state is a copy of
+the head's, too.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ the weights after a parameter's first update.
 
 Between steps a parameter is x + beta m itself, with the beta of the next step: so it is sent as it is, and whoever
 updates it (one process a matrix, each its rows of the head, all of them all else) keeps x and m for it. What is
-validated and saved between 15 and 75 % is that point, then x. A tied input embedding follows the head, and begins with
-its first update after they have parted. Where Adam updates every few steps, its parameters stand still in between.
-float32.
+validated and saved between 15 and 75 % is that point, then x. A tied input embedding follows the head, and begins
+with its first update after they have parted. Where Adam updates every few steps, its parameters stand still in
+between. float32.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def open_log(
 ) -> RunLog:
     """The run's log, opened, with all that its header says: machine, program, data, the kernels that run. Collective.
 
-    config, trainer: of train_gpt.py. path, source: its file, and the text of it that runs. hashed: of the
-    configuration."""
+    config, trainer: of train_gpt.py. path, source: its file, and the text of it that runs. hashed: of
+    the configuration."""
     c, device, dtype = config, trainer.device, getattr(torch, config.dtype)
     data, remarks = describe_data(c, *streams)
     environment = describe_environment(

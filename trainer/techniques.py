@@ -329,8 +329,8 @@ def doubled(tokens_BT: Tensor, eos_id: int) -> Tensor:
 
 class DynamicSkips(nn.Module):
     """`dynamic_skips` (#261; dense connections by the token: Xiao et al. 2025, arXiv:2502.12170): two networks of
-    `dynamic_hidden` units give for every token the factors with which earlier outputs enter the last layer and the
-    head.
+    `dynamic_hidden` units give for every token the factors with which earlier outputs enter the last layer and
+    the head.
 
     m = sc (W2 gelu(W1 x) + b), eight factors in each of two rows. The biases hold what the plain model would do; they
     are float32, as in bfloat16 most of them are too large for a step of their optimizer to move."""

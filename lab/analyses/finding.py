@@ -30,8 +30,8 @@ class Finding:
 
 
 def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figure: Any, shown_as: str = "") -> Finding:
-    """Write <out>/<name>.json and .png (no picture for a `figure` of None); `shown_as` is HTML for pages. Raises
-    OSError."""
+    """Write <out>/<name>.json and .png (no picture for a `figure` of None); `shown_as` is HTML for pages.
+    Raises OSError."""
     json_path = out / f"{name}.json"
     write_json(json_path, {"analysis": name, "summary": summary, **data})
     png_path = None if figure is None else plots.save(figure, out / f"{name}.png")

@@ -68,8 +68,8 @@ def text_figure(rows: Sequence[tuple[str, str]], title: str, width: int = 100, m
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct-n (Li et al. 2016): different n-grams of characters over all n-grams of all texts; 0 if there are
-    none."""
+    """Distinct-n (Li et al. 2016): different n-grams of characters over all n-grams of all texts; 0 if there
+    are none."""
     grams = [t[i : i + n] for t in texts for i in range(len(t) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 

@@ -1,5 +1,4 @@
-"""What every rung shares: the interface, the loss that skips padding, and contexts cut from packed
-documents."""
+"""What every rung shares: the interface, the loss that skips padding, and contexts cut from packed documents."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,8 +42,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) and the mean loss in nats over targets that are not IGNORE (None without
-        targets)."""
+        """Logits (B, T, V) and the mean loss in nats over targets that are not IGNORE (None without targets)."""
         logits = self.logits(idx, None if targets is None else targets != IGNORE)
         return logits, None if targets is None else mean_loss(logits, targets)
 

@@ -63,9 +63,8 @@ def _shares(x: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def init_linear_(weight_OI: Tensor, init: str, gain: float = 5 / 3) -> None:
-    """Initialise a weight in place: `normal` standard normal (saturates tanh), `uniform` torch's own
-    U(-1/sqrt(in), 1/sqrt(in)), `kaiming` normal with std gain/sqrt(in), gain 5/3 for tanh (He et al.
-    2015)."""
+    """Initialise a weight in place: `normal` standard normal (saturates tanh), `uniform` torch's own U(-1/sqrt(in),
+    1/sqrt(in)), `kaiming` normal with std gain/sqrt(in), gain 5/3 for tanh (He et al. 2015)."""
     fan_in = weight_OI.shape[1]
     if init == "normal":
         nn.init.normal_(weight_OI)
@@ -97,8 +96,7 @@ class BatchNormFields:
 
 
 class BatchNormMLP(LanguageModel):
-    """Embeddings, then layers of linear (no bias: the norm would remove it), batch norm, tanh; then
-    logits."""
+    """Embeddings, then layers of linear (no bias: the norm would remove it), batch norm, tanh; then logits."""
 
     def __init__(self, vocab_size: int, fields: BatchNormFields):
         super().__init__()

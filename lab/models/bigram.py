@@ -28,8 +28,7 @@ class BigramFields:
 
 
 class CountedBigram(LanguageModel):
-    """Counts of pairs, smoothed. `observe` is its training; it has no parameters, and its table is a
-    buffer."""
+    """Counts of pairs, smoothed. `observe` is its training; it has no parameters, and its table is a buffer."""
 
     def __init__(self, vocab_size: int, fields: CountsFields):
         super().__init__()

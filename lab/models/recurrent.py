@@ -1,6 +1,5 @@
-"""Rung 5: recurrent models. The GRU (Cho et al. 2014) and the LSTM (Hochreiter and Schmidhuber 1997) are
-written out here, in torch's layout and gate order, and equal torch's own given the same weights
-(tests/lab/test_lab_models.py).
+"""Rung 5: recurrent models. The GRU (Cho et al. 2014) and the LSTM (Hochreiter and Schmidhuber 1997) are written out
+here, in torch's layout and gate order, and equal torch's own given the same weights (tests/lab/test_lab_models.py).
 
 GRU:  r, z = sigm(W x + U h), n = tanh(W_n x + b + r * (U_n h + c)), h <- (1 - z) n + z h
 
@@ -25,8 +24,7 @@ CELLS = {"gru": 3, "lstm": 4}  # gates a cell, each of H rows
 class RecurrentLayer(nn.Module):
     """One GRU or LSTM layer over (B, T, E) -> (B, T, H), written out.
 
-    Parameters are named and laid out as in torch.nn.GRU/LSTM (weight_ih_l0, ...), so its state dict loads
-    here.
+    Parameters are named and laid out as in torch.nn.GRU/LSTM (weight_ih_l0, ...), so its state dict loads here.
     """
 
     def __init__(self, cell: str, input_dim: int, hidden_dim: int):

@@ -91,8 +91,8 @@ class Places:
         return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
 
     def keep_text(self, upload: str | Path) -> Path:
-        """Check an uploaded file and keep it below `texts`, named after itself and its content. What is refused is
-        deleted.
+        """Check an uploaded file and keep it below `texts`, named after itself and its content. What is refused
+        is deleted.
 
         Refused: not from the upload folder, larger than MAX_UPLOAD_BYTES, empty, not UTF-8 text, or one more than
         MOST_TEXT_BYTES allow."""

@@ -266,8 +266,7 @@ def _bca_bound(losses: np.ndarray, alpha: float, resamples: int, seed: int) -> f
 
 
 def pooled_z(losses: np.ndarray, threshold: float, sigma: float, sigma_df: int | None = None) -> PooledZ:
-    """One-sided z-test with `sigma` from other series, and the chi-square test of whether that sigma fits
-    here."""
+    """One-sided z-test with `sigma` from other series, and the chi-square test of whether that sigma fits here."""
     if not (sigma > 0 and math.isfinite(sigma)):
         raise UsageError(f"the pooled sigma must be positive, not {sigma}")
     n = len(losses)

@@ -92,8 +92,8 @@ def test_clocks_that_a_rule_makes_accuse_nobody(tmp_path, capsys):
 
 
 def test_a_clock_that_is_steady_in_each_run_accuses_nobody(tmp_path, capsys):
-    """Twelve runs of which two have one speed, to the digit: every time of theirs is equal, which is one accident, not
-    sixteen."""
+    """Twelve runs of which two have one speed, to the digit: every time of theirs is equal, which is one accident,
+    not sixteen."""
     folder = tmp_path / "s"
     folder.mkdir()
     rng = np.random.default_rng(4)
