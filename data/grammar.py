@@ -3,9 +3,10 @@
 A text is a row of independent weighted choices between the options of rules; only which rules come next, and how long a
 recalled text is, depend on earlier choices. data/grammar.txt explains the notation. A `Grammar` can
 
-- write a text, with integers only (`write`); - compute the exact expected entropy and size of its texts
-(`measure`); - find all derivations of a text, with their probabilities (`derivations`); - prove that each
-text has a single derivation (`conflicts`), without which the entropy of the choices would not be the
+- write a text, with integers only (`write`);
+- compute the exact expected entropy and size of its texts (`measure`);
+- find all derivations of a text, with their probabilities (`derivations`);
+- prove that each text has a single derivation (`conflicts`), without which the entropy of the choices would not be the
   entropy of the texts.
 """
 
