@@ -637,8 +637,8 @@ class Muon:
 class AdamW:
     """Adam without weight decay for the head, the embeddings and the scalars, with the run's learning-rate schedule.
 
-    torch's own update, called as a function: the class around it would import torch's compiler, a second at every
-    start."""
+    torch's own update, called as a function: the class around it would import torch's compiler, a second at
+    every start."""
 
     def __init__(self, named: dict[str, nn.Parameter], config: Config):
         self.config, self.named = config, named
