@@ -136,7 +136,7 @@ def test_a_text_is_all_the_data_that_is_needed(tmp_path, monkeypatch, capsys):
 def test_a_folder_says_all_of_its_data(tmp_path):
     data = folder_of(tmp_path / "data", tokens(2000), val=tokens(30_000, 1))
     (data / "tokenize.json").write_text('{"vocab_size": 256, "end_of_text": 0}')
-    config = train_gpt.parse_config([f"--data={data}", "--preset=nano"])
+    config = train_gpt.parse_config([f"--data={data}", "--preset=nano-plain"])
     assert (config.val_seq_len, config.val_tokens) == (8192, 3 * 8192)
     config = train_gpt.parse_config([f"--data={data}"])
     assert (config.vocab_size, config.eos_id, config.val_seq_len) == (256, 0, 29_952)  # whole blocks of 128
