@@ -184,8 +184,8 @@ def launch_attended(
 
 
 def launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, scale: float):
-    """(dqkv (B, T, H + 2 K, Dh), dve or None, ds) from the gradient at o and `saved`, what `launch_attended`
-    returned."""
+    """(dqkv (B, T, H + 2 K, Dh), dve or None, ds) from the gradient at o and `saved`, what
+    `launch_attended` returned."""
     o, lse, qkv, rms_q, rms_k, v = saved
     heads = do.shape[2]
     if ve is None:

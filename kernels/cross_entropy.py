@@ -465,8 +465,8 @@ class _Plain:
         return None
 
     def gradients_(self, g, rows: slice, dx, dw) -> None:
-        """dx <- g w and dw += g^T x in place (dw <- g^T x for the first chunk); g (C, V) is the gradient at the
-        logits."""
+        """dx <- g w and dw += g^T x in place (dw <- g^T x for the first chunk); g (C, V) is the gradient at
+        the logits."""
         torch.mm(g, self.w, out=dx)
         _add_product_(dw, g.t(), self.x[rows], rows.start == 0)
 

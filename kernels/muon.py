@@ -342,8 +342,8 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
 def orthogonalize(
     g_BMN: torch.Tensor, *, coefficients: str = "spec", dtype: torch.dtype = torch.bfloat16, impl: str = "auto"
 ) -> torch.Tensor:
-    """Nearly the orthogonal polar factor of each matrix of g (..., M, N): singular values pulled to about
-    one.
+    """Nearly the orthogonal polar factor of each matrix of g (..., M, N): singular values pulled to
+    about one.
 
     coefficients: a key of COEFFICIENTS. dtype: of the arithmetic; bfloat16 in docs/spec.md 3.3.
     Errors: ValueError for unknown coefficients or fewer than two axes.
@@ -428,8 +428,8 @@ def apply_update_(
 ) -> None:
     """master <- master (1 - weight_decay) - lr update, in place.
 
-    cautious: the decay only where update * master >= 0, where both lead the same way (Chen, Li et al. 2025,
-    arXiv:2510.12402).
+    cautious: the decay only where update * master >= 0, where both lead the same way (Chen, Li et al.
+    2025, arXiv:2510.12402).
 
     weight_decay is the whole factor: lr x 0.01, x 2 for MLP matrices (docs/spec.md 3.4). lr is the effective
     one, with its sqrt(max(1, rows / columns)). With `mantissa` (uint16 or int16) the weight is the bfloat16

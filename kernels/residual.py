@@ -206,9 +206,9 @@ class _MixOfTicket(torch.autograd.Function):
 def mixes_of_layers(
     factors_L3: torch.Tensor, x00: torch.Tensor, x01: torch.Tensor, *, impl: str = "auto"
 ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """Of each of L layers x -> l0 x + l1 x00 + l2 x01, with its three factors. For the compiler, where there will be
-    gradients, those of x00, x01 and their factors are left to one pass at the end (see above), unless impl is
-    "reference"."""
+    """Of each of L layers x -> l0 x + l1 x00 + l2 x01, with its three factors. For the compiler, where there
+    will be gradients, those of x00, x01 and their factors are left to one pass at the end (see above), unless
+    impl is "reference"."""
     if impl == "reference" or not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
         rows = factors_of_layers(factors_L3, x00)
         return [lambda x, row=row: residual_mix(x, x00, x01, row, impl=impl) for row in rows]
