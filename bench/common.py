@@ -413,6 +413,12 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = 
 # Pages that are made from results
 
 
+def with_part(text: str, begin: str, end: str, part: str) -> str:
+    """`text` with what stands between the marks `begin` and `end` made anew."""
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{part}\n\n{end}{rest.partition(end)[2]}"
+
+
 def up_to_date(file: Path, text: str, module: str) -> int:
     """Print whether a file holds that text, or is to be made anew by `python -m <module>`; 0 or 1, as exit codes go."""
     current = file.is_file() and file.read_text(encoding="utf-8") == text

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.common import REPO, read_result, up_to_date, write_result
+from bench.common import REPO, read_result, up_to_date, with_part, write_result
 from bench.dialects import Truth, autumn_2024, medium_2025, own, seconds_2026
 from trainer.options import command, setting
 
@@ -150,8 +150,7 @@ def paragraph(record: dict) -> str:
 
 def page(record: dict, text: str) -> str:
     """stats/README.md with that paragraph."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{paragraph(record)}\n\n{END}{rest.partition(END)[2]}"
+    return with_part(text, BEGIN, END, paragraph(record))
 
 
 @dataclass(frozen=True)

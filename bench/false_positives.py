@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from bench.common import REPO, read_result, up_to_date, write_result
+from bench.common import REPO, read_result, up_to_date, with_part, write_result
 from stats.chance import nearest_pairs
 from stats.compare import compare, compare_sequentially
 from stats.plans import Plan, make_plan
@@ -260,8 +260,7 @@ def table(record: dict) -> str:
 
 def page(record: dict, text: str) -> str:
     """stats/README.md with the table of these rows."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(record)}\n\n{END}{rest.partition(END)[2]}"
+    return with_part(text, BEGIN, END, table(record))
 
 
 @dataclass(frozen=True)
