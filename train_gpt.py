@@ -61,7 +61,7 @@ from trainer import (
     schedule,
     techniques,
 )
-from trainer.adam import Adam
+from trainer.adam import Adam, MatrixAdamW
 from trainer.ahead import Ahead
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
@@ -184,7 +184,8 @@ class Config:
     scalar_lr: float = setting(0.015, "rate", "AdamW, skip weights and lambdas", at_least=0)
     adam_beta1: float = setting(0.8, "factor", "AdamW", at_least=0, below=1)
     adam_beta2: float = setting(0.95, "factor", "AdamW", at_least=0, below=1)
-    muon_lr: float = setting(0.025, "rate", "Muon, matrices of the blocks", at_least=0)
+    matrix_optimizer: str = setting("muon", "name", "of the blocks' matrices", choices=("muon", "adamw"))
+    muon_lr: float = setting(0.025, "rate", "of the blocks' matrices", at_least=0)
     muon_weight_decay: float = setting(0.01, "rate", "times the learning rate; doubled for the MLP", at_least=0)
     muon_momentum: float = setting(0.95, "factor", "after its warm-up from 0.85", at_least=0, below=1)
     muon_momentum_warmup: int = setting(300, "steps", "over which the momentum grows", at_least=0)
@@ -711,7 +712,8 @@ class Trainer:
         """(of matrices, of all else, average of the weights, way ahead of them): Muon and AdamW, or those of
         trainer/normuon.py and trainer/adam.py where a field asks for them; None, or trainer/averages.py's; likewise."""
         c, impl = self.config, self.model.impls["muon"]
-        muon = (NorMuon if c.normuon_beta2 else Muon)(matrices, c, impl)
+        kind = MatrixAdamW if c.matrix_optimizer == "adamw" else NorMuon if c.normuon_beta2 else Muon
+        muon = kind(matrices, c, impl)
         other = Adam(others, c, self.exchange, compiled) if techniques.own_adam(c) else AdamW(others, c)
         ahead = Ahead(c, matrices, others, muon.mantissa) if c.ema_nesterov else None
         return muon, other, TailAverage(c, matrices, others, muon.mantissa) if c.tail_ema else None, ahead

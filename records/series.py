@@ -53,6 +53,7 @@ from records.launch import EXIT_IO, EXIT_NON_FINITE, default_nproc, visible_gpus
 from records.ledger import Ledger, LedgerError
 from records.runner import Runner, Stopped, choose, copy_away, settle_lost
 from stats.errors import StatsError
+from stats.planfile import read_plan
 from stats.plans import Plan
 from trainer.program import fingerprint, json_hash, program_files
 
@@ -95,6 +96,7 @@ def run_command(argv: Sequence[str]) -> int:
     folder, wanted = series_from(options, overrides)
     check_room(folder)
     threshold = None if read_record(folder) else checked_words(wanted, options.program)
+    check_threshold(Path(options.plan or folder / "plan.json"), threshold)
     with sole_start(folder):
         series = open_series(folder, wanted, options.program)
         settle_lost(series)
@@ -107,6 +109,21 @@ def check_room(folder: Path) -> None:
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(place, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+def check_threshold(plan: Path, target: float | None) -> None:
+    """SeriesError unless a plan is about what the runs are told to reach: a series has one threshold."""
+    if target is None or not plan.exists():
+        return
+    try:
+        wanted = read_plan(plan).threshold
+    except StatsError as error:
+        raise SeriesError(str(error)) from None
+    if wanted != target:
+        raise SeriesError(
+            f"{plan} is about a mean loss below {wanted:g}, the runs about {target:g}: give --target_loss={wanted:g}, "
+            "or a plan for theirs"
+        )
 
 
 def checked_words(wanted: Identity, trainer: Path) -> float | None:

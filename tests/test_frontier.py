@@ -805,6 +805,7 @@ ALONE = [
     dict(normuon_beta2=0.95, two_rate_from=0.2, gram_newton_schulz=True, muon_head_pairs=True),
     dict(tail_ema=0.9, tail_ema_steps=6), dict(matrix_dtype="bfloat16"), dict(output_gates=True), dict(ngram_rows=64),
     dict(ema_nesterov=0.6), dict(head_mixing=True), dict(dynamic_gates=2, output_gates=True, xsa=True),
+    dict(matrix_optimizer="adamw", muon_lr=0.003),
 ]
 # fmt: on
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.muon import apply_update_
 from trainer.schedule import learning_rate_factor, split_step
 
 #: Kinds of parameters, and the field with their rate.
@@ -151,3 +152,36 @@ class Adam:
         kinds = dict(exp_avg=self.exp_avg, exp_avg_sq=self.exp_avg_sq)
         found = {f"adam.{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()}
         return found | {"adam.count": self.count}
+
+
+class MatrixAdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) for the matrices of the blocks, in Muon's place: what Muon
+    is worth is measured against it (`matrix_optimizer`). The interface of train_gpt.Muon.
+
+    Rate and decay are Muon's fields, betas and eps Adam's. Moments are float32; a bfloat16 weight keeps the lower 16
+    bits of its float32 master beside it, as with Muon."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], config: Any, impl: str):
+        self.config, self.impl, self.named = config, impl, dict(named)
+        zeros = lambda p, dtype: torch.zeros(p.shape, dtype=dtype, device=p.device)  # noqa: E731
+        self.exp_avg, self.exp_avg_sq = ({n: zeros(p, torch.float32) for n, p in named.items()} for _ in range(2))
+        self.mantissa = {n: zeros(p, torch.int16) for n, p in named.items() if p.dtype == torch.bfloat16}
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """One update from the `.grad` of every parameter; `step`, from 0 on, sets the rate and counts the updates."""
+        c = self.config
+        lr = c.muon_lr * learning_rate_factor(step, c)
+        unbias1, unbias2 = (1 - beta ** (step + 1) for beta in (c.adam_beta1, c.adam_beta2))
+        for name, p in self.named.items():
+            m, v, grad = self.exp_avg[name], self.exp_avg_sq[name], p.grad.float()
+            m.lerp_(grad, 1 - c.adam_beta1)
+            v.lerp_(grad.square(), 1 - c.adam_beta2)
+            update = (m / unbias1) / ((v / unbias2).sqrt() + c.adam_eps)
+            how = dict(lr=lr, weight_decay=lr * c.muon_weight_decay, impl=self.impl)
+            apply_update_(p, self.mantissa.get(name), update, **how)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, for checkpoints; live, not copies."""
+        kinds = dict(exp_avg=self.exp_avg, exp_avg_sq=self.exp_avg_sq, mantissa=self.mantissa)
+        return {f"muon.{kind}.{name}": t for kind, tensors in kinds.items() for name, t in tensors.items()}

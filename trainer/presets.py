@@ -1,10 +1,13 @@
-"""The presets of the frontier: the fastest runs of the medium track, each as fields over the one it came from.
+"""The presets beside those of train_gpt.py: the fastest runs of the medium track, each as fields over the one it came
+from, and small stand-ins for them.
 
 `record18` is the fastest merged one (#188 of https://github.com/KellerJordan/modded-nanogpt), `f2` and `f3` the
 proposals since (#252: bigram table; #261: dynamic skips). `frontier` is f3 with the safe scales of the 8-bit head and
 YaRN at every window, which another proposal (#248) has and f3 has not, and with techniques of the short track and the
 optimizer track that no run of the medium track has combined: a guess until it is measured. `nano-frontier` is
-`frontier` for a laptop. `medium`, `small` and `nano`, which they start from, stand in train_gpt.py.
+`frontier` for a laptop. `medium`, `small` and `nano`, which they start from, stand in train_gpt.py. `micro` is the
+smallest model on which studies of real tokens are made: medium's architecture at 1.2M parameters in its blocks, on
+GPT-2 tokens of which the 4,095 most frequent are kept (data/reduce.py).
 """
 
 from typing import Any
@@ -54,6 +57,14 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it star
         short_window_max=4, key_offset="0,3", late_attention_source=1, dynamic_skips="0,1", dynamic_hidden=16,
         bigram_rows=4096, ngram_rows=8192, dynamic_gates=2, paired_heads="1,2", embed_lr=0.1, head_lr=0.01,
         muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
+    )),
+    "micro": ("medium", dict(
+        train_files="data/micro/train_*.bin", val_files="data/micro/val_*.bin", vocab_size=4096, eos_id=0,
+        drop_shard_tail=False, num_iterations=300, tokens_per_step=2048, train_seq_len=2048, val_seq_len=16384,
+        val_tokens=131072, val_loss_every=100, warmup_steps=2, target_loss=4.5,
+        num_layers=6, model_dim=128, num_heads=2, value_embeddings=2, unet_skips="2>4,1>5", attention_free_layers="3",
+        attention_scale=0.25, block_tokens=32, window_max_tokens=512, long_window_layers="0,5",
+        head_lr=0.01, muon_momentum_warmup=100, dtype="float32", log_train_loss=True,
     )),
 }
 # fmt: on

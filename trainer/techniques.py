@@ -77,6 +77,8 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError("--key_offset moves the dimensions that --half_truncated_rotary leaves still; it is off")
     if (c.two_rate_from or c.muon_head_pairs or c.gram_newton_schulz) and not c.normuon_beta2:
         raise UsageError("--two_rate_from, --muon_head_pairs, --gram_newton_schulz are NorMuon's: give --normuon_beta2")
+    if c.matrix_optimizer != "muon" and c.normuon_beta2:
+        raise UsageError(f"--normuon_beta2={c.normuon_beta2} is Muon's: not with --matrix_optimizer=adamw")
     if c.muon_head_pairs and c.num_heads % 2:
         raise UsageError(f"--muon_head_pairs: of an even --num_heads, not {c.num_heads}")
     if c.prefix_loss and c.mtp == 1:

@@ -16,6 +16,8 @@ import pytest
 from records import launch, logs, report, series
 from records.folder import EXIT_USAGE
 from records.ledger import Ledger, LedgerError
+from stats.series import load_series
+from stats.validate import validate
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
 
@@ -393,10 +395,21 @@ def test_a_sequential_series_stops_when_its_plan_decides(run, tmp_path):
     assert "is not the plan that this series began with" in run("--sequential")[2]
 
 
+def test_a_plan_about_another_threshold_is_refused_before_the_first_run(run, tmp_path):
+    """Runs that are told another target than the plan's would be graded as if the threshold had been moved."""
+    write_plan_for(tmp_path)
+    plan = ("--sequential", "--plan", str(tmp_path / "a-plan.json"))
+    code, _, err = run(*plan, "--target_loss=0.9", judge=True)
+    assert code == EXIT_USAGE and "about a mean loss below 0.75, the runs about 0.9: give --target_loss=0.75" in err
+    assert not (tmp_path / "s").exists()
+    code, _, _ = run(*plan, "--target_loss=0.75", judge=True, repeats=4)
+    findings = [one for one in validate(load_series(tmp_path / "s")).findings if one.check in ("begin", "plan")]
+    assert code == 0 and len(findings) == 2 and {one.grade for one in findings} == {"A"}
+
+
 def test_the_sequential_test_takes_runs_in_launch_order(tmp_path):
     from stats.errors import DataError
     from stats.monitor import monitor
-    from stats.series import load_series
 
     def counted():
         return monitor(load_series(tmp_path), plan).counted
