@@ -58,6 +58,7 @@ from trainer import (
     products,
     report,
     sample,
+    sampled_softmax,
     schedule,
     techniques,
 )
@@ -78,6 +79,7 @@ from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import json_hash
 from trainer.start import expand, start_from
 from trainer.streams import open_streams, to_device, with_all_validation
+from trainer.warm_up import warm_up
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -120,6 +122,9 @@ class Config:
     num_heads: int = setting(8, "heads", "H; the head width is D / H", at_least=1)
     mlp_ratio: int = setting(4, "ratio", "hidden width of the MLP over D", at_least=1)
     attention_scale: float = setting(0.12, "factor", "on the logits of attention", above=0)
+    narrow_qk: int = setting(0, "dimensions", "of a head's queries and keys; 0: as many as its values", at_least=0)
+    narrow_qk_layers: str = setting("", "layers", "that narrow_qk is for; '': all")
+    narrow_qk_scale: float = setting(0.0, "factor", "on their logits; 0: attention_scale", at_least=0)
     soft_cap: str = setting("rsqrt", "name", "on the head's logits", choices=("rsqrt", "sigmoid", "none"))
     second_input_embedding: bool = setting(True, "flag", "a second embedding table mixed into every layer")
     second_embedding_context: int = setting(1, "tokens", "whose hash picks its row; 1: the token's own", at_least=1)
@@ -168,6 +173,8 @@ class Config:
     yarn_until: int = setting(-1, "blocks", "YaRN as the window grows, up to this one; 0: all; -1: none", at_least=-1)
     prefix_loss: float = setting(0.0, "weight", "in mtp's first part, of the token that begins as the next", at_least=0)
     vocab: str = setting("", "folder", "with GPT-2's encoder.json: for prefix_loss, and to tokenise --data offline")
+    sampled_softmax: str = setting("", "classes", "of a training loss, by twelfths: 14336,24576; '': all of them")
+    full_softmax_frac: float = setting(0.07, "fraction", "of the run, its end: all classes", at_least=0, at_most=1)
     mtp: int = setting(1, "targets", "of a token in the first twelfth, one fewer in each next", at_least=1, at_most=3)
     muon_momentum_cooldown: int = setting(0, "steps", "the run's last, over which the momentum falls", at_least=0)
     adam_every: int = setting(1, "steps", "between updates by Adam, on the sum of their gradients", at_least=1)
@@ -374,7 +381,10 @@ class Block(nn.Module):
         self.config, self.layer = c, layer
         self.long_window = layer in _layers(c.long_window_layers)
         self.has_attention = layer not in _layers(c.attention_free_layers)
-        if self.has_attention:  # Q, K, V and O in one tensor: one Muon batch
+        if narrow := self.has_attention and techniques.narrow_rows(c, layer):
+            self.qk_w = nn.Parameter(torch.empty(2, narrow, c.model_dim, dtype=dtype))
+            self.vo_w = nn.Parameter(torch.empty(2, c.model_dim, c.model_dim, dtype=dtype))
+        elif self.has_attention:  # Q, K, V and O in one tensor: one Muon batch
             self.qkvo_w = nn.Parameter(torch.empty(4, c.model_dim, c.model_dim, dtype=dtype))
         self.mlp_in_w = nn.Parameter(torch.empty(hidden, c.model_dim, dtype=dtype))
         self.mlp_out_w = nn.Parameter(torch.empty(c.model_dim, hidden, dtype=dtype))
@@ -384,8 +394,10 @@ class Block(nn.Module):
         bound = 3**0.5 * 0.5 * self.config.model_dim**-0.5
         if self.has_attention:
             wide = 3**0.5 * self.config.attention_init_std * self.config.model_dim**-0.5
-            self.qkvo_w[:3].uniform_(-wide, wide)
-            self.qkvo_w[3].zero_()
+            inwards, outwards = techniques.projections(self)
+            for rows in inwards:
+                rows.uniform_(-wide, wide)
+            outwards.zero_()
         self.mlp_in_w.uniform_(-bound, bound)
         self.mlp_out_w.zero_()
 
@@ -484,13 +496,19 @@ class GPT(nn.Module):
             kinds["techniques"] = self.techniques.bigram_rows
         return {name: kinds[name.split(".")[0]] for name in tables}
 
+    def frequencies(self, device) -> Tensor:
+        """Rotary's, in radians a token; after those of the heads those of narrow ones (`narrow_qk`), if there are."""
+        c = self.config
+        widths = [c.model_dim // c.num_heads] + [c.narrow_qk] * (c.narrow_qk > 0)
+        return torch.cat([rotary_frequencies(width, c.half_truncated_rotary, device) for width in widths])
+
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions from 0 to length-1 or more. Made once and kept; a compiled graph that finds none
         makes its own, in every step."""
-        c, kept = self.config, self.rotary_tables
+        kept = self.rotary_tables
         if kept is None or kept[0].size(0) < length or kept[0].device != self.head_w.device:
             length = -(-length // 1024) * 1024  # a text that grows does not make them anew with every token
-            frequencies = rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, self.head_w.device)
+            frequencies = self.frequencies(self.head_w.device)
             kept = rotary_tables(length, frequencies if self.yarn is None else frequencies.new_tensor(self.yarn))
             if not torch.compiler.is_compiling():
                 self.rotary_tables = kept
@@ -498,10 +516,8 @@ class GPT(nn.Module):
 
     def at_step(self, step: int) -> None:
         """Rotary and the scale of attention as they are at a step (`yarn_until`), changed in place."""
-        c = self.config
-        if c.yarn_until >= 0:
-            frequencies = rotary_frequencies(c.model_dim // c.num_heads, c.half_truncated_rotary, "cpu")
-            techniques.turn(self, step, frequencies, rotary_tables)
+        if self.config.yarn_until >= 0:
+            techniques.turn(self, step, self.frequencies("cpu"), rotary_tables)
 
     def plan(self, tokens_BT: Tensor, window_blocks):
         """Which keys each query sees, for all layers with that window."""
@@ -550,7 +566,7 @@ class GPT(nn.Module):
 
     def forward(
         self, tokens_BT, targets_BT=None, *,
-        window_blocks=None, reduction="mean", cache=None, target_weights=None, ngrams=None,
+        window_blocks=None, reduction="mean", cache=None, target_weights=None, ngrams=None, classes=None,
     ):  # fmt: skip
         """Cross-entropy in nats per token if targets are given, else float32 logits (B, T, V).
 
@@ -558,7 +574,8 @@ class GPT(nn.Module):
         `reduction`: mean, sum or none (then (B, T) losses).
         `cache`: a `trainer.sample.Cache` with the tokens before these.
         `target_weights`: float32 (K,): a token's loss is their sum over K targets (`mtp`, `prefix_loss`).
-        `ngrams`: (B, T, D) of `ngram_rows`; by default the model looks them up itself."""
+        `ngrams`: (B, T, D) of `ngram_rows`; by default the model looks them up itself.
+        `classes`: int64 (P,), rows of the head that the softmax is over and targets are places in; None: all."""
         if window_blocks is None:
             window_blocks = schedule.validation_window_at(self.config.num_iterations, self.config)
         x_ND = self.hidden(tokens_BT, window_blocks, cache, ngrams).flatten(0, 1)
@@ -571,14 +588,17 @@ class GPT(nn.Module):
         targets = targets_BT.flatten()
         if target_weights is not None:
             targets = techniques.Targets.columns(targets_BT, len(target_weights), self.prefixes).flatten(0, 1)
-        loss = linear_cross_entropy(x_ND, self.head_w, targets, target_weights=target_weights, **how)
+        head_w = self.head_w if classes is None else self.head_w.index_select(0, classes)
+        loss = linear_cross_entropy(x_ND, head_w, targets, target_weights=target_weights, **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
 
 def flops_per_token(model: GPT) -> float:
-    """Training FLOPs a token in matrix products, forward and backward: 6 a weight; attention not counted."""
+    """Training FLOPs a token in matrix products, forward and backward: 6 a weight; attention not counted,
+    and of the head the classes that are trained on (`sampled_softmax`)."""
     networks = [p for n, p in model.named_parameters() if "dynamic" in n or "head_mixing" in n]
-    return 6.0 * (sum(p.numel() for p in (*model.blocks.parameters(), *networks)) + model.head_w.numel())
+    head = sampled_softmax.mean_share(model.config) * model.head_w.numel()
+    return 6.0 * (sum(p.numel() for p in (*model.blocks.parameters(), *networks)) + head)
 
 
 # ---- Optimizers ----------------------------------------------------------------------------------------------
@@ -756,8 +776,9 @@ class Trainer:
         self.exchange.begin([inputs_T for inputs_T, _ in batches], others=schedule.adam_steps(step, self.config))
         losses, how = [], self.targets.at(step)
         for number, batch in enumerate(batches, 1):
+            batch, sampled = self.targets.sampled(step, rank() + (number - 1) * self.world_size, batch)
             inputs_T, targets_T = to_device(batch, self.device)
-            how |= self.rows.fetch(batch[0])
+            how |= self.rows.fetch(batch[0]) | sampled
             loss = self.forward(inputs_T[None], targets_T[None], window_blocks=self.window, **how)
             if number == len(batches):
                 self.exchange.arm()
@@ -858,39 +879,6 @@ def set_up(config: Config) -> torch.device:
     implementations.check_device(c.kernels, width, device, dtype)
     processes.join_group(device, c.patience)
     return device
-
-
-def warm_up(trainer: Trainer, stop: StopRequest) -> None:
-    """Train on random tokens so that everything is compiled and allocated, then put all state back.
-
-    Every length of sequences and number of targets occurs, as each is a graph; so do the first and the last window and
-    a validation. The state waits on the host: the GPU's peak is the training's own. A signal ends it at once."""
-    c, device = trainer.config, trainer.device
-    if not c.warmup_steps:
-        return
-    before = {name: t.to("cpu", copy=True) for name, t in trainer.state().items()}
-    random = torch.Generator().manual_seed(c.seed)
-    draw = lambda length: torch.randint(c.vocab_size, (length,), generator=random)  # noqa: E731
-    mine = len(schedule.my_sequences(c, rank(), trainer.world_size))
-    last = max(0, c.num_iterations - 1 - c.num_iterations % c.adam_every)  # with all optimizers
-    steps = [last, *schedule.shapes(c).values()]
-    for i in range(max(c.warmup_steps, len(steps) if len(steps) > 2 else 1)):
-        if stop.heard():
-            break
-        step = steps[i % len(steps)]
-        length = schedule.sequence_tokens_at(step, c)
-        trainer.step(step, [(draw(length), draw(length)) for _ in range(mine)])
-    with torch.no_grad():
-        trainer.exchange.wait_weights()
-        drawn = draw(c.val_seq_len), draw(c.val_seq_len)
-        tokens, targets = to_device(drawn, device)
-        trainer.forward(tokens[None], targets[None], window_blocks=trainer.window, **trainer.rows.fetch(drawn[0]))
-    trainer.model.zero_grad(set_to_none=True)
-    trainer.rows.forget()
-    for name, live in trainer.state().items():
-        live.copy_(before[name])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
 
 
 def resume(trainer: Trainer, log: RunLog, folder: Path, record: TokenRecord, val_stream: TokenStream) -> Done:

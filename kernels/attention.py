@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from kernels import attention_gluon
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
@@ -1359,7 +1360,8 @@ def attention(
 
     Args:
         q_BTHDh: (B, T, H, Dh) or (T, H, Dh); float32, float16, bfloat16 (and float64 off the GPU).
-        k_BTKDh, v_BTKDh: the same with K key heads; query head h reads key head h // (H // K).
+        k_BTKDh, v_BTKDh: the same with K key heads; query head h reads key head h // (H // K). The heads of v may be
+            wider than those of q and k.
         plan: of `attention_plan`, for the same B and T and on the same device.
         scale: factor on the logits q . k.
         impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen, and
@@ -1367,12 +1369,15 @@ def attention(
             and "gluon", that of kernels/attention_gluon.py. Neither has run on a GPU yet; `python -m bench.gpu first`
             compares them with "triton" there.
 
-    Returns: o, with the shape, dtype and device of q.
+    Returns: o, with the shape (but v's width), dtype and device of q.
     Raises: ValueError or TypeError naming the argument.
     """
     chosen = implementation(impl, q_BTHDh)
     q, k, v = (with_batch(n, x) for n, x in (("q", q_BTHDh), ("k", k_BTKDh), ("v", v_BTKDh)))
     _check_attention(q, k, v, plan, scale)
+    shape = *q_BTHDh.shape[:-1], v.shape[3]
+    if chosen not in ("reference", "flex"):
+        q, k = _filled_up(q, v), _filled_up(k, v)
     if chosen == "reference":
         o = attention_reference(q, k, v, plan, scale=scale)
     elif chosen == "flex":
@@ -1385,7 +1390,13 @@ def attention(
         check_width(q)
         refuse_tangents("attention", q, k, v)
         o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale), chosen)
-    return o.reshape(q_BTHDh.shape)
+    return o.reshape(shape)
+
+
+def _filled_up(x_BTHDh: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """x with zeros up to the width of v, which change no logit: the kernels hold heads of one width. Their products of
+    queries and keys are then as large as for wide ones."""
+    return F.pad(x_BTHDh, (0, v.shape[3] - x_BTHDh.shape[3])) if x_BTHDh.shape[3] < v.shape[3] else x_BTHDh
 
 
 def check_scale(scale: float) -> None:
@@ -1408,10 +1419,11 @@ def _check_attention(q, k, v, plan, scale) -> None:
             raise TypeError(f"{name} has dtype {x.dtype} but q has {q.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
-        if (x.shape[0], x.shape[1], x.shape[3]) != (B, T, Dh) or x.shape != k.shape:
+        width = max(Dh, x.shape[3]) if name == "v" else Dh
+        if x.shape[:2] != (B, T) or x.shape[3] != width or x.shape[:3] != k.shape[:3]:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be "
-                f"({B}, {T}, key heads, {Dh}), the same for k and v"
+                f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} it must be ({B}, {T}, key heads, "
+                f"{Dh}{' or more' if name == 'v' else ''}), with as many heads for k and v"
             )
     if k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, which does not divide the {H} heads of q")

@@ -22,12 +22,13 @@ from kernels.muon import apply_update_, momentum_, normalize_rows_, orthogonaliz
 from trainer.schedule import learning_rate_factor, muon_momentum_at, scheduled
 
 KINDS = ("qkvo", "mlp_in", "mlp_out", "gates")  # of matrices, by a part of their names
+NARROW = (".qk_w", ".vo_w")  # and where q and k are narrower than v, the two halves of "qkvo"
 FAST, SLOW, SHARE = 0.85, 0.98, 0.4385  # momenta of `two_rate_from`, and the share of the fast one
 
 
 def kind_of(name: str) -> str:
     """Of a matrix by its parameter's name, of KINDS."""
-    return next(kind for kind in KINDS if kind in name)
+    return "qkvo" if name.endswith(NARROW) else next(kind for kind in KINDS if kind in name)
 
 
 def factors(text: str) -> dict[str, float]:
@@ -118,9 +119,9 @@ class NorMuon:
     def cut(self, name: str, x: Tensor) -> list[Tensor]:
         """The matrices that a parameter consists of, as batches of one shape each; x: its update, or one that has one
         number a row. With `muon_head_pairs` (#253) q and k are matrices of two heads each."""
-        if self.config.muon_head_pairs and kind_of(name) == "qkvo":
+        if self.config.muon_head_pairs and kind_of(name) == "qkvo" and not name.endswith(".vo_w"):
             rows = 2 * x.size(-2) // self.config.num_heads
-            return [x[:2].reshape(-1, rows, x.size(-1)), x[2:]]
+            return [x[:2].reshape(-1, rows, x.size(-1)), *([x[2:]] if len(x) > 2 else [])]
         return [x.view(-1, *x.shape[-2:])]
 
     def orthogonal(self, pieces: list[Tensor]) -> list[Tensor]:

@@ -64,7 +64,7 @@ class Cache:
         per_token: int = 1,
         mixing: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention of the new queries over old and new keys, (B, T, H, Dh); query i sees keys first_key[i] .. i.
+        """Attention of the new queries over old and new keys, (B, T, H, v's width); query i sees first_key[i] .. i.
 
         per_token: positions of q, k and v that a token has in that layer (2: `paired_heads`). mixing: weights of
         `head_mixing`, where the layer has it."""

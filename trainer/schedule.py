@@ -88,6 +88,19 @@ def target_weights(step: int, config: Any) -> tuple[float, ...]:
     return tuple(weights)
 
 
+def listed_classes(config: Any) -> list[int]:
+    """The numbers of `sampled_softmax`; none where it is off. Raises UsageError."""
+    return _listed(config, "sampled_softmax", int)
+
+
+def sampled_classes_at(step: int, config: Any) -> int:
+    """Classes of a step's softmax: `sampled_softmax` by twelfths; 0, which is all, in the last `full_softmax_frac` of
+    the scheduled steps and after them."""
+    counts = listed_classes(config)
+    full = math.ceil((1 - config.full_softmax_frac) * scheduled(config) - 1e-9)
+    return _at(counts, part(step, config)) if counts and step < full else 0
+
+
 def adam_steps(step: int, config: Any) -> bool:
     """Whether Adam updates after this step, on the sum of the gradients since its last update."""
     return (step + 1) % config.adam_every == 0
@@ -139,14 +152,17 @@ def tokens_until(step: int, config: Any) -> int:
     return counted * sequences(config)
 
 
-def shapes(config: Any) -> dict[tuple[int, int], int]:
-    """{(tokens of a sequence, targets of a token): the first step that has it}: what a compiled step must be warm for,
-    as each is a graph of its own."""
+def shapes(config: Any) -> dict[tuple[int, int, int], int]:
+    """{(tokens of a sequence, targets of a token, classes of its softmax or 0): the first step that has it}: what a
+    compiled step must be warm for, as each is a graph of its own."""
     edges = range(0, PARTS * scheduled(config), scheduled(config))  # in twelfths of a step
-    steps = sorted({-(-edge // PARTS) for edge in edges})
-    found: dict[tuple[int, int], int] = {}
-    for step in [step for step in steps if step < config.num_iterations]:
-        found.setdefault((sequence_tokens_at(step, config), len(target_weights(step, config))), step)
+    steps = {-(-edge // PARTS) for edge in edges}
+    if listed_classes(config):
+        steps.add(next(step for step in range(config.num_iterations + 1) if not sampled_classes_at(step, config)))
+    found: dict[tuple[int, int, int], int] = {}
+    for step in [step for step in sorted(steps) if step < config.num_iterations]:
+        shape = sequence_tokens_at(step, config), len(target_weights(step, config)), sampled_classes_at(step, config)
+        found.setdefault(shape, step)
     return found
 
 
@@ -249,7 +265,8 @@ def phases(config: Any) -> list[dict[str, str]]:
     stages = len(_listed(c, "lr_schedule", float)) - 1
 
     def kind(step: int) -> tuple:
-        fixed = batch_tokens_at(step, c), window_blocks_at(step, c), len(target_weights(step, c))
+        graph = len(target_weights(step, c)), sampled_classes_at(step, c)
+        fixed = batch_tokens_at(step, c), window_blocks_at(step, c), *graph
         return (*fixed, cooling(step), step >= scheduled(c), min(part(step, c), stages))
 
     rows = []
@@ -268,6 +285,7 @@ def phases(config: Any) -> list[dict[str, str]]:
                 "targets": " + ".join(_span(*pair) for pair in weights),
                 "logits": f"{c.attention_scale * yarn_at(first, c, [])[1]:.4f}",
             }
+            | ({"classes": str(sampled_classes_at(first, c) or "all")} if listed_classes(c) else {})
         )
     return rows
 

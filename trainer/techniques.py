@@ -22,7 +22,7 @@ from kernels.attention import attention
 from kernels.cross_entropy import next_targets
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers
-from trainer import adam, products
+from trainer import adam, products, sampled_softmax
 from trainer.gating import DynamicGates, Gates, HeadMixing, mixed_heads
 from trainer.ngram_table import NGramTable
 from trainer.normuon import factors
@@ -38,6 +38,7 @@ PLAIN = dict(
     backout_layer=-1, value_gates=False, output_gates=False, key_offset="", exact_windows=False, bigram_rows=0,
     ngram_rows=0, late_attention_source=-1, dynamic_skips="", matrix_dtype="",
     yarn_until=-1, untied_values=False, xsa=False, paired_heads="", dynamic_gates=-1, head_mixing=False,
+    narrow_qk=0,
 )
 # fmt: on
 
@@ -92,6 +93,8 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
     for field in ("num_iterations", "checkpoint_every", "stop_after"):  # else gradients would wait in between
         if getattr(c, field) % c.adam_every:
             raise UsageError(f"--{field}={getattr(c, field)}: a multiple of --adam_every={c.adam_every}")
+    sampled_softmax.check(c)
+    check_narrow(c)
     for field, read in (
         ("muon_lr_factors", factors),
         ("fp8_scales", three_numbers),
@@ -102,6 +105,7 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         ("long_window_layers", lambda text: known_layers(text, c.num_layers)),
         ("key_offset", lambda text: known_layers(text, c.num_layers)),
         ("paired_heads", lambda text: known_layers(text, c.num_layers)),
+        ("narrow_qk_layers", lambda text: known_layers(text, c.num_layers)),
     ):
         try:
             read(getattr(c, field))
@@ -114,6 +118,18 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
     last = c.num_layers - 1
     if c.head_mixing and last in {*numbers(c.attention_free_layers), *numbers(c.paired_heads)}:
         raise UsageError("--head_mixing: the last layer is without attention, or one of --paired_heads")
+
+
+def check_narrow(config: Any) -> None:
+    """Raise UsageError for queries and keys that cannot be so narrow."""
+    c, width = config, config.model_dim // config.num_heads
+    if c.narrow_qk and (c.narrow_qk % 4 or not 8 <= c.narrow_qk < width):
+        raise UsageError(
+            f"--narrow_qk={c.narrow_qk}: 0, or a multiple of 4 from 8 to less than --model_dim / --num_heads = {width}"
+        )
+    for field in ("narrow_qk_layers", "narrow_qk_scale"):
+        if getattr(c, field) and not c.narrow_qk:
+            raise UsageError(f"--{field}={getattr(c, field)}: no queries and keys are narrow; see --narrow_qk")
 
 
 def three_numbers(text: str) -> None:
@@ -214,6 +230,25 @@ class BigramRows:
         return F.pad(hashed.remainder(self.rows - 1), (1, 0), value=self.rows - 1).long()
 
 
+# ---- narrow_qk -------------------------------------------------------------------------------------------------
+
+
+def narrow_rows(config: Any, layer: int) -> int:
+    """`narrow_qk` (#344, by layers #360): rows of a layer's weight to its queries, and of that to its keys, which are
+    narrower than its values; 0: all D of them. In such a layer q and k are normed and rotated over their own width,
+    with frequencies from 1 to 1 / 1024 as wide ones have, and logits are scaled by `narrow_qk_scale`."""
+    c = config
+    narrow = c.narrow_qk and (not c.narrow_qk_layers or layer in numbers(c.narrow_qk_layers))
+    return c.num_heads * c.narrow_qk if narrow else 0
+
+
+def projections(block: Any) -> tuple[list[Tensor], Tensor]:
+    """(a layer's weights to q, k and v, of which the rows (E, D) follow each other; that back, (D, D)); views."""
+    if hasattr(block, "qk_w"):
+        return [block.qk_w.flatten(0, 1), block.vo_w[0]], block.vo_w[1]
+    return [block.qkvo_w[:3].flatten(0, 1)], block.qkvo_w[3]
+
+
 # ---- key_offset ------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +294,7 @@ class Targets:
 
     def __init__(self, config: Any, model: Any, device: torch.device):
         self.config, self.device = config, device
+        self.sampled = sampled_softmax.SampledClasses(config, device)
         self.kept: dict[int, Tensor] = {}  # weights of so many targets, filled in place: nothing compiles anew
         if config.prefix_loss:
             try:
@@ -544,10 +580,15 @@ class Techniques(nn.Module):
             return None
         c, layer, (B, T, D), H = self.config, block.layer, x_BTD.shape, self.config.num_heads
         y_BTD = norm(x_BTD) if c.norm_before_attention else x_BTD
-        w_ED = block.qkvo_w[:3].flatten(0, 1).to(y_BTD.dtype)
+        narrow, (inwards, w_o_DD) = narrow_rows(c, layer), projections(block)
+        w_ED = (torch.cat(inwards) if narrow else inwards[0]).to(y_BTD.dtype)
         if c.output_scalar:
             w_ED = scalars_2[0] * w_ED
-        q, k, v = products.linear(y_BTD, w_ED, gpt.impls).view(B, T, 3, H, D // H).unbind(2)
+        parts = products.linear(y_BTD, w_ED, gpt.impls).split([narrow or D, narrow or D, D], -1)
+        q, k, v = (part.unflatten(-1, (H, -1)) for part in parts)
+        R = D // H // 2  # columns of the tables for wide heads; those for narrow ones follow
+        rotary = tuple(table[:, R:] if narrow else table[:, :R] for table in rotary)
+        scale = c.narrow_qk_scale if narrow and c.narrow_qk_scale else c.attention_scale
         v = own_v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
         q, k, pair = norm(q), norm(k), layer in self.paired
         if pair:
@@ -559,11 +600,11 @@ class Techniques(nn.Module):
             k = offset_keys(k, None if cache is None else cache.last_key(layer, k))
         mixing = self.head_mixing(y_BTD) if self.head_mixing is not None and layer == c.num_layers - 1 else None
         if cache is None:
-            o_BTHDh = attention(q, k, v, plan, scale=c.attention_scale, impl=gpt.impls["attention"])
+            o_BTHDh = attention(q, k, v, plan, scale=scale, impl=gpt.impls["attention"])
             if mixing is not None:
-                o_BTHDh = o_BTHDh + mixed_heads(q, k, v, mixing, plan.first_key_BT, c.attention_scale)
+                o_BTHDh = o_BTHDh + mixed_heads(q, k, v, mixing, plan.first_key_BT, scale)
         else:
-            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, c.attention_scale, 2 if pair else 1, mixing)
+            o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, scale, 2 if pair else 1, mixing)
         if pair:
             o_BTHDh = separated(o_BTHDh)
         elif c.xsa:
@@ -571,7 +612,7 @@ class Techniques(nn.Module):
             o_BTHDh = exclusive(o_BTHDh, own_v, alpha)
         if c.output_gates:  # #117
             o_BTHDh = o_BTHDh * self.opened(y_BTD, layer, gates).to(y_BTD.dtype)[..., None]
-        w_o_DD = block.qkvo_w[3].to(y_BTD.dtype)
+        w_o_DD = w_o_DD.to(y_BTD.dtype)
         w_o_DD = scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD
         return products.linear(o_BTHDh.reshape(B, T, D), w_o_DD, gpt.impls)
 

@@ -126,8 +126,8 @@ def test_documents_may_be_cut_shorter_in_the_first_third():
 
 
 def test_medium_has_one_shape_and_record_18_four():
-    assert schedule.shapes(Config()) == {(65536, 1): 0}
-    assert schedule.shapes(RECORD18) == {(16384, 3): 0, (32768, 2): 392, (49152, 1): 784, (65536, 1): 1175}
+    assert schedule.shapes(Config()) == {(65536, 1, 0): 0}
+    assert schedule.shapes(RECORD18) == {(16384, 3, 0): 0, (32768, 2, 0): 392, (49152, 1, 0): 784, (65536, 1, 0): 1175}
     assert schedule.sequence_lengths(Config()) == [(0, 65536)]
     assert schedule.sequence_lengths(RECORD18) == [(0, 16384), (392, 32768), (784, 49152), (1175, 65536)]
 
@@ -135,9 +135,9 @@ def test_medium_has_one_shape_and_record_18_four():
 @pytest.mark.parametrize("steps", [1, 2, 5, 11, 12, 13, 30])
 def test_runs_shorter_than_their_lists_have_every_shape_that_occurs(steps):
     config = dataclasses.replace(RECORD18, num_iterations=steps, extension_steps=0)
-    seen: dict[tuple[int, int], int] = {}
+    seen: dict[tuple[int, int, int], int] = {}
     for step in range(steps):
-        shape = schedule.sequence_tokens_at(step, config), len(schedule.target_weights(step, config))
+        shape = schedule.sequence_tokens_at(step, config), len(schedule.target_weights(step, config)), 0
         seen.setdefault(shape, step)
     assert schedule.shapes(config) == seen
     lengths = schedule.sequence_lengths(config)
