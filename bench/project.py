@@ -137,16 +137,18 @@ class Projection:
         return self._attention[key]
 
     def eight(self, least: str) -> float:
-        """Time of a product that is in 8 bits from `--products={least}` on, over its time in 16."""
+        """Time of a product that is in 8 bits from `--products={least}` on, over what was rehearsed of it."""
         from trainer.products import NAMES
 
+        if self.counted:
+            return 1.0
         return self.faster if NAMES.index(self.config.products) >= NAMES.index(least) else 1.0
 
     def head_ms(self) -> float:
         """Products at 16 or 8 bits, and what the loss moves, of the rehearsed number of tokens."""
         products = 6.0 * self.ref.head * self.tokens / self.h100.tflops_16 / EFFICIENCY["product", True] / 1e9
         rest = self.parts["head and loss"] - products
-        return products * (self.faster if self.config.fp8_scales else self.eight("fp8_head")) + rest
+        return products * self.eight("fp8_head") + rest
 
     def streams_ms(self) -> float:
         """Norms, mixes and embeddings of the rehearsed number of tokens, with what techniques add."""
@@ -326,8 +328,8 @@ projected without having been looked at: the largest error among them is {worst:
 
 {sizes}
 
-Published ones are differences of cumulative times, where the logs tell them. A head with scales for 8 bits
-(`fp8_scales`) counts as one in 8 bits.
+Published ones are differences of cumulative times, where the logs tell them. The head is in 8 bits where a preset has
+it so (`products`).
 
 ## Parts of the last step, ms, not calibrated
 

@@ -528,13 +528,15 @@ def _in_chunks(rows_of, products, targets_NK, softcap, ignore_index, chunk_token
         z = products.logits(rows)
         own = weights if weights is None or weights.dim() == 1 else weights[rows]
         how = dict(losses=losses[rows], weights=own)
-        g = products.room(z) if gradient and rows_of is launch_rows else None
-        if g is not None:
-            how["into"] = g
+        into = products.room(z) if gradient and rows_of is launch_rows else None
+        if into is not None:
+            how["into"] = into
         rows_of(z, targets_NK[rows], softcap, ignore_index, gradient, **how)
+        g = z if into is None else into
+        del z, into, how  # with a gradient in 8 bits the logits are done with before its products
         if gradient:
-            products.gradients_(z if g is None else g, rows, dx_ND[rows], dw_VD)
-        del z, g  # before the next chunk's logits, or two chunks of them would exist
+            products.gradients_(g, rows, dx_ND[rows], dw_VD)
+        del g  # before the next chunk's logits, or two chunks would exist
     return losses, dx_ND, dw_VD
 
 

@@ -143,7 +143,8 @@ def put_master_(weight: torch.Tensor, mantissa: torch.Tensor, master: torch.Tens
 # ---- tiles ------------------------------------------------------------------------------------------------
 
 
-#: Square tiles of the result. "default" is small enough for any device.
+#: Square tiles of the result. "default" is small enough for any device, and for matrices with a side that 16 does not
+#: divide.
 TILES: Tiles = {
     ("default", "symmetric", 2): Tile(64, 64, 4, 2, depth=32),
     ("default", "symmetric", 4): Tile(32, 32, 4, 2, depth=32),
@@ -265,7 +266,9 @@ def launch_symmetric(x_BMK, e_BMM=None, *, alpha: float = 1.0, beta: float = 0.0
         expect("e", e_BMM, (B, M, M), x_BMK)
         expect_floats("e", e_BMM, (x_BMK.dtype,))
         e_BMM = dense(e_BMM)
-    tile = tile or tile_of(TILES, "symmetric", x_BMK.dtype)
+    # Where 16 does not divide a side (a gate a head), a thread has an address for each number that it loads, adds or
+    # stores: those of the large tiles do not fit into its registers.
+    tile = tile or tile_of(TILES, "symmetric", x_BMK.dtype, "default" if M % 16 or K % 16 else None)
     descriptors = tile.descriptors and x_BMK.numel() > 0 and copies_in_bulk(x_BMK)
     p_x = descriptor(x_BMK, [1, tile.rows, tile.depth]) if descriptors else x_BMK
     out = torch.empty(B, M, M, dtype=x_BMK.dtype, device=x_BMK.device)

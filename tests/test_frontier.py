@@ -31,8 +31,8 @@ def small(preset, **changes):
     """All techniques of a preset at a size that a float64 twin can follow: 16 layers, D = 32."""
     # fmt: off
     fields = dict(
-        model_dim=32, num_heads=2, vocab_size=200, eos_id=7, dtype="float32", matrix_dtype="", device="cpu",
-        num_iterations=12, extension_steps=0, tokens_per_step=64, train_seq_len=32, batch_schedule="",
+        model_dim=32, num_heads=2, vocab_size=200, eos_id=7, dtype="float32", products="bf16", matrix_dtype="",
+        device="cpu", num_iterations=12, extension_steps=0, tokens_per_step=64, train_seq_len=32, batch_schedule="",
         val_seq_len=32, val_tokens=32, block_tokens=4, muon_momentum_cooldown=0,
     )
     # fmt: on

@@ -28,6 +28,7 @@ def summary(counted: dict) -> str:
         group["GB"] += row["bytes"] / 1e9
         group["TFLOP"] = group.get("TFLOP", 0.0) + row["flops"] / 1e12
     step, kernels, windows = counted["step"], counted["kernels"], counted["windows"]
+    unaligned = step["unaligned_bytes"]
     spilling = [k["kernel"] for k in kernels if k["stack_bytes"]]
     peaks = {"a step": step["peak_holders_gib"], "the warm-up": counted["warm_up_holders_gib"]}
     peaks["a validation"] = counted["validation"]["peak_holders_gib"]
@@ -40,6 +41,8 @@ def summary(counted: dict) -> str:
         f"graphs {counted['compile']['graphs']}, breaks {counted['compile']['breaks'] or 'none'}, new graphs over "
         f"{windows['tried']} of {windows['different']} windows: {windows['new_graphs']}",
         f"waits of the host in a step: {step['host_waits'] or 'none'}",
+        f"behind pointers that Inductor does not know to be aligned: {sum(unaligned.values()) / 1e6:.3g} MB "
+        f"{list(unaligned)[:3] or ''}",
         f"own kernels whose machine code is not the proof's: {', '.join(counted['unproven']) or 'none'}",
         "",
         *(f"held at the peak of {name} (GiB): {_held(holders)}" for name, holders in peaks.items()),

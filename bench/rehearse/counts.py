@@ -300,7 +300,9 @@ def _launch_counts(recorder: Recorder) -> dict:
             groups[key][i] += amount
     fields = ("kind", "phase", "part", "kernel", "bits", "launches", "bytes", "flops")
     rows = [dict(zip(fields, (*key, *sums))) for key, sums in groups.items()]
-    return {"launches": len(recorder.launches), "kernels": sorted(rows, key=lambda row: -row["bytes"])}
+    unaligned = {name: size for name, size in sorted(recorder.unaligned.items(), key=lambda kv: -kv[1]) if size}
+    rows.sort(key=lambda row: -row["bytes"])
+    return {"launches": len(recorder.launches), "kernels": rows, "unaligned_bytes": unaligned}
 
 
 def _grouped(messages: list) -> list:

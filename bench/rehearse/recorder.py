@@ -165,6 +165,7 @@ class Recorder(TorchDispatchMode):
     launches: list[Launch] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+    unaligned: dict[str, int] = field(default_factory=dict)  # kernel of Inductor's -> bytes behind such pointers
     kernels: dict[str, Any] = field(default_factory=dict)  # name -> what holds its compiled code, all that ever ran
     assembles: bool = True  # off: launches stop before Triton compiles; only shapes and memory are of interest
 
@@ -193,7 +194,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        self.launches, self.messages, self.waits, self.on = [], [], [], True
+        self.launches, self.messages, self.waits, self.unaligned, self.on = [], [], [], {}, True
         try:
             yield
         finally:
@@ -361,6 +362,15 @@ def _launchers() -> dict[str, Callable]:
     return found
 
 
+def unaligned_pointers(triton_meta: dict[str, Any]) -> frozenset[str]:
+    """Pointer arguments of a kernel of Inductor's that, for all it knows, do not begin at a multiple of 16 bytes: what
+    lies there is loaded and stored in smaller pieces than the device can."""
+    (told,) = triton_meta["configs"]
+    aligned = {place for (place,), attributes in told.items() if ["tt.divisibility", 16] in attributes}
+    signature = enumerate(triton_meta["signature"].items())
+    return frozenset(name for place, (name, kind) in signature if kind.startswith("*") and place not in aligned)
+
+
 _watching: list[Recorder] = []
 
 
@@ -380,10 +390,12 @@ def _watch(recorder: Recorder) -> None:
         if recorder.on and recorder.assembles:
             name = self.inductor_meta.get("kernel_name", self.fn.__name__)
             # Every argument once, those updated in place twice: an upper bound where rows of a table are gathered.
-            named = zip(self.triton_meta["signature"], args)
-            sizes = [nbytes(a) * (2 if n.startswith("in_out") else 1) for n, a in named if isinstance(a, torch.Tensor)]
+            named = [(n, a) for n, a in zip(self.triton_meta["signature"], args) if isinstance(a, torch.Tensor)]
+            sizes = [nbytes(a) * (2 if n.startswith("in_out") else 1) for n, a in named]
             recorder.add("inductor", re.sub(r"_\d+$", "", name), recorder.part(), sum(sizes))
             recorder.kernels[name] = self
+            behind = sum(nbytes(a) for n, a in named if n in unaligned_pointers(self.triton_meta))
+            recorder.unaligned[name] = recorder.unaligned.get(name, 0) + behind
         return run(self, *args, stream=stream, **kwargs) if recorder.assembles else None
 
     def launch_noted(self, *args, grid, warmup, **kwargs):

@@ -99,13 +99,15 @@ class Launch(NamedTuple):
     """One dry run: `run` builds meta tensors and calls launchers.
 
     quick: part of the default tests, on sm_90. demanding: its sm_90 code must meet the family's demands (say
-    False where it cannot, as float32 code has no HGMMA)."""
+    False where it cannot, as float32 code has no HGMMA). spills: without demands it may; False forbids it all the
+    same."""
 
     name: str
     run: Callable[[], object]
     devices: tuple[str, ...] = DEVICES
     quick: bool = False
     demanding: bool = True
+    spills: bool = True
 
 
 class Demand(NamedTuple):

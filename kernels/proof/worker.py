@@ -61,6 +61,8 @@ def compile_all(names: tuple[str, ...], quick: bool, devices: tuple[str, ...]) -
                             f"{where}: {one.kernel}: {unmet}"
                             for unmet in machine_code.unmet_demands(family, one.kernel, row)
                         ]
+                    elif device == machine_code.TABLE_DEVICE and row["stack_bytes"] and not launch.spills:
+                        failures.append(f"{where}: {one.kernel}: {row['stack_bytes']} bytes of stack, 0 allowed")
                     rows.append(
                         {
                             "family": name,

@@ -60,7 +60,7 @@ def test_tokens_layers_and_bits_tell_on_the_parts_that_they_concern():
     assert full["attention projections"] == pytest.approx(
         projection(MEDIUM).step_ms(0)["attention projections"] * 16 / 15
     )
-    eight = dataclasses.replace(RECORD18, fp8_scales="32,2.25,1.5")
+    eight = dataclasses.replace(RECORD18, products="fp8_head")
     assert projection(eight).head_ms() < 0.75 * projection(RECORD18).head_ms()
     rare = dataclasses.replace(RECORD18, adam_every=1)
     assert projection(rare).sent_bytes() > projection(RECORD18).sent_bytes()

@@ -81,6 +81,8 @@ def with_fault(counted, name):
         step["peak_gib"] += 2
     elif name == "launches":
         step["launches"] += 50
+    elif name == "alignment":
+        step["unaligned_bytes"]["a_kernel"] = 10**9
     elif name == "ptxas":
         next(kernel for kernel in faulty["kernels"] if kernel["own"])["sha256"] = "0" * 64
     return faulty
@@ -95,6 +97,7 @@ FAULTS = {
     "spill": "spilling_kernels",
     "memory": "peak_gib",
     "launches": "launches",
+    "alignment": "unaligned_mb",
     "ptxas": "unproven_kernels",
 }
 
@@ -157,6 +160,15 @@ def test_what_an_operator_changes_moves_twice():
     assert moved_by(aten.copy_.default, (a, a.clone()), {}, [a]) == 2 * 128
     assert moved_by(aten.zero_.default, (a,), {}, [a]) == 128
     assert moved_by(aten.mul_.Tensor, (a, torch.empty(4, 8)), {}, [a]) == 2 * 128, "the host's memory is not counted"
+
+
+def test_pointers_of_which_inductor_knows_no_alignment_are_found():
+    from bench.rehearse.recorder import unaligned_pointers
+
+    signature = {"in_ptr0": "*bf16", "in_ptr1": "*fp32", "out_ptr0": "*bf16", "xnumel": "i32"}
+    sixteen = [["tt.divisibility", 16]]
+    meta = {"signature": signature, "configs": [{(0,): sixteen, (2,): [["tt.other", 1]], (3,): sixteen}]}
+    assert unaligned_pointers(meta) == {"in_ptr1", "out_ptr0"}
 
 
 def test_what_a_kernel_reads_and_writes_moves_twice_whatever_its_names():

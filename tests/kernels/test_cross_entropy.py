@@ -336,6 +336,29 @@ def test_counted_memory_at_the_size_of_the_run(monkeypatch, gradient):
     assert counted.most <= 1.1 * least
 
 
+def test_with_a_gradient_in_8_bits_the_logits_are_let_go_before_its_products(monkeypatch):
+    """Counted likewise: at the peak there are one chunk's logits and their gradient, not also that gradient turned."""
+    N, D, V, C = 65536, 1024, 50304, 8192
+
+    def both_ways(x, dtype, _largest):
+        return [module.Eight(x.new_empty(shape, dtype=dtype), None) for shape in (x.shape, x.shape[::-1])]
+
+    monkeypatch.setattr(module, "launch_rows", lambda *_, **__: None)
+    monkeypatch.setattr(module, "both_ways", both_ways)
+    monkeypatch.setattr(module, "scale_for", lambda *_: None)
+    monkeypatch.setattr(module, "turned", lambda a: a.turned())
+    monkeypatch.setattr(
+        module, "product", lambda a, b, t, **_: a.values.new_empty(len(a.values), len(b.values), dtype=t)
+    )
+    x = torch.empty(N, D, dtype=torch.bfloat16, device="meta")
+    w, targets = torch.empty(V, D, device="meta"), torch.empty(N, dtype=torch.int64, device="meta")
+    with LiveBytes() as counted:
+        module.launch_head(x, w, targets, "rsqrt", IGNORED, C, (1, 1, 1), True)
+    both_x_and_w, dw, dx, logits, gradient = 2 * D * (N + V), V * D * 4, N * D * 2, C * V * 2, C * V
+    least = both_x_and_w + dw + dx + logits + gradient
+    assert least <= counted.most <= 1.02 * least, f"{counted.most / 1e9:.2f} GB for {least / 1e9:.2f}"
+
+
 def test_chunks_fit_the_device():
     sizes = {gb: module.chosen_chunk_tokens(50304, 2, gb * 2**30) for gb in (8, 24, 48, 79, 139)}
     assert sizes == {8: 1024, 24: 2048, 48: 4096, 79: 8192, 139: 8192}
