@@ -15,6 +15,7 @@ from lab.models import LanguageModel
 from lab.runlog import write_json
 
 BINS = 60
+MOST_LINES = 16  # of a panel
 SATURATED = 0.97  # a tanh beyond this passes less than 6 % of its gradient on
 
 
@@ -161,32 +162,37 @@ Lines = dict[str, list[tuple[int, float]]]  # name -> (step, value) points
 
 
 def draw_histograms(ax: Any, moment: dict[str, Any], what: str) -> None:
-    """Density of every layer's `what`: activation or gradient."""
+    """Density of every layer's `what`: activation or gradient. A layer through which nothing flows (yet, where the
+    output layer starts at zero) has none."""
     for i, (name, layer) in enumerate(moment["layers"].items()):
         h = layer[what]
+        if not h["std"]:
+            continue
         width = (h["high"] - h["low"]) / BINS
         x = [h["low"] + (k + 0.5) * width for k in range(BINS)]
-        ax.plot(x, h["density"], color=plots.color(i), label=name)
+        ax.plot(x, h["density"], **plots.line(i), label=name)
     ax.set_yticks([])
-    if moment["layers"]:
+    if ax.lines:
+        plots.few_numbers(ax)
         ax.legend()
     else:
-        plots.note(ax, "no hidden layer")
+        plots.note(ax, f"all {what}s are equal" if moment["layers"] else "no hidden layer")
 
 
 def draw_lines(ax: Any, lines: Lines, title: str) -> None:
-    """Values over steps, one line a name; the start is drawn at half a step."""
+    """Values over steps, one line a name, MOST_LINES of them; the start is drawn at half a step."""
     ax.set_title(title)
+    if not lines:
+        plots.note(ax, "nothing of that kind in this model")
+        return
     ax.set_xscale("log")
     ax.set_xlabel("step")
-    few = max(map(len, lines.values()), default=0) < 30
-    for i, (name, points) in enumerate(list(lines.items())[:10]):
+    marker = "o" if max(map(len, lines.values())) < 30 else ""
+    for i, (name, points) in enumerate(list(lines.items())[:MOST_LINES]):
         x, y = [max(s, 0.5) for s, _ in points], [v for _, v in points]
-        ax.plot(x, y, "o-" if few else "-", color=plots.color(i), label=_short(name))
-    if lines:
-        ax.legend(fontsize=6)
-    else:
-        plots.note(ax, "nothing of that kind in this model")
+        ax.plot(x, y, marker=marker, **plots.line(i), label=_short(name))
+    cut = f"the first {MOST_LINES} of {len(lines)}" if len(lines) > MOST_LINES else None
+    ax.legend(fontsize=6, ncols=1 + (len(lines) > 5), title=cut, title_fontsize=6)
 
 
 def _short(name: str) -> str:

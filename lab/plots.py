@@ -51,6 +51,11 @@ def color(i: int) -> str:
     return _COLORS[i % len(_COLORS)]
 
 
+def line(i: int) -> dict[str, Any]:
+    """Colour and dashes of the i-th of many lines: no two of 24 are alike."""
+    return {"color": color(i), "linestyle": ("-", "--", ":")[i // len(_COLORS) % 3]}
+
+
 def shade(i: int, count: int) -> Any:
     """The i-th of `count` colours from early (dark) to late (light): for lines that have an order."""
     return plt.get_cmap("viridis")(0.9 * i / max(1, count - 1))
@@ -176,6 +181,13 @@ def note(ax: Any, text: str) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.grid(False)
+
+
+def few_numbers(ax: Any) -> None:
+    """At most five numbers below a panel, with a power of ten in common where they are small or great: side by side in
+    a row of panels, 0.00025 and its like would lie on each other."""
+    ax.locator_params(axis="x", nbins=4)
+    ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
 
 
 def _give_fonts(fig: Any) -> None:

@@ -90,7 +90,7 @@ def tell(fields: Sequence[str], found: Sequence[Varied], out: Path) -> Finding:
         for k, run in enumerate(one.runs):
             points = [(v["step"], v["loss"]) for v in run["validation"] if v["loss"] is not None]
             label = None if k else ", ".join(one.values)
-            ax.plot([s for s, _ in points], [loss for _, loss in points], color=plots.color(i), label=label)
+            ax.plot([s for s, _ in points], [loss for _, loss in points], **plots.line(i), label=label)
     late = [v["loss"] for one in found for r in one.runs for v in r["validation"][1:] if v["loss"] is not None]
     if late:
         low, high = min(late), sorted(late)[int(0.95 * (len(late) - 1))]

@@ -126,7 +126,7 @@ def _outside(look: Look, asked: Looking) -> dict[str, Any]:
     if asked.fewshot_path:
         other = split_documents(load_documents(asked.data or "text", asked.fewshot_path))
         how = {"corpus": Path(asked.fewshot_path).stem, "prompt": look.prompt, "steps": asked.steps, "progress": say}
-        how["every"] = max(1, asked.steps // 4)
+        how |= {"every": max(1, asked.steps // 4), "chars": asked.limit}
         early = look.along[:: max(1, len(look.along) // 4)]
         calls["fewshot"] = lambda: analyses.fewshot([look.final], other["train"], other["val"], out, **how)
         calls["fewshot_early"] = lambda: analyses.fewshot(early, other["train"], other["val"], out, **how)

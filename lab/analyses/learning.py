@@ -86,6 +86,7 @@ def _small(moments: list[dict[str, Any]], changes: list[dict[str, Any]], texts: 
                 ax.plot(x, y, color=plots.shade(i, len(moments)), label=f"step {moment['step']:,}")
             ax.set_title(f"{name}: {what}s")
             ax.set_yticks([])
+            plots.few_numbers(ax)
     if layers and axes[0][0].lines:
         axes[0][0].legend(fontsize=6)
     change: dict[str, list[tuple[int, float]]] = {}

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -17,6 +18,8 @@ from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.datasets import row_batches, tokenize_documents
 from lab.sample import generate
 from lab.train import evaluate
+
+TELL_S = 10.0  # seconds between lines on what takes long
 
 
 def losses(
@@ -116,8 +119,8 @@ def fine_tune(
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train a copy of the model on other documents with AdamW; loss and a sample at 0, `every`, ..., `steps`, and
-    the loss on each of the `watched` texts. `progress` is told each of these lines, for it may take minutes.
-    The vocabulary stays, so its unknown characters are neither learned nor scored."""
+    the loss on each of the `watched` texts. `progress` is told each of these lines, and where steps take long, how far
+    it is every TELL_S seconds. The vocabulary stays, so its unknown characters are neither learned nor scored."""
     model = copy.deepcopy(checkpoint.model)
     if not list(model.parameters()):
         raise LabError(f"{checkpoint.name} has no parameters to fine-tune; it is counted")
@@ -127,7 +130,7 @@ def fine_tune(
     seen = {n: tokenize_documents(d, checkpoint.tokenizer, _keep(checkpoint)) for n, d in (watched or {}).items()}
     batches = row_batches(tokens["t"], row, max(1, batch_tokens // row), seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-    table = []
+    table, spoke = [], time.monotonic()
     for step in range(steps + 1):
         if step % every == 0:
             model.eval()
@@ -138,6 +141,10 @@ def fine_tune(
             if progress:
                 told = "".join(f", {name} {value:.3f}" for name, value in others.items())
                 progress(f"fine-tuning: step {step} of {steps}, loss {loss:.3f}{told}")
+            spoke = time.monotonic()
+        elif progress and time.monotonic() - spoke >= TELL_S:
+            progress(f"fine-tuning: step {step} of {steps}")
+            spoke = time.monotonic()
         if step < steps:
             model.train()
             loss = model(*next(batches))[1]

@@ -53,7 +53,7 @@ def divergence_of(checkpoint: Checkpoint, counts: np.ndarray) -> float:
         often = counts[some].sum(1, keepdims=True)
         learned = learned_pairs(checkpoint, some).double().numpy()
         total += float((often[:, 0] * _divergence(counts[some] / often, learned)).sum())
-    return total / counts.sum()
+    return max(0.0, total / counts.sum())  # of two equal tables rounding can leave a hair less than nothing
 
 
 def pairs(checkpoint: Checkpoint, documents: Sequence[str], out: Path) -> Finding:

@@ -127,6 +127,7 @@ def assess(texts: Sequence[str], train: Sequence[str], checkpoint: Checkpoint) -
 
 
 MEASURES = ("perplexity", "novelty_distance", "longest_shared_run", "grammaticality", "repetition")
+OF_WORDS = ("grammaticality", "repetition")  # of neighbouring words, which a text of one word has not
 
 
 def quality(
@@ -139,7 +140,8 @@ def quality(
     prompt: str = "",
     max_tokens: int = 200,
 ) -> Finding:
-    """Generated texts beside held-out real ones, measure by measure; real text is the yardstick."""
+    """Generated texts beside held-out real ones, measure by measure; real text is the yardstick. Where every text is
+    one word, a name, the measures of neighbouring words are left out."""
     drawn = generate(checkpoint, prompt, count=count, max_tokens=max_tokens, temperature=0.8, seed=2)
     size = max(20, sum(len(s.text) for s in drawn) // count)
     sets = {"generated": [s.text for s in drawn if s.text], "held out": [d[:size] for d in held_out[:count]]}
@@ -147,11 +149,13 @@ def quality(
     rows = {name: assess(texts, train, checkpoint) for name, texts in sets.items()}
     if not rows["generated"]:
         raise LabError("the model wrote nothing but end marks; give a prompt")
-    told = (*MEASURES, "bits_per_byte", "unknown_share")
+    single = all(len(split_words(text)) < 2 for texts in sets.values() for text in texts)
+    measures = [m for m in MEASURES if not (single and m in OF_WORDS)]
+    told = (*measures, "bits_per_byte", "unknown_share")
     means = {n: {m: sum(r[m] for r in rs) / len(rs) for m in told} for n, rs in rows.items() if rs}
     copies = sum(t in known for t in sets["generated"])
-    fig, axes = plots.figure(1, len(MEASURES), size=(14, 3.4))
-    for ax, measure in zip(axes, MEASURES):
+    fig, axes = plots.figure(1, len(measures), size=(2.8 * len(measures), 3.4))
+    for ax, measure in zip(axes, measures):
         for i, (name, rs) in enumerate(rows.items()):
             ax.bar(i, means[name][measure], color=plots.color(i), width=0.6)
             ax.plot([i] * len(rs), [r[measure] for r in rs], "o", color="0.3", markersize=3)
@@ -164,8 +168,8 @@ def quality(
     summary = (
         f"{count} texts: perplexity {g['perplexity']:.1f} a token{unknown}, cosine distance to the nearest of "
         f"{len(train):,} training texts {g['novelty_distance']:.2f}, longest shared run {g['longest_shared_run']:.0f} "
-        f"characters, grammaticality {g['grammaticality']:.2f}, repetition {g['repetition']:.2f}; {copies} are "
-        "training texts word for word."
+        f"characters{''.join(f', {m} {g[m]:.2f}' for m in OF_WORDS if m in g)}; {copies} are training texts word for "
+        "word."
     )
     data = {"means": means, "texts": rows, "copies": copies, "held_against": len(train)}
     return write_finding(out, "quality", summary, data, fig)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, permutations
 
 import pytest
@@ -16,12 +17,13 @@ from lab.analyses.colours import coloured
 from lab.analyses.curves import noise
 from lab.analyses.learning import entropy, spelling
 from lab.analyses.losses import forgetting
-from lab.analyses.menu import MENU
-from lab.analyses.pairs import count_pairs, divergence_of, in_the_plane, learned_pairs, neighbours
+from lab.analyses.menu import MENU, look_at
+from lab.analyses.pairs import count_pairs, divergence_of, in_the_plane, learned_pairs, neighbours, pairs
+from lab.analyses.quality import quality
 from lab.analyses.samples import positions, symbols
 from lab.analyses.tasks import grammar, pair_share, ranked_share, sentence_nats
 from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_checkpoint
-from lab.datasets import row_batches, tokenize_documents
+from lab.datasets import load_documents, row_batches, tokenize_documents
 from lab.models import build_model
 from lab.models.initial import different_units, initialise_
 from lab.texts import texts_of
@@ -73,6 +75,8 @@ def test_pairs_and_neighbours_by_hand(tmp_path):
     checkpoint = Checkpoint(tmp_path, "counts", 1, model, tokenizer, {})
     learned = learned_pairs(checkpoint, [0, 1, 2, 3])
     torch.testing.assert_close(learned.double(), torch.from_numpy(counts / counts.sum(1, keepdims=True)))
+    strange = count_pairs(["abxc"], tokenizer)
+    assert strange.sum() == 3 and strange[0, 1] == strange[1, 2] == strange[3, 0] == 1, "neither b x nor x c"
     vectors = torch.tensor([[9.0, 9.0], [1.0, 0.0], [2.0, 0.1], [0.0, 3.0]])
     near = neighbours(vectors, [1, 2, 3], count=1)
     assert near[1][0][0] == 2 and near[1][0][1] == pytest.approx(2 / math.hypot(2, 0.1)) and near[3][0][0] == 2
@@ -392,6 +396,32 @@ def test_pairs_are_held_against_the_counts_of_every_token(tmp_path, monkeypatch)
     counts, firsts = Counter(followed), Counter(a for a, _ in followed)
     by_hand = sum(n * (math.log(n / firsts[a]) - float(logp[a, b])) for (a, b), n in counts.items()) / len(followed)
     assert divergence_of(checkpoint, count_pairs(documents, tokenizer)) == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_names_are_not_judged_by_neighbouring_words(tmp_path):
+    """They have none, and all of them, real ones too, were said to have a grammaticality of 0."""
+    (writer,) = _writers(tmp_path, "ab")
+    name = quality(writer, ["ab", "aab"], ["ab"], tmp_path, count=2)
+    assert "grammaticality" not in name.data["means"]["held out"] and "grammaticality" not in name.summary
+    two = quality(writer, ["ab", "ab b"], ["ab b"], tmp_path, count=2)
+    assert two.data["means"]["held out"]["grammaticality"] > 0 and "grammaticality 0.00, repetition" in two.summary
+
+
+def test_counts_are_no_less_than_nothing_away_from_themselves(tmp_path):
+    """The model rounds to 32 bits, so that the mean over all pairs came out as -0.0000."""
+    documents, tokenizer = load_documents("names", limit_chars=2000), CharTokenizer(map(chr, range(32, 127)))
+    model, counts = build_model("counts", tokenizer.vocab_size, {"smoothing": 0.0}), count_pairs(documents, tokenizer)
+    model.counts_VV.copy_(torch.from_numpy(counts))
+    checkpoint = Checkpoint(tmp_path, "counts", 1, model, tokenizer, {})
+    assert 0.0 <= divergence_of(checkpoint, counts) < 1e-6
+    assert "lies 0.0000 nats" in pairs(checkpoint, documents, tmp_path).summary
+
+
+def test_a_page_draws_no_picture_of_what_it_shows_as_text(own, tmp_path):
+    look = page.look_of([str(own[0])], page.Keeping(), tmp_path)
+    for name in ("coloured", "samples"):
+        assert look_at(look, name).png_path is None and not (tmp_path / f"{name}.png").exists()
+        assert look_at(replace(look, pictures=True), name).png_path == tmp_path / f"{name}.png"
 
 
 def test_limits_that_change_a_result_are_told_with_it(own, tmp_path):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from matplotlib import font_manager
@@ -10,6 +10,7 @@ from matplotlib.text import Text
 
 import lab.analyses.__main__ as look
 from lab import cli, plots, train
+from lab.diagnostics import BINS, MOST_LINES, draw_histograms, draw_lines
 
 CHINESE = "中文\n文中国\n国中\n中中文\n文国\n"
 
@@ -135,3 +136,32 @@ def test_letters_of_one_place_are_put_beside_each_other():
     boxes = [Text.get_window_extent(text) for text in ax.texts]  # of the letters, without their lines
     assert [text.get_text() for text in ax.texts] == list("abcdefghijkl")
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2)), "not even the letters' boxes"
+
+
+def test_many_lines_can_be_told_apart_and_those_left_out_are_told():
+    """Colours repeat after eight, and the ninth line had the first one's name to a reader."""
+    fig, (few, many) = plots.figure(1, 2)
+    lines = {f"layer {n}": [(1, float(n)), (2, 1.0)] for n in range(MOST_LINES + 3)}
+    draw_lines(few, dict(list(lines.items())[:9]), "nine")
+    draw_lines(many, lines, "more")
+    assert len({(line.get_color(), line.get_linestyle()) for line in many.lines}) == len(many.lines) == MOST_LINES
+    assert many.get_legend().get_title().get_text() == f"the first {MOST_LINES} of {MOST_LINES + 3}"
+    assert few.get_legend().get_title().get_text() == "" and len(few.lines) == 9
+    plots.plt.close(fig)
+
+
+def test_numbers_below_narrow_panels_do_not_lie_on_each_other():
+    """Gradients of a hundred-thousandth: 0.000025, 0.00005 and so on ran into one word. None is drawn where all are
+    equal, as where the output layer starts at zero: it was a needle, as of a real distribution."""
+    density = [1.0] * BINS
+    layer = {"gradient": {"low": -1.2e-4, "high": 1.2e-4, "std": 1e-5, "density": density}}
+    still = {"gradient": {"low": -1e-12, "high": 1e-12, "std": 0.0, "density": density}}
+    fig, axes = plots.figure(1, 4, size=(12, 2))
+    for ax in axes:
+        draw_histograms(ax, {"layers": {"moving": layer, "still": still}}, "gradient")
+    fig.draw_without_rendering()
+    for ax in axes:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        assert len(boxes) >= 3 and all(a.x1 < b.x0 for a, b in pairwise(boxes)) and len(ax.lines) == 1
+    draw_histograms(plots.figure()[1], {"layers": {"still": still}}, "gradient")
+    plots.plt.close("all")

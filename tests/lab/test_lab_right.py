@@ -536,13 +536,23 @@ def test_rarer_words_are_replaced_up_to_a_share():
     assert clean_stories([kept.stories[0]]).stories == [kept.stories[0]], "a cleaned story is clean"
 
 
-def test_long_work_tells_how_far_it_is(own):
+def test_long_work_tells_how_far_it_is(own, monkeypatch):
     checkpoint, lines = load_checkpoint(best_checkpoint(own[0])), []
     texts = ["abc", "abd", "abe"] * 4
     how = {"steps": 4, "every": 2, "batch_tokens": 64, "watched": {"first": texts}}
     table = fine_tune(checkpoint, texts, texts, progress=lines.append, **how)
     assert len(lines) == len(table) == 3 and "step 4 of 4" in lines[-1]
     assert table[-1]["first"] < table[0]["first"], "here what is watched is what is learned"
+    monkeypatch.setitem(fine_tune.__globals__, "TELL_S", 0.0)  # as if every step took longer than one waits
+    fine_tune(checkpoint, texts, texts, progress=lines.append, **how)
+    assert [line.split(",")[0][-11:] for line in lines[3:]] == [f"step {n} of 4" for n in range(5)]
+
+
+def test_a_text_for_fewshot_is_scored_as_far_as_was_asked(own, tmp_path):
+    words = f"{own[0]} --only=fewshot --fewshot_path={own[1]} --data=names --steps=1 --limit=7 --out={tmp_path}"
+    assert cli.run(look.main, words.split()) == 0
+    found = json.loads((tmp_path / "fewshot.json").read_text(encoding="utf-8"))
+    assert found["limit_chars"] == 7 and "its first 7 characters" in found["summary"]
 
 
 def test_wilsons_interval_is_that_of_the_textbook():
