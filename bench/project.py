@@ -183,14 +183,14 @@ class Projection:
         projections = own.projections / ref.projections
         share = schedule.batch_tokens_at(step, self.config) / WORLD / self.tokens
         matrices = (own.mlp + own.projections) / (ref.mlp + ref.projections)
-        others = (own.head + own.tables + own.bigram) / (ref.head + ref.tables) / self.config.adam_every
+        others = (own.head + own.tables + own.bigram) / (ref.head + ref.tables + ref.bigram) / self.config.adam_every
         link = self.h100.link_gb_per_s * 1e6
         return {
             "MLP": p["MLP"] * share * own.mlp / ref.mlp * self.eight("fp8_mlp"),
             "attention projections": p["attention projections"] * share * projections * self.eight("fp8"),
             "head and loss": self.head_ms() * share,
             "attention": self.attention_ms(step),
-            "attention inputs": p["attention inputs"] * share * self.layers[0] / self.layers[1],
+            "attention inputs": p.get("attention inputs", 0.0) * share * self.layers[0] / self.layers[1],
             "norms, mixes, embeddings": self.streams_ms() * share,
             "Muon": p["Muon"] * matrices,
             "AdamW": p["AdamW"] * others,
