@@ -31,6 +31,10 @@ class DataError(StatsError):
     """The data cannot carry a verdict: unreadable, incomplete, mixed, not finite, too few."""
 
 
+class NoReader(DataError):
+    """A file of a known kind, and the library that reads it is not installed."""
+
+
 class UsageError(StatsError):
     """The question makes no sense, whatever the data say (an alpha of 2, a target above the first loss)."""
 

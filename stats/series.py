@@ -23,7 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from stats.errors import DataError
+from stats.errors import DataError, NoReader
+from stats.offline import SUFFIX as OFFLINE
+from stats.offline import read_offline
 from stats.runs import EmptyLog, parse_log
 from stats.sources import is_event_file, parse_console, read_events
 from stats.tables import parse_csv, parse_json, parse_numbers
@@ -99,7 +101,6 @@ class Series:
         return step if isinstance(step, int) else None
 
 
-WANDB = "the binary of an offline run of Weights & Biases: `wandb sync` it and export the run's history as CSV"
 STUDY = "a study, whose runs are compared with one another: python -m records.study report"
 
 
@@ -113,7 +114,7 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            series = _gathered([load_series(folder) for folder in _series_folders(path)])
+            series = _gathered(_once([load_series(folder) for folder in _series_folders(path)]))
             with_runs = [one for one in series if one.runs or one.launches is not None or one.record is not None]
             if not with_runs:
                 raise DataError(_nothing_here(series), path)
@@ -132,6 +133,52 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
     return found
 
 
+_WATCHERS = {"wandb": 1, "tensorboard": 2}  # who keep a run's losses beside its log: the higher number gives way
+
+
+def _once(series: list[Series]) -> list[Series]:
+    """`series` without what a library kept of runs that are there by a log (or by a library of a lower number) too."""
+    if not any(run.dialect in _WATCHERS for one in series for run in one.runs):
+        return series
+    known: dict[tuple[int, float], list[Run]] = {}  # by (step, loss to three digits) of each validation
+    for run in (run for one in series for run in one.runs):
+        for point in run.validations:
+            known.setdefault((point.step, round(point.loss, 3)), []).append(run)
+    found = []
+    for one in series:
+        kept, passed_over = [], list(one.passed_over)
+        for run in one.runs:
+            near: list[Run] = []
+            if run.validations and run.dialect in _WATCHERS:
+                last = run.validations[-1]
+                rounded = {round(last.loss + way, 3) for way in (-5e-4, 0, 5e-4)}
+                near = [other for loss in rounded for other in known.get((last.step, loss), ())]
+            twin = next((other for other in near if _watched(run, other)), None)
+            if twin is None:
+                kept.append(run)
+            else:
+                passed_over.append(PassedOver(run.path, f"the run of {twin.path}, kept twice"))
+        found.append(replace(one, runs=tuple(kept), passed_over=tuple(passed_over)))
+    return found
+
+
+def _watched(run: Run, other: Run) -> bool:
+    """Whether `run` is what a library kept of `other`: it has the other's losses, to the digits of both, at all of its
+    steps, or at some if its folder lies within that of the log (a run that was resumed, or evaluated once more)."""
+    if _WATCHERS.get(run.dialect, 0) <= _WATCHERS.get(other.dialect, 0):
+        return False
+    within = Path(other.path).parent in Path(run.path).parents
+    if not within and (len(run.validations) == 1 or _steps(run) != _steps(other)):
+        return False  # one loss alone may be an accident
+    points = {point.step: point for point in other.validations}
+    pairs = [(a, points.get(a.step)) for a in run.validations]
+    return all(
+        b is not None
+        and abs(a.loss - b.loss) <= 2**-23 * abs(b.loss) + 0.5 * sum(0.1**p.decimals for p in (a, b) if p.decimals)
+        for a, b in pairs
+    )
+
+
 def _gathered(series: list[Series]) -> list[Series]:
     """Series of one run each whose folders lie side by side, differ in a number or a last letter, and hold logs of one
     name (`seed_0/stdout.txt`, `seed_1/stdout.txt`; event files) are the runs of one series: the folder above."""
@@ -140,8 +187,9 @@ def _gathered(series: list[Series]) -> list[Series]:
     for one in series:
         if len(one.runs) == 1 and one.record is None and one.launches is None:
             log, folder = Path(one.runs[0].path), Path(one.path).resolve()
-            name = "events" if is_event_file(log) else log.name
-            alike = (folder.parent, name, re.sub(r"\d+|(?<=[._-])[a-z]$", "#", folder.name))
+            name = "events" if is_event_file(log) else "offline" if log.suffix == OFFLINE else log.name
+            number = r"\d{8}_\d{6}-\w+$" if log.suffix == OFFLINE else r"\d+|(?<=[._-])[a-z]$"
+            alike = (folder.parent, name, re.sub(number, "#", folder.name))
             beside.setdefault(alike, []).append(one)
             keys[id(one)] = alike
     above = {Path(one.path).resolve() for one in series if one.runs}
@@ -153,7 +201,10 @@ def _gathered(series: list[Series]) -> list[Series]:
         elif key not in taken:
             taken.add(key)
             parts = beside[key]
-            runs = [replace(part.runs[0], name=Path(part.path).name) for part in parts]
+            names = [part.runs[0].name if key[1] == "offline" else Path(part.path).name for part in parts]
+            if len(set(names)) < len(names):
+                names = [Path(part.path).name for part in parts]
+            runs = [replace(part.runs[0], name=name) for part, name in zip(parts, names)]
             others = tuple(entry for part in parts for entry in part.passed_over)
             folder = Path(parts[0].path).parent
             found.append(Series(folder.resolve().name, str(folder), tuple(settled(runs)[0]), passed_over=others))
@@ -202,8 +253,17 @@ def _read_folder(folder: Path, known: set[str]) -> tuple[list[Run], list[PassedO
     ledger knows one of its name. A run's output that was kept twice (a.txt, a.out) is one run."""
     runs: list[Run] = []
     passed_over = _others(folder)
-    for path in _logs(folder):
-        found = read_runs(path, may_be_empty=True)
+    logs = _logs(folder)
+    events = [path for path in logs if is_event_file(path)]
+    for path in (path for path in logs if path not in events[1:]):
+        try:
+            if path in events:
+                found = read_events(path, with_neighbours=len(events) > 1)
+            else:
+                found = read_runs(path, may_be_empty=path.suffix.lower() in LOG_SUFFIXES)
+        except (EmptyLog, NoReader) as error:  # of a library's file: no run that a ledger could know
+            passed_over.append(PassedOver(str(path), error.cause))
+            continue
         if not any(run.validations or run.step_lines for run in found) and path.stem not in known:
             passed_over.append(PassedOver(str(path), "no result line of any dialect in it"))
             continue
@@ -300,8 +360,6 @@ def _others(folder: Path) -> list[PassedOver]:
             continue
         if path.is_symlink() and path.is_dir():
             found.append(PassedOver(str(path), "a link to a folder: name the folder itself"))
-        elif path.suffix == ".wandb":
-            found.append(PassedOver(str(path), WANDB))
         elif path.name in NOT_LOGS:
             found.append(PassedOver(str(path), "no log, by its name"))
         else:
@@ -318,8 +376,8 @@ def read_runs(path: str | Path, may_be_empty: bool = False) -> list[Run]:
     try:
         if str(path) == "-":
             return _parse(io.BytesIO(sys.stdin.buffer.read()), "<stdin>", "")
-        if path.suffix == ".wandb":
-            raise DataError(WANDB, path)
+        if path.suffix == OFFLINE:
+            return read_offline(path)
         if is_event_file(path):
             return read_events(path)
         with open(path, "rb") as stream:
@@ -461,20 +519,16 @@ def _series_folders(folder: Path) -> Iterator[Path]:
 
 
 def _is_log(path: Path) -> bool:
-    """By its name: a text, or the state that Hugging Face's trainer leaves in the folder of a run."""
+    """By its name: a text, the state that Hugging Face's trainer leaves in the folder of a run, what a library kept."""
     if path.name == "trainer_state.json":
         return not path.parent.name.startswith("checkpoint-")
-    return path.suffix.lower() in LOG_SUFFIXES
+    return path.suffix.lower() in LOG_SUFFIXES or path.suffix == OFFLINE or is_event_file(path)
 
 
 def _logs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and path.name not in NOT_LOGS and (_is_log(path) or is_event_file(path))
-    )
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in NOT_LOGS and _is_log(path))
 
 
 def _with_sidecar(run: Run, beside: dict) -> Run:

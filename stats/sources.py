@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from stats.errors import DataError
+from stats.errors import DataError, NoReader
 from stats.runs import EmptyLog, Trace
 from stats.values import Problem, Run, Validation
 
@@ -87,17 +87,18 @@ def is_event_file(path: Path) -> bool:
     return ".tfevents." in path.name
 
 
-def read_events(path: str | Path) -> list[Run]:
-    """The run of a TensorBoard event file, through TensorBoard's own reader.
+def read_events(path: str | Path, with_neighbours: bool = False) -> list[Run]:
+    """The run of a TensorBoard event file, through TensorBoard's own reader; `with_neighbours`, that of all event files
+    in its folder, which to TensorBoard are one run (one that was resumed writes a second file).
 
-    Raises DataError without that reader, without a validation loss, or with several that could be it.
+    Raises NoReader without that reader, EmptyLog without a loss, DataError with several that could be the validation's.
     """
     path = Path(path)
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
-        raise DataError("a TensorBoard file; reading it needs `pip install tensorboard`", path) from None
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        raise NoReader("a TensorBoard file; reading it needs `pip install tensorboard`", path) from None
+    events = EventAccumulator(str(path.parent if with_neighbours else path), size_guidance={"scalars": 0})
     try:
         events.Reload()
         tags = list(events.Tags()["scalars"])
@@ -108,8 +109,8 @@ def read_events(path: str | Path) -> list[Run]:
     except Exception as error:  # the library's errors have no common class
         raise DataError(f"TensorBoard cannot read it: {type(error).__name__}: {error}", path) from None
     start = min(scalar.wall_time for scalar in scalars)
-    by_step = {scalar.step: scalar for scalar in scalars}
-    if len(by_step) < len(scalars):
+    by_step = {scalar.step: scalar for scalar in reversed(scalars)}  # evaluated twice at one step, the first one counts
+    if any(scalar.value != by_step[scalar.step].value for scalar in scalars):
         raise DataError(f"{tag!r} has two values for one step: two runs in one file?", path)
     points = tuple(
         Validation(step, float(by_step[step].value), by_step[step].wall_time - start, None, None, None)
@@ -128,7 +129,9 @@ def _validation_tag(tags: Iterable[str], path: Path) -> str:
     tags = list(tags)
     losses = [tag for tag in tags if "loss" in tag.lower()]
     found = [tag for tag in losses if _VALIDATION_TAGS.search(tag)] or (losses if len(losses) == 1 else [])
-    if len(found) != 1:
-        what = f"several could be the validation loss: {', '.join(found)}" if found else "none is a validation loss"
-        raise DataError(f"of its scalars ({', '.join(map(repr, tags[:8]))}) {what}", path)
+    told = f"of its scalars ({', '.join(map(repr, tags[:8]))})"
+    if not found:
+        raise EmptyLog(f"{told} none is a validation loss", path)
+    if len(found) > 1:
+        raise DataError(f"{told} several could be the validation loss: {', '.join(found)}", path)
     return found[0]

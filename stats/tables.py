@@ -4,8 +4,7 @@
     has many rows;
             without a header, one loss a row
     JSON    [2.919, 2.920] | [{"loss": 2.919, "time_s": 1412.0}, ...] | {"losses": [...], "times_s": [...]}
-    | a run's
-            own JSON as the trainer writes it (with "validation")
+            | {"columns": [...], "data": [[...], ...]} | a run's own JSON as the trainer writes it (with "validation")
     JSONL   one number or one object a line
 
 The columns have the names of `_COLUMNS`. A table's word is taken for it that a row is a finished run's
@@ -19,6 +18,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,51 +29,61 @@ from stats.values import Run, Validation
 #: A longer cell is no cell of a table of runs.
 MOST_CELL_CHARS = 1 << 17
 
-# What a column may be called; of several names for the loss the first group that a table has is taken, since `loss`
-# beside `val_loss` is the training loss. Names are compared in lower case, with `/`, ` `, `-`, `.` as `_`.
-_LOSSES = (
-    ("final_val_loss", "final_loss"),
-    ("val_loss", "validation_loss", "valid_loss", "loss_val", "loss_validation"),
-    ("eval_loss", "loss_eval"),
-    ("loss",),
-)
-_COLUMNS = {
-    "run": ("run", "name", "run_name", "id", "run_id"),
-    "seed": ("seed", "config_seed"),
-    "step": ("step", "final_step", "_step", "global_step"),
-    "planned_steps": ("planned_steps", "num_iterations", "steps", "max_steps"),
-    "time_s": ("time_s", "train_time_s", "time", "seconds", "_runtime", "runtime"),
-    "time_ms": ("time_ms", "train_time_ms"),
-    "state": ("state", "status"),
-    "host": ("host", "hostname", "hostname_hash"),
-    "hardware": ("hardware", "gpu"),
-    "torch": ("torch",),
-    "code_hash": ("code_hash",),
+# What a column may be called: {meaning: groups of names}. Of several groups the first that a table has is taken:
+# `loss` beside `val_loss` is the training loss, and `_step` counts the calls of Weights & Biases' `log`, which are the
+# program's steps only where it has no column for them. Names are compared in lower case, `/`, ` `, `-`, `.` as `_`.
+_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "loss": (
+        ("final_val_loss", "final_loss"),
+        ("val_loss", "validation_loss", "valid_loss", "loss_val", "loss_validation"),
+        ("eval_loss", "loss_eval"),
+        ("loss",),
+    ),
+    "run": (("run", "name", "run_name", "id", "run_id"),),
+    "seed": (("seed", "config_seed"),),
+    "step": (
+        ("step", "final_step", "global_step", "train_global_step", "trainer_global_step", "iter", "iteration"),
+        ("_step",),
+    ),
+    "planned_steps": (("planned_steps", "num_iterations", "steps", "max_steps", "max_iters"),),
+    "time_s": (("time_s", "train_time_s", "time", "seconds"),),
+    "time_ms": (("time_ms", "train_time_ms"),),
+    "runtime": (("_runtime", "runtime"),),  # in seconds, of everything: only where no other time is told
+    "state": (("state", "status"),),
+    "host": (("host", "hostname", "hostname_hash"),),
+    "hardware": (("hardware", "gpu"),),
+    "torch": (("torch",),),
+    "code_hash": (("code_hash",),),
 }
-_NAME_OF = {alias: name for name, aliases in _COLUMNS.items() for alias in aliases}
+_MEANING = {name: meaning for meaning, groups in _COLUMNS.items() for group in groups for name in group}
+_OURS = ("line", "semicolons")  # which line of its file a row is, and whether a comma there is a decimal sign
+_FIRST_COUNTS = ("run", "time_s", "time_ms", "runtime")  # a name beside an id: no contradiction
+
+
+def meaning_of(key: object) -> str | None:
+    """What a column or a field of this name is taken for, if for anything."""
+    return _MEANING.get(_plain(key))
+
+
+def _plain(key: object) -> str:
+    return re.sub(r"[/ .-]+", "_", str(key).strip().lower())
 
 
 def understood(keys: Iterable[str], path: str) -> tuple[dict[str, str], list[str]]:
     """({column: what it is taken for}, columns that mean nothing here). Raises DataError where two claim one thing."""
-    plain = {key: re.sub(r"[/ .-]+", "_", str(key).strip().lower()) for key in keys}
+    plain = {key: _plain(key) for key in keys}
     taken: dict[str, str] = {}
-    for group in _LOSSES:
-        found = [key for key, name in plain.items() if name in group]
-        if len(found) > 1:
-            raise DataError(f"two columns for the loss, {' and '.join(map(repr, found))}: take one out", path)
-        if found:
-            taken[found[0]] = "loss"
-            break
-    for key, name in plain.items():
-        if (meaning := _NAME_OF.get(name)) is None:
+    for meaning, groups in _COLUMNS.items():
+        if meaning == "runtime" and {"time_s", "time_ms"} & set(taken.values()):
             continue
-        if meaning in taken.values():
-            other = next(old for old, told in taken.items() if told == meaning)
-            if meaning in ("run", "time_s"):
-                continue  # a name beside an id, a time beside a runtime: the first one counts
-            raise DataError(f"two columns for {meaning}, {other!r} and {key!r}: take one out", path)
-        taken[key] = meaning
-    return taken, [str(key) for key in plain if key not in taken and key not in ("line", "semicolons", "")]
+        found = next((hit for group in groups if (hit := [key for key, name in plain.items() if name in group])), [])
+        if len(found) > 1 and meaning not in _FIRST_COUNTS:
+            what = "the loss" if meaning == "loss" else meaning
+            raise DataError(f"two columns for {what}, {' and '.join(map(repr, found[:2]))}: take one out", path)
+        if found:
+            taken[found[0]] = meaning
+    taken = {key: taken[key] for key in plain if key in taken}
+    return taken, [str(key) for key in plain if key not in taken and key not in (*_OURS, "")]
 
 
 def parse_csv(text: str, path: str) -> list[Run]:
@@ -91,14 +101,17 @@ def parse_csv(text: str, path: str) -> list[Run]:
     if not lines:
         raise DataError("an empty table", path)
     if _is_number(lines[0][0]) and len(lines[0]) == 1:
-        return _runs([{"loss": line[0], "line": number} for number, line in enumerate(lines, 1)], path)
+        return runs_of_rows([{"loss": line[0], "line": number} for number, line in enumerate(lines, 1)], path)
     header = [cell.strip().lower() for cell in lines[0]]
+    for name, count in Counter(header).items():
+        if count > 1 and (meaning_of(name) is not None or " - " in name):
+            raise DataError(f"{count} columns named {name!r}: which one? Give them names of their own", path, 1)
     table: list[dict] = []
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(header):
             raise DataError(f"{len(line)} cells under a header of {len(header)}", path, number)
         table.append({**dict(zip(header, line)), "line": number, "semicolons": delimiter != ","})
-    return _runs(table, path)
+    return runs_of_rows(table, path)
 
 
 def parse_json(text: str, path: str) -> list[Run]:
@@ -117,19 +130,30 @@ def parse_json(text: str, path: str) -> list[Run]:
         if not isinstance(times, list) or len(times) != len(value["losses"]):
             raise DataError(f"{len(value['losses'])} losses, but not as many times_s", path)
         value = [{"loss": loss, "time_s": time} for loss, time in zip(value["losses"], times)]
+    if isinstance(value, dict) and isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        value = _split_table(value, path)
     if isinstance(value, dict) and isinstance(value.get("log_history"), list):
         return [_trainer_state(value, path)]
     rows = value if isinstance(value, list) else [value]
     if rows and all(isinstance(row, dict) and isinstance(row.get("validation"), list) for row in rows):
         return [_own_run(row, path) for row in rows]
-    return _runs([row if isinstance(row, dict) else {"loss": row} for row in rows], path)
+    return runs_of_rows([row if isinstance(row, dict) else {"loss": row} for row in rows], path)
+
+
+def _split_table(value: dict, path: str) -> list[dict]:
+    """Rows of a table whose header stands apart: `wandb.Table`'s file, pandas' `to_json(orient="split")`."""
+    header, rows = value["columns"], value["data"]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, list) or len(row) != len(header):
+            raise DataError(f"row {number} of `data` has not the {len(header)} cells of `columns`", path)
+    return [dict(zip(map(str, header), row)) for row in rows]
 
 
 def parse_numbers(text: str, path: str) -> list[Run]:
     """One finished run for each number of a text like `2.9195 2.9198, 2.9206`."""
     words = [word for word in re.split(_between_numbers(text, path), text) if word]
     words = [word.replace(",", ".") for word in words]
-    return _runs([{"loss": word} for word in words], path)
+    return runs_of_rows([{"loss": word} for word in words], path)
 
 
 def _between_numbers(text: str, path: str) -> str:
@@ -142,8 +166,8 @@ def _between_numbers(text: str, path: str) -> str:
     raise DataError("commas between digits, and no point: a decimal comma or a list? Write 2.9195", path)
 
 
-def _runs(rows: list[dict], path: str) -> list[Run]:
-    """Rows with any of the known columns, gathered into runs."""
+def runs_of_rows(rows: list[dict], path: str) -> list[Run]:
+    """Rows with any of the known columns, gathered into runs. Raises DataError for what makes no sense."""
     if not rows:
         raise DataError("no runs in it", path)
     if wide := _wide_table(rows, path):
@@ -154,14 +178,15 @@ def _runs(rows: list[dict], path: str) -> list[Run]:
     grouped: dict[str, list[dict]] = {}
     history = "step" in taken.values() and not {"run", "seed"} & set(taken.values())
     for index, row in enumerate(rows, 1):
-        row = {taken.get(key, key): value for key, value in row.items()}
+        # what means nothing here goes: a training loss beside the validation loss is called `loss` as well
+        row = {taken.get(key, key): value for key, value in row.items() if key in taken or key in _OURS}
         empty = (
             row.get("loss") in (None, "", "NaN", "nan") if "step" in taken.values() else row.get("loss") in (None, "")
         )
         if empty and "step" in taken.values() and "loss" in taken.values() and not _is_final(row):
             continue  # a row of a history that logs something else
         if empty:
-            known = ", ".join(name for group in _LOSSES for name in group)
+            known = ", ".join(name for group in _COLUMNS["loss"] for name in group)
             raise DataError(f"row {index} has no loss (a column named {known})", path, row.get("line"))
         name = row.get("run", row.get("seed"))
         if history and name in (None, ""):
@@ -185,9 +210,9 @@ def _is_final(row: dict) -> bool:
 
 def _wide_table(rows: list[dict], path: str) -> list[Run]:
     """Runs of a chart that Weights & Biases exports: `Step`, then `NAME - KEY` (with __MIN and __MAX) a run."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("line", "semicolons")))
+    keys = list(dict.fromkeys(key for row in rows for key in row if key not in _OURS))
     columns = [key for key in keys if " - " in str(key) and not str(key).lower().endswith(("__min", "__max"))]
-    step = next((key for key in keys if str(key).strip().lower() in ("step", "_step", "global_step")), None)
+    step = next((key for key in keys if meaning_of(key) == "step"), None)
     if not columns or step is None:
         return []
     metrics = {key.rpartition(" - ")[2] for key in columns} - {"_step"}
@@ -215,13 +240,13 @@ def _table_run(name: str, rows: list[dict], path: str, origin: str | None = None
         loss, decimals = _value(row, "loss", path)
         if loss is None:
             raise DataError(f"run {name!r} has a row without a loss", path, row.get("line"))
-        time_s, _ = _value(row, "time_s", path)
-        if time_s is None and (milliseconds := _value(row, "time_ms", path)[0]) is not None:
-            time_s = milliseconds / 1e3
+        times = ((_value(row, key, path)[0], unit) for key, unit in (("time_s", 1), ("time_ms", 1e3), ("runtime", 1)))
+        time_s = next((time / unit for time, unit in times if time is not None), None)
         told = [_value(row, key, path)[0] for key in ("step", "planned_steps")]
         step = int(next((number for number in told if number is not None), 0))  # step 0 is one
         points.append(Validation(step, loss, time_s, None, decimals, row.get("line")))
-    points.sort(key=lambda point: point.step)
+    # a step that was evaluated twice, with one result, counts once
+    points = sorted({(point.step, point.loss): point for point in reversed(points)}.values(), key=lambda p: p.step)
     steps = [point.step for point in points]
     if len(set(steps)) < len(steps):
         raise DataError(f"run {name!r} has two rows for one step", path, points[-1].line)
@@ -271,7 +296,7 @@ def _own_run(record: dict, path: str) -> Run:
     rows[-1]["planned_steps"] = config.get("num_iterations")
     for row in rows:
         row.update({"seed": record.get("seed"), "code_hash": record.get("code_hash")})
-    return _runs(rows, path)[0]
+    return runs_of_rows(rows, path)[0]
 
 
 def _trainer_state(state: dict, path: str) -> Run:
@@ -303,7 +328,7 @@ def _value(row: dict, key: str, path: str) -> tuple[float | None, int | None]:
         text = cell.strip()
         if re.fullmatch(r"[+-]?\d+,\d+", text):
             thousands = re.search(r",\d{3}$", text) and not row.get("semicolons")
-            if thousands or key not in ("loss", "time_s", "time_ms"):
+            if thousands or key not in ("loss", "time_s", "time_ms", "runtime"):
                 told = f"{key} {text[:80]}: does the comma divide thousands? Write it without"
                 raise DataError(told, path, row.get("line"))
             text = text.replace(",", ".")  # a decimal comma

@@ -9,7 +9,7 @@ import venv
 import pytest
 
 ALWAYS = {"numpy", "scipy", "stats"}  # what an installation without extras brings
-ON_REQUEST = {"jinja2", "matplotlib", "tensorboard"}  # inside functions, each with a refusal that names it
+ON_REQUEST = {"jinja2", "matplotlib", "tensorboard", "wandb"}  # inside functions, each with a refusal that names it
 
 
 def imported(tree, top_only):

@@ -207,7 +207,17 @@ TABLES = {
         {"t.txt": log().encode("utf-16")}, ("ttest", "{}/t.txt"), 3, "UTF-16 text of more than 0 MiB", SMALL
     ),
     "crashed": table("name,state,loss\na,crashed,1\n", "crashed", "import", "{}/t.csv"),
-    "wandb": table(b"\0", "the binary of an offline run", name="run-1.wandb"),
+    "two columns of one name": table("run,val_loss,val_loss\na,1,2\n", "1: 2 columns named 'val_loss'"),
+    "two runs of one name in a chart": table('Step,"a - l","a - l"\n1,1,2\n', "1: 2 columns named 'a - l'"),
+    "split": table('{"columns": ["loss"], "data": [[1], [1, 2]]}', "row 2 of `data` has not the 1 ", name="t.json"),
+    "wandb": table(b"\0", "not an offline file of Weights & Biases", name="run-1.wandb"),
+    "no wandb": Case(
+        {"run-1.wandb": b":W&B"},
+        ("ttest", "{}/run-1.wandb"),
+        3,
+        "reading it needs `pip install wandb`, or `wandb sync` it",
+        (("wandb.proto", "", None),),
+    ),
     "no memory": Case(
         {"t.csv": "loss\n1\n"},
         ("ttest", "{}/t.csv"),
@@ -465,6 +475,7 @@ CASES = {
     ).items()
     for name, case in cases.items()
 }
+KINDS = ("DataError", "UsageError", "EmptyLog", "NoReader", "StatsError", "Problem", "problem")
 # {place: why no command gets there}
 OUT_OF_REACH = {
     "paired.py": "studies of the records' room ask it: tests/stats/test_paired.py",
@@ -474,9 +485,10 @@ OUT_OF_REACH = {
     "power.py: at least 2 runs and a power": "a sample of fewer is refused before",
     "runs.py: text": "what every problem of a log goes through",
     "runs.py: no training run in it": "a text that is no log is given to the consoles, whose refusal is told",
-    "sources.py: TensorBoard": "tests/stats/test_sources.py, with the library's own writer",
-    "sources.py: {tag!r} has two values": "tests/stats/test_sources.py, with the library's own writer",
-    "sources.py: of its scalars": "tests/stats/test_sources.py, with the library's own writer",
+    "sources.py: TensorBoard": "tests/stats/test_libraries.py, with the library's own writer",
+    "sources.py: {tag!r} has two values": "tests/stats/test_libraries.py, with the library's own writer",
+    "sources.py: {told}": "tests/stats/test_libraries.py, with the library's own writer",
+    "offline.py: ": "tests/stats/test_libraries.py, with the library's own writer",
 }
 
 
@@ -548,6 +560,6 @@ def test_a_refusal_has_its_own_reason(name, outcomes):
 
 def test_every_refusal_has_a_case(outcomes):
     """A new `raise` in stats fails here until the table above has a case for it."""
-    missing = without_a_case(outcomes[1], ("DataError", "UsageError", "EmptyLog", "StatsError", "Problem", "problem"))
+    missing = without_a_case(outcomes[1], KINDS)
     missing = [place for place in missing if not any(f"/{known}" in f"/{place}" for known in OUT_OF_REACH)]
     assert not missing, "\n".join(missing)

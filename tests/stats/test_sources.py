@@ -1,6 +1,7 @@
 """Wherever runs are kept: each source as its own program writes it, by the real library where there is one."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -15,32 +16,15 @@ def finals(path):
     return [(run.name, final_validation(run).loss) for run in read_runs(path)]
 
 
-def test_event_files_of_tensorboard(tmp_path, capsys):
-    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
-    for seed, final in enumerate((2.9186, 2.9191, 2.9179)):
-        board = writer(tmp_path / f"run-{seed}")
-        for step in (0, 50, 100):
-            board.add_scalar("Loss/train", 4.0 - step / 100, step)
-            board.add_scalar("Loss/val", final + (100 - step) / 50, step)
-        board.close()
-    runs = [run for one in find_series([tmp_path]) for run in one.runs]
-    assert [final_validation(run).loss for run in runs] == pytest.approx([2.9186, 2.9191, 2.9179], rel=1e-6)
-    assert all(run.origin.startswith("TensorBoard: loss from 'Loss/val'") for run in runs)
-    assert main(["import", str(tmp_path)]) == 0
-    assert "not used: 'Loss/train'" in capsys.readouterr().out
-
-
-def test_state_of_hugging_faces_trainer(tmp_path):
-    state = pytest.importorskip("transformers.trainer_callback").TrainerState(max_steps=100, global_step=100)
-    state.log_history = [{"step": 50, "loss": 3.5}, {"step": 50, "eval_loss": 3.4}, {"step": 100, "eval_loss": 3.25}]
-    (tmp_path / "run-a").mkdir()
-    state.save_to_json(str(tmp_path / "run-a" / "trainer_state.json"))
-    assert finals(tmp_path / "run-a" / "trainer_state.json") == [("run-a", 3.25)]
-    state.log_history.pop()
-    state.save_to_json(str(tmp_path / "run-a" / "trainer_state.json"))
-    (run,) = read_runs(tmp_path / "run-a" / "trainer_state.json")
-    with pytest.raises(DataError, match="last validation is at step 50 of 100 planned"):
-        final_validation(run)
+def test_a_column_that_is_not_used_changes_nothing(tmp_path):
+    """Its name may be another name of what is used: a training loss, a count of calls, a wall clock."""
+    table = tmp_path / "t.csv"
+    for order in itertools.permutations(["val_loss", "loss", "step", "_step", "time_s", "_runtime"]):
+        value = dict(val_loss=2.9, loss=2.5, step=100, _step=7, time_s=12.5, _runtime=99)
+        table.write_text("run," + ",".join(order) + "\na," + ",".join(str(value[name]) for name in order) + "\n")
+        (run,) = read_runs(table)
+        (point,) = run.validations
+        assert (point.loss, point.step, point.time_s) == (2.9, 100, 12.5)
 
 
 def test_tables_that_weights_and_biases_exports(tmp_path, capsys):

@@ -108,10 +108,3 @@ def test_validate_against_a_head_and_a_commit(pair, capsys):
         (found,) = [f for f in result["assessments"][0]["findings"] if f["check"] == "against"]
         assert found["grade"] == "F" and "written anew" in found["text"]
     assert main(["validate", str(series), "--against", "no-such-thing"]) == 2
-
-
-def test_an_offline_run_of_wandb_is_refused_by_its_name(tmp_path, capsys):
-    (tmp_path / "run-ab.wandb").write_bytes(b":W&B\x83\xbe\x00")
-    for path in (tmp_path, tmp_path / "run-ab.wandb"):
-        assert main(["ttest", str(path)]) == 3
-        assert "wandb sync" in capsys.readouterr().err

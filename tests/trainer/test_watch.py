@@ -2,13 +2,16 @@
 
 import json
 import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from small_runs import folder_of, run, small, tokens
 
 import train_gpt
-from stats.series import read_runs
+from stats.series import find_series, read_runs
+from stats.values import final_validation
 from trainer import schedule
 
 
@@ -37,6 +40,25 @@ def test_wandb_writes_offline(data, tmp_path, monkeypatch):
     (written,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = written.read_bytes()
     assert b"val_loss" in content and b"train_loss" in content and b"muon_lr" in content
+
+
+def test_a_watched_run_is_one_run_to_the_statistics(data, tmp_path, monkeypatch):
+    for name in ("tensorboard", "wandb"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert run(data, tmp_path, "--watch=tensorboard,wandb", "--seed=7") == 0
+    (series,) = find_series([tmp_path])
+    (logged,) = series.runs
+    kept = {Path(entry.path).suffix for entry in series.passed_over if "kept twice" in entry.reason}
+    assert logged.path.endswith("run.txt") and len(kept) == 2 and ".wandb" in kept
+    for _ in range(300):  # the library's service writes on for a moment after the run
+        (offline,) = find_series([tmp_path / "wandb"])
+        (alone,) = offline.runs
+        if alone.state == "finished":
+            break
+        time.sleep(0.1)
+    assert (alone.name, alone.seed, alone.state, alone.planned_steps) == ("run", 7, "finished", logged.planned_steps)
+    assert final_validation(alone).loss == pytest.approx(final_validation(logged).loss, abs=1e-6)
 
 
 def test_words_in_the_lines_and_a_trace(data, tmp_path):
