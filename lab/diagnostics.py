@@ -15,7 +15,7 @@ from lab.models import LanguageModel
 from lab.runlog import write_json
 
 BINS = 60
-MOST_LINES = 16  # of a panel
+MOST_LINES = 24  # of a panel: so many can be told apart
 SATURATED = 0.97  # a tanh beyond this passes less than 6 % of its gradient on
 
 
@@ -190,9 +190,14 @@ def draw_lines(ax: Any, lines: Lines, title: str) -> None:
     marker = "o" if max(map(len, lines.values())) < 30 else ""
     for i, (name, points) in enumerate(list(lines.items())[:MOST_LINES]):
         x, y = [max(s, 0.5) for s, _ in points], [v for _, v in points]
-        ax.plot(x, y, marker=marker, **plots.line(i), label=_short(name))
+        ax.plot(x, y, marker=marker, markersize=4, **plots.line(i), label=_short(name))
     cut = f"the first {MOST_LINES} of {len(lines)}" if len(lines) > MOST_LINES else None
-    ax.legend(fontsize=6, ncols=1 + (len(lines) > 5), title=cut, title_fontsize=6)
+    how: dict[str, Any] = {}
+    if len(ax.lines) > 5:  # so many names would cover the lines; here they stand above them
+        how = {"loc": "upper center", "ncols": 3, "handlelength": 1.4, "columnspacing": 0.8}
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, low + (high - low) / (0.95 - 0.05 * math.ceil(len(ax.lines) / 3)))
+    ax.legend(fontsize=5.5, title=cut, title_fontsize=5.5, **how)
 
 
 def _short(name: str) -> str:

@@ -37,13 +37,14 @@ _STYLE = {
     "axes.grid": True,
     "grid.color": "0.92",
     "axes.axisbelow": True,
-    "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.edgecolor": "0.9",
     "font.size": 10,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 110,
     "font.family": SANS,
 }
+matplotlib.rcParams.update(_STYLE)  # not around a figure's making alone: titles and legends come after it
 
 
 def color(i: int) -> str:
@@ -68,8 +69,7 @@ def masked_blues() -> Any:
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) -> tuple[Any, Any]:
     """A figure and its axes (one axes object, a list, or a list of lists) in the lab's style; `size` in inches."""
-    with plt.rc_context(_STYLE):
-        fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     if rows == columns == 1:
         return fig, axes[0][0]
     return fig, list(axes[0]) if rows == 1 else [list(r) for r in axes]
@@ -183,6 +183,18 @@ def note(ax: Any, text: str) -> None:
     ax.grid(False)
 
 
+def places_of(steps: Sequence[int]) -> list[float]:
+    """Where steps stand on a logarithmic axis, see `step_axis`: 0, which has no place there, at half of the first
+    other one, so that it does not lie on a checkpoint of step 1."""
+    return [step or min(filter(None, steps), default=1) / 2 for step in steps]
+
+
+def step_axis(ax: Any, of: str = "step") -> None:
+    """A logarithmic axis of steps whose places are those of `places_of`."""
+    ax.set_xscale("log")
+    ax.set_xlabel(f"{of} (0 is drawn left of the first)")
+
+
 def few_numbers(ax: Any) -> None:
     """At most five numbers below a panel, with a power of ten in common where they are small or great: side by side in
     a row of panels, 0.00025 and its like would lie on each other."""
@@ -209,8 +221,7 @@ def save(fig: Any, path: Path) -> Path:
     """Write the picture, all or nothing, and free its memory."""
     _give_fonts(fig)
     drawn = io.BytesIO()
-    with plt.rc_context(_STYLE):
-        fig.savefig(drawn, format="png")
+    fig.savefig(drawn, format="png")
     plt.close(fig)
     if drawn.tell() > MANY_BYTES:
         drawn = few_colours(drawn)

@@ -4,7 +4,7 @@ python -m lab.sample CHECKPOINT --prompt="Once upon a time" --count=5 --temperat
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,15 @@ class Sample:
     def text(self) -> str:
         """Prompt and continuation."""
         return self.prompt + self.written
+
+
+TRIES = 4  # texts, of which the first that says anything is shown
+
+
+def telling(samples: Sequence[Sample]) -> Sample:
+    """The first of several texts that is not empty; an untrained model may end at once, and with the same random
+    numbers does so again and again as it learns."""
+    return next((s for s in samples if s.written.strip()), samples[0])
 
 
 def generate(

@@ -184,15 +184,15 @@ def scalars(checkpoints: Sequence[Checkpoint], out: Path) -> Finding:
         raise LabError(f"{checkpoints[-1].name} has no learned scalars; the GPT has")
     table = [{"step": c.step, **c.model.scalars()} for c in checkpoints]
     kinds = [k for k in table[-1] if k != "step"]
+    places = plots.places_of([c.step for c in checkpoints])
     layers = checkpoints[-1].model.gpt.config.num_layers
     fig, axes = plots.figure(1, len(kinds), size=(3.4 * len(kinds), 3.4))
     for ax, kind in zip(axes, kinds):
         for layer in table[-1][kind]:
             values = [row[kind][layer] for row in table]
-            ax.plot([max(1, r["step"]) for r in table], values, ".-", color=plots.shade(layer, layers), label=layer)
+            ax.plot(places, values, ".-", color=plots.shade(layer, layers), label=layer)
         ax.set_title(kind)
-        ax.set_xscale("log")
-        ax.set_xlabel("step")
+        plots.step_axis(ax)
     axes[0].legend(title="layer", fontsize=7)
     first, last = table[0], table[-1]
     _, kind, layer = max((abs(last[kind][i] - was), kind, i) for kind in kinds for i, was in first[kind].items())

@@ -64,7 +64,7 @@ def curve(place: str | Path, out: Path) -> Finding:
     spread = noise(told)
     least = min(val, key=lambda p: p[1]) if val else None
     summary = f"Least validation loss {least[1]:.4f} at step {least[0]:,}" if least else "No finite validation loss"
-    summary += f"; nobody can go below {floor:.4f}" if floor else ""
+    summary += f"; the grammar itself has {floor:.4f} there" if floor else ""
     if spread:
         summary += f"; spread of the training loss {spread['before']:.3f} before the drop, {spread['after']:.3f} after"
     data = {"train": train, "validation": val, "floor": floor, "noise": spread}

@@ -12,7 +12,7 @@ from lab.analyses.scoring import limit_documents, row_tokens_of, token_logits
 from lab.checkpoints import Checkpoint, same_vocabulary
 from lab.datasets import pack_rows, tokenize_documents
 from lab.diagnostics import BINS, Diagnostics, draw_lines, gradient_lines, norm_lines, saturation_lines
-from lab.sample import generate
+from lab.sample import TRIES, generate, telling
 from lab.words import split_words
 
 MOST_LAYERS = 8  # drawn; the numbers have all
@@ -35,7 +35,8 @@ def inside(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out: Pat
         moments.append(Diagnostics(checkpoint.model, tokenizer.vocab_size).look(checkpoint.step, idx, targets))
         if before is not None and before.step < checkpoint.step:
             changes.append({"step": checkpoint.step, "since": before.step, "change": _change(before, checkpoint)})
-    drawn = [generate(c, "", max_tokens=WRITTEN_TOKENS, temperature=0.8, seed=1)[0] for c in checkpoints]
+    how = {"count": TRIES, "max_tokens": WRITTEN_TOKENS, "temperature": 0.8, "seed": 1}
+    drawn = [telling(generate(c, "", **how)) for c in checkpoints]
     texts = [{"step": c.step, "text": s.text + ("" if s.ended else " ...")} for c, s in zip(checkpoints, drawn)]
     last = moments[-1]
     flat = [n for n, layer in last["layers"].items() if layer["squashed"] and layer["saturated"] > 0.5]
@@ -124,11 +125,11 @@ def spelling(
         share = sum(w in known for w in words) / len(words) if words else 0.0
         table.append({"step": checkpoint.step, "words": len(words), "known_share": share, "examples": words[:12]})
     fig, ax = plots.figure(size=(7, 3.6))
-    ax.plot([max(1, r["step"]) for r in table], [100 * r["known_share"] for r in table], "o-", color=plots.color(0))
+    steps = plots.places_of([r["step"] for r in table])
+    ax.plot(steps, [100 * r["known_share"] for r in table], "o-", color=plots.color(0))
     what = "names that are names of the training text" if names else "words that the training text has"
-    ax.set_xscale("log")
+    plots.step_axis(ax)
     ax.set_ylim(-2, 102)
-    ax.set_xlabel("step (the start is drawn at 1)")
     ax.set_ylabel("%")
     ax.set_title(f"Spelling along training: {what}")
     summary = f"Of {count} samples each, {what}: {table[0]['known_share']:.0%} at step {table[0]['step']:,}, "
@@ -154,12 +155,11 @@ def entropy(checkpoints: Sequence[Checkpoint], documents: Sequence[str], out: Pa
             places += len(targets)
         table.append({"step": checkpoint.step, "entropy_nats": total / places, "loss": nats / places})
     fig, ax = plots.figure(size=(7, 3.6))
-    steps = [max(1, r["step"]) for r in table]
+    steps = plots.places_of([r["step"] for r in table])
     ax.plot(steps, [r["entropy_nats"] for r in table], "o-", color=plots.color(0), label="entropy of what it expects")
     ax.plot(steps, [r["loss"] for r in table], "o-", color=plots.color(1), label="loss: surprise at what came")
-    ax.set_xscale("log")
+    plots.step_axis(ax)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("step (the start is drawn at 1)")
     ax.set_ylabel("nats a token, held-out text")
     ax.legend()
     ax.set_title(f"Mean entropy along training, {places:,} places")

@@ -35,9 +35,9 @@ def losses(
         table.append(row)
     fig, ax = plots.figure()
     for i, name in enumerate(("train", "val")):
-        ax.plot([max(1, r["step"]) for r in table], [r[name] for r in table], "o-", color=plots.color(i), label=name)
-    ax.set_xscale("log")
-    ax.set_xlabel("step (the start is drawn at 1)")
+        steps = plots.places_of([r["step"] for r in table])
+        ax.plot(steps, [r[name] for r in table], "o-", color=plots.color(i), label=name)
+    plots.step_axis(ax)
     ax.set_ylabel("nats a token")
     ax.set_title(f"{checkpoints[-1].label}: losses recomputed from checkpoints")
     ax.legend()
@@ -181,7 +181,11 @@ def fewshot(
     scored = told_limit(val, chars)
     val = limit_documents(val, chars)
     how: dict[str, Any] = {"steps": steps, "every": every, "prompt": prompt, "progress": progress}
-    runs = [{"from_step": c.step, "table": fine_tune(c, train, val, **how)} for c in checkpoints]
+    runs = []
+    for c in checkpoints:
+        if progress and len(checkpoints) > 1:
+            how["progress"] = lambda line, step=c.step: progress(f"from step {step:,}: {line}")
+        runs.append({"from_step": c.step, "table": fine_tune(c, train, val, **how)})
     fig, axes = plots.figure(1, 2, size=(12, 4.2))
     for i, run in enumerate(runs):
         points = run["table"]
@@ -191,11 +195,10 @@ def fewshot(
     axes[0].set_ylabel(f"validation loss on {corpus}, nats a token")
     axes[0].set_title(f"{checkpoints[-1].label} fine-tuned on {corpus}")
     axes[0].legend()
-    starts = [max(1, r["from_step"]) for r in runs]
+    starts = plots.places_of([r["from_step"] for r in runs])
     for i, (place, label) in enumerate(((0, "before"), (-1, f"after {steps} steps"))):
         axes[1].plot(starts, [r["table"][place]["loss"] for r in runs], "o-", color=plots.color(i), label=label)
-    axes[1].set_xscale("log")
-    axes[1].set_xlabel("step of the checkpoint it starts from (0 is drawn at 1)")
+    plots.step_axis(axes[1], "step of the checkpoint it starts from")
     axes[1].set_title("does longer pre-training help?")
     axes[1].legend()
     last = runs[-1]["table"]
@@ -222,7 +225,7 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
         pairs = [[tokenizer.piece(int(t)), float(v), int(t)] for v, t in zip(likeliest.values, likeliest.indices)]
         table.append({"step": checkpoint.step, "entropy_nats": entropy, "top": pairs})
     fig, axes = plots.figure(1, 2, size=(12, 4.2))
-    steps = [max(1, r["step"]) for r in table]
+    steps = plots.places_of([r["step"] for r in table])
     final = distributions[-1].topk(min(top, len(distributions[-1]))).indices.tolist()
     for i, t in enumerate(final):
         label = plots.plain(tokenizer.piece(t))
@@ -236,8 +239,7 @@ def next_token(checkpoints: Sequence[Checkpoint], prompt: str, out: Path, *, top
     axes[1].set_title("entropy, nats")
     axes[1].legend()
     for ax in axes:
-        ax.set_xscale("log")
-        ax.set_xlabel("step (the start is drawn at 1)")
+        plots.step_axis(ax)
     last = table[-1]
     words = ", ".join(f"{piece} {p:.0%}" for piece, p, _ in last["top"][:3])
     summary = f"After {prompt!r} the last checkpoint expects {words}; entropy {last['entropy_nats']:.2f} nats."
@@ -279,11 +281,14 @@ def forgetting(
     columns = len(models) - 1
     fig, axes = plots.figure(len(models), columns, size=(4.2 * columns + 0.6, 2.9 * len(models)))
     for ax, pair in zip((ax for row in axes for ax in row), table):
-        for i, (key, name) in enumerate((("first", pair["first"]), ("second", pair["second"]))):
+        strange = pair["unknown_share"] == 1.0  # then only ends of documents were scored, which says nothing
+        for i, (key, name) in enumerate((("first", pair["first"]), ("second", pair["second"]))[: 1 if strange else 2]):
             points = pair["points"]
             ax.plot([p["step"] for p in points], [p[key] for p in points], "o-", color=plots.color(i), label=name)
-        ax.set_title(f"{pair['first']}, then {pair['second']}")
+        ax.set_title(f"{pair['first']}, then {pair['second']}{', all unknown' if strange else ''}")
         ax.set_xlabel("steps on the second")
+        ax.set_ylabel("nats a token")
+        ax.locator_params(axis="x", integer=True)
         ax.legend()
     unread = max(pair["unknown_share"] for pair in table)
     worst = max(table, key=lambda pair: pair["points"][-1]["first"] - pair["points"][0]["first"])

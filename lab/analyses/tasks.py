@@ -231,14 +231,13 @@ def grammar(checkpoints: Sequence[Checkpoint], path: str | Path, out: Path) -> F
     rows = read_cola(path) if cola else read_pairs(path)
     table = [{"step": c.step, "model": c.label, **judged(c, rows)} for c in checkpoints]
     fig, ax = plots.figure(size=(7, 3.8))
-    steps = [max(1, r["step"]) for r in table]
+    steps = plots.places_of([r["step"] for r in table])
     share = [r["share"] for r in table]
     spread = [[s - r["low"] for s, r in zip(share, table)], [r["high"] - s for s, r in zip(share, table)]]
     ax.errorbar(steps, share, yerr=spread, fmt="o-", capsize=4, color=plots.color(0))
     ax.axhline(0.5, color="0.5", linestyle="--", label="guessing")
-    ax.set_xscale("log")
+    plots.step_axis(ax)
     ax.set_ylim(0, 1.02)
-    ax.set_xlabel("step (the start is drawn at 1)")
     ax.set_ylabel("share of pairs preferred rightly")
     ax.set_title(f"Grammar, {Path(path).name}: 95 % intervals")
     ax.legend()

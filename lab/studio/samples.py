@@ -39,12 +39,13 @@ class Samples:
     def text(self, path: str | Path) -> str:
         """What the model of a checkpoint writes unasked; several texts of a model of names. LabError or Refused if it
         cannot be opened."""
-        from lab.sample import generate
+        from lab.sample import TRIES, generate, telling
 
         model = self.models.load(path)
         names = model.told.get("data") == "names"
-        count, length = (NAMES, NAME_TOKENS) if names else (1, SAMPLE_TOKENS)
+        count, length = (NAMES, NAME_TOKENS) if names else (TRIES, SAMPLE_TOKENS)
         made = generate(model, count=count, max_tokens=length, temperature=0.8, seed=1)
+        made = made if names else [telling(made)]
         return ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made)
 
     def _make(self, path: Path) -> None:

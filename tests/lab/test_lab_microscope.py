@@ -14,7 +14,7 @@ from lab import LabError, cli, duel, page, stories, train, vary
 from lab.analyses.anatomy import attention_maps, lens
 from lab.analyses.attribution import by_layer
 from lab.analyses.colours import coloured
-from lab.analyses.curves import noise
+from lab.analyses.curves import curve, noise
 from lab.analyses.learning import entropy, spelling
 from lab.analyses.losses import forgetting
 from lab.analyses.menu import MENU, look_at
@@ -26,6 +26,7 @@ from lab.checkpoints import Checkpoint, best_checkpoint, find_checkpoints, load_
 from lab.datasets import load_documents, row_batches, tokenize_documents
 from lab.models import build_model
 from lab.models.initial import different_units, initialise_
+from lab.sample import Sample, telling
 from lab.texts import texts_of
 from lab.tokens import ByteTokenizer, CharTokenizer
 from lab.train import TrainConfig, complete, evaluate, rate_factor
@@ -176,6 +177,31 @@ def test_forgetting_is_told_for_all_six_pairs_of_the_three_corpora(tmp_path):
     points = next(p["points"] for p in found if (p["first"], p["second"]) == ("names", "text"))
     assert [p["first"] for p in points] == pytest.approx([before, evaluate(first.model, own, 64)], abs=1e-5)
     assert points[0]["first"] != pytest.approx(points[1]["first"], abs=1e-5)
+
+
+def test_what_is_all_unknown_is_not_drawn_as_learned(tmp_path, monkeypatch):
+    """Only its ends were scored, which are soon known: a curve down to 0, as of a corpus learned to perfection."""
+    drawn = []
+    monkeypatch.setitem(forgetting.__globals__, "write_finding", lambda *found: drawn.append(found[-1]))
+    letters = {"a": "ab", "z": "yz", "mixed": "byz"}
+    models = {
+        n: Checkpoint(tmp_path, n, 0, build_model("bigram", 3), CharTokenizer(t[:2]), {}) for n, t in letters.items()
+    }
+    forgetting(models, {n: {"train": [t] * 9, "val": [t] * 3} for n, t in letters.items()}, tmp_path, steps=1, every=1)
+    panels = {ax.get_title(loc="left"): len(ax.lines) for ax in drawn[0].axes}
+    assert panels["a, then z, all unknown"] == 1 and panels["a, then mixed"] == panels["z, then mixed"] == 2
+
+
+def test_a_checkpoint_that_ends_at_once_is_shown_by_its_next_text(own, tmp_path):
+    empty, full = Sample("", "", [], True), Sample("", "ab", [1, 2], False)
+    assert telling([empty, full, empty]) is full and telling([empty, empty]) is empty
+
+
+def test_a_curve_says_whose_the_line_below_is(tmp_path):
+    """A model may have less loss than the grammar, by luck or on text that it learns by heart."""
+    words = f"--model=bigram --data=names --limit_chars=3000 --steps=2 --output_dir={tmp_path / 'b'}"
+    assert cli.run(train.main, words.split()) == 0
+    assert "; the grammar itself has " in curve(tmp_path / "b", tmp_path).summary
 
 
 def test_story_models_are_swept_over_layers_and_width(tmp_path):

@@ -165,3 +165,16 @@ def test_numbers_below_narrow_panels_do_not_lie_on_each_other():
         assert len(boxes) >= 3 and all(a.x1 < b.x0 for a, b in pairwise(boxes)) and len(ax.lines) == 1
     draw_histograms(plots.figure()[1], {"layers": {"still": still}}, "gradient")
     plots.plt.close("all")
+
+
+def test_the_start_does_not_lie_on_the_first_checkpoint():
+    assert plots.places_of([0, 1, 2]) == [0.5, 1, 2] and plots.places_of([0, 10, 40]) == [5, 10, 40]
+    assert plots.places_of([3, 4]) == [3, 4] and plots.places_of([0]) == [0.5]
+
+
+def test_the_style_holds_for_what_is_added_to_a_figure():
+    """It was in force while a figure was made, and not when its title was written."""
+    fig, ax = plots.figure()
+    ax.set_title("a title")
+    assert ax.get_title(loc="left") == "a title"
+    plots.plt.close(fig)

@@ -26,7 +26,7 @@ from lab.analyses.attribution import (
 )
 from lab.analyses.colours import as_html, read_tokens
 from lab.analyses.learning import spelling
-from lab.analyses.losses import fine_tune, next_token
+from lab.analyses.losses import fewshot, fine_tune, next_token
 from lab.analyses.quality import assess
 from lab.analyses.samples import cosine, positions, profile
 from lab.analyses.scoring import score, token_logits
@@ -536,7 +536,7 @@ def test_rarer_words_are_replaced_up_to_a_share():
     assert clean_stories([kept.stories[0]]).stories == [kept.stories[0]], "a cleaned story is clean"
 
 
-def test_long_work_tells_how_far_it_is(own, monkeypatch):
+def test_long_work_tells_how_far_it_is(own, tmp_path, monkeypatch):
     checkpoint, lines = load_checkpoint(best_checkpoint(own[0])), []
     texts = ["abc", "abd", "abe"] * 4
     how = {"steps": 4, "every": 2, "batch_tokens": 64, "watched": {"first": texts}}
@@ -546,6 +546,10 @@ def test_long_work_tells_how_far_it_is(own, monkeypatch):
     monkeypatch.setitem(fine_tune.__globals__, "TELL_S", 0.0)  # as if every step took longer than one waits
     fine_tune(checkpoint, texts, texts, progress=lines.append, **how)
     assert [line.split(",")[0][-11:] for line in lines[3:]] == [f"step {n} of 4" for n in range(5)]
+    lines.clear()
+    along = [load_checkpoint(path) for path in find_checkpoints(own[0])[:2]]
+    fewshot(along, texts, texts, tmp_path, steps=1, every=1, progress=lines.append)
+    assert [line.split(":")[0] for line in lines] == [f"from step {c.step}" for c in along for _ in range(2)]
 
 
 def test_a_text_for_fewshot_is_scored_as_far_as_was_asked(own, tmp_path):

@@ -103,11 +103,17 @@ class Browser:
         self.until(lambda: self.find(css).is_enabled() and (self.find(css).click() or True), f"click {css}")
 
     def choose(self, css: str, label: str) -> None:
-        """An entry of a dropdown."""
+        """An entry of a dropdown, whose list may be made anew, and closed, while it is looked at."""
         self.click(f"{css} input")
-        listed = "ul[role=listbox] li"
-        found = lambda: [entry for entry in self.all(listed) if label in entry.text]  # noqa: E731
-        self.until(found, f"{label} in the list of {css}")[0].click()
+
+        def chosen() -> bool:
+            entries = self.all("ul[role=listbox] li")
+            if not entries:
+                self.find(f"{css} input").click()
+            wanted = [entry for entry in entries if label in entry.text]
+            return bool(wanted) and (wanted[0].click() or True)
+
+        self.until(chosen, f"{label} in the list of {css}")
 
     def keys(self, *names: str) -> None:
         """Press keys where the focus is."""
@@ -132,16 +138,17 @@ class Browser:
         self.errors += [message for message in found if not any(word in message for word in left)]
 
     def picture(self, name: str) -> None:
-        """Screenshots of the page, wide and narrow, in the light and in the dark, if wanted. A chart keeps the colours
-        of the theme that the page was opened in, so it is right in the light ones alone."""
+        """Screenshots of the page, wide and narrow, in the light and then in the dark, if wanted. A chart keeps the
+        colours of the theme in which it was drawn last, so it is right in the light ones alone."""
         if folder := os.environ.get("STUDIO_SCREENSHOTS"):
-            for width, dark in ((400, True), (400, False), (1400, True), (1400, False)):
+            for width, dark in ((400, False), (1400, False), (400, True), (1400, True)):
                 self.driver.set_window_size(width, 1000)
                 self.driver.execute_script("document.body.classList.toggle('dark', arguments[0])", dark)
                 tall = self.driver.execute_script("return document.documentElement.scrollHeight")
                 self.driver.set_window_size(width, min(3000, tall + 150))
                 time.sleep(1)
                 self.driver.save_screenshot(str(Path(folder) / f"{name}-{width}{'-dark' if dark else ''}.png"))
+            self.driver.execute_script("document.body.classList.remove('dark')")
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""

@@ -284,6 +284,15 @@ def test_samples_are_made_once_for_each_checkpoint(places, tmp_path):
     assert samples.along(folder) == found
 
 
+def test_a_sample_that_ends_at_once_is_followed_by_another(places, tmp_path, monkeypatch):
+    """The same random numbers end every untrained model at once, and the page showed empty lines."""
+    from lab.sample import Sample
+
+    texts = [Sample("", "", [], True), Sample("", "a dog", [1], True)]
+    monkeypatch.setattr("lab.sample.generate", lambda *given, **how: texts[: how["count"]])
+    assert Samples(Models(places)).text(save(tmp_path, "bigram", step=1)) == "a dog"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder of a short real training of the lab, where the queue would have put it."""

@@ -300,7 +300,7 @@ def floor_of(entry: Entry) -> float | None:
 def legend_html(entry: Entry, progress: Progress) -> str:
     """The names of the chart's lines, '' while there is none."""
     drawn = {line for _, _, line in curve_rows(progress, floor_of(entry))}
-    told = {"floor": "the grammar itself: no model goes below it"}
+    told = {"floor": "the grammar itself: on new text a model goes below it only by luck"}
     return markup.legend((told.get(n, n), c) for n, c in COLORS.items() if n in drawn) if drawn else ""
 
 
@@ -343,7 +343,7 @@ def status_html(entry: Entry, progress: Progress, ahead: int) -> str:
     if isinstance(summary.get("test_loss"), float):
         facts.append(("test loss", f"{summary['test_loss']:.3f}"))
     if (floor := floor_of(entry)) is not None:
-        facts.append(("entropy floor", f"{floor:.3f}"))
+        facts.append(("the grammar itself", f"{floor:.3f}"))
     parts.append(markup.facts(facts))
     if entry.message:
         parts.append(f"<p class='failure'>{html.escape(entry.message)}</p>")
