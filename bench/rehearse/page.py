@@ -118,6 +118,25 @@ def blocks() -> str:
     )
 
 
+def holders_of_blocks(shown: int = 6) -> str:
+    """What holds the most memory at the peak of one block of each of SHORT, as a table."""
+    rows = []
+    for name in SHORT:
+        told = kept(f"{name}-one-block")
+        largest = list(told["holders_gib"].items())[:shown] if told else []
+        rows += [
+            {"one block of": name, "held at the peak, by what makes it": _maker(who), "GiB": gib}
+            for who, gib in largest
+        ]
+    return table(rows)
+
+
+def _maker(held: str) -> str:
+    """Shape and maker of what is held; of a generated kernel's name, which lists all that it does, the beginning."""
+    shape, _, maker = held.replace(" | ", " from ").partition(" from ")
+    return f"{shape} from {maker if len(maker) <= 60 else maker[:60] + '...'}"
+
+
 def why_not(told: dict[str, Any]) -> str:
     """What keeps a step from its goals, in numbers of the count itself."""
     goals, kinds, parts = budgets.GOALS, told["kinds"], told["projection"]["parts"]
@@ -174,8 +193,7 @@ def page() -> str:
     projected[-1] |= {name: told["projection"]["ms"] for name, told in told_apart.items()}
     kinds = [{"launched by": kind, **numbers} for kind, numbers in shown["kinds"].items()]
     holders = [
-        {"held at the peak, by what makes it": who.replace(" | ", " from "), "GiB": gib}
-        for who, gib in shown["holders_gib"].items()
+        {"held at the peak, by what makes it": _maker(who), "GiB": gib} for who, gib in shown["holders_gib"].items()
     ]
     messages = [{k: "+".join(m[k]) if k == "dtypes" else m[k] for k in m} for m in shown["messages"]]
     return TEXT.format(
@@ -194,6 +212,7 @@ def page() -> str:
         messages=table(messages) if messages else "none",
         scanned=scanned(),
         blocks=blocks(),
+        holders_of_blocks=holders_of_blocks(),
         why_not=why_not(shown),
     )
 
@@ -254,6 +273,10 @@ does to a loss curve is known of small models only (tests/trainer/test_products.
 ## Memory at the peak
 
 {holders}
+
+Of one block of the other presets, where tables and what their optimizers keep weigh more than activations:
+
+{holders_of_blocks}
 
 ## Messages a step and process
 

@@ -47,15 +47,16 @@ def run_part(part: str, names: list[str], devices: list[str], quick: bool, minut
 
 def table_rows(result: dict) -> dict[str, dict]:
     """The rows of a compile part that belong in machine_code.json, by key: "family / launch / kernel", and, where a
-    launch compiles one kernel in several ways (forward and backward, say), the options that differ."""
+    launch compiles one kernel in several ways (forward and backward, say), the options that differ. Devices but
+    TABLE_DEVICE are named behind the kernel."""
     described = ("family", "launch", "device", "kernel", "seconds")
     variants: dict[str, list[dict]] = {}
     for r in result["rows"]:
-        if r["device"] == machine_code.TABLE_DEVICE:
-            row = {name: value for name, value in r.items() if name not in described}
-            known = variants.setdefault(f"{r['family']} / {r['launch']} / {r['kernel']}", [])
-            if row not in known:
-                known.append(row)
+        row = {name: value for name, value in r.items() if name not in described}
+        where = "" if r["device"] == machine_code.TABLE_DEVICE else f" on {r['device']}"
+        known = variants.setdefault(f"{r['family']} / {r['launch']} / {r['kernel']}{where}", [])
+        if row not in known:
+            known.append(row)
     rows = {}
     for key, known in variants.items():
         differ = [name for name in known[0]["options"] if len({row["options"].get(name) for row in known}) > 1]
@@ -148,12 +149,14 @@ def report_compile(result: dict, update: bool) -> list[str]:
         print(f"\nmachine_code.json: {len(rows)} rows written for triton {result['triton']}")
     else:
         try:
-            differences = {key: v for key, v in machine_code.compare(rows, result["ptxas"]).items() if v}
+            verdicts = machine_code.compare(rows, result["ptxas"])
+            differences = {key: verdict for key, verdict in verdicts.items() if verdict}
             wrong += [f"machine code differs from the committed table: {k}: {v}" for k, v in differences.items()]
-            print(f"\nmachine_code.json: {len(rows) - len(differences)} of {len(rows)} rows as committed")
+            print(f"\nmachine_code.json: {len(verdicts) - len(differences)} of {len(verdicts)} rows as committed")
         except LookupError as missing:
             print(f"\nnot compared: {missing}")
     measured = machine_code.manifest()
+    rows = {key: row for key, row in rows.items() if machine_code.kind_of(key)[1] == machine_code.TABLE_DEVICE}
     ran = {key: measured[r["sha256"]] for key, r in rows.items() if r["sha256"] in measured}
     for key, figures in ran.items():
         print(f"as measured: {key}: {json.dumps(figures)}")

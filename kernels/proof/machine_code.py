@@ -265,9 +265,15 @@ def committed_table() -> dict[str, dict[str, dict]]:
     return {version: rows for version, rows in _read_table().items() if version != "ptxas"}
 
 
+def kind_of(key: str) -> tuple[str, str]:
+    """(family, device) of a row by its key in the table."""
+    named = re.search(r" on (sm_\d+|gfx\w+)(?= |$)", key.rpartition(" / ")[2])
+    return key.partition(" / ")[0], named[1] if named else TABLE_DEVICE
+
+
 def compare(rows: dict[str, dict], ptxas: str) -> dict[str, str | None]:
     """For each row, assembled by that release of ptxas, how it differs from the committed table of this Triton; None
-    where it does not.
+    where it does not. Left out are families' rows of devices beside TABLE_DEVICE for which the table has none at all.
 
     Raises: LookupError, with the reason, if the table has no rows for this version."""
     table = committed_table()
@@ -281,7 +287,10 @@ def compare(rows: dict[str, dict], ptxas: str) -> dict[str, str | None]:
             f"{', '.join(table) or 'none'}: `python -m kernels.proof --update` adds them"
         )
     verdicts: dict[str, str | None] = {}
+    kinds = {kind_of(key) for key in known}
     for key, row in rows.items():
+        if kind_of(key) not in kinds and kind_of(key)[1] != TABLE_DEVICE:
+            continue
         if key not in known:
             verdicts[key] = "not in the committed table; run `python -m kernels.proof --update`"
             continue
@@ -293,8 +302,8 @@ def compare(rows: dict[str, dict], ptxas: str) -> dict[str, str | None]:
 
 
 def update_table(rows: dict[str, dict], ptxas: str) -> None:
-    """Replace this Triton's rows of the families in `rows` in machine_code.json, one writer at a time; all of this
-    Triton's rows if those there are of another ptxas."""
+    """Replace this Triton's rows of the families and devices in `rows` in machine_code.json, one writer at a time; all
+    of this Triton's rows if those there are of another ptxas."""
     folder = os.open(TABLE.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -309,8 +318,8 @@ def _rewrite_table(rows: dict[str, dict], ptxas: str) -> None:
     if releases.get(triton.__version__) != ptxas:
         table[triton.__version__] = {}
     releases[triton.__version__] = ptxas
-    renewed = {key.partition(" / ")[0] for key in rows}
-    kept = {k: r for k, r in table.get(triton.__version__, {}).items() if k.partition(" / ")[0] not in renewed}
+    renewed = {kind_of(key) for key in rows}
+    kept = {k: r for k, r in table.get(triton.__version__, {}).items() if kind_of(k) not in renewed}
     table[triton.__version__] = dict(sorted({**kept, **rows}.items()))
     lines = [f' "ptxas": {json.dumps(dict(sorted(releases.items())))}']
     for version, known in sorted(table.items()):

@@ -32,3 +32,15 @@ def test_every_preset_of_the_table_of_blocks_is_there(monkeypatch):
     head, _, *rows = page.blocks().splitlines()
     assert len(rows) == 1 and rows[0].split()[1] == "f3"
     assert "launches a step" in head and "proof" not in head
+
+
+def test_what_holds_the_memory_of_a_block_is_named_and_long_names_are_cut(monkeypatch):
+    held = {"(8, 4) bfloat16 from triton_" + "add_" * 40: 2.5, "(2, 2) float32 from trainer/adam.py:1": 0.5}
+    monkeypatch.setattr(page, "kept", lambda name: {"holders_gib": held} if name == "f3-one-block" else None)
+    _, _, generated, line = page.holders_of_blocks(shown=2).splitlines()
+    assert "(8, 4) bfloat16 from triton_add_" in generated and "..." in generated and len(generated) < 120
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "f3",
+        "(2, 2) float32 from trainer/adam.py:1",
+        "0.5",
+    ]

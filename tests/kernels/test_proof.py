@@ -371,6 +371,25 @@ def test_table_differences_are_told(tmp_path, monkeypatch):
     assert set(machine_code.committed_table()[triton.__version__]) == {"f / l / k"}
 
 
+def test_rows_of_other_devices_stand_beside_and_are_renewed_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_code, "TABLE", tmp_path / "table.json")
+
+    def rows(device, registers, launch="heads of 8 on 2"):
+        row = dict(family="f", launch=launch, device=device, kernel="k", seconds=0.1, registers=registers, options={})
+        return table_rows({"rows": [row]})
+
+    first, other = rows("sm_90", 64), rows("gfx942", 32)
+    assert [*first, *other] == ["f / heads of 8 on 2 / k", "f / heads of 8 on 2 / k on gfx942"]
+    machine_code.update_table(first, "1.2.3")
+    assert machine_code.compare(other, "1.2.3") == {}, "no row of that device is there to compare with"
+    machine_code.update_table(other, "1.2.3")
+    assert set(machine_code.committed_table()[triton.__version__]) == {*first, *other}
+    assert "registers 32 -> 40" in machine_code.compare(rows("gfx942", 40), "1.2.3")[next(iter(other))]
+    machine_code.update_table(rows("gfx942", 40, "new"), "1.2.3")
+    assert set(machine_code.committed_table()[triton.__version__]) == {*first, "f / new / k on gfx942"}
+    assert "not in the committed table" in str(machine_code.compare(rows("sm_90", 64, "new"), "1.2.3"))
+
+
 LISTING = """
 .L_x_1:
         /*0000*/                   HGMMA.64x64x16.F32.BF16 R152, gdesc[UR28], RZ, !UPT, gsb0 ;
