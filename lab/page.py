@@ -20,7 +20,7 @@ from typing import Any
 from data.paths import write_text
 from lab import LabError, cli
 from lab.analyses.curves import run_json, told_by
-from lab.analyses.finding import Finding, page
+from lab.analyses.finding import Finding, drawn, page
 from lab.analyses.menu import MENU, Look, fitting, look_at
 from lab.checkpoints import best_checkpoint, find_checkpoints, load_checkpoint
 from lab.cli import setting
@@ -109,7 +109,7 @@ def section(finding: Finding, shows: str) -> str:
         parts.append(finding.html)
     else:
         picture = base64.b64encode(finding.png_path.read_bytes()).decode()
-        parts.append(f'<img alt="{html.escape(finding.summary)}" src="data:image/png;base64,{picture}">')
+        parts.append(drawn(f"data:image/png;base64,{picture}", finding.summary))
     numbers = finding.json_path.read_bytes()
     if len(numbers) <= MOST_JSON_BYTES:
         link = base64.b64encode(numbers).decode()

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from data.paths import write_text
 from lab import analyses, cli, models, plots
-from lab.analyses.finding import page, section
+from lab.analyses.finding import drawn, page, section
 from lab.checkpoints import Checkpoint, load_checkpoint
 from lab.cli import setting
 from lab.datasets import load_corpus
@@ -342,7 +342,7 @@ def write_page(
     ]
     for title, picture in pictures:
         link = picture.relative_to(out).as_posix()
-        parts.append(f'<h2>{html.escape(title)}</h2><img src="{link}" alt="{html.escape(title)}" loading=lazy>')
+        parts.append(f"<h2>{html.escape(title)}</h2>{drawn(link, title)}")
     parts.append(f"<h2>Models of three domains</h2><p>Each run on a page of its own: {domains}.</p>")
     parts += [*(section(f, out) for f in findings), spent]
     write_text(path, page("From counting letters to a GPT", parts))

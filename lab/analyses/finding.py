@@ -41,7 +41,8 @@ def write_finding(out: Path, name: str, summary: str, data: dict[str, Any], figu
 PAGE_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222;
 background:#fff;overflow-wrap:anywhere}
 h1{font-size:1.7em} h2{font-size:1.15em;margin:1.6em 0 .2em} h3{font-size:1em;margin:1em 0 .1em} p{margin:.3em 0}
-img{max-width:100%;height:auto} .rung{border-left:3px solid #0072b2;padding-left:.8em;margin:.8em 0}
+.drawn{overflow-x:auto} .drawn img{max-width:max(100%,900px);height:auto}
+.rung{border-left:3px solid #0072b2;padding-left:.8em;margin:.8em 0}
 table{border-collapse:collapse} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd;
 overflow-wrap:break-word}
 td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap}
@@ -58,12 +59,20 @@ def page(title: str, sections: list[str]) -> str:
     return f"{head}<style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>\n" + "\n".join(sections) + "</html>\n"
 
 
+def drawn(source: str, words: str) -> str:
+    """A picture for a page, with `words` for those who cannot see it. Where the page is narrow it is not made so small
+    that nobody could read it, but can be moved sideways, with the keyboard too."""
+    words = html.escape(words)
+    picture = f'<img src="{html.escape(source)}" alt="{words}" loading=lazy>'
+    return f'<div class=drawn tabindex=0 role=region aria-label="{words}">{picture}</div>'
+
+
 def section(finding: Finding, folder: Path) -> str:
     """A finding as HTML: heading, its line, its text or picture, a link to the numbers."""
     picture = finding.png_path.relative_to(folder).as_posix() if finding.png_path else ""
     numbers = finding.json_path.relative_to(folder).as_posix()
     name = html.escape(finding.name.replace("_", " "))
-    shown = finding.html or f'<img src="{picture}" alt="{name}" loading=lazy>'
+    shown = finding.html or drawn(picture, finding.name.replace("_", " "))
     links = f'<a href="{numbers}">numbers</a>' + (
         f' <a href="{picture}">picture</a>' if finding.html and picture else ""
     )

@@ -213,6 +213,7 @@ def test_every_page_fits_and_can_be_read_and_reached(browser, page, theme):
 def test_the_page_of_the_tour_fits_and_can_be_read(browser, tmp_path, width):
     browser.driver.set_window_size(width, 1000)
     browser.driver.get(tour_page(tmp_path / "tour").as_uri())
+    browser.until(lambda: browser.find(".drawn img").rect["width"] >= 800, "a picture that can be read, moved sideways")
     assert browser.overflow() <= 0 and browser.wrong() == []
     browser.picture("tour")
 
