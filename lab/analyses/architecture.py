@@ -99,7 +99,8 @@ def architecture(checkpoint: Checkpoint, out: Path) -> Finding:
     )
     ax.set_title(f"{checkpoint.label} ({checkpoint.name}): {total:,} parameters")
     several = checkpoint.several_tokens("it has no row of a token")
-    summary = f"{checkpoint.name}: {total:,} parameters in {sum(p['times'] for p in parts)} parts.{several}"
+    count = sum(p["times"] for p in parts)
+    summary = f"{checkpoint.name}: {total:,} parameters in {count} part{'' if count == 1 else 's'}.{several}"
     data = {"checkpoint": checkpoint.path.name, "parameters": total, "parts": parts}
     return write_finding(out, "architecture", summary, data, fig, as_table(parts))
 

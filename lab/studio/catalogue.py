@@ -86,7 +86,8 @@ def describe(path: Path) -> Found:
         raise Refused(f"{path.name} is not a checkpoint of this project") from None
     beside = path.parent.with_name(f"{run}.json")
     summary = read_run_json(beside)
-    parameters = summary.get("num_parameters") or sum(map(_product, tensors.values()))
+    counted = summary.get("num_parameters")  # 0 of a table of counts, whose tensors are no parameters
+    parameters = sum(map(_product, tensors.values())) if counted is None else counted
     losses = [loss for at, loss in read_progress(beside.with_suffix(".txt")).val if at <= step]
     stat = path.stat()
     loss = losses[-1] if losses else None

@@ -1,6 +1,7 @@
 """Checkpoints in the studio: found, described, opened without running anything in them, written with."""
 
 import html
+import json
 import pickle
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lab.models import LADDER, build_model
 from lab.sample import generate
 from lab.studio import markup
 from lab.studio.analyses import LONGEST_LOOK, MOST_CHECKPOINTS, Microscope, along
-from lab.studio.catalogue import Catalogue, Models, read_header, steps_of
+from lab.studio.catalogue import Catalogue, Models, describe, read_header, steps_of
 from lab.studio.places import Places, Refused
 from lab.studio.samples import Samples
 from lab.studio.writing import LONGEST_PROMPT, drivers, guess, write
@@ -61,6 +62,9 @@ def test_runs_are_found_with_size_loss_and_date(places, tmp_path):
     assert (mlp.path, mlp.step, mlp.loss, mlp.size_bytes) == (best, 5, 2.0, best.stat().st_size)
     assert mlp.parameters == build_model("mlp", CHARACTERS.vocab_size).num_parameters()
     assert found["bigram"].path.name == "step-000005.safetensors" and found["bigram"].loss is None
+    counts = save(tmp_path / "three", "counts")
+    counts.parent.with_name("seed-000.json").write_text(json.dumps({"num_parameters": 0}))
+    assert describe(counts).parameters == 0, "what is counted is no parameter"
     assert [p.stem for p in steps_of(best)] == ["best", "step-000000", "step-000005", "step-000009"]
     row = catalogue.row(mlp)
     assert row[0] == "mlp" and row[3] == "2.0000 a character" and "one" in row[-1]

@@ -95,6 +95,19 @@ def test_a_model_is_opened_with_its_facts_its_drawing_and_what_fits_it(full):
     assert label.startswith("bigram")
 
 
+def test_the_row_that_is_clicked_is_opened_wherever_it_stands_by_now(full):
+    """By its number another model was opened when a training had ended since the table was drawn."""
+    table, *_ = full["models.refresh"]()
+    rows = table["value"]
+    for row in rows:
+        event = SimpleNamespace(index=[(rows.index(row) + 1) % len(rows), 0], row_value=row)
+        listed, *_ = full["models.open_row"](event)
+        folder, _, run = row[-1].rpartition(" · ")
+        assert folder in listed["value"] and f"/{run}.checkpoints/" in listed["value"]
+    with pytest.raises(gr.Error, match="refresh the list"):
+        full["models.open_row"](SimpleNamespace(index=[0, 0], row_value=["gone"]))
+
+
 def test_text_is_written_and_asked_about_at_any_place(full):
     choice, _ = full["write.open_page"](MINE)
     path = choice["value"]
@@ -133,6 +146,7 @@ def test_stories_are_graded_blind_to_the_end(full):
 def test_a_series_is_judged_once_and_its_report_is_of_the_series_shown(full):
     folder, *_ = full["series.open_page"]()
     made = next(value for _, value in folder["choices"] if "a-series" in value)
+    assert "Choose a series" in full["series.look"](None, "", 0.05, ())[0], "not that there is none"
     verdict, _, pictures, table, seen = full["series.look"](made, "", 0.05, ())
     assert "t-test" in verdict and pictures.count("<svg") == 2 and len(table) == 3
     assert full["series.look"](made, "", 0.05, seen) == [gr.skip()] * 5, "nothing is new"

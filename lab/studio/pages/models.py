@@ -10,6 +10,7 @@ from lab.studio import markup
 from lab.studio.analyses import LONGEST_LOOK, step_label
 from lab.studio.catalogue import steps_of
 from lab.studio.diagram import gpt_paths
+from lab.studio.places import Refused
 from lab.studio.telling import EXPECTED, told
 
 HEADERS = ["model", "corpus", "step", "validation loss", "parameters", "size", "saved", "series · run"]
@@ -73,9 +74,12 @@ def build(studio, page: gr.Blocks) -> None:
 
     @told
     def open_row(event: gr.SelectData):
-        found = studio.catalogue.checkpoints()
-        number = event.index[0]
-        return opened(studio.places.shown(found[number].path) if number < len(found) else "")
+        # By the row's own words: its number counts another way once the table is sorted, or a training has ended since.
+        rows = {row[-1]: one.path for one in studio.catalogue.checkpoints() for row in [studio.catalogue.row(one)]}
+        path = rows.get(str(event.row_value[-1]))
+        if path is None:
+            raise Refused("this model is not there any more; refresh the list")
+        return opened(studio.places.shown(path))
 
     page.load(told(refresh), None, [table, path, empty])
     again.click(told(refresh), None, [table, path, empty])

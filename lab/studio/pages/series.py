@@ -61,7 +61,8 @@ def build(studio, page: gr.Blocks) -> None:
         """The series' values of `outputs`; nothing new if its files are as they were. What cannot be judged is told
         where the verdict would stand: a message that pops up would come again at every look."""
         if not path:
-            return [markup.hint(NO_SERIES), "", "", [], ()]
+            said = "Choose a series." if studio.catalogue.series() else NO_SERIES
+            return [markup.hint(said), "", "", [], ()]
         try:
             where = studio.places.inside(path)
             now = (str(where), limit, level, fingerprint(where))
