@@ -124,6 +124,7 @@ class Browser:
 
     def wrong(self) -> list[str]:
         """What a reader with weak eyes, a keyboard or a screen reader would stumble on: see ACCESS."""
+        self.keys("TAB")  # a new window shows no focus before its first key
         return self.driver.execute_script(ACCESS)
 
     def listen(self) -> None:
