@@ -821,20 +821,28 @@ class Trainer:
 
 
 @torch.no_grad()
-def validate(trainer: Trainer, stream: TokenStream, step: int) -> float:
-    """Mean loss in nats per token over the validation tokens, with its window after `step`; equal on all ranks."""
+def validate(trainer: Trainer, stream: TokenStream, step: int, ends: Callable[[], int] = lambda: 0) -> float | None:
+    """Mean loss in nats per token over the validation tokens, with its window after `step`; equal on all ranks.
+
+    ends: asked before each sequence, by all ranks; at a yes the validation is given up, and None returned."""
     c = trainer.config
     trainer.set_window(step, schedule.validation_window_at)
     trainer.exchange.wait_weights()
     total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     count = c.val_tokens // c.val_seq_len
     mine = range(rank(), count, trainer.world_size)
-    for batch in stream.prefetch(((0, number) for number in mine), pin_memory=trainer.device.type == "cuda"):
+    batches = stream.prefetch(((0, number) for number in mine), pin_memory=trainer.device.type == "cuda")
+    for turn in range(-(-count // trainer.world_size)):
+        if ends():
+            batches.close()
+            return None
+        if turn == len(mine):  # others have a sequence more and ask for its rows
+            trainer.rows.fetch(torch.zeros(0))
+            continue
+        batch = next(batches)
         inputs_T, targets_T = to_device(batch, trainer.device)
         how = trainer.rows.fetch(batch[0])
         total += trainer.forward(inputs_T[None], targets_T[None], window_blocks=trainer.window, **how)
-    for _ in range(len(mine), -(-count // trainer.world_size)):  # others have a sequence more and ask for its rows
-        trainer.rows.fetch(torch.zeros(0))
     if trainer.world_size > 1:
         dist.all_reduce(total)
     return total.item() / count
@@ -911,7 +919,7 @@ class Stretch:
         self.start = self.saved = done.step
         self.clock.seconds, log.validation[:], log.train_losses[:] = done.seconds, done.validation, done.losses
         c, flops = self.config, flops_per_token(trainer.model)
-        self.watch = Watch(c, log, trainer, self.start)
+        self.watch = Watch(c, log, trainer, self.start, self.clock)
         tokens = lambda step: schedule.tokens_until(step, c)  # noqa: E731
         self.progress = Progress(c.num_iterations, self.start, tokens, flops, ceiling, shows=rank() == 0)
 
@@ -926,9 +934,10 @@ class Stretch:
         self.clock.start()
         try:
             for step in range(self.start, end + 1):
-                last, asked = step == end, stop.heard() if step % c.adam_every == 0 else 0  # no gradient waits
-                if not asked and (last or (c.val_loss_every and step % c.val_loss_every == 0)):
-                    self.validate(step)
+                last = step == end
+                heard = stop.heard if step % c.adam_every == 0 else lambda: 0  # at others a gradient waits
+                if not (asked := heard()) and (last or (c.val_loss_every and step % c.val_loss_every == 0)):
+                    asked = self.validate(step, heard)
                 if asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0):
                     self.save(step)
                 if asked or last:
@@ -942,17 +951,21 @@ class Stretch:
         self.clock.stop()
         return asked
 
-    def validate(self, step: int) -> None:
-        """Validate after `step` steps, unless a resumed run has it already; the clock stands still meanwhile."""
+    def validate(self, step: int, heard: Callable[[], int]) -> int:
+        """Validate after `step` steps, unless a resumed run has it already; the clock stands still meanwhile.
+
+        Returns the signal for which the validation was given up, or 0; the run that goes on makes it anew."""
         if any(point["step"] == step for point in self.log.validation):
-            return
+            return 0
         elapsed = self.clock.stop()
-        loss = validate(self.trainer, self.val_stream, step)
-        self.record.advance(step)
-        loss = checkpoints.finite(loss, f"validation loss after step {step}")
-        self.log.validated(step, elapsed, loss, **self.record.told())
-        self.log.summary("running")
+        loss = validate(self.trainer, self.val_stream, step, heard)
+        if loss is not None:
+            self.record.advance(step)
+            loss = checkpoints.finite(loss, f"validation loss after step {step}")
+            self.log.validated(step, elapsed, loss, **self.record.told())
+            self.log.summary("running")
         self.clock.start()
+        return heard() if loss is None else 0
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps, unless there is one."""

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from small_runs import folder_of, losses, small, tokens
 
+from data.shards import write_shard
+
 REPO = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120  # of these tests, where the machine has other work
 
@@ -58,7 +60,8 @@ class Server:
         files = [f"--{part}_files={self.data}/{part}_*.bin" for part in ("train", "val")]
         given = ["--num_iterations=100000", "--val_loss_every=0", *files, f"--output_dir={self.folder}", *words]
         told = dict(words=small(*given, "--overwrite"), out=out, terminal=terminal, ignore=ignore)
-        (self.folder / "run.txt").unlink(missing_ok=True)
+        if "--resume=auto" not in words:
+            self.log.unlink(missing_ok=True)
         print(json.dumps(told), file=self.process.stdin, flush=True)
         self.run = int(self.process.stdout.readline())
         return self.run
@@ -125,6 +128,32 @@ def test_a_signal_in_the_warm_up_is_heard_at_once(server, tmp_path):
     assert server.told()["status"] == "interrupted"
     assert not list((server.folder / "run.checkpoints").glob("*"))
     assert server.last_line() == "stopped by SIGUSR1: no checkpoint yet" == out.read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_in_a_validation_is_heard_there(server, tmp_path, name):
+    """The validation is given up, and the run that goes on makes it: its loss is that of a run without a signal."""
+    number, out, many = getattr(signal, name), tmp_path / "out", tmp_path / "val_0.bin"
+    out.touch()
+    write_shard(many, tokens(150_000, 2))
+    words = ("--num_iterations=3", f"--val_files={many}", "--val_tokens=0")
+    run = server.begin(str(out), *words)
+    server.until(lambda text: "\nstep:3/3 train_loss" in text)
+    os.kill(run, number)
+    assert server.ends() == 128 + number
+    assert "\nstep:3/3 val_loss" not in server.log.read_text()
+    told = server.told()
+    assert (told["status"], told["validation"]) == ("interrupted", []) and told["end_time"]
+    said = f"stopped by {name}: the checkpoint of step 3 is there; --resume=auto continues"
+    assert server.last_line() == said == out.read_text().splitlines()[-1]
+    if name == "SIGTERM":
+        server.begin(str(out), *words, "--resume=auto", "--overwrite=false")
+        assert server.ends() == 0
+        (point,) = server.told()["validation"]
+        server.begin(str(out), *words)
+        assert server.ends() == 0
+        (straight,) = server.told()["validation"]
+        assert (point["step"], point["loss"]) == (3, straight["loss"]) and server.told()["status"] == "finished"
 
 
 FINITE = ("--num_iterations=40", "--val_loss_every=10", "--save_final=false")

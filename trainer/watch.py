@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.log import RunLog
+from trainer.log import Clock, RunLog
 from trainer.options import UsageError
 from trainer.processes import on_rank_0, rank, world_size
 
@@ -63,10 +63,11 @@ class GradientNorm:
 class Watch:
     """All of the above for one run, whose steps begin after `start`.
 
-    before(step) and words(step) stand around every step; `close` at the end of the run, however it ends."""
+    before(step) and words(step) stand around every step; `close` at the end of the run, however it ends. The clock
+    stands still while a trace is begun or written, which takes seconds."""
 
-    def __init__(self, config: Any, log: RunLog, trainer: Any, start: int):
-        self.config, self.log, self.device, self.start = config, log, trainer.device, start
+    def __init__(self, config: Any, log: RunLog, trainer: Any, start: int, clock: Clock):
+        self.config, self.log, self.device, self.start, self.clock = config, log, trainer.device, start, clock
         self.asked = listed("log_words", config.log_words, WORDS)
         self.norm = trainer.norm = GradientNorm(trainer.exchange) if "grad_norm" in self.asked else None
         self.closing: list[Callable[[], None]] = []
@@ -115,18 +116,22 @@ class Watch:
         if step == first:
             activity = torch.profiler.ProfilerActivity
             both = [activity.CPU, *([activity.CUDA] if self.device.type == "cuda" else [])]
+            self.clock.stop()
             self.profiler = torch.profiler.profile(activities=both)
             self.profiler.start()
+            self.clock.start()
         elif step == first + self.config.profile:
             self._write_trace()
 
     def _write_trace(self) -> None:
         profiler, self.profiler = self.profiler, None
         if profiler is not None:
+            self.clock.stop()
             profiler.stop()
             path = self.log.folder / f"{self.log.name}.trace.json"
             profiler.export_chrome_trace(str(path))
             self.log.line(f"trace from step {self.start + _UNWATCHED + 1} on: {path}; https://ui.perfetto.dev opens it")
+            self.clock.start()
 
     def words(self, lr: float, window_tokens: int) -> dict[str, str]:
         """What `--log_words` asks for of the step just done, as the log prints it. Collective."""

@@ -13,6 +13,7 @@ import train_gpt
 from stats.series import find_series, read_runs
 from stats.values import final_validation
 from trainer import schedule
+from trainer.log import Clock
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,19 @@ def test_words_in_the_lines_and_a_trace(data, tmp_path):
     trace = json.loads((tmp_path / "run.trace.json").read_text())
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
     assert "run.trace.json; https://ui.perfetto.dev opens it" in log(tmp_path)
+
+
+def test_the_clock_stands_still_while_a_trace_is_begun_and_written(data, tmp_path, monkeypatch):
+    clocks, running = [], []
+
+    class Profiler:
+        start = stop = export_chrome_trace = __init__ = lambda *_, **__: running.append(clocks[-1].started is not None)
+
+    start = Clock.start
+    monkeypatch.setattr(Clock, "start", lambda clock: (clocks.append(clock), start(clock)) and None)
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    assert run(data, tmp_path, "--profile=1", "--num_iterations=6") == 0
+    assert running == [False] * 4, "made, begun, ended, written"
 
 
 def log(folder):
