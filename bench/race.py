@@ -1,4 +1,4 @@
-"""Race the nano preset against nanoGPT's published CPU recipe, on one text, on the same cores, in one run.
+"""Race the nano-text preset against nanoGPT's published CPU recipe, on one text, on the same cores, in one run.
 
     python -m bench.race shakespeare.txt --nanogpt PATH_TO_A_CHECKOUT --repeats 3
 
@@ -34,7 +34,7 @@ RECIPE = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
-OURS = "--preset=nano --num_iterations=350 --val_loss_every=0 --val_seq_len=9216 --val_tokens=110592 --device=cpu"
+OURS = "--preset=nano-text --val_loss_every=0 --val_seq_len=9216 --val_tokens=110592 --device=cpu"
 TARGET = 1.88
 
 
@@ -108,7 +108,7 @@ def race_nanogpt(nanogpt: Path) -> dict:
 
 
 def race_ours(folder: Path, number: int, extra: list[str]) -> dict:
-    """One run of the nano preset."""
+    """One run of the nano-text preset."""
     command = [
         sys.executable,
         str(REPO / "train_gpt.py"),

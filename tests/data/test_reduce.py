@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import train_gpt
 from data import reduce, shards
 
 
@@ -77,3 +78,29 @@ def test_a_token_outside_the_vocabulary(tmp_path, capsys):
     command = [f"--train={tmp_path}/train_*.bin", f"--val={tmp_path}/val_*.bin", f"--out={tmp_path}/out"]
     assert reduce.main([*command, "--vocab-size=3"]) == 3
     assert "token 300 is not of a vocabulary of 256" in capsys.readouterr().err
+
+
+def test_the_micro_preset_trains_on_them(tmp_path):
+    """The note beside the shards is what `--data` goes by: vocabulary, end of text, both parts."""
+    random = np.random.default_rng(1)
+    drawn = random.zipf(1.5, 7500) % 900
+    drawn[::100] = 50256
+    write(tmp_path / "train_1.bin", drawn[:6000])
+    write(tmp_path / "val_0.bin", drawn[6000:])
+    files = [str(tmp_path / name) for name in ("train_1.bin", "val_0.bin")]
+    reduce.reduce([files[0]], [files[1]], tmp_path / "out", 64)
+    words = "--preset=micro --device=cpu --num_iterations=8 --tokens_per_step=256 --train_seq_len=256 --val_seq_len=512"
+    words += (
+        f" --val_tokens=1024 --num_layers=4 --unet_skips= --attention_free_layers=2 --data={tmp_path}/out --run_name=m"
+    )
+    assert train_gpt.main([*words.split(), "--long_window_layers=0,3", f"--output_dir={tmp_path}"]) == 0
+    told = json.loads((tmp_path / "m.json").read_text())
+    assert (told["config"]["vocab_size"], told["config"]["eos_id"]) == (64, 0)
+    assert told["final_loss"] < np.log(64) - 0.3
+
+
+@pytest.mark.parametrize(("preset", "whole", "blocks"), [("micro", 3735588, 1114112), ("nano-text", 4325400, 98304)])
+def test_the_sizes_that_are_told_of_small_presets(preset, whole, blocks):
+    model = train_gpt.GPT(train_gpt.parse_config([f"--preset={preset}"]))
+    assert sum(p.numel() for p in model.parameters()) == whole
+    assert sum(p.numel() for name, p in model.named_parameters() if "blocks" in name) == blocks
