@@ -400,7 +400,9 @@ def _conclusions(one: Comparison, asked: Sequence[str]) -> tuple[str, ...]:
         difference, equivalence = _claims(one, what)
         if difference is None:
             if what == "time_s" and what in asked:
-                found.append("time: not compared; fewer than two runs a side tell their time")
+                told = min(side.time_s.n if side.time_s else 0 for side in (one.baseline, one.candidate))
+                why = "no variance: all of them are equal" if told > 1 else "fewer than two runs a side tell it"
+                found.append(f"time: not compared; {why}")
             continue
         size = f"{less if difference.estimate < 0 else more} by {abs(difference.estimate):.4g} {unit}"
         interval = f"{1 - one.alpha:.0%} interval {difference.low:+.4g} to {difference.high:+.4g} {unit}"

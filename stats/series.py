@@ -130,6 +130,17 @@ def find_series(paths: Iterable[str | Path]) -> list[Series]:
         found.append(Series(name, str(files[0]), tuple(runs), passed_over=tuple(excerpts)))
     if not found:
         raise DataError("no file or folder was named")
+    return named_apart(found)
+
+
+def named_apart(series: Sequence[Series]) -> list[Series]:
+    """`series`, those of one name called by so much of their paths as tells them apart (`old/record`, `new/record`)."""
+    found, depth = list(series), 1
+    while (alike := [name for name, count in Counter(one.name for one in found).items() if count > 1]) and depth < 9:
+        depth += 1
+        for index, one in enumerate(found):
+            if one.name in alike:
+                found[index] = replace(one, name="/".join(Path(one.path).resolve().parts[-depth:]))
     return found
 
 

@@ -144,9 +144,10 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 def _run_compare(options: argparse.Namespace) -> int:
     from stats.compare import QUESTIONS, compare, render
     from stats.samples import selected
+    from stats.series import named_apart
     from stats.ttest import TRACK_THRESHOLD
 
-    series = [find_one(path, options) for path in (options.baseline, *options.candidates)]
+    series = named_apart([find_one(path, options) for path in (options.baseline, *options.candidates)])
     dropped = drops(options, series)
     samples = [selected(one, None, options.stop_step, dropped, options.allow_mixed) for one in series]
     if options.sequential:

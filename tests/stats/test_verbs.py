@@ -108,3 +108,27 @@ def test_validate_against_a_head_and_a_commit(pair, capsys):
         (found,) = [f for f in result["assessments"][0]["findings"] if f["check"] == "against"]
         assert found["grade"] == "F" and "written anew" in found["text"]
     assert main(["validate", str(series), "--against", "no-such-thing"]) == 2
+
+
+def test_series_of_one_name_are_told_apart(tmp_path, make_log, capsys):
+    """In every table and sentence, by so much of their paths as it takes."""
+    for place, loss in (("old/lab/rec", 2.91), ("new/lab/rec", 2.9), ("new/other", 2.905)):
+        (tmp_path / place).mkdir(parents=True)
+        for seed in range(3):
+            (tmp_path / place / f"{seed}.txt").write_text(make_log(loss + seed / 1e3, seed=seed))
+    assert main(["leaderboard", str(tmp_path)]) == 0
+    board = capsys.readouterr().out
+    assert all(f"| {name} " in board for name in ("old/lab/rec", "new/lab/rec", "other"))
+    assert main(["compare", *(str(tmp_path / where / "lab" / "rec") for where in ("old", "new"))]) == 0
+    out = capsys.readouterr().out
+    assert "new/lab/rec against old/lab/rec" in out and "loss: new/lab/rec is lower by 0.01" in out
+    assert main(["compare", *[str(tmp_path / "new" / "other")] * 2]) == 1, "one and the same has one name"
+
+
+def test_times_that_cannot_be_compared_have_their_own_reason(tmp_path, capsys):
+    for name, times in (("equal", "3 3 3"), ("equal too", "4 4 4"), ("untold", "3  ")):
+        rows = [f"{seed},{2.9 + seed / 1e3},{time}" for seed, time in enumerate(times.split(" "))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["seed,loss,time_s", *rows]) + "\n")
+    for name, reason in (("equal too", "no variance: all of them are equal"), ("untold", "fewer than two runs a side")):
+        main(["compare", str(tmp_path / "equal.csv"), str(tmp_path / f"{name}.csv")])
+        assert f"time: not compared; {reason}" in capsys.readouterr().out
