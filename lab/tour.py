@@ -214,7 +214,7 @@ def ladder_chart(results: dict[str, list[Trained]], floor: float, out: Path) -> 
     ax.set_xlim(-0.5, len(table) - 0.2)
     ax.set_ylabel("validation loss, nats a character")
     ax.set_title("The ladder: each rung on names, mean and 95 % interval over seeds (below: parameters)")
-    ax.legend(loc="upper right")
+    ax.legend()  # where no rung lies
     best = min(table, key=lambda r: r["mean"])
     summary = (
         f"Best rung: {best['rung']} at {best['mean']:.4f} nats a character; the floor is {floor:.4f}, the "

@@ -60,7 +60,9 @@ def session(pair: tuple[Checkpoint, Checkpoint], names: tuple[str, str], prompt:
         raise Refused(f"the beginning has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} can be read")
     stories = []
     for which, checkpoint in enumerate(pair):
-        drawn = generate(checkpoint, prompt, count=int(count), max_tokens=250, temperature=0.8, seed=seed)
+        # Each with random numbers of its own: models that are alike would write the same stories, word for word.
+        own = 2 * seed + which
+        drawn = generate(checkpoint, prompt, count=int(count), max_tokens=250, temperature=0.8, seed=own)
         stories += [(which, one.text + ("" if one.ended else " ...")) for one in drawn]
     random.Random(seed).shuffle(stories)
     return Session(names, prompt, stories)

@@ -59,9 +59,10 @@ def sides(folders: list[Path]) -> list[Side]:
         model = config.get("model") or config.get("preset") or folder
         corpus = config.get("data") or folder
         steps = config.get("steps") or config.get("num_iterations") or 0
-        parameters = config.get("num_parameters") or told.get("num_parameters") or 0
+        parameters = config.get("num_parameters", told.get("num_parameters"))  # the trainer's runs do not tell
+        size = "" if parameters is None else f" · {parameters:,} parameters"
         count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        label = f"{model} on {corpus} · {parameters:,} parameters · {steps:,} steps · {count}"
+        label = f"{model} on {corpus}{size} · {steps:,} steps · {count}"
         made.append(Side(key[:80], label, tuple(path for path, _ in runs), validated_on(told)))
     return sorted(told_apart(made), key=lambda side: (-len(side.runs), side.label))
 

@@ -46,7 +46,7 @@ class Samples:
         count, length = (NAMES, NAME_TOKENS) if names else (TRIES, SAMPLE_TOKENS)
         made = generate(model, count=count, max_tokens=length, temperature=0.8, seed=1)
         made = made if names else [telling(made)]
-        return ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made)
+        return ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made if one.text.strip())
 
     def _make(self, path: Path) -> None:
         from lab import LabError

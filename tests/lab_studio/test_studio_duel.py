@@ -39,7 +39,7 @@ def test_runs_of_one_configuration_are_one_side_wherever_they_lie(tmp_path):
     folders += [recipe(tmp_path / "b", B, "gpt"), recipe(tmp_path / "half", B, "wavenet", status="interrupted")]
     found = sides(folders)
     assert [(side.key, len(side.runs)) for side in found] == [("mlp-d", 4), ("gpt-d", 3)]
-    assert found[0].label == "mlp on names · 0 parameters · 4 steps · 4 runs"
+    assert found[0].label == "mlp on names · 4 steps · 4 runs", "nothing told its parameters"
 
 
 def test_recipes_that_would_read_alike_are_told_apart(tmp_path):
@@ -121,6 +121,9 @@ def test_a_session_hides_whose_story_it_is_and_takes_grades_one_by_one(tmp_path)
     whose = [which for which, _ in made.stories]
     assert sorted(whose) == [0] * 5 + [1] * 5 and whose != sorted(whose)
     assert all(("a" in text) == (which == 0) for which, text in made.stories)
+    alike = session((pair[0], pair[0]), ("one", "two"), "", 3, seed=3).stories
+    texts = [[text for whose, text in alike if whose == which] for which in (0, 1)]
+    assert sorted(texts[0]) != sorted(texts[1]), "the same random numbers would give both the same stories"
     for number in range(10):
         with pytest.raises(Refused, match="choose a grade"):
             made.grade(None)

@@ -4,6 +4,7 @@ import html
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,6 +296,8 @@ def test_a_sample_that_ends_at_once_is_followed_by_another(places, tmp_path, mon
     texts = [Sample("", "", [], True), Sample("", "a dog", [1], True)]
     monkeypatch.setattr("lab.sample.generate", lambda *given, **how: texts[: how["count"]])
     assert Samples(Models(places)).text(save(tmp_path, "bigram", step=1)) == "a dog"
+    monkeypatch.setattr(Models, "load", lambda self, path: SimpleNamespace(told={"data": "names"}))
+    assert Samples(Models(places)).text("a model of names") == "a dog", "and no comma before it"
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,7 @@ def test_stories_are_graded_blind_to_the_end(full):
     for number in range(6):
         shown, grade, _, after = full["blind.graded"](1 + 3 * made.stories[number][0], made)
     assert "<h2>Result</h2>" in shown and not grade["visible"] and after is None
+    assert shown.count("<span>1 · one</span>") == shown.count("<span>4 · two</span>") == 3
     assert len(list((full.places.home / "grades").glob("*.json"))) == 1
 
 

@@ -14,6 +14,7 @@ from lab.studio.telling import EXPECTED, told
 from lab.studio.writing import LONGEST_PROMPT
 from lab.words import unread_words
 
+NAMES = ("one", "two")  # of the models, as the form has them; a result names whole runs only once
 START = markup.hint(
     "Choose two models and begin: their stories come in a shuffled order, and whose is whose at the end."
 )
@@ -24,7 +25,7 @@ def build(studio, page: gr.Blocks) -> None:
     gr.HTML(markup.heading("Blind", "Grade the stories of two models without knowing whose they are."))
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            models = [gr.Dropdown([], label=f"Model {name}", elem_id=f"blind_{name}") for name in ("one", "two")]
+            models = [gr.Dropdown([], label=f"Model {name}", elem_id=f"blind_{name}") for name in NAMES]
             prompt = gr.Textbox("", label="Beginning", max_length=LONGEST_PROMPT, elem_id="blind_prompt")
             count = gr.Number(
                 8, label="Stories of each", precision=0, minimum=FEWEST, maximum=MOST, elem_id="blind_count"
@@ -90,6 +91,7 @@ def _result(made, where: str) -> str:
         verdict = f"<p><b>{html.escape(in_words(made, judged(made)))}</b></p>"
     except EXPECTED as error:
         verdict = markup.told_error(Refused(f"No verdict: {error}"))
-    rows = [(grade, made.names[whose], text) for grade, (whose, text) in zip(made.grades, made.stories)]
-    kept = markup.hint(f"Kept in {html.escape(where)}")
-    return f"<h2>Result</h2>{verdict}{kept}" + markup.texts((f"{grade} · {name}", text) for grade, name, text in rows)
+    rows = [(f"{grade} · {NAMES[whose]}", text) for grade, (whose, text) in zip(made.grades, made.stories)]
+    listed = "; ".join(f"{short}: {name}" for short, name in zip(NAMES, made.names))
+    kept = markup.hint(f"{html.escape(listed)}. Kept in {html.escape(where)}")
+    return f"<h2>Result</h2>{verdict}{kept}{markup.texts(rows)}"
