@@ -43,10 +43,10 @@ class Samples:
 
         model = self.models.load(path)
         names = model.told.get("data") == "names"
-        count, length = (NAMES, NAME_TOKENS) if names else (TRIES, SAMPLE_TOKENS)
+        count, length = (2 * NAMES, NAME_TOKENS) if names else (TRIES, SAMPLE_TOKENS)
         made = generate(model, count=count, max_tokens=length, temperature=0.8, seed=1)
-        made = made if names else [telling(made)]
-        return ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made if one.text.strip())
+        made = [one for one in made if one.text.strip()][:NAMES] if names else [telling(made)]
+        return ", ".join(one.text.strip() + ("" if one.ended else " ...") for one in made)
 
     def _make(self, path: Path) -> None:
         from lab import LabError
