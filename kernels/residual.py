@@ -213,7 +213,7 @@ def mixes_of_layers(
         rows = factors_of_layers(factors_L3, x00)
         return [lambda x, row=row: residual_mix(x, x00, x01, row, impl=impl) for row in rows]
     # A view that begins at the second number would make Inductor take the pass's large results for unaligned too.
-    own, shared = factors_of_layers(factors_L3[:, :1], x00), factors_L3[:, 1:].contiguous()
+    own, shared = factors_of_layers(factors_L3[:, :1], x00), factors_L3[:, 1:].clone()
     tickets = _Tickets.apply(x00, x01, shared)
     x00, x01 = x00.detach(), x01.detach()  # and no longer the first layer's stream, which is x00
     return [

@@ -128,16 +128,13 @@ def _launch(dtype, N=4096, V=50304, softcap="rsqrt", K=0, eight=False):
         import kernels.cross_entropy as module
         from kernels.products8 import E5M2, Eight
 
-        if eight:
-            z, into = torch.empty(N, V, dtype=dtype, device="meta"), torch.empty(N, V, dtype=E5M2, device="meta")
-            into = Eight(into, torch.empty((), device="meta"))
-            targets = torch.empty(N, dtype=torch.int64, device="meta")
-            module.launch_rows(z, targets, softcap, IGNORED, True, into=into)
-            return
-
         z = torch.empty(N, V, dtype=dtype, device="meta")
         targets = torch.empty((N, K) if K else N, dtype=torch.int64, device="meta")
         weights = torch.empty(K, device="meta") if K else None
+        if eight:
+            into = Eight(torch.empty(N, V, dtype=E5M2, device="meta"), torch.empty((), device="meta"))
+            module.launch_rows(z, targets, softcap, IGNORED, True, weights=weights, into=into)
+            return
         module.launch_rows(z, targets, softcap, IGNORED, True, weights=weights)
         module.launch_rows(z, targets, softcap, IGNORED, False, weights=weights)
 
@@ -170,6 +167,12 @@ FAMILY = Family(
         Launch("bf16, in 8 bits", _launch(torch.bfloat16, eight=True), devices=FLOAT8_DEVICES, quick=True),
         Launch("bf16, sigmoid", _launch(torch.bfloat16, softcap="sigmoid")),
         Launch("bf16, sigmoid, three targets", _launch(torch.bfloat16, softcap="sigmoid", K=3)),
+        Launch("bf16, sigmoid, a weighted target", _launch(torch.bfloat16, softcap="sigmoid", K=1)),
+        Launch(
+            "bf16, sigmoid, a weighted target, in 8 bits",
+            _launch(torch.bfloat16, softcap="sigmoid", K=1, eight=True),
+            devices=FLOAT8_DEVICES,
+        ),
         Launch("bf16, no cap, a row in registers", _launch(torch.bfloat16, V=16000, softcap=None)),
         Launch("float32, bytes", _launch(torch.float32, V=256)),
     ),

@@ -91,6 +91,15 @@ def _launch_step():
     module.launch_update(weight, low, update, LR, DECAY)
 
 
+def _launch_wide():
+    """Momentum and update of a float32 weight with a float32 gradient, which decays cautiously."""
+    import kernels.muon as module
+
+    weight, gradient, buffer = (torch.empty(1024, 1024, dtype=torch.float32, device="meta") for _ in range(3))
+    module.launch_momentum(buffer, gradient, MOMENTUM)
+    module.launch_update(weight, None, gradient, LR, DECAY, cautious=True)
+
+
 FAMILY = Family(
     name="muon",
     module="kernels.muon",
@@ -116,6 +125,7 @@ FAMILY = Family(
     launches=(
         Launch("bf16, attention's matrices", _launch(torch.bfloat16), quick=True),
         Launch("bf16 weight, float32 update", _launch_step, quick=True, demanding=False),
+        Launch("float32 weight, cautious", _launch_wide, spills=False, demanding=False),
         Launch("bf16, the MLP's matrices", _launch(torch.bfloat16, B=32, K=4096)),
         # sides that 16 does not divide: masked loads of single numbers
         Launch("bf16, a gate a head", _launch(torch.bfloat16, B=30, M=8, K=16), demanding=False, spills=False),
