@@ -416,7 +416,7 @@ def _parse(stream: BinaryIO, path: str, suffix: str) -> list[Run]:
     stream.seek(0)
     if not start:
         raise EmptyLog("an empty file", path)
-    table = {".csv": parse_csv, ".json": parse_json, ".jsonl": parse_json}.get(suffix)
+    table = {".csv": parse_csv, ".tsv": parse_csv, ".json": parse_json, ".jsonl": parse_json}.get(suffix)
     if table is None and not suffix:
         if start[:1] in b"[{":
             table = parse_json

@@ -1,8 +1,7 @@
 """Results that are not logs: CSV, JSON, JSON lines, and bare numbers.
 
-    CSV     a header, then one row a run, or one row a validation where there is a column `step` and a run
-    has many rows;
-            without a header, one loss a row
+    CSV     (or TSV) a header, then one row a run, or one row a validation where there is a column `step` and a run has
+            many rows; without a header, one loss a row
     JSON    [2.919, 2.920] | [{"loss": 2.919, "time_s": 1412.0}, ...] | {"losses": [...], "times_s": [...]}
             | {"columns": [...], "data": [[...], ...]} | a run's own JSON as the trainer writes it (with "validation")
     JSONL   one number or one object a line
@@ -20,6 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,10 +246,11 @@ def _table_run(name: str, rows: list[dict], path: str, origin: str | None = None
         step = int(next((number for number in told if number is not None), 0))  # step 0 is one
         points.append(Validation(step, loss, time_s, None, decimals, row.get("line")))
     # a step that was evaluated twice, with one result, counts once
-    points = sorted({(point.step, point.loss): point for point in reversed(points)}.values(), key=lambda p: p.step)
+    points = sorted({(p.step, p.loss): p for p in reversed(points)}.values(), key=lambda p: (p.step, p.line or 0))
+    for before, point in pairwise(points):
+        if point.step == before.step:
+            raise DataError(f"run {name!r} has two rows for one step", path, point.line)
     steps = [point.step for point in points]
-    if len(set(steps)) < len(steps):
-        raise DataError(f"run {name!r} has two rows for one step", path, points[-1].line)
     planned = _value(rows[-1], "planned_steps", path)[0]
     seed = _value(rows[0], "seed", path)[0]
     facts: dict[str, Any] = {

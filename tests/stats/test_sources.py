@@ -127,3 +127,15 @@ def test_programs_are_compared_by_what_they_do(tmp_path, make_log):
         from stats.samples import sample_of
 
         sample_of(find_series([tmp_path])[0])
+
+
+def test_a_step_that_was_evaluated_twice(tmp_path):
+    """With one result it is one; with two, the second line is named."""
+    table = tmp_path / "t.tsv"
+    rows = ["run\tstep\tval_loss", "a\t10\t3.0", "a\t20\t2.9", "a\t20\t2.9"]
+    table.write_text("\n".join(rows) + "\n")
+    (run,) = read_runs(table)
+    assert [(point.step, point.loss) for point in run.validations] == [(10, 3.0), (20, 2.9)]
+    table.write_text("\n".join([*rows, "a\t10\t3.1"]) + "\n")
+    with pytest.raises(DataError, match=r"t\.tsv:5: run 'a' has two rows for one step"):
+        read_runs(table)
