@@ -12,8 +12,8 @@ tests/kernels/test_attention_masks.py compares the two pair by pair. first_key n
 that see key j are j .. end_query[j] - 1, and a tile's range of keys is read off its first and last rows.
 
 Shapes: B packed sequences, T tokens, H query heads, K key heads (H a multiple of K), Dh head width, R = Dh/2.
-Work, for P allowed pairs: 4*P*Dh FLOPs a head forward, 10*P*Dh backward. Bytes: q, k, v, o once each, and one
-float32 logarithm a row and head.
+Work, for P allowed pairs: 4*P*Dh FLOPs a head forward, 10*P*Dh backward; with values of another width Dv 2*P*(Dh + Dv)
+and P*(6*Dh + 4*Dv). Bytes: q, k, v, o once each, and one float32 logarithm a row and head.
 """
 
 from __future__ import annotations
@@ -520,6 +520,7 @@ def _forward_step(
     K_APART: tl.constexpr,
     V_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     MASKED: tl.constexpr,
@@ -544,7 +545,7 @@ def _forward_step(
     b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
     b_keep = tl.exp2(b_max - b_shift)
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, MASKED, DESCRIPTOR)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DV, BN, MASKED, DESCRIPTOR)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
     return b_acc, b_sum, b_new, b_next
 
@@ -567,6 +568,7 @@ def _attention_forward(
     K_APART: tl.constexpr,
     V_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -583,7 +585,7 @@ def _attention_forward(
     b_first = tl.load(p_first + o_i, mask=o_i < T, other=0)
     diagonal, interior, edge = _key_range(p_first, row, T, BM, BN)
     b_q = _load_tile(p_q, batch, row, head, T, Q_APART, DH, BM, True, False)
-    b_acc = tl.zeros([BM, DH], tl.float32)
+    b_acc = tl.zeros([BM, DV], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     key = _tile_key(0, row, interior, edge, BN)
@@ -611,6 +613,7 @@ def _attention_forward(
             K_APART,
             V_APART,
             DH,
+            DV,
             BM,
             BN,
             False,
@@ -639,13 +642,14 @@ def _attention_forward(
             K_APART,
             V_APART,
             DH,
+            DV,
             BM,
             BN,
             True,
             DESCRIPTOR,
             PRECISION,
         )
-    _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
+    _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DV, BM)
     tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
 
 
@@ -667,6 +671,7 @@ def _attention_forward_specialised(
     K_APART: tl.constexpr,
     V_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -690,7 +695,7 @@ def _attention_forward_specialised(
     b_q = p_rows.load([row, 0])
     b_from = tl.load(p_first + o_i, mask=o_i < T, other=0) - row
     b_until = tl.arange(0, BM)
-    b_acc = tl.zeros([BM, DH], tl.float32)
+    b_acc = tl.zeros([BM, DV], tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     for t in tl.range(0, tl.cdiv(row - oldest, BN) + 1, warp_specialize=True):
@@ -705,12 +710,12 @@ def _attention_forward_specialised(
         b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
         b_keep = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_keep + tl.sum(b_p, 1)
-        b_v = p_v.load([batch, key, kv_head, 0]).reshape(BN, DH)
+        b_v = p_v.load([batch, key, kv_head, 0]).reshape(BN, DV)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None], input_precision=PRECISION)
         b_max = b_new
         b_from += BN
         b_until += BN
-    _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DH, BM)
+    _store_tile(p_o, b_acc / b_sum[:, None], batch, row, head, T, HEADS, DV, BM)
     tl.store(p_lse + (batch.to(tl.int64) * HEADS + head) * T + o_i, b_max + tl.log2(b_sum), mask=o_i < T)
 
 
@@ -733,6 +738,7 @@ def _dq_step(
     K_APART: tl.constexpr,
     V_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     MASKED: tl.constexpr,
@@ -741,7 +747,7 @@ def _dq_step(
 ):
     """One tile of keys into dq (still without the logit scale)."""
     b_k = _load_tile(p_k, batch, key, kv_head, T, K_APART, DH, BN, MASKED, DESCRIPTOR)
-    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, MASKED, DESCRIPTOR)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DV, BN, MASKED, DESCRIPTOR)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
@@ -779,6 +785,7 @@ def _attention_dq(
     K_APART: tl.constexpr,
     V_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -799,8 +806,8 @@ def _attention_dq(
     b_first = tl.load(p_first + o_i, mask=o_i < T, other=0)
     b_lse = tl.load(p_lse + o_row, mask=o_i < T, other=0.0)
     diagonal, interior, edge = _key_range(p_first, row, T, BM, BN)
-    b_o = _load_tile(p_o, batch, row, head, T, HEADS, DH, BM, True, False)
-    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, True, False)
+    b_o = _load_tile(p_o, batch, row, head, T, HEADS, DV, BM, True, False)
+    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DV, BM, True, False)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_delta + o_row, b_delta, mask=o_i < T)
     b_q = _load_tile(p_q, batch, row, head, T, Q_APART, DH, BM, True, False)
@@ -825,6 +832,7 @@ def _attention_dq(
             K_APART,
             V_APART,
             DH,
+            DV,
             BM,
             BN,
             True,
@@ -851,6 +859,7 @@ def _attention_dq(
             K_APART,
             V_APART,
             DH,
+            DV,
             BM,
             BN,
             False,
@@ -884,6 +893,7 @@ def _dkdv_step(
     HEADS: tl.constexpr,
     Q_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     MASKED: tl.constexpr,
@@ -894,7 +904,7 @@ def _dkdv_step(
     o_i = row + tl.arange(0, BM)
     o_row = (batch.to(tl.int64) * HEADS + head) * T + o_i
     b_q = _load_tile(p_q, batch, row, head, T, Q_APART, DH, BM, MASKED, DESCRIPTOR)
-    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, MASKED, DESCRIPTOR)
+    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DV, BM, MASKED, DESCRIPTOR)
     if MASKED:
         b_lse = tl.load(p_lse + o_row, mask=o_i < T, other=0.0)
         b_delta = tl.load(p_delta + o_row, mask=o_i < T, other=0.0)
@@ -945,6 +955,7 @@ def _attention_dkdv(
     K_APART: tl.constexpr,
     V_APART: tl.constexpr,
     DH: tl.constexpr,
+    DV: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -973,9 +984,9 @@ def _attention_dkdv(
     interior = tl.maximum(end_of_first - start, 0) // BM
     edge = tl.cdiv(tl.maximum(end_of_last - start - interior * BM, 0), BM)
     b_k = _load_tile(p_k, batch, key, kv_head, T, K_APART, DH, BN, True, False)
-    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, True, False)
+    b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DV, BN, True, False)
     b_dk = tl.zeros([BN, DH], tl.float32)
-    b_dv = tl.zeros([BN, DH], tl.float32)
+    b_dv = tl.zeros([BN, DV], tl.float32)
     # the query heads of this key head, in one loop: a loop around it would keep more registers
     GROUP: tl.constexpr = HEADS // KV_HEADS
     for n in range(0, GROUP * (diagonal + edge)):
@@ -1001,6 +1012,7 @@ def _attention_dkdv(
             HEADS,
             Q_APART,
             DH,
+            DV,
             BM,
             BN,
             True,
@@ -1030,6 +1042,7 @@ def _attention_dkdv(
             HEADS,
             Q_APART,
             DH,
+            DV,
             BM,
             BN,
             False,
@@ -1045,7 +1058,7 @@ def _attention_dkdv(
         _store_at_projection(p_dk, p_k, b_dk * scale, p_rms, p_cos, p_sin, batch, key, kv_head, T, K_APART, DH, BN)
     else:
         _store_tile(p_dk, b_dk * scale, batch, key, kv_head, T, K_APART, DH, BN)
-        _store_tile(p_dv, b_dv, batch, key, kv_head, T, K_APART, DH, BN)
+        _store_tile(p_dv, b_dv, batch, key, kv_head, T, K_APART, DV, BN)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------
@@ -1108,7 +1121,8 @@ def _heads_apart(x: torch.Tensor) -> int:
 
 
 def _constants(q, k, v, tile: Tile) -> dict:
-    """The compile-time arguments that all three kernels share. APART: heads in memory from a token to the next."""
+    """The compile-time arguments that all three kernels share. APART: heads in memory from a token to the next; DH: the
+    width of heads of q and k, DV: of v and o."""
     return {
         "HEADS": q.shape[2],
         "KV_HEADS": k.shape[2],
@@ -1116,6 +1130,7 @@ def _constants(q, k, v, tile: Tile) -> dict:
         "K_APART": _heads_apart(k),
         "V_APART": _heads_apart(v),
         "DH": q.shape[3],
+        "DV": v.shape[3],
         "CHUNK": SCHEDULE_TOKENS,
         "BM": tile.rows,
         "BN": tile.columns,
@@ -1141,7 +1156,8 @@ def _with_room(device: torch.device, run: Callable[[], None]) -> None:
 def launch_forward(
     q, k, v, plan: AttentionPlan, scale: float, tile: Tile | None = None, forward: str = "triton"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the forward kernel. q, k, v (B, T, heads, Dh); slices of a merged projection are walked as they lie.
+    """Run the forward kernel. q, k, v (B, T, heads, Dh), the heads of v of another width if need be; slices of a merged
+    projection are walked as they lie.
 
     forward: which kernel, of FORWARDS; "specialised" and "gluon" have a tile of their own, whatever `tile` is.
     Returns: o, contiguous, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
@@ -1151,7 +1167,7 @@ def launch_forward(
     specialised = forward == "specialised"
     tile = SPECIALISED if specialised else tile or tile_of(TILES, "forward", q.dtype)
     B, T, H, _ = q.shape
-    o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    o, lse = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
     if specialised and not copies_in_bulk(q):  # a descriptor is made of it as well
         q = q.clone()
     walked = q, _operand(k, tile.columns, tile), _operand(v, tile.columns, tile)
@@ -1293,7 +1309,7 @@ def _attention_backward(
 @_attention.register_fake
 def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale, forward):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @_attention_backward.register_fake
@@ -1361,7 +1377,8 @@ def attention(
     Args:
         q_BTHDh: (B, T, H, Dh) or (T, H, Dh); float32, float16, bfloat16 (and float64 off the GPU).
         k_BTKDh, v_BTKDh: the same with K key heads; query head h reads key head h // (H // K). The heads of v may be
-            wider than those of q and k.
+            wider than those of q and k, which are then filled up with zeros: in Triton's kernels to a power of two (a
+            width of 64 stays 64 beside values of 128, 96 costs as much as 128), on a CPU to the width of v.
         plan: of `attention_plan`, for the same B and T and on the same device.
         scale: factor on the logits q . k.
         impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen, and
@@ -1376,8 +1393,10 @@ def attention(
     q, k, v = (with_batch(n, x) for n, x in (("q", q_BTHDh), ("k", k_BTKDh), ("v", v_BTKDh)))
     _check_attention(q, k, v, plan, scale)
     shape = *q_BTHDh.shape[:-1], v.shape[3]
-    if chosen not in ("reference", "flex"):
-        q, k = _filled_up(q, v), _filled_up(k, v)
+    if q.shape[3] < v.shape[3] and chosen not in ("reference", "flex"):
+        chosen = "triton" if chosen in FOR_HOPPER else chosen  # theirs are heads of one width
+        width = max(16, triton.next_power_of_2(q.shape[3])) if chosen == "triton" else v.shape[3]
+        q, k = (F.pad(x, (0, width - q.shape[3])) for x in (q, k))  # zeros change no logit
     if chosen == "reference":
         o = attention_reference(q, k, v, plan, scale=scale)
     elif chosen == "flex":
@@ -1387,16 +1406,10 @@ def attention(
     elif chosen == "banded":
         o = banded_attention(q, k, v, plan.first_key_BT, float(scale))
     else:
-        check_width(q)
+        check_width(q), check_width(v)
         refuse_tangents("attention", q, k, v)
         o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale), chosen)
     return o.reshape(shape)
-
-
-def _filled_up(x_BTHDh: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """x with zeros up to the width of v, which change no logit: the kernels hold heads of one width. Their products of
-    queries and keys are then as large as for wide ones."""
-    return F.pad(x_BTHDh, (0, v.shape[3] - x_BTHDh.shape[3])) if x_BTHDh.shape[3] < v.shape[3] else x_BTHDh
 
 
 def check_scale(scale: float) -> None:

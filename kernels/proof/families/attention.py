@@ -12,8 +12,9 @@ NAMES = ("q", "k", "v")
 SQUARE, TALL, WIDE = (64, 64), (128, 32), (16, 64)
 
 
-def _inputs(T, H, K, width, starts, B=1, **window):
-    """Random q, k, v and the gradient at o, with a plan; `starts` are the documents' first tokens."""
+def _inputs(T, H, K, width, starts, B=1, of_values=0, **window):
+    """Random q, k, v and the gradient at o, with a plan; `starts` are the documents' first tokens; `of_values`: the
+    width of v and o, if it is another one."""
 
     def make(random):
         from kernels.attention import attention_plan
@@ -21,9 +22,10 @@ def _inputs(T, H, K, width, starts, B=1, **window):
         tokens = torch.ones(B, T, dtype=torch.int32)
         for b, where in enumerate(starts if B > 1 else [starts]):
             tokens[b, list(where)] = 0
+        wide = of_values or width
         draw = {
-            n: torch.randn(B, T, heads, width, generator=random)
-            for n, heads in (("q", H), ("k", K), ("v", K), ("do", H))
+            n: torch.randn(B, T, heads, size, generator=random)
+            for n, heads, size in (("q", H, width), ("k", K, width), ("v", K, wide), ("do", H, wide))
         }
         return {**draw, "plan": attention_plan(tokens, eos_id=0, **window)}
 
@@ -283,6 +285,19 @@ FAMILY = Family(
             B=2,
             descriptors=True,
         ),
+        _numeric(
+            "values twice as wide as keys, four heads on two, descriptors",
+            TALL,
+            150,
+            4,
+            2,
+            16,
+            (0, 3, 70, 149),
+            of_values=32,
+            descriptors=True,
+            window_blocks=1,
+        ),
+        _numeric("values four times as wide", SQUARE, 140, 2, 2, 16, (0, 90), of_values=64, quick=False),
         _layer("through the layer's inputs, two sequences of documents", 2, 25, 2, 1, 16, (0, 20), window_blocks=1),
         _layer("through the layer's inputs, two sequences, no value embedding", 2, 19, 2, 2, 16, (4,), with_ve=False),
         _specialised("documents inside a window, ragged end", 300, 2, 1, 16, (0, 3, 4, 70, 140, 299), window_blocks=2),
@@ -371,6 +386,16 @@ FAMILY = Family(
         ),
     },
     faults=(
+        Fault(
+            "values are read as if they were as wide as keys",
+            "b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DV, BN, True, False)\n    b_dk",
+            "b_v = _load_tile(p_v, batch, key, kv_head, T, V_APART, DH, BN, True, False)\n    b_dk",
+        ),
+        Fault(
+            "the gradient at o is read as if it were as wide as keys",
+            "b_do = _load_tile(p_do, batch, row, head, T, HEADS, DV, BM, MASKED, DESCRIPTOR)",
+            "b_do = _load_tile(p_do, batch, row, head, T, HEADS, DH, BM, MASKED, DESCRIPTOR)",
+        ),
         Fault(
             "upstream gradients are taken for dense",
             "(do, v, o, lse), plan = (dense(x)",
