@@ -62,7 +62,7 @@ from trainer import (
     schedule,
     techniques,
 )
-from trainer.adam import Adam, MatrixAdamW
+from trainer.adam import Adam, MatrixAdamW, is_slow
 from trainer.ahead import Ahead
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
@@ -178,6 +178,8 @@ class Config:
     mtp: int = setting(1, "targets", "of a token in the first twelfth, one fewer in each next", at_least=1, at_most=3)
     muon_momentum_cooldown: int = setting(0, "steps", "the run's last, over which the momentum falls", at_least=0)
     adam_every: int = setting(1, "steps", "between updates by Adam, on the sum of their gradients", at_least=1)
+    adam_period: int = setting(0, "steps", "likewise of value and bigram tables, later; 0: never", at_least=0)
+    adam_period_from: float = setting(0.28, "fraction", "of the run, then adam_period holds", at_least=0, at_most=1)
     tie_embeddings_frac: float = setting(0.0, "fraction", "of the run: embed1 is the head", at_least=0, below=1)
     # Attention windows
     block_tokens: int = setting(128, "tokens", "windows are counted in blocks of this many", at_least=1)
@@ -704,7 +706,8 @@ class Trainer:
         self.matrices = list(matrices.values())
         overlap = config.communication == "overlap" or (config.communication == "auto" and device.type == "cuda")
         exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
-        self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables))
+        slow = [name for name in tables if config.adam_period and is_slow(name)]
+        self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables), slow)
         compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         mine = self.exchange.my_matrices, self.exchange.my_others
         self.muon, self.adam, self.average, self.ahead = self.optimizers(*mine, compiles)
@@ -773,7 +776,8 @@ class Trainer:
         sequences = schedule.sequences(self.config)
         self.set_window(step)
         self.exchange.wait_weights()
-        self.exchange.begin([inputs_T for inputs_T, _ in batches], others=schedule.adam_steps(step, self.config))
+        due = dict(others=schedule.adam_steps(step, self.config), slow=schedule.tables_step(step, self.config))
+        self.exchange.begin([inputs_T for inputs_T, _ in batches], **due)
         losses, how = [], self.targets.at(step)
         for number, batch in enumerate(batches, 1):
             batch, sampled = self.targets.sampled(step, rank() + (number - 1) * self.world_size, batch)
@@ -804,14 +808,17 @@ class Trainer:
                 p.grad = None
             return
         self.exchange.wait_others()
+        waiting = set() if schedule.tables_step(step, self.config) else self.exchange.slow
+        updated = {name: p for name, p in self.exchange.my_others.items() if name not in waiting}
         if self.norm:
-            self.norm.add(self.exchange.my_others)
+            self.norm.add(updated)
         self.adam.step(step)
         if self.ahead is not None:
-            self.ahead.after(step, self.exchange.my_others)
+            self.ahead.after(step, updated)
         self.exchange.publish_head()
         self.rows.step(step, self.norm)
-        self.model.zero_grad(set_to_none=True)
+        for name, p in self.model.named_parameters():
+            p.grad = p.grad if name in waiting else None
         if step <= schedule.split_step(self.config):
             self.exchange.wait_weights()
             self.adam.follow(step, self.model.head_w, self.model.embed1.weight)
@@ -935,7 +942,7 @@ class Stretch:
         try:
             for step in range(self.start, end + 1):
                 last = step == end
-                heard = stop.heard if step % c.adam_every == 0 else lambda: 0  # at others a gradient waits
+                heard = stop.heard if step % schedule.whole_steps(c) == 0 else lambda: 0  # at others a gradient waits
                 if not (asked := heard()) and (last or (c.val_loss_every and step % c.val_loss_every == 0)):
                     asked = self.validate(step, heard)
                 if asked or (last and c.save_final) or (c.checkpoint_every and step % c.checkpoint_every == 0):

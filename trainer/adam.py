@@ -7,6 +7,10 @@ g is the sum of the gradients since the last update (`adam_every` steps), t coun
 rate (#172). A tied input table (`tie_embeddings_frac`, #175, #178) is a copy of the head that follows it: its
 gradient is added to the head's, and after an update it is overwritten; when they part, its Adam state is a copy of
 the head's, too.
+
+With `adam_period` (#349) the value embeddings and the bigram table update less often from some step on: on the sum of
+all gradients since their last update, with both betas to the power of the periods' ratio k and k times the decay. As
+t goes on to count everybody's updates, b^t remains what is left of the moments' beginning.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.muon import apply_update_
-from trainer.schedule import learning_rate_factor, split_step
+from trainer.schedule import learning_rate_factor, split_step, stretched, tables_step
 
 #: Kinds of parameters, and the field with their rate.
 # fmt: off
@@ -43,6 +47,11 @@ def kind_of(name: str, tied: bool) -> str:
     if tied and name == "embed1.weight":
         return "head"
     return next(kind for part, kind in _PARTS.items() if part in name)
+
+
+def is_slow(name: str) -> bool:
+    """Whether `adam_period` is for a parameter of that name."""
+    return name.startswith("value_embeds") or "bigram_embed" in name
 
 
 def by_kind(text: str, count: int) -> dict[str, list[float]]:
@@ -99,6 +108,8 @@ class Adam:
         }
         device = next(iter(named.values())).device
         self.table_P4 = torch.tensor(list(self.constants.values()), dtype=torch.float32, device=device)
+        slow = [float(is_slow(name)) for name in named]
+        self.slow_P = torch.tensor(slow, dtype=torch.float32, device=device)
         self.count = torch.zeros((), dtype=torch.float32, device=device)
         self.factor = torch.zeros((), dtype=torch.float32, device=device)
         kept = lambda p: torch.float32 if c.adam_moments == "float32" else p.dtype  # noqa: E731
@@ -112,20 +123,30 @@ class Adam:
 
     def numbers(self, step: int) -> Tensor:
         """What `adam_` takes for each parameter, (P, 7), made on the device: the host does not wait for it."""
-        self.factor.fill_(learning_rate_factor(step, self.config))
+        c = self.config
+        self.factor.fill_(learning_rate_factor(step, c))
         rate, b1, b2, decay = self.table_P4.unbind(1)
         rate = rate * self.factor
+        times = 1 + (c.adam_period // c.adam_every - 1) * self.slow_P if stretched(step, c) else 1
         unbias = (1 - b**self.count for b in (b1, b2))
-        return torch.stack([b1, b2, *unbias, rate, rate * rate * decay, torch.full_like(b1, self.config.adam_eps)], 1)
+        b1, b2, decay = b1**times, b2**times, decay * times
+        return torch.stack([b1, b2, *unbias, rate, rate * rate * decay, torch.full_like(b1, c.adam_eps)], 1)
+
+    def waiting(self, step: int) -> set[str]:
+        """Parameters that do not update in a step in which Adam does: their gradients stay."""
+        return set() if tables_step(step, self.config) else {name for name in self.named if is_slow(name)}
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """One update from the `.grad` of every parameter, which it clears; `step` sets the rate."""
+        """One update from the `.grad` of every parameter that does not wait, which it clears; `step` sets the rate."""
         self.count += 1
+        waiting = self.waiting(step)
         if self.tied(step):
             head, table = self.named["head_w"], self.named["embed1.weight"]
             head.grad += table.grad[self._my_rows(head)].to(head.grad.dtype)
         for (name, p), numbers in zip(self.named.items(), self.numbers(step)):
+            if name in waiting:
+                continue
             if not (name == "embed1.weight" and self.tied(step)):
                 tensors = p.detach(), p.grad.contiguous(), self.exp_avg[name], self.exp_avg_sq[name]
                 weights, grad, m, v = (t.view(-1) for t in tensors)

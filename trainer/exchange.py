@@ -35,7 +35,7 @@ touched/V of what they did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class _Shards:
 
 
 RowPicker = Callable[[Tensor], Tensor]  # tokens (T,) on the host -> the rows of a table that they pick, (T,)
+_Group = tuple[RowPicker, torch.Size, bool]  # what tables that travel together have in common; whether they may wait
 
 
 def _the_token(tokens: Tensor) -> Tensor:
@@ -135,16 +136,17 @@ class PlainExchange:
         head: Mapping[str, nn.Parameter],
         others: Mapping[str, nn.Parameter],
         picks: Mapping[str, RowPicker] | None = None,
+        slow: Collection[str] = (),
     ):
         self.my_matrices = dict(matrices)
         self.my_others = {**tables, **head, **others}
-        self.sends_others = True
+        self.sends_others, self.sends_slow, self.slow = True, True, slow
         self.cut: Mapping[str, int] = {}
         self.pending: list[Any] = []
 
-    def begin(self, tokens: list[Tensor], others: bool = True) -> None:
-        """No gradient leaves early, no weight is somewhere else; `others` as in `GradientExchange.begin`."""
-        self.sends_others = others
+    def begin(self, tokens: list[Tensor], others: bool = True, slow: bool = True) -> None:
+        """No gradient leaves early, no weight is somewhere else; the flags as in `GradientExchange.begin`."""
+        self.sends_others, self.sends_slow = others, slow
 
     def arm(self) -> None:
         """Nothing to do."""
@@ -153,8 +155,9 @@ class PlainExchange:
         """After the last backward pass: gradients of matrices are sums, and the others are on their way."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             matrices = [dist.all_reduce(p.grad, async_op=True) for p in self.my_matrices.values()]
-            others = self.my_others.values() if self.sends_others else ()
-            self.pending = [dist.all_reduce(p.grad, async_op=True) for p in others]
+            others = self.my_others.items() if self.sends_others else ()
+            sent = [p for name, p in others if self.sends_slow or name not in self.slow]
+            self.pending = [dist.all_reduce(p.grad, async_op=True) for p in sent]
             for work in matrices:
                 work.wait()
 
@@ -189,6 +192,7 @@ class GradientExchange:
         others: small parameters that everyone updates, by name.
         picks: how tokens pick a table's rows, by its name; tables with equal pickers and shapes travel together. A
             table without one has a row a token.
+        slow: tables that may wait while others are sent.
 
     `my_matrices` and `my_others` are what this rank updates, by name, with gradients where those have been awaited.
     One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one; `wait_matrices()`, their update,
@@ -204,6 +208,7 @@ class GradientExchange:
         head: Mapping[str, nn.Parameter],
         others: Mapping[str, nn.Parameter],
         picks: Mapping[str, RowPicker] | None = None,
+        slow: Collection[str] = (),
     ):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         divides = all(p.size(0) % self.world_size == 0 for p in head.values())
@@ -215,12 +220,12 @@ class GradientExchange:
         self.my_matrices = {n: p for n, p in matrices.items() if self.owner[n] == self.rank}
         parts = {n: nn.Parameter(p.detach()[self._rows(p)]) for n, p in self.head.items()}  # views, not copies
         self.my_others = {**self.tables, **parts, **self.others}
-        self.groups: dict[tuple[RowPicker, torch.Size], list[nn.Parameter]] = {}  # of tables, in the order of names
+        self.groups: dict[_Group, list[nn.Parameter]] = {}  # of tables, in the order of names
         for name, p in self.tables.items():
-            self.groups.setdefault(((picks or {}).get(name, _the_token), p.shape), []).append(p)
-        self.rows: list[Tensor] = []  # of each group, those touched since they were last sent
-        self.tokens: list[Tensor] = []  # that touched them
-        self.sends_others = True
+            self.groups.setdefault(((picks or {}).get(name, _the_token), p.shape, name in slow), []).append(p)
+        self.tokens: dict[_Group, list[Tensor]] = {group: [] for group in self.groups}  # since it was last sent
+        self.going: list[tuple[list[nn.Parameter], Tensor]] = []  # tables, and the rows that those tokens touched
+        self.sends_others, self.slow = True, slow
         self.cut: Mapping[str, int] = {}
         # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
         self.kinds = {
@@ -240,19 +245,20 @@ class GradientExchange:
         share = p.size(0) // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def begin(self, tokens: list[Tensor], others: bool = True) -> None:
+    def begin(self, tokens: list[Tensor], others: bool = True, slow: bool = True) -> None:
         """At the start of a step, with all of this process's input tokens of it. `others`: whether anything but
-        matrices is sent and updated in this step."""
-        self.sends_others = others
-        self.tokens += tokens
-        if not others:
-            return
-        tokens, self.tokens, self.rows = self.tokens, [], []
-        for (pick, shape), tables in self.groups.items():
-            rows = touched_rows([pick(part) for part in tokens], shape[0], ROWS_MULTIPLE)
+        matrices is sent and updated in this step; `slow`: whether slow tables are among it."""
+        self.sends_others, self.going = others, []
+        for group, tables in self.groups.items():
+            self.tokens[group] += tokens
+            pick, shape, waits = group
+            if not others or (waits and not slow):
+                continue
+            rows = touched_rows([pick(part) for part in self.tokens[group]], shape[0], ROWS_MULTIPLE)
+            self.tokens[group] = []
             if tables[0].is_cuda:
                 rows = rows.pin_memory()  # torch keeps it until the copy has been made
-            self.rows.append(rows.to(tables[0].device, non_blocking=True))
+            self.going.append((tables, rows.to(tables[0].device, non_blocking=True)))
 
     def arm(self) -> None:
         """Before the last backward pass of the step: from here gradients leave as soon as their kind is complete."""
@@ -287,7 +293,7 @@ class GradientExchange:
 
     def _sum_tables(self) -> list[tuple[Any, Tensor | None]]:
         found = []
-        for rows, tables in zip(self.rows, self.groups.values()):
+        for tables, rows in self.going:
             packed = tables[0].grad.new_empty(len(tables), len(rows), *tables[0].shape[1:])
             for p, picked in zip(tables, packed):
                 torch.index_select(p.grad, 0, rows, out=picked)
@@ -320,7 +326,7 @@ class GradientExchange:
         """Gradients of tables, of this rank's rows of the head and of the others are sums."""
         for (name, _), shard in zip(self.head.items(), self._arrived("head")):
             self.my_others[name].grad = shard
-        for packed, rows, tables in zip(self._arrived("tables"), self.rows, self.groups.values()):
+        for packed, (tables, rows) in zip(self._arrived("tables"), self.going):
             for p, sums in zip(tables, packed):
                 p.grad.index_copy_(0, rows, sums)
         self._arrived("others")

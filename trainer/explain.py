@@ -41,6 +41,7 @@ SOURCES = {
     "late_attention_source": "#241", "xsa": "#264", "paired_heads": "#191",
     "dynamic_gates": "#315", "head_mixing": "#315; arXiv:2405.08553", "untied_values": "#209",
     "narrow_qk": "#344", "narrow_qk_layers": "#360", "narrow_qk_scale": "#344",
+    "adam_period": "#349", "adam_period_from": "#349",
     "two_rate_from": "#340", "muon_head_pairs": "#253",
     "ema_nesterov": "#308; arXiv:2605.25395",
     "tail_ema": "#347", "tail_ema_steps": "#347", "tail_ema_tables": "#347", "tail_ema_matrices": "#347",

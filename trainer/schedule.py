@@ -106,6 +106,25 @@ def adam_steps(step: int, config: Any) -> bool:
     return (step + 1) % config.adam_every == 0
 
 
+def tables_step(step: int, config: Any) -> bool:
+    """Whether the value embeddings and the bigram table update after this step: when Adam does, and once
+    `adam_period_from` of the scheduled steps is done (rounded up to a period) every `adam_period` steps."""
+    return adam_steps(step, config) and (not stretched(step, config) or (step + 1) % config.adam_period == 0)
+
+
+def stretched(step: int, config: Any) -> bool:
+    """Whether those tables have their longer period."""
+    period = config.adam_period
+    if not period:
+        return False
+    return step >= period * math.ceil((config.adam_period_from * scheduled(config) - 1e-9) / period)
+
+
+def whole_steps(config: Any) -> int:
+    """After a multiple of so many steps no gradient waits for a later update."""
+    return max(config.adam_every, config.adam_period)
+
+
 # ---- Batch ---------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +331,9 @@ def table(config: Any) -> str:
     ]
     if c.adam_every > 1:
         notes.append(f"Adam updates after every {c.adam_every} steps, on the sum of their gradients")
+    if c.adam_period:
+        first = next((step for step in range(c.num_iterations) if stretched(step, c)), c.num_iterations)
+        notes.append(f"value and bigram tables from step {first} on after every {c.adam_period}")
     if split_step(c) >= 0:
         notes.append(f"head and input embedding are one until step {split_step(c)}")
     return "\n".join(["  ".join(line).rstrip() for line in lines] + notes)

@@ -59,7 +59,7 @@ def own_adam(config: Any) -> bool:
     """Whether a configuration needs the Adam of trainer/adam.py: AdamW has one pair of betas and knows no kinds."""
     c = config
     fields = c.adam_decay, c.adam_betas, c.cautious_decay, c.tie_embeddings_frac, c.adam_moments != "weights"
-    return c.adam_every > 1 or any(fields) or uses_techniques(c)
+    return c.adam_every > 1 or c.adam_period > 0 or any(fields) or uses_techniques(c)
 
 
 def check_techniques(config: Any, skips: dict[int, int]) -> None:
@@ -90,9 +90,14 @@ def check_techniques(config: Any, skips: dict[int, int]) -> None:
         raise UsageError(f"--ngram_rows={c.ngram_rows}: a multiple of 16")
     if c.bigram_rows == 1:
         raise UsageError("--bigram_rows=1: the first token has a row of its own, so at least 2")
+    if c.adam_period % c.adam_every:
+        raise UsageError(f"--adam_period={c.adam_period}: a multiple of --adam_every={c.adam_every}")
     for field in ("num_iterations", "checkpoint_every", "stop_after"):  # else gradients would wait in between
-        if getattr(c, field) % c.adam_every:
-            raise UsageError(f"--{field}={getattr(c, field)}: a multiple of --adam_every={c.adam_every}")
+        for every in ("adam_every", "adam_period"):
+            if getattr(c, every) and getattr(c, field) % getattr(c, every):
+                raise UsageError(f"--{field}={getattr(c, field)}: a multiple of --{every}={getattr(c, every)}")
+    if c.adam_period and not (c.value_embeddings or c.bigram_rows):
+        raise UsageError(f"--adam_period={c.adam_period}: there are no value or bigram tables")
     sampled_softmax.check(c)
     check_narrow(c)
     for field, read in (

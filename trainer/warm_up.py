@@ -27,7 +27,7 @@ def warm_up(trainer: Any, stop: StopRequest) -> None:
     least = min([c.vocab_size, *schedule.listed_classes(c)])  # no more different targets than any step has classes
     draw = lambda length: torch.randint(least, (length,), generator=random)  # noqa: E731
     mine = len(schedule.my_sequences(c, rank(), trainer.world_size))
-    last = max(0, c.num_iterations - 1 - c.num_iterations % c.adam_every)  # with all optimizers
+    last = max(0, c.num_iterations - 1 - c.num_iterations % schedule.whole_steps(c))  # with all optimizers
     steps = [last, *schedule.shapes(c).values()]
     for i in range(max(c.warmup_steps, len(steps) if len(steps) > 2 else 1)):
         if stop.heard():
