@@ -8,7 +8,7 @@ tokens and windows (trainer/schedule.py), the allowed pairs of attention at each
 that a process exchanges. What is taken over: the milliseconds of the parts of a step, from the preset's own rehearsal
 where one is kept (bench/results/rehearsal-PRESET.json), else from `medium`'s, at the ceilings and efficiencies of
 bench/rehearse/project.py. A part of a preset that was not rehearsed costs in proportion of its weights, tokens and
-layers, and the passes over the stream that its techniques add are estimated (STREAMS).
+layers, and the passes over the stream that its techniques add follow from what their lines read and write (STREAMS).
 
 The reference run's published seconds calibrate: one factor, its measured over its projected time. The other published
 runs were not used for it, so their errors tell what the projection is worth.
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,20 +45,39 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "f3": {"source": "#261", "seconds": 860.5, "ms": (67.0, 121.0, 180.0, 234.5)},
 }
 SIZES = (131072, 262144, 393216, 524288)
-#: Field -> passes over a stream of tokens x D in 16 bits that it adds, forward and backward together, for each
-#: attention layer ("layer"), layer it names ("named") or step ("step"). Read off trainer/techniques.py, not counted.
+
+
+class Passes(NamedTuple):
+    """Streams (of tokens x D in 16 bits) that a technique's lines read and write once in the forward pass, if they are
+    one kernel and what they share with the lines beside them is counted there. `per`: for each attention layer
+    ("layer"), layer that the field names ("named"), value embedding ("table") or step ("step")."""
+
+    per: str
+    reads: float
+    writes: float
+    linear: bool = False
+
+    @property
+    def count(self) -> float:
+        """Forward and backward together. Backward reads the gradients of what was written and, unless the lines are
+        linear, once more what was read; and writes the gradients of that."""
+        return (2 if self.linear else 3) * self.reads + 2 * self.writes
+
+
+#: Field -> what it reads and writes, by the function in trainer/techniques.py or trainer/gating.py that
+#: tests/bench/test_project.py counts it in. Logits of `head_mixing`: 8 heads x 224 keys a query are 1.75 streams.
 STREAMS = {
-    "norm_before_attention": (5, "layer"),
-    "output_gates": (5, "layer"),
-    "bigram_rows": (3, "layer"),
-    "xsa": (5, "layer"),
-    "key_offset": (4, "named"),
-    "paired_heads": (4, "named"),
-    "smear": (5, "step"),
-    "dynamic_skips": (24, "step"),
-    "untied_values": (15, "step"),
-    "ngram_rows": (24, "step"),
-    "head_mixing": (21, "step"),
+    "norm_before_attention": Passes("layer", 1, 1),  # the norm
+    "output_gates": Passes("layer", 1, 1),  # what attention found, times a number a head
+    "bigram_rows": Passes("layer", 1, 0),  # one more summand of `mixed`
+    "xsa": Passes("layer", 1, 0),  # `exclusive` reads v beside what the output gate reads
+    "key_offset": Passes("named", 1, 1, linear=True),  # `offset_keys`
+    "paired_heads": Passes("named", 1, 1, linear=True),  # `interleaved` v; of q, k and o others' kernels do it
+    "smear": Passes("step", 1, 1),  # `smeared`
+    "dynamic_skips": Passes("step", 10, 3),  # `before_last` 3 to 2, `before_head` 6 to 1, x0 once more in `added`
+    "untied_values": Passes("table", 1, 0),  # a row of its own where another layer's row would be read
+    "ngram_rows": Passes("step", 5, 3, linear=True),  # both rows looked up, `joined` 2 to 1, the bigram row beside them
+    "head_mixing": Passes("step", 7.75, 2.97),  # `mixed_heads`: q, k and v twice, o to o; logits, their mixture
 }
 #: What `frontier` has and f3 has not: (field, least and most share of the steps saved, how it was published). Where one
 #: number was published, it is both; "mn" is 0.001 nats, and on this track 1 mn is 18 to 28 of some 4,600 steps.
@@ -104,7 +123,7 @@ def weights_of(config: Any) -> Weights:
             counts["tables"] += p.numel()
         elif "mlp" in name:
             counts["mlp"] += p.numel()
-        elif "qkvo" in name or ("dynamic" in name and name.endswith(("in_w", "out_w"))):
+        elif name.endswith((".qkvo_w", ".qk_w", ".vo_w")) or ("dynamic" in name and name.endswith(("in_w", "out_w"))):
             counts["projections"] += p.numel()
         elif name == "head_w":
             counts["head"] += p.numel()
@@ -150,15 +169,21 @@ class Projection:
         rest = self.parts["head and loss"] - products
         return products * self.eight("fp8_head") + rest
 
+    def classes(self, step: int) -> float:
+        """Share of the classes that a step's softmax is over: `sampled_softmax`."""
+        rows = self.own.head / self.config.model_dim
+        return (schedule.sampled_classes_at(step, self.config) or rows) / rows
+
     def streams_ms(self) -> float:
         """Norms, mixes and embeddings of the rehearsed number of tokens, with what techniques add."""
         c, passes = self.config, 0.0
         if self.counted:
             return self.parts["norms, mixes, embeddings"]
-        for field, (count, per) in STREAMS.items():
+        times = {"layer": self.layers[0], "table": c.value_embeddings, "step": 1}
+        for field, passed in STREAMS.items():
             value = getattr(c, field)
-            times = len(numbers(value)) if per == "named" else {"layer": self.layers[0], "step": 1}[per]
-            passes += count * times if value not in (False, 0, "") else 0
+            often = len(numbers(value)) if passed.per == "named" else times[passed.per]
+            passes += passed.count * often if value not in (False, 0, "") else 0
         moved = passes * self.tokens * c.model_dim * 2
         own = moved / self.h100.tb_per_s / EFFICIENCY["inductor", False] / 1e9
         return self.parts["norms, mixes, embeddings"] * self.deep + own
@@ -188,7 +213,7 @@ class Projection:
         return {
             "MLP": p["MLP"] * share * own.mlp / ref.mlp * self.eight("fp8_mlp"),
             "attention projections": p["attention projections"] * share * projections * self.eight("fp8"),
-            "head and loss": self.head_ms() * share,
+            "head and loss": self.head_ms() * share * self.classes(step),
             "attention": self.attention_ms(step),
             "attention inputs": p.get("attention inputs", 0.0) * share * self.layers[0] / self.layers[1],
             "norms, mixes, embeddings": self.streams_ms() * share,
@@ -201,9 +226,10 @@ class Projection:
     def run(self) -> dict[str, Any]:
         """The whole run: seconds, mean ms by size of the batch, ms by part of the last step."""
         c = self.config
-        kind = lambda step: (schedule.batch_tokens_at(step, c), schedule.window_blocks_at(step, c))  # noqa: E731
+        window, classes = schedule.window_blocks_at, schedule.sampled_classes_at
+        kind = lambda step: (schedule.batch_tokens_at(step, c), window(step, c), classes(step, c))  # noqa: E731
         total_ms, by_size = 0.0, {size: [0, 0.0] for size in SIZES}
-        for (size, _), group in itertools.groupby(range(c.num_iterations), kind):
+        for (size, *_), group in itertools.groupby(range(c.num_iterations), kind):
             steps = list(group)
             ms = sum(self.step_ms(steps[0]).values())
             total_ms += ms * len(steps)
@@ -348,8 +374,8 @@ If they added up:
 
 ## Not in it
 
-Kernels of each preset's own step (rehearsed whole: {rehearsed}), NorMuon's second pass over its matrices, memory
-limits, data loading, and everything a GPU must still confirm (docs/rehearsal.md).
+Kernels of each preset's own step (rehearsed whole: {rehearsed}), what `adam_period` saves, NorMuon's second pass over
+its matrices, memory limits, data loading, and everything a GPU must still confirm (docs/rehearsal.md).
 """
 
 

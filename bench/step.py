@@ -32,6 +32,7 @@ from bench.common import REPO, copy_ceiling, matmul_ceiling, measure, summary, t
 from bench.options import helped, own_and_config
 from trainer import schedule
 from trainer.options import UsageError, setting
+from trainer.techniques import narrow_rows, numbers
 
 MEAN_DOCUMENT_TOKENS = 690  # of FineWeb under the GPT-2 BPE; drawn documents are exponential about it
 
@@ -381,21 +382,29 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
 
 
 def attention_flops(config, inputs: Sequence[Tensor], step: int) -> float:
-    """FLOPs of attention, forward (4 a pair and width) and backward (10), over the allowed pairs of these inputs."""
+    """FLOPs of attention, forward (4 a pair and width) and backward (10), over the allowed pairs of these inputs. Of
+    the 14 eight are products with queries or keys, whose heads, where they are narrow, count as wide as the kernels
+    take them: the next power of two."""
     from kernels.attention import attention_plan
 
+    def width(layer: int) -> float:
+        narrow = config.narrow_qk if narrow_rows(config, layer) else 0
+        rows = config.num_heads * (1 << (narrow - 1).bit_length()) if narrow else config.model_dim
+        return 8.0 * rows + 6.0 * config.model_dim
+
     window = schedule.window_blocks_at(step, config)
-    long = len([x for x in config.long_window_layers.split(",") if x])
-    free = len([x for x in config.attention_free_layers.split(",") if x])
+    long, free = numbers(config.long_window_layers), numbers(config.attention_free_layers)
+    short = [layer for layer in range(config.num_layers) if layer not in {*long, *free}]
     total = 0.0
-    for layers, blocks in ((long, window), (config.num_layers - long - free, schedule.short_window(window, config))):
+    for layers, blocks in ((long, window), (short, schedule.short_window(window, config))):
         reach = dict(window_blocks=blocks, block_tokens=config.block_tokens)
         if config.exact_windows:
             reach = dict(window_tokens=blocks * config.block_tokens + 1)
         for tokens_T in inputs:
             plan = attention_plan(tokens_T[None], eos_id=config.eos_id, **reach)
             query = torch.arange(1, tokens_T.numel() + 1, device=tokens_T.device)
-            total += layers * 14.0 * config.model_dim * int((query - plan.first_key_BT.to(torch.int64)).sum())
+            pairs = int((query - plan.first_key_BT.to(torch.int64)).sum())
+            total += sum(width(layer) for layer in layers) * pairs
     return total
 
 

@@ -29,6 +29,7 @@ def one_block(config):
     What joins layers is off; the layers that are treated otherwise become the one, if there are any."""
     off = dict(value_embeddings=0, untied_values=False, unet_skips="", attention_free_layers="", dynamic_skips="")
     off |= dict(backout_layer=-1, late_attention_source=-1, long_window_layers="0", dynamic_gates=-1, head_mixing=False)
+    off |= dict(narrow_qk_layers="")  # '': all, so that the one is narrow if any is
     off |= dict(skip_gates=False, value_gates=False, xsa=False)  # their weights would have no gradient
     one = {name: "0" if getattr(config, name) else "" for name in ("key_offset", "paired_heads")}
     return dataclasses.replace(config, num_layers=1, **off, **one)

@@ -79,6 +79,80 @@ def test_rows_of_ngrams_are_bytes_and_a_preset_of_its_own_rehearsal_is_that():
     assert own["norms, mixes, embeddings"] == own["MLP"] == own["attention inputs"] == 1.0
 
 
+def counted(function, *shapes):
+    """(streams read, streams written, whether it is linear in them) of a function of tensors, those in a list for one
+    that gets several: a stream has as many elements as the first shape."""
+    import math
+
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    size = math.prod(shapes[0])
+    first, second = function(*given), function(*(2 * x for x in given))
+    first, second = (x if isinstance(x, tuple) else (x,) for x in (first, second))
+    written = sum(x.numel() for x in first) / size
+    linear = all(torch.allclose(2 * one, two) for one, two in zip(first, second))
+    return sum(x.numel() for x in given) / size, written, linear
+
+
+def test_passes_over_the_stream_are_what_the_lines_read_and_write():
+    """Each function on tensors: what goes in and comes out that is as large as the stream."""
+    import torch
+
+    from trainer import gating, techniques
+    from trainer.ngram_table import NGramTable
+
+    f3 = dataclasses.replace(train_gpt.parse_config(["--preset=f3"]), model_dim=32, num_heads=2, dtype="float32")
+    x, heads, S = (1, 6, 32), (1, 6, 2, 16), project.STREAMS
+    alone = lambda passed: (passed.reads, passed.writes, passed.linear)  # noqa: E731
+    assert counted(techniques.norm, x) == alone(S["norm_before_attention"])
+    gate = torch.full((1, 16), 0.3, dtype=torch.float64)
+    assert counted(lambda e: techniques.smeared(e, None, gate, torch.ones(())), x) == alone(S["smear"])
+    assert counted(techniques.offset_keys, heads) == counted(techniques.interleaved, heads) == alone(S["key_offset"])
+    assert alone(S["paired_heads"]) == alone(S["key_offset"])
+    gated = S["output_gates"]
+    found = counted(lambda o, v: techniques.exclusive(o, v, torch.ones(2, dtype=torch.float64)), heads, heads)
+    assert found[:2] == (gated.reads + S["xsa"].reads, gated.writes + S["xsa"].writes)
+    skips = techniques.DynamicSkips(f3).double()
+    with torch.no_grad():
+        skips.reset_parameters()
+        skips.out_w.normal_(generator=torch.Generator().manual_seed(2))
+    before = counted(lambda *given: skips.before_last(*given)[:2], x, x, x)
+    late = lambda a, b, c, d, e, table: skips.before_head(a, b, {4: c, 11: d, 14: e}, 15, table)  # noqa: E731
+    after = counted(late, *[x] * 6)
+    assert (before[0] + after[0] + 1, before[1] + after[1]) == (S["dynamic_skips"].reads, S["dynamic_skips"].writes)
+    assert not before[2] and not after[2] and not S["dynamic_skips"].linear
+    ids = torch.arange(6)[None]
+    table = NGramTable(dataclasses.replace(f3, ngram_rows=64), torch.float64)
+    both = counted(lambda one, two: table.joined(ids, torch.stack([one, two], -2)), x, x)
+    assert (both[0] + 2 + 1, both[1] + 2, both[2]) == alone(S["ngram_rows"])  # two look-ups, and the bigram's row
+    assert (gating.REACH, 2 * gating.REACH * 8 / 1024) == (112, 1.75)
+    assert S["head_mixing"].reads == 1 + 2 + 2 + 1 + 1.75 and S["head_mixing"].writes == 1 + 1.75 + round(1.75 / 8, 2)
+    assert {name: passed.count for name, passed in S.items() if passed.per != "step"} == {
+        "norm_before_attention": 5, "output_gates": 5, "bigram_rows": 3, "xsa": 3, "key_offset": 4, "paired_heads": 4,
+        "untied_values": 3,
+    }  # fmt: skip
+
+
+def test_narrow_heads_and_sampled_classes_cost_less():
+    """At a window of one token every query has one pair, and a narrow layer 8 of 14 FLOPs at half the width."""
+    import torch
+
+    from bench.step import attention_flops
+
+    tokens = torch.ones(512, dtype=torch.int32)
+    narrow = dataclasses.replace(RECORD18, narrow_qk=64, narrow_qk_layers="0,1")
+    whole, less = (attention_flops(c, [tokens], 4000) for c in (RECORD18, narrow))
+    pairs = sum(range(1, 513))  # of each of the 16 layers, whose windows hold the whole sequence
+    assert whole == 16 * 14 * 1024 * pairs and whole - less == 2 * 8 * 512 * pairs
+    assert attention_flops(dataclasses.replace(narrow, narrow_qk=96), [tokens], 4000) == whole  # filled up to 128
+    assert project.weights_of(RECORD18).projections - project.weights_of(narrow).projections == 2 * 2 * 512 * 1024
+    sampled = dataclasses.replace(RECORD18, sampled_softmax="12576")  # a quarter of the classes
+    early, late = (projection(sampled).step_ms(step)["head and loss"] for step in (4000, 4600))
+    assert early == pytest.approx(late / 4)
+
+
 def test_steps_are_argued_from_the_effects():
     told = project.argued({"steps": 1000, "calibrated_seconds": 200.0})
     least, most = (sum(effect[i] for effect in project.EFFECTS) for i in (1, 2))
