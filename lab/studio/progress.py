@@ -88,11 +88,12 @@ def curve_rows(progress: Progress, floor: float | None) -> list[tuple[int, float
 
 
 def loss_span(rows: Sequence[tuple[int, float, str]], steps: int) -> tuple[float, float]:
-    """The losses between which a chart shows what matters: all of them, without the fall of the first tenth of the
-    steps once there is enough after it, and a little air."""
+    """The losses between which a chart shows what matters: all of them, and once three tenths of the steps are done
+    without the fall of the first tenth; and a little air."""
     late = [loss for step, loss, line in rows if step >= steps / 10 or line == "floor"]
-    measured_late = sum(step >= steps / 10 and line != "floor" for step, _, line in rows)
-    losses = late if measured_late >= 3 else [loss for _, loss, _ in rows]
+    measured = [step for step, _, line in rows if line != "floor"]
+    enough = max(measured, default=0) >= 0.3 * steps and sum(step >= steps / 10 for step in measured) >= 3
+    losses = late if enough else [loss for _, loss, _ in rows]
     low, high = min(losses), max(losses)
     air = 0.05 * (high - low) or 0.05
     return low - air, high + air

@@ -65,3 +65,6 @@ def test_the_chart_is_zoomed_to_the_data():
     assert loss_span([*rows, (0, 1.2, "floor")], 100) == (pytest.approx(1.15), pytest.approx(2.25))
     low, high = loss_span(rows[:1], 100)
     assert low < 9.0 < high
+    begun = [(0, 9.0, "training"), (10, 4.0, "training"), (11, 3.9, "validation"), (12, 3.8, "training")]
+    low, high = loss_span(begun, 100)
+    assert low < 3.8 and high > 9.0, "the chart was empty where hardly more than the fall was there"
