@@ -9,8 +9,9 @@ from stats.verbs.options import Verb, common, show
 
 _IMPORT_HELP = """What is understood of a source: reader, columns, runs, states, and what was passed over.
 
-SOURCE is a folder or a file: logs of the track, of llm.c, nanoGPT or nanochat; a table that Weights & Biases exports
-(of runs, a chart, or one run's history); TensorBoard event files; Hugging Face's trainer_state.json; CSV, JSON, JSONL.
+SOURCE is a folder or a file: logs of the track, of llm.c, nanoGPT or nanochat; offline files of Weights & Biases, or a
+table that it exports (of runs, a chart, or one run's history); TensorBoard event files; Hugging Face's
+trainer_state.json; CSV, TSV, JSON, JSONL.
 Every verb takes these sources directly."""
 
 
