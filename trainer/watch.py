@@ -10,6 +10,7 @@ Everything is written by rank 0.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,8 +106,19 @@ class Watch:
             mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
-        self.log.listeners.append(lambda step, values: run.log(dict(values), step=step))
-        self.closing.append(run.finish)
+        last, end = self.start, min(self.config.stop_after or self.config.num_iterations, self.config.num_iterations)
+
+        def hear(step: int, values: Mapping[str, float]) -> None:
+            nonlocal last
+            last = step
+            run.log(dict(values), step=step)
+
+        def finish() -> None:
+            whole = last >= end and sys.exc_info()[0] is None
+            run.finish(exit_code=0 if whole else 1)  # stopped or failed: Weights & Biases must not call it finished
+
+        self.log.listeners.append(hear)
+        self.closing.append(finish)
 
     def before(self, step: int) -> None:
         """Before step number `step` + 1: the trace begins or ends."""

@@ -10,6 +10,7 @@ import torch
 from small_runs import folder_of, run, small, tokens
 
 import train_gpt
+from stats.offline import read_offline
 from stats.series import find_series, read_runs
 from stats.values import final_validation
 from trainer import schedule
@@ -60,6 +61,24 @@ def test_a_watched_run_is_one_run_to_the_statistics(data, tmp_path, monkeypatch)
         time.sleep(0.1)
     assert (alone.name, alone.seed, alone.state, alone.planned_steps) == ("run", 7, "finished", logged.planned_steps)
     assert final_validation(alone).loss == pytest.approx(final_validation(logged).loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "words, code, state",
+    [(["--muon_lr=1e30", "--embed_lr=1e30"], 4, "crashed (exit code 1)"), (["--stop_after=2"], 0, "finished")],
+)
+def test_wandb_hears_how_a_run_ended(words, code, state, data, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    codes, finish = [], wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda run, exit_code: (codes.append(exit_code), finish(run, exit_code)))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert run(data, tmp_path, "--watch=wandb", *words) == code
+    assert codes == [int(state != "finished")]
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    end = time.monotonic() + 30  # the library's service writes on for a moment
+    while (found := read_offline(path)[0].state) != state and time.monotonic() < end:
+        time.sleep(0.1)
+    assert found == state
 
 
 def test_words_in_the_lines_and_a_trace(data, tmp_path):
