@@ -169,7 +169,7 @@ class Picture:
         for color, text in self.keys:
             found.append(f'<rect x="{x:.1f}" y="{y - 7}" width="12" height="5" fill="{color}"/>')
             found.append(_text(x + 16, y, text))
-            x += 30 + 5.4 * len(text)
+            x += 30 + 6.0 * len(text)  # of DejaVu Sans, the widest of the usual fonts
         return found
 
 

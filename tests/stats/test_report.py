@@ -9,6 +9,7 @@ import pytest
 
 from stats.cli import main
 from stats.plans import make_plan
+from stats.svg import Axis, Picture
 
 PLAN = make_plan(margin=0.0006, sigma=0.00063, cap=30)
 GOOD = [2.9180 + 0.0001 * ((3 * i) % 7) for i in range(12)]
@@ -167,3 +168,15 @@ def test_a_broken_page_would_be_noticed(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert any("CONSOLE" in line for line in done.stderr.splitlines())
+
+
+def test_names_in_a_legend_do_not_run_into_each_other():
+    """As wide as matplotlib sets them in DejaVu Sans: the sign of the second stood on the first one's last letter."""
+    textpath = pytest.importorskip("matplotlib.textpath")
+    told = "mean 0.691873, upper 95% bound 0.69764"
+    picture = Picture("a picture", Axis(0, 1, "x"), Axis(0, 1, "y"))
+    for name in (told, "threshold 0.7"):
+        picture.key("#000", name)
+    first, second = map(float, re.findall(r'<rect x="([0-9.]+)" y="[0-9]+" width="12"', picture.svg("it")))
+    wide = textpath.TextPath((0, 0), told, size=10).get_extents().width
+    assert first + 16 + wide + 6 < second
