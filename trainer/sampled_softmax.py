@@ -54,6 +54,18 @@ def mean_share(config: Any) -> float:
     return sum(sampled_classes_at(step, config) or classes for step in steps) / (len(steps) * classes)
 
 
+def chosen(targets: Tensor, walk: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """(targets (T,) as places among the chosen classes, these: int64 (count,), ascending), or None if there are more
+    different targets than that. walk: every class once, in the order in which the others are taken."""
+    inside = torch.zeros(len(walk), dtype=torch.bool)
+    inside[targets] = True
+    others = count - int(inside.sum())
+    if others < 0:
+        return None
+    inside[walk[~inside[walk]][:others]] = True
+    return (inside.cumsum(0) - 1)[targets], inside.nonzero().flatten()
+
+
 class SampledClasses:
     """Chooses the classes of each sequence, on the host, where its targets are: no device is waited for."""
 
@@ -70,16 +82,12 @@ class SampledClasses:
         if not count or self.walk is None:
             return batch, {}
         inputs, targets = batch
-        targets = torch.as_tensor(targets).long()
-        chosen = torch.zeros(self.classes, dtype=torch.bool)
-        chosen[targets] = True
-        others = count - int(chosen.sum())
-        if others < 0:
-            return batch, {"classes": None}
         begin = (step * sequences(self.config) + sequence) * count % self.classes
         walk = self.walk[begin : begin + self.classes]
-        chosen[walk[~chosen[walk]][:others]] = True
-        places, numbers = (chosen.cumsum(0) - 1)[targets], chosen.nonzero().flatten()
+        found = chosen(torch.as_tensor(targets).long(), walk, count)
+        if found is None:
+            return batch, {"classes": None}
+        places, numbers = found
         if self.device.type == "cuda":
             places, numbers = places.pin_memory(), numbers.pin_memory()
         return (inputs, places), {"classes": numbers.to(self.device, non_blocking=True)}

@@ -108,8 +108,8 @@ def _triton_version() -> str:
 
 def _spread_ngrams() -> None:
     """What tokens that are not there cannot tell of `ngram_rows`: here no two n-grams of a sequence share a row, which
-    is the most that can be sent, and rows lie evenly on the processes."""
-    from trainer import ngram_table
+    is the most that can be sent, and rows lie evenly on the processes. Of `sampled_softmax`: the targets always fit."""
+    from trainer import ngram_table, sampled_softmax
 
     def ask(_exchange: Any, asked_U: torch.Tensor) -> tuple:
         world = ngram_table.world_size()
@@ -117,6 +117,7 @@ def _spread_ngrams() -> None:
         return asked_U, even, even
 
     ngram_table.different = lambda rows: (rows.flatten(), torch.zeros_like(rows))
+    sampled_softmax.chosen = lambda targets, _, count: (torch.zeros_like(targets), targets.new_zeros(count))
     ngram_table.RowExchange.ask = ask  # type: ignore[method-assign]
 
 
