@@ -245,7 +245,10 @@ class Rehearsal:
         tokens = torch.zeros(1, length, dtype=torch.int32, device=device)
         targets = torch.zeros(1, length, dtype=torch.int64, device=device)
         with torch.set_grad_enabled(grad):
-            how = {} if step is None else self.trainer.targets.at(step)
+            how = {}
+            if step is not None:
+                _, sampled = self.trainer.targets.sampled(step, 0, (on_host, on_host.long()))
+                how = self.trainer.targets.at(step) | sampled
             how |= self.trainer.rows.fetch(on_host)
             self.trainer.forward(tokens, targets, window_blocks=self.trainer.window, **how)
         self.trainer.rows.forget()  # no backward pass follows, after which the gradients of fetched rows were collected
