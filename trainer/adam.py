@@ -127,9 +127,10 @@ class Adam:
         self.factor.fill_(learning_rate_factor(step, c))
         rate, b1, b2, decay = self.table_P4.unbind(1)
         rate = rate * self.factor
-        times = 1 + (c.adam_period // c.adam_every - 1) * self.slow_P if stretched(step, c) else 1
-        unbias = (1 - b**self.count for b in (b1, b2))
-        b1, b2, decay = b1**times, b2**times, decay * times
+        unbias = [1 - b**self.count for b in (b1, b2)]
+        if stretched(step, c):
+            times = 1 + (c.adam_period // c.adam_every - 1) * self.slow_P
+            b1, b2, decay = b1**times, b2**times, decay * times
         return torch.stack([b1, b2, *unbias, rate, rate * rate * decay, torch.full_like(b1, c.adam_eps)], 1)
 
     def waiting(self, step: int) -> set[str]:
