@@ -74,7 +74,7 @@ def describe(path: Path) -> Found:
     try:
         if kind.startswith("train_gpt"):
             config = json.loads(texts["config"])
-            model, corpus = config["preset"], _corpus_of_shards(str(config.get("train_files", "")))
+            model, corpus = config["preset"], corpus_of_shards(str(config.get("train_files", "")))
             unit = "byte" if config.get("vocab_size") == 256 else "token"
             step, tensors = int(texts["step"]), {n: s for n, s in shapes.items() if n.startswith("model.")}
         else:
@@ -94,7 +94,7 @@ def describe(path: Path) -> Found:
     return Found(path, str(model), run, step, parameters, stat.st_size, loss, stat.st_mtime, corpus, unit)
 
 
-def _corpus_of_shards(pattern: str) -> str:
+def corpus_of_shards(pattern: str) -> str:
     """A short name for train_gpt.py's training data: the folder's, or of a text that `--data` named the text's."""
     return "embedded" if pattern == "embedded" else _CACHED_TEXT.sub("", Path(pattern).parent.name)
 

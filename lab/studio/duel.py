@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.comparable import NOT_COMPARABLE, validated_on
+from lab.studio.catalogue import corpus_of_shards
 from lab.studio.places import Refused
 from lab.studio.progress import read_progress
 from records.logs import read_run_json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 MOST_SETTINGS = 3  # of those in which recipes differ, named in a label
+MOST_SERIES = 2  # whose names stand in a label
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,26 @@ def sides(folders: list[Path]) -> list[Side]:
                 found.setdefault(f"{told['config_hash']}-{told.get('data_hash')}", []).append((path, told))
     made = []
     for key, runs in found.items():
-        told, folder = runs[0][1], runs[0][0].parent.parent.name
+        told = runs[0][1]
         config = told.get("config") or {}
-        model = config.get("model") or config.get("preset") or folder
-        corpus = config.get("data") or folder
         steps = config.get("steps") or config.get("num_iterations") or 0
         parameters = config.get("num_parameters", told.get("num_parameters"))  # the trainer's runs do not tell
         size = "" if parameters is None else f" · {parameters:,} parameters"
         count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-        label = f"{model} on {corpus}{size} · {steps:,} steps · {count}"
+        label = f"{_recipe(config, [path for path, _ in runs])}{size} · {steps:,} steps · {count}"
         made.append(Side(key[:80], label, tuple(path for path, _ in runs), validated_on(told)))
     return sorted(told_apart(made), key=lambda side: (-len(side.runs), side.label))
+
+
+def _recipe(config: dict, runs: list[Path]) -> str:
+    """What was trained on what. Runs of the trainer carry their series' name too: a variant of a preset (nano-window)
+    has the preset's name in its configuration, and differs in a few of many settings."""
+    series = list(dict.fromkeys(run.parent.parent.name for run in runs))
+    named = ", ".join(series[:MOST_SERIES]) + (f" and {more} more" if (more := len(series) - MOST_SERIES) > 0 else "")
+    if preset := config.get("preset"):
+        recipe = f"{preset} on {corpus_of_shards(str(config.get('train_files', ''))) or 'an unknown text'}"
+        return recipe if series == [preset] else f"{named}: {recipe}"
+    return f"{config.get('model') or named} on {config.get('data') or named}"
 
 
 def told_apart(made: list[Side]) -> list[Side]:

@@ -55,6 +55,21 @@ def test_recipes_that_would_read_alike_are_told_apart(tmp_path):
     assert len({side.label for side in sides(same)}) == 2
 
 
+def test_runs_of_the_trainer_are_named_by_their_series_and_read_as_their_preset(tmp_path):
+    """A variant keeps its preset's name in its configuration; its series' name is not what it was trained on."""
+    made = [recipe(tmp_path / name, B, name) for name in ("nano", "nano-window", "again", "third")]
+    for folder in made:
+        for path in folder.glob("runs/*.json"):
+            told = json.loads(path.read_text())
+            told["config"] = {"preset": "nano", "train_files": "embedded", "num_iterations": 700}
+            told["config_hash"] = "plain" if folder.name == "nano" else "window"
+            path.write_text(json.dumps(told))
+    plain, window, several = sides(made[:1])[0], sides(made[1:2])[0], sides(made[1:])[0]
+    assert plain.label == "nano on embedded · 700 steps · 3 runs"
+    assert window.label == "nano-window: nano on embedded · 700 steps · 3 runs"
+    assert several.label.startswith("nano-window, again and 1 more: nano on embedded · ")
+
+
 def test_the_verdict_is_that_of_stats_compare(tmp_path):
     folders = [recipe(tmp_path / name, losses, name) for name, losses in (("mlp", A), ("gpt", B))]
     first, second = sides(folders)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.studio.catalogue import _corpus_of_shards
+from lab.studio.catalogue import corpus_of_shards
 from lab.studio.places import Places, Refused
 from lab.studio.recipes import (
     BOUNDS,
@@ -93,7 +93,7 @@ def test_nano_reads_an_uploaded_text_as_the_trainer_does(places, tmp_path):
         config = parse_config(list(words[1:]))
         folder = Path(config.train_files).parent
         assert folder.parent == tmp_path / "cache" / "tokens"
-        assert _corpus_of_shards(config.train_files) == "mine-0a1b"
+        assert corpus_of_shards(config.train_files) == "mine-0a1b"
         told = json.loads((folder / "tokenize.json").read_text())
         made[reading] = told["documents"], told["split"], told["train"]["documents"]
         if reading != "names":  # whose lines the trainer takes for one text
