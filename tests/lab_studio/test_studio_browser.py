@@ -124,7 +124,7 @@ class Browser:
 
     def wrong(self) -> list[str]:
         """What a reader with weak eyes, a keyboard or a screen reader would stumble on: see ACCESS."""
-        self.keys("TAB")  # a new window shows no focus before its first key
+        self.keys("TAB", "TAB")  # a new window shows no focus before its first key, and the first may leave the page
         return self.driver.execute_script(ACCESS)
 
     def listen(self) -> None:
@@ -139,8 +139,7 @@ class Browser:
         self.errors += [message for message in found if not any(word in message for word in left)]
 
     def picture(self, name: str) -> None:
-        """Screenshots of the page, wide and narrow, in the light and then in the dark, if wanted. A chart keeps the
-        colours of the theme in which it was drawn last, so it is right in the light ones alone."""
+        """Screenshots of the page, wide and narrow, in the light and then in the dark, if wanted."""
         if folder := os.environ.get("STUDIO_SCREENSHOTS"):
             for width, dark in ((400, False), (1400, False), (400, True), (1400, True)):
                 self.driver.set_window_size(width, 1000)
@@ -254,6 +253,24 @@ def test_the_report_comes_at_the_first_click_and_is_of_the_series_shown(browser,
         assert f"{name}" in report.read_text()
 
 
+def test_two_recipes_are_compared_and_their_chart_follows_the_theme(browser, folder):
+    for name, rate in (("slow", 0.001), ("fast", 0.3)):
+        trained(folder / "home", name, learning_rate=rate)
+    browser.open("duel")
+    for side, rate in (("a", 0.3), ("b", 0.001)):
+        browser.choose(f"#side_{side}", f"learning rate {rate}")
+    browser.click("#compare")
+    browser.until(lambda: browser.all("#duel_text .coloured span"), "the text under both", 120)
+    assert browser.text("#duel_verdict pre") and len(browser.all("#duel_a .sample, #duel_b .sample")) == 2
+    browser.picture("duel")
+    inks = """const of = (css, ink) => getComputedStyle(document.querySelector(css))[ink];
+        return [of('#duel_curves .mark-text text', 'fill'), of('#duel_curves .mark-rule line', 'stroke')]"""
+    theme = "document.body.classList.toggle('dark', arguments[0]);" + inks
+    light, dark, again = (browser.driver.execute_script(theme, night) for night in (False, True, False))
+    assert light == again and light[0] != dark[0] and light[1] != dark[1], "switched while it is shown"
+    nothing_from_outside(browser)
+
+
 def resident_mib(queue, server) -> float:
     """Memory of the studio, its runner and the trainer, pages that they share counted once."""
     pids = {server.process.pid}
@@ -358,15 +375,6 @@ def test_the_whole_drive(browser, folder):
             lambda: browser.text("#verdict pre") == printed_verdict(made).strip(), "the verdict on the record"
         )
     browser.picture("series")
-    for name, rate in (("slow", 0.001), ("fast", 0.3)):
-        trained(folder / "home", name, learning_rate=rate)
-    browser.open("duel")
-    for side, rate in (("a", 0.3), ("b", 0.001)):
-        browser.choose(f"#side_{side}", f"learning rate {rate}")
-    browser.click("#compare")
-    browser.until(lambda: browser.all("#duel_text .coloured span"), "the text under both", 120)
-    assert browser.text("#duel_verdict pre") and len(browser.all("#duel_a .sample, #duel_b .sample")) == 2
-    browser.picture("duel")
     browser.open("blind")
     browser.until(lambda: browser.value("#blind_one input"), "a choice of two models")
     browser.click("#blind_begin")
