@@ -171,7 +171,7 @@ def _variability(data: dict) -> str:
 
 def _attribution(data: dict) -> str:
     parts = (("Integrated gradients", "integrated"), ("Gradient times activation", "gradient_activation"))
-    return "".join(f"<h3>{title}</h3>{driven(data['tokens'], data[key], data['target'])}" for title, key in parts)
+    return "".join(f"<h2>{title}</h2>{driven(data['tokens'], data[key], data['target'])}" for title, key in parts)
 
 
 def _next_token(data: dict) -> str:

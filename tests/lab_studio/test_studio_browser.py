@@ -198,6 +198,35 @@ def test_every_page_opens_and_a_series_is_judged_as_on_the_command_line(browser,
     nothing_from_outside(browser)
 
 
+@pytest.mark.parametrize(
+    "right, planted, found",
+    [
+        ("<p>text", "<p style='color: #aaa'>text", "contrast 2.32"),
+        ("<h1>", "<h2>", "0 level-one headings"),
+        ("<h2>", "<h3>", "h3 after h1"),
+        ("<div role='group'", "<div", "a name that is not read"),
+        ("<title>Studio</title>", "", "no title"),
+        ("<html lang='en'>", "<html>", "no language"),
+        ("<label>name", "<label></label>", "no name"),
+        ("alt='a dot'", "", "no words for"),
+        ("button {", "button { outline: none !important;", "focus unseen"),
+    ],
+)
+def test_the_check_of_the_pages_finds_what_is_planted(browser, tmp_path, right, planted, found):
+    whole = (
+        "<!doctype html><html lang='en'><title>Studio</title><style>button { color: black; }</style><body>"
+        "<h1>Train</h1><h2>Samples</h2><p>text</p><div role='group' aria-label='tokens'><button>a</button></div>"
+        "<label>name <input></label>"
+        "<img width='9' height='9' alt='a dot' src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>"
+    )
+    assert right in whole
+    for text in (whole, whole.replace(right, planted, 1)):
+        (tmp_path / "page.html").write_text(text)
+        browser.driver.get((tmp_path / "page.html").as_uri())
+        wrong = browser.wrong()
+        assert [found in one for one in wrong] == ([] if text is whole else [True])
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("page", ["", "train", "write", "series", "duel", "blind"])
 def test_every_page_fits_and_can_be_read_and_reached(browser, page, theme):
@@ -251,24 +280,6 @@ def test_the_report_comes_at_the_first_click_and_is_of_the_series_shown(browser,
         report = folder / f"{name}.html"
         browser.until(report.exists, f"the report of {name}")
         assert f"{name}" in report.read_text()
-
-
-def test_two_recipes_are_compared_and_their_chart_follows_the_theme(browser, folder):
-    for name, rate in (("slow", 0.001), ("fast", 0.3)):
-        trained(folder / "home", name, learning_rate=rate)
-    browser.open("duel")
-    for side, rate in (("a", 0.3), ("b", 0.001)):
-        browser.choose(f"#side_{side}", f"learning rate {rate}")
-    browser.click("#compare")
-    browser.until(lambda: browser.all("#duel_text .coloured span"), "the text under both", 120)
-    assert browser.text("#duel_verdict pre") and len(browser.all("#duel_a .sample, #duel_b .sample")) == 2
-    browser.picture("duel")
-    inks = """const of = (css, ink) => getComputedStyle(document.querySelector(css))[ink];
-        return [of('#duel_curves .mark-text text', 'fill'), of('#duel_curves .mark-rule line', 'stroke')]"""
-    theme = "document.body.classList.toggle('dark', arguments[0]);" + inks
-    light, dark, again = (browser.driver.execute_script(theme, night) for night in (False, True, False))
-    assert light == again and light[0] != dark[0] and light[1] != dark[1], "switched while it is shown"
-    nothing_from_outside(browser)
 
 
 def resident_mib(queue, server) -> float:
@@ -363,6 +374,7 @@ def test_the_whole_drive(browser, folder):
         lambda: browser.text("#about") != before and "entropy" in browser.text("#about"), "the token after it"
     )
     assert browser.all("#tokens button")[9].get_attribute("aria-pressed") == "true"
+    assert browser.wrong() == [], "with a story, its tokens and an explanation"
     browser.picture("write")
 
     browser.open("series")
@@ -382,3 +394,22 @@ def test_the_whole_drive(browser, folder):
     browser.picture("blind")
     nothing_from_outside(browser)
     print(f"studio, runner and trainer together: {memory:.0f} MiB")
+
+
+def test_two_recipes_are_compared_and_their_chart_follows_the_theme(browser, folder):
+    for name, rate in (("slow", 0.001), ("fast", 0.3)):
+        trained(folder / "home", name, learning_rate=rate)
+    browser.open("duel")
+    for side, rate in (("a", 0.3), ("b", 0.001)):
+        browser.choose(f"#side_{side}", f"learning rate {rate}")
+    browser.click("#compare")
+    browser.until(lambda: browser.all("#duel_text .coloured span"), "the text under both", 120)
+    assert browser.text("#duel_verdict pre") and len(browser.all("#duel_a .sample, #duel_b .sample")) == 2
+    browser.picture("duel")
+    inks = """const of = (css, ink) => getComputedStyle(document.querySelector(css))[ink];
+        return [of('#duel_curves .mark-text text', 'fill'), of('#duel_curves .mark-rule line', 'stroke')]"""
+    theme = "document.body.classList.toggle('dark', arguments[0]);" + inks
+    light, dark, again = (browser.driver.execute_script(theme, night) for night in (False, True, False))
+    assert browser.wrong() == [], "with a verdict, a chart and coloured text"
+    assert light == again and light[0] != dark[0] and light[1] != dark[1], "switched while it is shown"
+    nothing_from_outside(browser)

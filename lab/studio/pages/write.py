@@ -121,4 +121,4 @@ def _explain(studio, state, place) -> str:
     expected = markup.bars(found.top, "What the model expected there")
     scores = drivers(checkpoint, tuple(ids), place)
     drove = markup.driven(*zip(*scores), found.chosen) if scores else ""
-    return words + expected + (f"<h3>What drove it</h3><div id='drove'>{drove}</div>" if drove else "")
+    return words + expected + (f"<h2>What drove it</h2><div id='drove'>{drove}</div>" if drove else "")
