@@ -56,7 +56,8 @@ def page(title: str, sections: list[str]) -> str:
     """One HTML page of ready sections."""
     meta = '<meta charset=utf-8><meta name=viewport content="width=device-width">'
     head = f"<!doctype html><html lang=en>{meta}<title>{html.escape(title)}</title>"
-    return f"{head}<style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>\n" + "\n".join(sections) + "</html>\n"
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *sections])
+    return f"{head}<style>{PAGE_STYLE}</style><main>{body}</main></html>\n"
 
 
 def drawn(source: str, words: str) -> str:

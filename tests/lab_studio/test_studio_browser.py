@@ -205,6 +205,9 @@ def test_every_page_opens_and_a_series_is_judged_as_on_the_command_line(browser,
         ("<h1>", "<h2>", "0 level-one headings"),
         ("<h2>", "<h3>", "h3 after h1"),
         ("<div role='group'", "<div", "a name that is not read"),
+        ("<pre tabindex='0' role='region'", "<pre role='region'", "moved by a mouse alone"),
+        ("<th>run", "<th>", "nothing heads a column"),
+        ("<main>", "<div>", "not one main part"),
         ("<title>Studio</title>", "", "no title"),
         ("<html lang='en'>", "<html>", "no language"),
         ("<label>name", "<label></label>", "no name"),
@@ -214,8 +217,10 @@ def test_every_page_opens_and_a_series_is_judged_as_on_the_command_line(browser,
 )
 def test_the_check_of_the_pages_finds_what_is_planted(browser, tmp_path, right, planted, found):
     whole = (
-        "<!doctype html><html lang='en'><title>Studio</title><style>button { color: black; }</style><body>"
+        "<!doctype html><html lang='en'><title>Studio</title><style>button { color: black; }"
+        "pre { width: 50px; overflow: auto; }</style><body><main>"
         "<h1>Train</h1><h2>Samples</h2><p>text</p><div role='group' aria-label='tokens'><button>a</button></div>"
+        "<pre tabindex='0' role='region' aria-label='verdict'>step:4/4 val_loss:2.9</pre><table><tr><th>run</table>"
         "<label>name <input></label>"
         "<img width='9' height='9' alt='a dot' src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>"
     )

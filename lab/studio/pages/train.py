@@ -348,7 +348,8 @@ def status_html(entry: Entry, progress: Progress, ahead: int) -> str:
     if entry.message:
         parts.append(f"<p class='failure'>{html.escape(entry.message)}</p>")
         if entry.output:
-            parts.append(f"<details><summary>Its last output</summary><pre>{html.escape(entry.output)}</pre></details>")
+            last = f"<pre tabindex='0' role='region' aria-label='last output'>{html.escape(entry.output)}</pre>"
+            parts.append(f"<details><summary>Its last output</summary>{last}</details>")
     return "".join(parts)
 
 
@@ -356,4 +357,7 @@ def samples_html(samples: list[tuple[int, str]]) -> str:
     """What the model wrote after so many steps, the latest first."""
     if not samples:
         return ""
-    return f"<h2>Samples as it learns</h2>{markup.texts((f'step {step}', text) for step, text in samples)}"
+    shown = markup.texts((f"step {step}", text) for step, text in samples)
+    return (
+        f"<h2>Samples as it learns</h2><div class='kept' tabindex='0' role='region' aria-label='samples'>{shown}</div>"
+    )
