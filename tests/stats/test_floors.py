@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("errors", "text", "jsonio", "values"),
     ("correct", "chance", "power", "ttest", "plans", "sequential", "curve", "svg", "figures", "paired"),
-    ("chain", "program", "runs", "tables", "sources", "series", "planfile"),
+    ("chain", "program", "runs", "tables", "offline", "sources", "series", "planfile"),
     ("samples", "compare", "times", "judge", "monitor", "design", "copies", "evidence"),
     ("validate", "leaderboard", "report", "importing"),
     ("verbs", *(f"verbs.{name}" for name in ("options", "judging", "planning", "showing", "sources"))),

@@ -69,11 +69,11 @@ def build(studio, page: gr.Blocks) -> None:
             yield markup.told_error(Refused("choose two recipes first")), hidden, "", "", ""
             return
         pair = known[a], known[b]
-        said, curves = _judged(*pair), _curves(*pair)
-        yield said, curves, "", "", ""
+        yield _judged(*pair), _curves(*pair), "", "", ""
+        shown = gr.skip()  # a chart that is sent again while it appears may stay empty
         written = [_written(studio, name, side) for name, side in zip("AB", pair)]
-        yield said, curves, *written, markup.hint("Reading a text with both ...")
-        yield said, curves, *written, _read(studio, *pair)
+        yield shown, shown, *written, markup.hint("Reading a text with both ...")
+        yield shown, shown, shown, shown, _read(studio, *pair)
 
     page.load(told(open_page), None, [first, second, words])
     go.click(compare, [first, second], outputs, show_progress="hidden")
