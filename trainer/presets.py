@@ -61,7 +61,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {  # name: (the preset that it star
         muon_momentum=0.9, muon_momentum_warmup=100, dtype="float32", products="bf16", log_train_loss=True,
     )),
     "nano-text": ("nano", dict(
-        num_iterations=280, context_rows=32768, second_embedding_context=5, mlp_ratio=2, attention_free_layers="1,2",
+        num_iterations=310, context_rows=32768, second_embedding_context=5, mlp_ratio=2, attention_free_layers="1,2",
         warmup_steps=0,
     )),
     "micro": ("medium", dict(

@@ -16,6 +16,7 @@ them: choose P so that this is rare, as the shape of that step is not warm and c
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class SampledClasses:
         self.config, self.device = config, device
         self.classes = padded_classes(config)
         self.walk = torch.arange(2 * self.classes) * STRIDE % self.classes if config.sampled_softmax else None
+        self.told = False
 
     def __call__(self, step: int, sequence: int, batch: Any) -> tuple[Any, dict[str, Tensor | None]]:
         """(the batch, its targets (T,) as places among the sampled classes; what `train_gpt.GPT.forward` is told of
@@ -86,8 +88,19 @@ class SampledClasses:
         walk = self.walk[begin : begin + self.classes]
         found = chosen(torch.as_tensor(targets).long(), walk, count)
         if found is None:
+            self._tell(step, sequence, len(set(torch.as_tensor(targets).tolist())), count)
             return batch, {"classes": None}
         places, numbers = found
         if self.device.type == "cuda":
             places, numbers = places.pin_memory(), numbers.pin_memory()
         return (inputs, places), {"classes": numbers.to(self.device, non_blocking=True)}
+
+    def _tell(self, step: int, sequence: int, targets: int, count: int) -> None:
+        """Say once that a sequence is over all classes: it costs time, and a compilation, that nobody counted on."""
+        if not self.told:
+            print(
+                f"--sampled_softmax: sequence {sequence} of step {step} has {targets:,} different targets, more than "
+                f"{count:,} classes: it is trained over all of them, as others may be; this is said once",
+                file=sys.stderr,
+            )
+        self.told = True

@@ -145,7 +145,7 @@ def test_the_schedule_ends_with_all_classes():
     assert saved == pytest.approx(6 * model.head_w.numel() * (1 - sampled_softmax.mean_share(c)))
 
 
-def test_targets_that_do_not_fit_are_trained_over_all_classes():
+def test_targets_that_do_not_fit_are_trained_over_all_classes(capsys):
     trainer = trainer_of("--train_seq_len=128", "--tokens_per_step=128")
     inputs, targets = batch(1, 128, 150)
     assert len(set(targets.tolist())) > 48
@@ -153,6 +153,8 @@ def test_targets_that_do_not_fit_are_trained_over_all_classes():
     assert given[1] is targets and how == {"classes": None}
     whole = trainer.model(inputs[None], targets[None], window_blocks=1).item()
     assert trainer.step(0, [(inputs, targets)]).item() == pytest.approx(whole)
+    told = capsys.readouterr().err
+    assert told.count("more than 48 classes") == 1 and f"{len(set(targets.tolist()))} different targets" in told
 
 
 def test_a_validation_is_over_all_classes():
