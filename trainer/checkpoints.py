@@ -249,13 +249,17 @@ def read_run(
 
 def save_run(folder: Path, step: int, state: Mapping[str, Tensor], texts: Mapping[str, str], keep: int) -> Path:
     """Write the checkpoint after `step` steps and return its path; once it is safely there, all but the `keep` newest
-    go (0: none goes). Raises NonFinite, OSError."""
+    go (0: none goes), and with them those of later steps: a run of this name that was replaced, or gone on with from an
+    earlier step, left them, and they would be taken for newer. Raises NonFinite, OSError."""
     if any(not torch.isfinite(t).all() for t in state.values() if t.is_floating_point()):
         raise NonFinite(f"a weight is not finite after step {step}: no checkpoint written")
     for left in folder.glob(".*.part"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
     path = folder / f"step-{step:06d}.safetensors"
     save_tensors(path, state, texts)
-    for old in checkpoints_of(folder)[keep:] if keep else []:
-        old.unlink(missing_ok=True)
+    if keep:
+        newest = checkpoints_of(folder)
+        begin = newest.index(path)
+        for old in (*newest[:begin], *newest[begin + keep :]):
+            old.unlink(missing_ok=True)
     return path
