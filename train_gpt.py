@@ -62,7 +62,7 @@ from trainer import (
     schedule,
     techniques,
 )
-from trainer.adam import Adam, MatrixAdamW, is_slow
+from trainer.adam import Adam, MatrixAdamW, is_slow, waiting_at
 from trainer.ahead import Ahead
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
@@ -808,7 +808,7 @@ class Trainer:
                 p.grad = None
             return
         self.exchange.wait_others()
-        waiting = set() if schedule.tables_step(step, self.config) else self.exchange.slow
+        waiting = waiting_at(step, self.exchange.my_others, self.config)
         updated = {name: p for name, p in self.exchange.my_others.items() if name not in waiting}
         if self.norm:
             self.norm.add(updated)
@@ -934,7 +934,7 @@ class Stretch:
         """Train to the end, or until a signal stops it. Returns that signal, or 0."""
         c, trainer = self.config, self.trainer
         mine = schedule.my_sequences(c, rank(), trainer.world_size)
-        end = max(self.start, min(c.stop_after or c.num_iterations, c.num_iterations))
+        end = max(self.start, schedule.last_step(c))
         order = ((step, sequence) for step in range(self.start, end) for sequence in mine)
         pin_memory = trainer.device.type == "cuda"
         batches = self.stream.prefetch(order, record=self.record, pin_memory=pin_memory)

@@ -384,12 +384,12 @@ def run(config, *, sequences: int, repeats: int, shards: str | None, parts: bool
 def attention_flops(config, inputs: Sequence[Tensor], step: int) -> float:
     """FLOPs of attention, forward (4 a pair and width) and backward (10), over the allowed pairs of these inputs. Of
     the 14 eight are products with queries or keys, whose heads, where they are narrow, count as wide as the kernels
-    take them: the next power of two."""
-    from kernels.attention import attention_plan
+    take them."""
+    from kernels.attention import attention_plan, width_taken
 
     def width(layer: int) -> float:
         narrow = config.narrow_qk if narrow_rows(config, layer) else 0
-        rows = config.num_heads * (1 << (narrow - 1).bit_length()) if narrow else config.model_dim
+        rows = config.num_heads * width_taken(narrow) if narrow else config.model_dim
         return 8.0 * rows + 6.0 * config.model_dim
 
     window = schedule.window_blocks_at(step, config)

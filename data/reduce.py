@@ -56,7 +56,7 @@ def reduce(train: list[str], val: list[str], out: Path, vocab_size: int, most: i
         raise TokenizeError(f"{out}: holds .bin files already; give another --out")
     facts = facts_beside(train + val)
     old_size, end_of_text = facts.vocabulary if facts else (50257, 50256)
-    counts = np.zeros(shards.TOKEN.itemsize << 15, np.int64)
+    counts = np.zeros(1 << 16, np.int64)  # of any token of 16 bits
     for block in blocks(train, most):
         counts += np.bincount(block, minlength=len(counts))
     if (highest := int(np.flatnonzero(counts)[-1])) >= old_size:
@@ -72,8 +72,9 @@ def reduce(train: list[str], val: list[str], out: Path, vocab_size: int, most: i
         writer, rare = PartWriter(out, part, shards.MAX_TOKENS), 0
         try:
             for block in blocks(files, limit):
-                writer.append(new[block])
-                rare += int(np.count_nonzero(new[block] == vocab_size - 1))
+                tokens = new[block]
+                writer.append(tokens)
+                rare += int(np.count_nonzero(tokens == vocab_size - 1))
             writer.close()
         finally:
             writer.abandon()

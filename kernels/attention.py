@@ -1395,7 +1395,7 @@ def attention(
     shape = *q_BTHDh.shape[:-1], v.shape[3]
     if q.shape[3] < v.shape[3] and chosen not in ("reference", "flex"):
         chosen = "triton" if chosen in FOR_HOPPER else chosen  # theirs are heads of one width
-        width = max(16, triton.next_power_of_2(q.shape[3])) if chosen == "triton" else v.shape[3]
+        width = width_taken(q.shape[3]) if chosen == "triton" else v.shape[3]
         q, k = (F.pad(x, (0, width - q.shape[3])) for x in (q, k))  # zeros change no logit
     if chosen == "reference":
         o = attention_reference(q, k, v, plan, scale=scale)
@@ -1406,10 +1406,16 @@ def attention(
     elif chosen == "banded":
         o = banded_attention(q, k, v, plan.first_key_BT, float(scale))
     else:
-        check_width(q), check_width(v)
+        check_width(q)
+        check_width(v)
         refuse_tangents("attention", q, k, v)
         o, _ = _attention(dense(q), dense(k), dense(v), *plan[:4], float(scale), chosen)
     return o.reshape(shape)
+
+
+def width_taken(width: int) -> int:
+    """The width that Triton's kernels take queries and keys of this one as, where values are wider."""
+    return max(16, triton.next_power_of_2(width))
 
 
 def check_scale(scale: float) -> None:

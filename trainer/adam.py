@@ -15,14 +15,15 @@ t goes on to count everybody's updates, b^t remains what is left of the moments'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.muon import apply_update_
-from trainer.schedule import learning_rate_factor, split_step, stretched, tables_step
+from trainer import schedule
+from trainer.schedule import learning_rate_factor, split_step, stretched
 
 #: Kinds of parameters, and the field with their rate.
 # fmt: off
@@ -52,6 +53,11 @@ def kind_of(name: str, tied: bool) -> str:
 def is_slow(name: str) -> bool:
     """Whether `adam_period` is for a parameter of that name."""
     return name.startswith("value_embeds") or "bigram_embed" in name
+
+
+def waiting_at(step: int, names: Iterable[str], config: Any) -> set[str]:
+    """Which of these parameters do not update in a step in which Adam does: their gradients stay."""
+    return set() if schedule.tables_step(step, config) else {name for name in names if is_slow(name)}
 
 
 def by_kind(text: str, count: int) -> dict[str, list[float]]:
@@ -133,15 +139,11 @@ class Adam:
             b1, b2, decay = b1**times, b2**times, decay * times
         return torch.stack([b1, b2, *unbias, rate, rate * rate * decay, torch.full_like(b1, c.adam_eps)], 1)
 
-    def waiting(self, step: int) -> set[str]:
-        """Parameters that do not update in a step in which Adam does: their gradients stay."""
-        return set() if tables_step(step, self.config) else {name for name in self.named if is_slow(name)}
-
     @torch.no_grad()
     def step(self, step: int) -> None:
         """One update from the `.grad` of every parameter that does not wait, which it clears; `step` sets the rate."""
         self.count += 1
-        waiting = self.waiting(step)
+        waiting = waiting_at(step, self.named, self.config)
         if self.tied(step):
             head, table = self.named["head_w"], self.named["embed1.weight"]
             head.grad += table.grad[self._my_rows(head)].to(head.grad.dtype)

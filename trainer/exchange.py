@@ -225,7 +225,7 @@ class GradientExchange:
             self.groups.setdefault(((picks or {}).get(name, _the_token), p.shape, name in slow), []).append(p)
         self.tokens: dict[_Group, list[Tensor]] = {group: [] for group in self.groups}  # since it was last sent
         self.going: list[tuple[list[nn.Parameter], Tensor]] = []  # tables, and the rows that those tokens touched
-        self.sends_others, self.slow = True, slow
+        self.sends_others = True
         self.cut: Mapping[str, int] = {}
         # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
         self.kinds = {

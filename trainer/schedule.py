@@ -120,6 +120,11 @@ def stretched(step: int, config: Any) -> bool:
     return step >= period * math.ceil((config.adam_period_from * scheduled(config) - 1e-9) / period)
 
 
+def last_step(config: Any) -> int:
+    """Where a run ends: after all of its steps, or earlier by `stop_after`."""
+    return min(config.stop_after or config.num_iterations, config.num_iterations)
+
+
 def whole_steps(config: Any) -> int:
     """After a multiple of so many steps no gradient waits for a later update."""
     return max(config.adam_every, config.adam_period)

@@ -21,6 +21,7 @@ from torch import Tensor
 from trainer.log import Clock, RunLog
 from trainer.options import UsageError
 from trainer.processes import on_rank_0, rank, world_size
+from trainer.schedule import last_step
 
 WORDS, WRITERS = ("lr", "window", "grad_norm"), ("tensorboard", "wandb")
 _UNWATCHED = 2  # steps before the trace: the first ones still allocate
@@ -106,7 +107,7 @@ class Watch:
             mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
-        last, end = self.start, min(self.config.stop_after or self.config.num_iterations, self.config.num_iterations)
+        last, end = self.start, last_step(self.config)
 
         def hear(step: int, values: Mapping[str, float]) -> None:
             nonlocal last

@@ -106,7 +106,7 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _spread_ngrams() -> None:
+def _stand_in_for_tokens() -> None:
     """What tokens that are not there cannot tell of `ngram_rows`: here no two n-grams of a sequence share a row, which
     is the most that can be sent, and rows lie evenly on the processes. Of `sampled_softmax`: the targets always fit."""
     from trainer import ngram_table, sampled_softmax
@@ -128,7 +128,7 @@ class Rehearsal:
         self.config, self.recorder, self.device_waits, self.say = config, recorder, waits, say
         self.trainer: Any = None
         self.sequences = 0
-        _spread_ngrams()
+        _stand_in_for_tokens()
 
     def set_up(self) -> dict:
         import train_gpt

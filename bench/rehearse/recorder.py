@@ -394,7 +394,8 @@ def _watch(recorder: Recorder) -> None:
             sizes = [nbytes(a) * (2 if n.startswith("in_out") else 1) for n, a in named]
             recorder.add("inductor", re.sub(r"_\d+$", "", name), recorder.part(), sum(sizes))
             recorder.kernels[name] = self
-            behind = sum(nbytes(a) for n, a in named if n in unaligned_pointers(self.triton_meta))
+            unaligned = unaligned_pointers(self.triton_meta)
+            behind = sum(nbytes(a) for n, a in named if n in unaligned)
             recorder.unaligned[name] = recorder.unaligned.get(name, 0) + behind
         return run(self, *args, stream=stream, **kwargs) if recorder.assembles else None
 

@@ -75,7 +75,7 @@ def build(studio, page: gr.Blocks) -> None:
     @told
     def open_row(event: gr.SelectData):
         # By the row's own words: its number counts another way once the table is sorted, or a training has ended since.
-        rows = {row[-1]: one.path for one in studio.catalogue.checkpoints() for row in [studio.catalogue.row(one)]}
+        rows = {studio.catalogue.row(one)[-1]: one.path for one in studio.catalogue.checkpoints()}
         path = rows.get(str(event.row_value[-1]))
         if path is None:
             raise Refused("this model is not there any more; refresh the list")
