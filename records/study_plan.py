@@ -9,6 +9,7 @@
     alpha = 0.05                # probability of any wrong "helps" or "hurts" over all treatments
     margin = 0.005              # nats: a smaller effect is called none
     endpoint = 1                # a run's loss is the mean of its last so many validations
+    first_seed = 0              # of the pairs; another where the treatments were chosen by the runs of earlier seeds
     minutes = 120               # training time of all runs together after which no further one starts; 0: no limit
 
     [treatments.no_skips]       # the name: letters, digits, '.', '_' and '-'
@@ -43,10 +44,10 @@ else:
     import tomli as tomllib
 
 BASE, AGAIN = "base", "base-again"
-OTHER_SEEDS = 1000  # base-again runs seeds from here on: with the base's own it would be the same runs once more
+OTHER_SEEDS = 1000  # base-again's are so much higher: with the base's own it would be the same runs once more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 _TOP = {"preset", "about", "flags", "design", "treatments"}
-_DESIGN = {"looks", "alpha", "margin", "endpoint", "minutes"}
+_DESIGN = {"looks", "alpha", "margin", "endpoint", "first_seed", "minutes"}
 _TREATMENT = {"flags", "parameters", "published", "published_percent", "about"}
 # What a run computes does not depend on these; the study sets some of them itself.
 _SET_BY_STUDY = {"seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash", "preset", "stop_after"}
@@ -82,6 +83,7 @@ class StudyPlan:
     endpoint: int = 1
     minutes: float = 0.0
     about: str = field(default="", compare=False)
+    first_seed: int = 0
 
     @property
     def design(self) -> Design:
@@ -96,7 +98,7 @@ class StudyPlan:
 
     def seed(self, arm: str, pair: int) -> int:
         """The seed of an arm's run in a pair (from 0)."""
-        return pair + (OTHER_SEEDS if arm == AGAIN else 0)
+        return self.first_seed + pair + (OTHER_SEEDS if arm == AGAIN else 0)
 
     def run(self, arm: str, pair: int) -> str:
         """The run of an arm in a pair (from 0): ARM/seed-003."""
@@ -108,6 +110,8 @@ class StudyPlan:
         told = json.loads(json.dumps(dataclasses.asdict(self)))
         for open_to_change in ("about", "minutes"):
             told.pop(open_to_change)
+        if not self.first_seed:  # plans that were sealed before there was a choice keep their hash
+            told.pop("first_seed")
         for treatment in told["treatments"]:
             for key in ("about", "published", "published_percent"):
                 treatment.pop(key)
@@ -157,12 +161,15 @@ def _plan(name: str, told: Mapping[str, Any]) -> StudyPlan:
             endpoint=int(design.get("endpoint", 1)),
             minutes=float(design.get("minutes", 0)),
             about=str(told.get("about", "")),
+            first_seed=int(design.get("first_seed", 0)),
         )
         plan.design  # noqa: B018  (checks looks, alpha and margin)
     except (TypeError, ValueError, UsageError) as error:
         raise StudyError(f"[design]: {error}") from None
     if plan.endpoint < 1 or not plan.minutes >= 0:
         raise StudyError(f"[design]: endpoint {plan.endpoint} is at least 1, minutes {plan.minutes:g} at least 0")
+    if not 0 <= plan.first_seed < OTHER_SEEDS:
+        raise StudyError(f"[design]: first_seed {plan.first_seed} is from 0 to {OTHER_SEEDS - 1}")
     return plan
 
 

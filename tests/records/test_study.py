@@ -151,6 +151,7 @@ def test_the_budget_ends_it_and_more_of_it_goes_on(tmp_path):
         ("looks = [4, 6]", "look = [4, 6]", "unknown look"),
         ("margin = 0.01", "margin = -1", "margin -1"),
         ("margin = 0.01", "margin = 0.01\nendpoint = 0", "endpoint 0"),
+        ("margin = 0.01", "margin = 0.01\nfirst_seed = 1000", "first_seed 1000 is from 0 to 999"),
         ('preset = "nano"', "", "missing: preset"),
         ("[treatments.better]", "[treatments.base]", "neither base nor base-again"),
         ("[design]", "[design", "not TOML"),
@@ -167,6 +168,22 @@ def test_a_study_keeps_its_plan(whole, capsys):
     assert run(whole, path) == 2
     assert "began with another looks" in capsys.readouterr().err
     write(whole)
+
+
+def test_fresh_seeds_where_the_treatments_were_chosen_by_earlier_ones(tmp_path):
+    path = write(tmp_path, TEXT.replace("margin = 0.01", "margin = 0.01\nfirst_seed = 40"))
+    assert run(tmp_path, path, "--parallel", "2") == 0
+    logs = {f"{log.parent.name}/{log.stem}" for log in (tmp_path / "out/small/runs").glob("*/*.txt")}
+    assert {f"{arm}/seed-{seed:03d}" for arm in (BASE, "better") for seed in range(40, 44)} <= logs
+    assert f"{AGAIN}/seed-1040" in logs and f"{BASE}/seed-000" not in logs
+    assert results(tmp_path)["better"]["verdict"] == "helps"
+
+
+def test_a_plan_without_fresh_seeds_is_sealed_as_before_there_were_any(tmp_path):
+    assert "first_seed" not in read_plan(write(tmp_path)).sealed
+    same = read_plan(write(tmp_path, TEXT.replace("margin = 0.01", "margin = 0.01\nfirst_seed = 0")))
+    other = read_plan(write(tmp_path, TEXT.replace("margin = 0.01", "margin = 0.01\nfirst_seed = 1")))
+    assert same.hash == read_plan(write(tmp_path)).hash != other.hash
 
 
 def test_model_sizes_are_stated(tmp_path):
