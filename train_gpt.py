@@ -66,6 +66,7 @@ from trainer.adam import Adam, MatrixAdamW, is_slow, waiting_at
 from trainer.ahead import Ahead
 from trainer.averages import TailAverage
 from trainer.checkpoints import CheckpointError, Done, NonFinite
+from trainer.draws import Draws
 from trainer.evidence import TokenRecord, check_same_data
 from trainer.exchange import GradientExchange, PlainExchange, as_bytes, gather_state, spread_state
 from trainer.explain import explain_command
@@ -391,16 +392,16 @@ class Block(nn.Module):
         self.mlp_in_w = nn.Parameter(torch.empty(hidden, c.model_dim, dtype=dtype))
         self.mlp_out_w = nn.Parameter(torch.empty(c.model_dim, hidden, dtype=dtype))
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, draws: Draws) -> None:
         """Uniform with half of the usual standard deviation; what writes to the residual stream starts at zero."""
         bound = 3**0.5 * 0.5 * self.config.model_dim**-0.5
         if self.has_attention:
             wide = 3**0.5 * self.config.attention_init_std * self.config.model_dim**-0.5
             inwards, outwards = techniques.projections(self)
-            for rows in inwards:
-                rows.uniform_(-wide, wide)
+            for name, rows in techniques.drawn_apart(inwards, self.config.model_dim):
+                draws(f"blocks.{self.layer} {name}", rows.uniform_, -wide, wide)
             outwards.zero_()
-        self.mlp_in_w.uniform_(-bound, bound)
+        draws(f"blocks.{self.layer} mlp_in", self.mlp_in_w.uniform_, -bound, bound)
         self.mlp_out_w.zero_()
 
     def forward(self, x_BTD, mix, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache=None):
@@ -468,22 +469,21 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values, drawn from torch's generator of the parameters' device in the order of construction."""
-        c = self.config
-        for table in (self.embed1, self.embed2, *self.value_embeds):
+        """Initial values, drawn from torch's generator of the parameters' device, each by its name (trainer/draws.py)."""
+        c, draws = self.config, Draws()
+        tables = dict(embed1=self.embed1, embed2=self.embed2, **dict(self.value_embeds.named_children()))
+        for name, table in tables.items():
             if table is not None:
-                table.weight.normal_()
-        for table in self.value_embeds:
-            table.weight.mul_(c.value_init_std)
+                draws(name, table.weight.normal_, 0.0, 1.0 if name.startswith("embed") else c.value_init_std)
         for block in self.blocks:
-            block.reset_parameters()
+            block.reset_parameters(draws)
         self.head_w.zero_()
         if self.tied:
             self.head_w.copy_(self.embed1.weight.mul_(c.tied_init_std))
         initial = torch.cat(list(techniques.scalar_layout(c, len(self.skips)).values()))
         self.scalars.copy_(initial.to(self.scalars.device))
         if self.techniques is not None:
-            self.techniques.reset_parameters()
+            self.techniques.reset_parameters(draws)
 
     def scalars_by_kind(self) -> dict[str, Tensor]:
         """The learned scalars as `scalar_layout` names them, those of layers with an axis for the layer."""

@@ -23,6 +23,7 @@ from kernels.cross_entropy import next_targets
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers
 from trainer import adam, products, sampled_softmax
+from trainer.draws import Draws
 from trainer.gating import DynamicGates, Gates, HeadMixing, mixed_heads
 from trainer.ngram_table import NGramTable
 from trainer.normuon import factors
@@ -254,6 +255,13 @@ def projections(block: Any) -> tuple[list[Tensor], Tensor]:
     return [block.qkvo_w[:3].flatten(0, 1)], block.qkvo_w[3]
 
 
+def drawn_apart(inwards: list[Tensor], model_dim: int) -> list[tuple[str, Tensor]]:
+    """The weights to q, k and v by name, so that v's first values are the same beside narrow q and k. inwards: the
+    first of `projections`; of narrow ones, q and k together are "k" (and "q", what is more than D rows)."""
+    parts = [part for rows in inwards for part in rows.split(model_dim)]
+    return list(zip("vkq", reversed(parts)))
+
+
 # ---- key_offset ------------------------------------------------------------------------------------------------
 
 
@@ -455,15 +463,15 @@ class Techniques(nn.Module):
         self.dynamic = DynamicSkips(c) if c.dynamic_skips else None
         self.bigram_rows = BigramRows(c.bigram_rows)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, draws: Draws) -> None:
         """Zeros, but for the weight of the bigram table and the dynamic skips: at first nothing changes much."""
         for p in self.parameters():
             p.zero_()
         if self.bigram_mixes is not None:
             self.bigram_mixes.fill_(self.config.bigram_init_weight)
-        for part in (self.dynamic, self.dynamic_gates, self.head_mixing):
-            if part is not None:
-                part.reset_parameters()
+        for name in ("dynamic", "dynamic_gates", "head_mixing"):
+            if (part := getattr(self, name)) is not None:
+                draws(name, part.reset_parameters)
 
     def hidden(
         self, gpt: Any, tokens_BT: Tensor, window_blocks: Any, cache: Any = None, ngrams: Tensor | None = None
