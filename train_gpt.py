@@ -469,7 +469,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values, drawn from torch's generator of the parameters' device, each by its name (trainer/draws.py)."""
+        """Initial values, drawn on the parameters' device, each by its name and the seed (trainer/draws.py)."""
         c, draws = self.config, Draws()
         tables = dict(embed1=self.embed1, embed2=self.embed2, **dict(self.value_embeds.named_children()))
         for name, table in tables.items():
