@@ -7,23 +7,20 @@ Nothing in the page is typed by hand: the effects come from the studies' logs, t
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import scipy
-
 from data.paths import write_text
+from records.agreement import Row, against_published, at_several_sizes, pairing, worth
 from records.folder import REPO, SeriesError
 from records.study_plan import AGAIN, StudyError, StudyPlan, Treatment, read_plan
 from records.study_report import read_pairs, sealed_plan, verdicts, words
 from stats.errors import StatsError
-from stats.paired import HELPS, HURTS, Effect
 from trainer.options import command, setting
 
-FEWEST = 5  # techniques measured both ways below which a rank correlation says nothing
 INTRODUCTION = """# Evidence: what holds at another size
 
 The track's techniques were measured at 350M parameters, mostly, and often once. The studies in
@@ -31,28 +28,35 @@ The track's techniques were measured at 350M parameters, mostly, and often once.
 intervals that hold for all treatments of a study together. An effect is treatment minus base, in nats of validation
 loss: below zero is better. Published claims are changes of the steps needed for a fixed loss.
 """
+CHEAPER = """## What makes a small effect visible in fewer runs
+
+`python -m bench.variance`: nano on the embedded corpus, {seeds} seeds, {steps} steps. Nats. All runs see the same data;
+within pairs the initial weights are the same, too, where shapes agree. A standard deviation of {seeds} numbers is
+itself known to about a quarter.
+
+"""
 LIMITS = """## What cannot be concluded
 
-- An effect at 0.2M to 2.3M parameters, on a generated language or on Shakespeare and in runs of 100 or 300 steps, is no
-  effect at 350M on web text. Only the agreement of many techniques between sizes could say how far the small size
-  predicts the large one.
+- An effect at {sizes} parameters in runs of {steps} steps, on the text of a study, is no effect at 350M on web text.
+  Only the agreement of many techniques between sizes could say how far the small size predicts the large one.
 - "No effect larger than x" and "undecided" are statements about these runs, not about the technique.
 - Each treatment is one change to one base. What two of them do together was not measured unless a row says so.
+- Many published effects are of a record that changed other things, too, and were measured against an earlier baseline.
 """
 
 
 @dataclass(frozen=True)
-class Row:
-    """One treatment of one study."""
+class Ran:
+    """A study that has run. sizes: parameters of its models."""
 
-    study: str
-    treatment: Treatment
-    effect: Effect
-    text: str
+    plan: StudyPlan
+    rows: list[Row]
+    minutes: float
+    sizes: tuple[int, ...]
 
 
-def rows_of(toml: Path) -> tuple[StudyPlan, list[Row], float] | None:
-    """(plan, rows, minutes) of a study that has run; None if it has not. Raises StudyError, SeriesError."""
+def rows_of(toml: Path) -> Ran | None:
+    """A study that has run; None if it has not. Raises StudyError, SeriesError."""
     folder = toml.with_suffix("")
     if not (folder / "study.json").exists():
         return None
@@ -61,18 +65,23 @@ def rows_of(toml: Path) -> tuple[StudyPlan, list[Row], float] | None:
     found = []
     for name, effect in verdicts(plan, pairs).items():
         treatment = claims.get(name) or Treatment(name, {})
-        found.append(Row(plan.name, treatment, effect, words(effect, plan)))
+        found.append(Row(plan, treatment, effect, words(effect, plan)))
     found.sort(key=lambda row: (row.effect.estimate is None, row.effect.estimate or 0.0))
-    return plan, found, pairs.minutes
+    sizes = json.loads((folder / "study.json").read_text(encoding="utf-8")).get("parameters", {})
+    return Ran(plan, found, pairs.minutes, tuple(size for size in sizes.values() if size))
 
 
-def page(studies: Sequence[tuple[StudyPlan, list[Row], float]]) -> str:
-    """The text of docs/evidence.md."""
-    parts = [INTRODUCTION]
-    for plan, rows, minutes in studies:
+def page(studies: Sequence[Ran], variance: Path) -> str:
+    """The text of docs/evidence.md. variance: what bench/variance.py measured, if it is there."""
+    rows = [row for one in studies for row in one.rows]
+    parts = [INTRODUCTION, against_published(rows), at_several_sizes(rows)]
+    parts.append(worth([(one.plan, one.rows) for one in studies]))
+    parts += [cheaper(variance), limits(studies)]
+    for one in studies:
+        plan, minutes = one.plan, one.minutes
         flags = " ".join(f"`--{key}={value}`" for key, value in plan.flags.items())
         table = ["| treatment | pairs | effect | interval | verdict | published |", "|-|-|-|-|-|-|"]
-        for row in rows:
+        for row in one.rows:
             e = row.effect
             interval = "-" if e.family_low is None else f"{e.family_low:+.4f} to {e.family_high:+.4f}"
             estimate = "-" if e.estimate is None else f"{e.estimate:+.4f}"
@@ -82,62 +91,31 @@ def page(studies: Sequence[tuple[StudyPlan, list[Row], float]]) -> str:
             )
         parts.append(f"## {plan.name}\n\n`--preset={plan.preset}` {flags}; {minutes:.0f} minutes of runs.\n")
         parts.append("\n".join(table) + "\n")
-        parts.append(pairing([row.effect for row in rows if row.treatment.name != AGAIN]))
-    both = [row for _, rows, _ in studies for row in rows if row.treatment.published_percent is not None]
-    parts += [agreement([row for row in both if row.effect.estimate is not None]), LIMITS]
+        parts.append(pairing([row.effect for row in one.rows if row.treatment.name != AGAIN]))
     parts.append("Written by `python -m records.evidence`.\n")
     return "\n".join(parts)
 
 
-def pairing(effects: Sequence[Effect]) -> str:
-    """What equal seeds were worth in one study.
-
-    The interval is Fisher's of a correlation, as wide as for the treatment with the most pairs alone: all treatments
-    share the base's runs, so that together they hardly tell more."""
-    told = [e for e in effects if e.variance_ratio is not None and e.correlation is not None and e.pairs > 3]
-    if not told:
+def cheaper(path: Path) -> str:
+    """The table of bench/variance.py; "" where it has not run. Raises StudyError."""
+    if not path.exists():
         return ""
-    ratio = float(np.median([e.variance_ratio for e in told]))
-    weights = [e.pairs - 3 for e in told]
-    middle = float(np.average(np.arctanh(np.clip([e.correlation for e in told], -0.999, 0.999)), weights=weights))
-    low, high = (float(np.tanh(middle + side * 1.96 / max(weights) ** 0.5)) for side in (-1, 1))
-    verdict = "so few pairs do not tell whether it saves runs"
-    if low > 0 or high < 0:
-        verdict = f"it {'saves' if low > 0 else 'costs'} runs here"
-    return (
-        f"Pairing by seed: the variance of a difference is {ratio:.2f} (median) of what independent runs would give; "
-        f"correlation of the runs of a pair {np.tanh(middle):+.2f} ({low:+.2f} to {high:+.2f}): {verdict}.\n"
-    )
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["result"]
+        heads = list(told["rows"][0])
+        lines = [f"| {' | '.join(heads)} |", "|-" * len(heads) + "|"]
+        lines += [f"| {' | '.join(str(row[head]) for head in heads)} |" for row in told["rows"]]
+        return CHEAPER.format(seeds=told["seeds"], steps=told["steps"]) + "\n".join(lines) + "\n"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise StudyError(f"{path}: not what bench/variance.py wrote ({error}); run it again") from None
 
 
-def agreement(rows: Sequence[Row]) -> str:
-    """Signs and ranks of what was measured both ways."""
-    head = "## Small against published\n"
-    if not rows:
-        return f"{head}\nNo treatment so far has a published claim in numbers.\n"
-    decided = [row for row in rows if row.effect.verdict in (HELPS, HURTS)]
-    same = sum((row.effect.estimate < 0) == (row.treatment.published_percent < 0) for row in decided)
-    text = (
-        f"{head}\n{len(rows)} treatments were measured here and have a published claim in numbers; {len(decided)} of "
-        f"them have a decided sign here, and {same} of those agree with the claim in sign."
-    )
-    if len(rows) < FEWEST:
-        return f"{text} With fewer than {FEWEST} of them a rank correlation says nothing, so none is given.\n"
-    here = [row.effect.estimate for row in rows]
-    claimed = [row.treatment.published_percent for row in rows]
-    rho = float(scipy.stats.spearmanr(here, claimed).statistic)
-    random = np.random.default_rng(0)
-    drawn = []
-    for _ in range(2000):
-        chosen = random.integers(len(rows), size=len(rows))
-        x, y = np.asarray(here)[chosen], np.asarray(claimed)[chosen]
-        if np.ptp(x) > 0 and np.ptp(y) > 0:
-            drawn.append(scipy.stats.spearmanr(x, y).statistic)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return (
-        f"{text} Rank correlation {rho:+.2f} (95 % interval by resampling treatments {low:+.2f} to {high:+.2f}, which "
-        f"covers too little at this number).\n"
-    )
+def limits(studies: Sequence[Ran]) -> str:
+    """What the studies' sizes and lengths do not allow."""
+    sizes = [size for one in studies for size in one.sizes]
+    steps = sorted({int(one.plan.flags["num_iterations"]) for one in studies if "num_iterations" in one.plan.flags})
+    told = f"{min(sizes) / 1e6:.1f}M to {max(sizes) / 1e6:.1f}M" if sizes else "few"
+    return LIMITS.format(sizes=told, steps=" or ".join(map(str, steps)) or "few")
 
 
 @dataclass(frozen=True)
@@ -146,6 +124,7 @@ class Options:
 
     studies: Path = setting(REPO / "records" / "studies", "folder", "with studies' files")
     out: Path = setting(REPO / "docs" / "evidence.md", "file", "the page")
+    variance: Path = setting(REPO / "bench" / "results" / "variance-cpu.json", "file", "of bench/variance.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,10 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, options = command(__doc__, argv, Options)
     try:
         found = [rows_of(path) for path in sorted(options.studies.glob("*.toml"))]
+        text = page([one for one in found if one is not None], options.variance)
     except (StudyError, SeriesError, StatsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_text(options.out, page([one for one in found if one is not None]))
+    write_text(options.out, text)
     return 0
 
 

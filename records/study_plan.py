@@ -17,6 +17,7 @@
     parameters = 200000         # needed where the treatment's model has another size than the base's
     published = "..."           # optional: what was claimed elsewhere, printed beside the result
     published_percent = 2.3     # optional: that claim as a change of the steps needed, in percent; positive is worse
+    published_mn = -4.2         # optional, in its place: as a change of the loss at equal steps, in 0.001 nats
     about = "..."               # optional
 
 Every study also holds the treatment `base-again`: the base with other seeds, which must come out as no effect.
@@ -48,7 +49,7 @@ OTHER_SEEDS = 1000  # base-again's are so much higher: with the base's own it wo
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 _TOP = {"preset", "about", "flags", "design", "treatments"}
 _DESIGN = {"looks", "alpha", "margin", "endpoint", "first_seed", "minutes"}
-_TREATMENT = {"flags", "parameters", "published", "published_percent", "about"}
+_TREATMENT = {"flags", "parameters", "published", "published_percent", "published_mn", "about"}
 # What a run computes does not depend on these; the study sets some of them itself.
 _SET_BY_STUDY = {"seed", "output_dir", "run_name", "resume", "overwrite", "plan_hash", "preset", "stop_after"}
 
@@ -67,6 +68,7 @@ class Treatment:
     published: str = ""
     about: str = ""
     published_percent: float | None = None
+    published_mn: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class StudyPlan:
         if not self.first_seed:  # plans that were sealed before there was a choice keep their hash
             told.pop("first_seed")
         for treatment in told["treatments"]:
-            for key in ("about", "published", "published_percent"):
+            for key in ("about", "published", "published_percent", "published_mn"):
                 treatment.pop(key)
         return told
 
@@ -196,11 +198,14 @@ def _treatment(name: str, told: Any) -> Treatment:
     parameters = told.get("parameters")
     if parameters is not None and (not isinstance(parameters, int) or parameters < 1):
         raise StudyError(f"{where}: parameters = {parameters!r} is no number of parameters")
-    percent = told.get("published_percent")
-    if percent is not None and (isinstance(percent, bool) or not isinstance(percent, (int, float))):
-        raise StudyError(f"{where}: published_percent = {percent!r} is no number")
+    claims = {key: told.get(key) for key in ("published_percent", "published_mn")}
+    for key, value in claims.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise StudyError(f"{where}: {key} = {value!r} is no number")
+    if None not in claims.values():
+        raise StudyError(f"{where}: the claim in percent or in 0.001 nats, not both")
     flags = _flags(told.get("flags", {}), where)
-    return Treatment(name, flags, parameters, str(told.get("published", "")), str(told.get("about", "")), percent)
+    return Treatment(name, flags, parameters, str(told.get("published", "")), str(told.get("about", "")), **claims)
 
 
 def _flags(told: Any, where: str) -> dict[str, str]:

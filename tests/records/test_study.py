@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from records import evidence, study
+from records.agreement import pairing
 from records.study_plan import AGAIN, BASE, StudyError, check_against, load_trainer, read_plan
 
 REPO = Path(__file__).resolve().parents[2]
@@ -225,6 +226,14 @@ def test_evidence_sets_effects_beside_claims(whole, tmp_path):
     write(tmp_path, TEXT.replace('published = "-100 steps"', "published_percent = 2"))
     evidence.main(["--studies", str(tmp_path), "--out", str(tmp_path / "page.md")])
     assert "0 of those agree" in (tmp_path / "page.md").read_text()
+    measured = tmp_path / "variance.json"
+    rows = [{"treatment": "one", "sd within pairs": 0.001}]
+    measured.write_text(json.dumps({"result": {"seeds": 8, "steps": 100, "rows": rows}}))
+    words = ["--studies", str(tmp_path), "--out", str(tmp_path / "page.md"), "--variance", str(measured)]
+    assert evidence.main(words) == 0
+    assert "| one | 0.001 |" in (tmp_path / "page.md").read_text()
+    measured.write_text("{}")
+    assert evidence.main(words) == 2
 
 
 def test_pairing_is_told_with_an_interval():
@@ -238,9 +247,9 @@ def test_pairing_is_told_with_an_interval():
 
     def said(pairs, shared):
         base, other = drawn.normal(size=(2, pairs))
-        return evidence.pairing([judge(base, shared * base + (1 - shared**2) ** 0.5 * other, design, final=True)])
+        return pairing([judge(base, shared * base + (1 - shared**2) ** 0.5 * other, design, final=True)])
 
     assert "it saves runs here" in said(40, 0.9)
     assert "it costs runs here" in said(40, -0.9)
     assert "do not tell" in said(6, 0.3)
-    assert evidence.pairing([]) == ""
+    assert pairing([]) == ""
