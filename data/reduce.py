@@ -28,8 +28,8 @@ from data.tokenize import PartWriter
 _BLOCK_TOKENS = 1 << 22
 
 
-def blocks(files: list[str], most: int) -> Iterator[np.ndarray]:
-    """The tokens of shards, one block (uint16) after the other, `most` at most; 0: all."""
+def blocks(files: list[str], most: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """The tokens of shards, one block (uint16) after the other, `most` at most; 0: all. Raises shards.ShardError."""
     left = most or sys.maxsize
     for path in files:
         tokens = shards.open_shard(path)
@@ -37,6 +37,7 @@ def blocks(files: list[str], most: int) -> Iterator[np.ndarray]:
             if left <= 0:
                 return
             block = tokens[start : start + min(_BLOCK_TOKENS, left)]
+            shards.check_vocabulary(path, block, start, vocab_size)
             left -= len(block)
             yield block
 
@@ -57,10 +58,12 @@ def reduce(train: list[str], val: list[str], out: Path, vocab_size: int, most: i
     facts = facts_beside(train + val)
     old_size, end_of_text = facts.vocabulary if facts else (50257, 50256)
     counts = np.zeros(1 << 16, np.int64)  # of any token of 16 bits
-    for block in blocks(train, most):
+    for block in blocks(train, most, old_size):
         counts += np.bincount(block, minlength=len(counts))
-    if (highest := int(np.flatnonzero(counts)[-1])) >= old_size:
-        raise TokenizeError(f"{train[0]}: token {highest} is not of a vocabulary of {old_size}")
+    judged = sum(len(block) for block in blocks(val, 0, old_size))  # read before anything is written
+    for path, tokens in ((train[0], counts.sum()), (val[0], judged)):
+        if not tokens:
+            raise TokenizeError(f"{path}: holds no tokens")
     kept = frequent(counts, vocab_size, end_of_text)
     if len(kept) + 1 < vocab_size:
         raise TokenizeError(f"{train[0]}: {len(kept)} different tokens; --vocab-size can be {len(kept) + 1} at most")
@@ -71,7 +74,7 @@ def reduce(train: list[str], val: list[str], out: Path, vocab_size: int, most: i
     for part, files, limit in (("train", train, most), ("val", val, 0)):
         writer, rare = PartWriter(out, part, shards.MAX_TOKENS), 0
         try:
-            for block in blocks(files, limit):
+            for block in blocks(files, limit, old_size):
                 tokens = new[block]
                 writer.append(tokens)
                 rare += int(np.count_nonzero(tokens == vocab_size - 1))

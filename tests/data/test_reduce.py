@@ -71,13 +71,23 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, capsys, change, words):
     assert len(list(tmp_path.rglob("*.bin"))) == 2
 
 
-def test_a_token_outside_the_vocabulary(tmp_path, capsys):
-    write(tmp_path / "train_1.bin", [0, 5, 300])
-    write(tmp_path / "val_0.bin", [0, 5])
+@pytest.mark.parametrize(
+    ("train", "val", "words"),
+    [
+        ([0, 5, 300], [0, 5], "train_1.bin: token 2 has id 300, outside the vocabulary of 256"),
+        ([0, 5, 6], [0, 300], "val_0.bin: token 1 has id 300, outside the vocabulary of 256"),
+        ([], [0, 5], "train_1.bin: holds no tokens"),
+        ([0, 5, 6], [], "val_0.bin: holds no tokens"),
+    ],
+)
+def test_shards_that_cannot_be_used_leave_nothing(tmp_path, capsys, train, val, words):
+    write(tmp_path / "train_1.bin", train)
+    write(tmp_path / "val_0.bin", val)
     (tmp_path / "tokenize.json").write_text('{"vocab_size": 256, "end_of_text": 0}')
     command = [f"--train={tmp_path}/train_*.bin", f"--val={tmp_path}/val_*.bin", f"--out={tmp_path}/out"]
     assert reduce.main([*command, "--vocab-size=3"]) == 3
-    assert "token 300 is not of a vocabulary of 256" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_micro_preset_trains_on_them(tmp_path):
