@@ -9,11 +9,13 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy
 
 from records.study_plan import AGAIN, StudyPlan, Treatment
+from records.study_report import COLOURS
 from stats.paired import HELPS, HURTS, NO_EFFECT, Design, Effect
 
 FEWEST = 5  # techniques measured both ways below which a rank correlation says nothing
@@ -151,6 +153,47 @@ def shown(at: Mapping[str, Row], claim: float | None) -> str:
     if claim is None:
         return words
     return f"{words}, {'as' if (claim < 0) == signs.pop() else '**against**'} the published sign"
+
+
+def draw(rows: Sequence[Row], path: Path) -> bool:
+    """One panel a proxy with the techniques' effects and intervals, and one with the published changes, in their
+    order; as a picture. Returns whether there was anything to draw."""
+    proxies = {
+        name: found for name, found in by_proxy(rows).items() if any(r.claimed is not None for r in found.values())
+    }
+    claims = {n: r.claimed for found in proxies.values() for n, r in found.items() if r.claimed is not None}
+    if not claims:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted(claims, key=claims.__getitem__)
+    wide, high = 2.4 + 2.3 * (len(proxies) + 1), 1.3 + 0.27 * len(names)
+    figure, axes = pyplot.subplots(1, len(proxies) + 1, figsize=(wide, high), sharey=True, layout="constrained")
+    for axis, (proxy, found) in zip(axes, proxies.items()):
+        for place, name in enumerate(names):
+            if name in found and (e := found[name].effect).family_low is not None:
+                colour = COLOURS.get(e.verdict, "#000000")
+                axis.plot([e.family_low, e.family_high], [place, place], color=colour, lw=1)
+                axis.plot([e.estimate], [place], "o", color=colour, ms=4)
+        axis.set_title(proxy.replace("`", ""), fontsize=8)
+        axis.set_xlabel("nats", fontsize=8)
+    for place, name in enumerate(names):
+        axes[-1].plot([0, claims[name]], [place, place], color="#24292f", lw=2, solid_capstyle="butt")
+    axes[-1].set_title("published, at their own sizes", fontsize=8)
+    axes[-1].set_xlabel("% of the steps", fontsize=8)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    for axis in axes:
+        axis.axvline(0, color="#24292f", lw=0.6)
+        axis.tick_params(axis="x", labelsize=7)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.paths import write_text
-from records.agreement import Row, against_published, at_several_sizes, pairing, worth
+from records.agreement import Row, against_published, at_several_sizes, draw, pairing, worth
 from records.folder import REPO, SeriesError
 from records.study_plan import AGAIN, StudyError, StudyPlan, Treatment, read_plan
 from records.study_report import read_pairs, sealed_plan, verdicts, words
@@ -27,6 +27,12 @@ The track's techniques were measured at 350M parameters, mostly, and often once.
 [records/studies](../records/studies) measure them again at a size that a laptop trains, in pairs of equal seeds, with
 intervals that hold for all treatments of a study together. An effect is treatment minus base, in nats of validation
 loss: below zero is better. Published claims are changes of the steps needed for a fixed loss.
+"""
+PICTURE = """
+![Effects at small size beside the published ones]({name})
+
+Left of the line is better, in every panel. Green helps, red hurts, grey has no effect larger than the study's margin,
+and ochre is undecided; lines are intervals that hold for all treatments of a study together.
 """
 CHEAPER = """## What makes a small effect visible in fewer runs
 
@@ -132,10 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, options = command(__doc__, argv, Options)
     try:
         found = [rows_of(path) for path in sorted(options.studies.glob("*.toml"))]
-        text = page([one for one in found if one is not None], options.variance)
+        ran = [one for one in found if one is not None]
+        text = page(ran, options.variance)
     except (StudyError, SeriesError, StatsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    picture = options.out.with_suffix(".png")
+    if draw([row for one in ran for row in one.rows], picture):
+        text = text.replace("\n## ", PICTURE.format(name=picture.name) + "\n## ", 1)
     write_text(options.out, text)
     return 0
 

@@ -103,3 +103,10 @@ def test_a_claim_is_in_percent_or_in_nats(tmp_path):
 
 def test_shorter_than_five_there_is_no_rank_correlation():
     assert "none is given" in agreement.rank_correlation([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_a_picture_where_there_is_something_to_draw(tmp_path):
+    path = tmp_path / "evidence.png"
+    assert not agreement.draw([row("t", -0.05)], path) and not path.exists()
+    assert agreement.draw([row("t", -0.05, percent=-2), row("u", 0.05)], path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
