@@ -162,6 +162,7 @@ class Config:
     dynamic_skips: str = setting("", "layers", "early and middle one, mixed in at the end by the token: 4,11; '': off")
     dynamic_gates: int = setting(-1, "layer", "from whose input on it makes each token's gates; -1: off", at_least=-1)
     head_mixing: bool = setting(False, "flag", "the last layer's heads share by the token what they attend to")
+    dynamic_bias_dtype: str = setting("float32", "name", "of their biases", choices=("float32", "bfloat16"))
     dynamic_hidden: int = setting(64, "width", "of the networks that mix them", at_least=1)
     # Schedules (trainer/schedule.py). Lists have one value for each twelfth of the run; the last one stays
     extension_steps: int = setting(0, "steps", "the run's last, after the end of its schedules", at_least=0)
@@ -471,9 +472,8 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """Initial values, drawn on the parameters' device, each by its name and the seed (trainer/draws.py)."""
         c, draws = self.config, Draws()
-        tables = dict(embed1=self.embed1, embed2=self.embed2, **dict(self.value_embeds.named_children()))
-        for name, table in tables.items():
-            if table is not None:
+        for name, table in (*self.named_children(), *self.value_embeds.named_children()):
+            if isinstance(table, nn.Embedding):
                 draws(name, table.weight.normal_, 0.0, 1.0 if name.startswith("embed") else c.value_init_std)
         for block in self.blocks:
             block.reset_parameters(draws)

@@ -152,6 +152,23 @@ def nano(**changes):
     return train_gpt.check_config(dataclasses.replace(parse_config(["--preset=nano-frontier"]), **(fields | changes)))
 
 
+@pytest.mark.parametrize("dtype, moves", [("float32", True), ("bfloat16", False)])
+def test_large_biases_of_the_dynamic_skips_move_in_float32_alone(dtype, moves):
+    """As #261 stores them, a step of its Adam (0.001) is less than half of a bfloat16's spacing at 4.34 and at 8.7."""
+    trainer = Trainer(nano(dynamic_bias_dtype=dtype, adam_every=1), CPU)
+    bias = trainer.model.techniques.dynamic.bias
+    before = bias.detach().clone()
+    random = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randint(1, 256, (32,), generator=random)  # noqa: E731
+    with torch.no_grad():
+        trainer.model.head_w.normal_(generator=random)
+    for step in range(4):
+        trainer.step(step, [(draw(), draw()) for _ in range(2)])
+    changed = bias.detach() != before
+    assert bias.dtype == getattr(torch, dtype)
+    assert changed[before.abs() > 4].any() == moves and changed[before.abs() < 0.01].any()
+
+
 @pytest.mark.parametrize("preset", NAMES)
 def test_in_bfloat16_the_masters_lose_nothing(preset):
     """NorMuon with 16 more bits beside each weight: three steps against float32 masters, each orthogonalised in

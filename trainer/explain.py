@@ -38,6 +38,7 @@ SOURCES = {
     "products": "head: #248; MLP: #344", "fp8_scales": "#248",
     "sampled_softmax": "#360; arXiv:1412.2007", "full_softmax_frac": "#360",
     "prefix_loss": "#337", "dynamic_skips": "#259; arXiv:2502.12170", "dynamic_hidden": "#259", "dynamic_lr": "#259",
+    "dynamic_bias_dtype": "#261",
     "late_attention_source": "#241", "xsa": "#264", "paired_heads": "#191",
     "dynamic_gates": "#315", "head_mixing": "#315; arXiv:2405.08553", "untied_values": "#209",
     "narrow_qk": "#344", "narrow_qk_layers": "#360", "narrow_qk_scale": "#344",

@@ -41,8 +41,8 @@ attention_free_layers half_truncated_rotary block_tokens window_max_tokens long_
 #: Of a model with techniques (trainer/techniques.py), beside those.
 OF_TECHNIQUES = """norm_before_attention value_norm output_scalar mix_lr smear skip_gates backout_layer value_gates
 output_gates key_offset exact_windows bigram_rows ngram_rows late_attention_source dynamic_skips dynamic_hidden
-matrix_dtype tie_embeddings_frac window_schedule validation_window short_window_max yarn_until gate_optimizer
-untied_values xsa paired_heads dynamic_gates head_mixing""".split()
+dynamic_bias_dtype matrix_dtype tie_embeddings_frac window_schedule validation_window short_window_max yarn_until
+gate_optimizer untied_values xsa paired_heads dynamic_gates head_mixing""".split()
 
 
 def expand(

@@ -384,7 +384,7 @@ class DynamicSkips(nn.Module):
     the head.
 
     m = sc (W2 gelu(W1 x) + b), eight factors in each of two rows. The biases hold what the plain model would do; they
-    are float32, as in bfloat16 most of them are too large for a step of their optimizer to move."""
+    are float32, as in bfloat16 (`dynamic_bias_dtype`) most are too large for a step of their optimizer to move."""
 
     SCALE = 0.2 / 3**0.5
 
@@ -394,7 +394,7 @@ class DynamicSkips(nn.Module):
         self.early, self.middle = numbers(c.dynamic_skips)
         self.in_w = nn.Parameter(torch.empty(2, c.dynamic_hidden, c.model_dim, dtype=dtype))
         self.out_w = nn.Parameter(torch.empty(2, 16, c.dynamic_hidden, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(2, 2, 8, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(2, 2, 8, dtype=getattr(torch, c.dynamic_bias_dtype)))
         self.config = c
 
     def reset_parameters(self) -> None:
