@@ -597,16 +597,16 @@ class Techniques(nn.Module):
         w_ED = (torch.cat(inwards) if narrow else inwards[0]).to(y_BTD.dtype)
         if c.output_scalar:
             w_ED = scalars_2[0] * w_ED
-        parts = products.linear(y_BTD, w_ED, gpt.impls).split([narrow or D, narrow or D, D], -1)
-        q, k, v = (part.unflatten(-1, (H, -1)) for part in parts)
+        qk, v = products.linear(y_BTD, w_ED, gpt.impls).split([2 * (narrow or D), D], -1)
+        qk, v = (part.unflatten(-1, (heads, -1)) for part, heads in ((qk, 2 * H), (v, H)))
         R = D // H // 2  # columns of the tables for wide heads; those for narrow ones follow
         rotary = tuple(table[:, R:] if narrow else table[:, :R] for table in rotary)
         scale = c.narrow_qk_scale if narrow and c.narrow_qk_scale else c.attention_scale
         v = own_v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
-        q, k, pair = norm(q), norm(k), layer in self.paired
+        qk, pair = norm(qk), layer in self.paired  # the queries' heads, then the keys': together in fewer passes
         if pair:
-            q, k, v = interleaved(q), interleaved(k), interleaved(v)
-        q, k = rotated(q, rotary), rotated(k, rotary)
+            qk, v = interleaved(qk), interleaved(v)
+        q, k = rotated(qk, rotary).chunk(2, dim=2)
         if gpt.query_factor is not None:
             q = q * gpt.query_factor
         if layer in self.offset:
