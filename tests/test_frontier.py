@@ -37,7 +37,7 @@ def small(preset, **changes):
     )
     # fmt: on
     fields |= dict(bigram_rows=640, dynamic_hidden=8) if preset != "record18" else {}
-    fields |= dict(ngram_rows=320) if preset == "frontier" else {}
+    fields |= dict(ngram_rows=320, sampled_softmax="128", tail_ema_steps=4) if preset == "frontier" else {}
     return train_gpt.check_config(dataclasses.replace(parse_config([f"--preset={preset}"]), **(fields | changes)))
 
 
@@ -747,7 +747,8 @@ RUN = """--preset=nano-frontier --num_iterations=8 --tokens_per_step=256 --train
 --val_tokens=128 --val_loss_every=2 --checkpoint_every=2 --keep_checkpoints=0 --warmup_steps=2 --num_layers=3
 --model_dim=32 --unet_skips=0>1 --long_window_layers=0,2 --key_offset=0,2 --late_attention_source=0 --dynamic_skips=0,1
 --bigram_rows=512 --paired_heads=1 --tail_ema=0.9 --tail_ema_steps=3 --ema_nesterov=0.6 --ngram_rows=512
---dynamic_gates=1 --head_mixing=true --device=cpu --run_name=run""".split()
+--dynamic_gates=1 --head_mixing=true --sampled_softmax=128 --narrow_qk=8 --narrow_qk_layers=0,2 --device=cpu
+--run_name=run""".split()
 
 
 @pytest.fixture(scope="module")
