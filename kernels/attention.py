@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import attention_gluon
+from kernels import attention_gluon, attention_gluon_backward
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
-from kernels.gluon import HAVE_GLUON
+from kernels.gluon import HAVE_GLUON, add_tile
 from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
 from kernels.runtime import (
     LOG2_E,
@@ -1061,6 +1061,67 @@ def _attention_dkdv(
         _store_tile(p_dv, b_dv, batch, key, kv_head, T, K_APART, DV, BN)
 
 
+# The two that stand around the one pass of kernels/attention_gluon_backward.py. Both are traffic and nothing else.
+
+
+@triton.jit
+def _attention_rows(
+    p_o, p_do, p_lse, p_rows, p_sums, T, rows, HEADS: tl.constexpr, DH: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr
+):
+    """Of BM rows of one head, of `rows` a head: lse and delta = rowsum(o * do) into p_rows (2, B, HEADS, rows), from
+    the T-th on infinity and 0; and zeros into p_sums (B, HEADS, T, DH)."""
+    pid = tl.program_id(0)
+    tiles = rows // BM
+    head = pid % HEADS
+    batch = pid // HEADS // tiles
+    row = pid // HEADS % tiles * BM
+    o_i = row + tl.arange(0, BM)
+    b_o = _load_tile(p_o, batch, row, head, T, HEADS, DV, BM, True, False)
+    b_do = _load_tile(p_do, batch, row, head, T, HEADS, DV, BM, True, False)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    place = batch.to(tl.int64) * HEADS + head
+    b_lse = tl.load(p_lse + place * T + o_i, mask=o_i < T, other=float("inf"))
+    sequences = tl.num_programs(0) // HEADS // tiles
+    tl.store(p_rows + place * rows + o_i, b_lse)
+    tl.store(p_rows + (sequences.to(tl.int64) * HEADS + place) * rows + o_i, b_delta)
+    p = p_sums + (place * T + row) * DH + tl.arange(0, BM)[:, None] * DH + tl.arange(0, DH)[None, :]
+    tl.store(p, tl.zeros([BM, DH], tl.float32), mask=(o_i < T)[:, None])
+
+
+@triton.jit
+def _attention_dq_rounded(
+    p_sums,
+    p_q,
+    p_dq,
+    p_rms,
+    p_cos,
+    p_sin,
+    scale,
+    T,
+    tiles,
+    HEADS: tl.constexpr,
+    Q_APART: tl.constexpr,
+    DH: tl.constexpr,
+    BM: tl.constexpr,
+    LAYER: tl.constexpr,
+):
+    """dq of BM rows of one head from its float32 sums (B, HEADS, T, DH) without the logit scale.
+
+    LAYER: dq is the gradient at the projection, before norm and rotary."""
+    pid = tl.program_id(0)
+    head = pid % HEADS
+    batch = pid // HEADS // tiles
+    row = pid // HEADS % tiles * BM
+    o_i = row + tl.arange(0, BM)
+    place = batch.to(tl.int64) * HEADS + head
+    p = p_sums + (place * T + row) * DH + tl.arange(0, BM)[:, None] * DH + tl.arange(0, DH)[None, :]
+    b_dq = tl.load(p, mask=(o_i < T)[:, None], other=0.0) * scale
+    if LAYER:
+        _store_at_projection(p_dq, p_q, b_dq, p_rms + place * T, p_cos, p_sin, batch, row, head, T, Q_APART, DH, BM)
+    else:
+        _store_tile(p_dq, b_dq, batch, row, head, T, Q_APART, DH, BM)
+
+
 # ---- launchers --------------------------------------------------------------------------------------------
 
 
@@ -1193,15 +1254,20 @@ def launch_backward(
     tile_dkdv: Tile | None = None,
     inputs: LayerInputs | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    backward: str = "triton",
 ):
-    """Run both backward kernels; returns dq, dk, dv.
+    """Run the backward kernels; returns dq, dk, dv.
 
     q, k and v (B, T, heads, Dh); out: where dq, dk and dv go, laid out as q, k and k are: so slices of a merged
     projection are walked as they lie.
     inputs: the three are then the gradients at the layer's projections; returns also dve (or None) and ds (2,).
 
-    No atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys, each in a fixed
-    order, so that two runs give the same bits. The price is that the logits are computed twice."""
+    backward: of which forward kernel's name; "gluon" takes one pass where `in_one_pass` says so.
+
+    Else there are two, and no atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys,
+    each in a fixed order, so that two runs give the same bits. The price is that the logits are computed twice."""
+    if backward == "gluon" and in_one_pass(q, v):
+        return _launch_one_pass(do, q, k, v, o, lse, plan, scale, inputs, out)
     tile_dq = tile_dq or tile_of(TILES, "dq", q.dtype)
     tile = tile_dkdv or tile_of(TILES, "dkdv", q.dtype)
     (do, v, o, lse), plan = (dense(x) for x in (do, v, o, lse)), _walked(plan, q)
@@ -1269,6 +1335,70 @@ def launch_backward(
     return (dq, dk, dv) if inputs is None else (dq, dk, dv, dve, ds.sum(0))
 
 
+def in_one_pass(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the backward pass of "gluon" takes one pass for these (B, T, heads, Dh), whose heads must have one width;
+    else it takes the plain kernels' two."""
+    return q.shape[3] == v.shape[3] and q.shape[3] in attention_gluon.WIDTHS and not why_two_passes()
+
+
+def why_two_passes() -> str:
+    """What keeps "gluon" from one pass backward here, in words; nothing: ""."""
+    if add_tile is None:
+        return f"triton {triton.__version__} adds no tiles in bulk, 3.9 does"
+    if torch.are_deterministic_algorithms_enabled():
+        return "in one, gradients at queries are summed in no fixed order"
+    return ""
+
+
+def told(impl: str) -> str:
+    """The name of `implementation`, with what a log should say about its backward pass."""
+    if impl != "gluon":
+        return impl
+    why = why_two_passes()
+    return f"{impl}, backward in {f'two passes: {why}' if why else 'one pass'}"
+
+
+#: Rows of a program of the two kernels around the one pass, and its warps.
+_ROWS_AROUND, _WARPS_AROUND = 32, 4
+
+
+def launch_rows(o, do, lse) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-sum-exp and delta of each row, float32 (2, B, H, T in whole chunks), past the end infinity and 0; zeros,
+    float32 (B, H, T, Dh)) from o and do, dense (B, T, H, Dh), and lse (B, H, T)."""
+    B, T, H, width = o.shape
+    rows = triton.cdiv(T, SCHEDULE_TOKENS) * SCHEDULE_TOKENS
+    of_rows, sums = lse.new_empty(2, B, H, rows), lse.new_empty(B, H, T, width)
+    constants = dict(HEADS=H, DH=width, DV=width, BM=_ROWS_AROUND, num_warps=_WARPS_AROUND)
+    launch(_attention_rows, (B * (rows // _ROWS_AROUND) * H,), o, do, lse, of_rows, sums, T, rows, **constants)
+    return of_rows, sums
+
+
+def launch_dq_rounded(sums, q, dq, scale: float, inputs: LayerInputs | None = None) -> None:
+    """dq from its sums without the logit scale, float32 (B, H, T, Dh); q and dq (B, T, H, Dh) lie alike."""
+    B, H, T, width = sums.shape
+    tiles = triton.cdiv(T, _ROWS_AROUND)
+    layer = (None,) * 3 if inputs is None else (inputs.rms_q, inputs.cos_TR, inputs.sin_TR)
+    constants = dict(HEADS=H, Q_APART=_heads_apart(dq), DH=width, BM=_ROWS_AROUND, num_warps=_WARPS_AROUND)
+    grid, rest = (B * tiles * H,), (scale, T, tiles)
+    launch(_attention_dq_rounded, grid, sums, q, dq, *layer, *rest, LAYER=inputs is not None, **constants)
+
+
+def _launch_one_pass(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, inputs: LayerInputs | None, out):
+    """`launch_backward` in one pass, with what comes before it and after it."""
+    (do, v, o, lse), plan = (dense(x) for x in (do, v, o, lse)), _walked(plan, q)
+    if out is None:
+        q, k = dense(q), dense(k)
+    elif [_heads_apart(x) for x in out] != [_heads_apart(x) for x in (q, k, k)]:
+        raise ValueError("out must lie in memory as q, k and k do")
+    dq, dk, dv = out or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    of_rows, sums = launch_rows(o, do, lse)
+    dve = None if inputs is None or inputs.ve is None else torch.empty_like(inputs.ve)
+    given = do, q, k, v, of_rows, sums, dk, dv, plan.end_query_BT, plan.key_order_N
+    ds = attention_gluon_backward.launch_backward(*given, scale, _heads_apart(dk), inputs, dve)
+    launch_dq_rounded(sums, q, dq, scale, inputs)
+    return (dq, dk, dv) if inputs is None else (dq, dk, dv, dve, ds)
+
+
 # ---- torch operators --------------------------------------------------------------------------------------
 
 
@@ -1301,9 +1431,10 @@ def _attention_backward(
     query_order_N: torch.Tensor,
     key_order_N: torch.Tensor,
     scale: float,
+    backward: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = AttentionPlan(first_key_BT, end_query_BT, query_order_N, key_order_N)
-    return launch_backward(do, q, k, v, o, lse, plan, scale)
+    return launch_backward(do, q, k, v, o, lse, plan, scale, backward=backward)
 
 
 @_attention.register_fake
@@ -1313,12 +1444,12 @@ def _(q, k, v, first_key_BT, end_query_BT, query_order_N, key_order_N, scale, fo
 
 
 @_attention_backward.register_fake
-def _(do, q, k, v, o, lse, first_key_BT, end_query_BT, query_order_N, key_order_N, scale):
+def _(do, q, k, v, o, lse, first_key_BT, end_query_BT, query_order_N, key_order_N, scale, backward):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _attention_setup(ctx, inputs, output):
-    q, k, v, *plan, ctx.scale, _forward = inputs
+    q, k, v, *plan, ctx.scale, ctx.chosen = inputs
     ctx.save_for_backward(q, k, v, *output, *plan)
     ctx.mark_non_differentiable(output[1])
 
@@ -1326,7 +1457,7 @@ def _attention_setup(ctx, inputs, output):
 @differentiable_once("attention")
 def _attention_grad(ctx, do, _dlse):
     q, k, v, o, lse, *plan = ctx.saved_tensors
-    grads = _attention_backward(do, q, k, v, o, lse, *plan, ctx.scale)
+    grads = _attention_backward(do, q, k, v, o, lse, *plan, ctx.scale, ctx.chosen)
     return *grads, *[None] * 6
 
 
@@ -1382,9 +1513,9 @@ def attention(
         plan: of `attention_plan`, for the same B and T and on the same device.
         scale: factor on the logits q . k.
         impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen, and
-            two on Hopper in 16 bits with the same gradients: "specialised", the forward kernel of specialised warps,
-            and "gluon", that of kernels/attention_gluon.py. Neither has run on a GPU yet; `python -m bench.gpu first`
-            compares them with "triton" there.
+            two on Hopper in 16 bits: "specialised", the forward kernel of specialised warps, with the same gradients,
+            and "gluon", that of kernels/attention_gluon.py, whose gradients come in one pass where `in_one_pass` says
+            so. Neither has run on a GPU yet; `python -m bench.gpu first` compares them with "triton" there.
 
     Returns: o, with the shape (but v's width), dtype and device of q.
     Raises: ValueError or TypeError naming the argument.

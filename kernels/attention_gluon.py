@@ -301,7 +301,7 @@ def _attention_forward_gluon(
 # ---- launcher ---------------------------------------------------------------------------------------------
 
 
-def _walked(x: torch.Tensor) -> torch.Tensor:
+def walked(x: torch.Tensor) -> torch.Tensor:
     """x (B, T, heads, Dh) as the copy engine takes it: rows dense, addresses and distances multiples of 16 bytes."""
     fits = x.stride(3) == 1 and not any(step * x.element_size() % 16 for step in x.stride()[:3]) and not x.is_neg()
     return x if fits and x.data_ptr() % 16 == 0 else dense(x).clone()
@@ -327,9 +327,9 @@ def launch_forward(
     launch(
         _attention_forward_gluon,
         (B * chunks * H,),
-        descriptor(_walked(q), [1, HALF, 1, width]),
-        descriptor(_walked(k), [1, TILE, 1, width]),
-        descriptor(_walked(v), [1, TILE, 1, width]),
+        descriptor(walked(q), [1, HALF, 1, width]),
+        descriptor(walked(k), [1, TILE, 1, width]),
+        descriptor(walked(v), [1, TILE, 1, width]),
         o,
         lse,
         first_key_BT,

@@ -183,9 +183,11 @@ def launch_attended(
     return o, lse, qkv_BTEDh, rms_q, rms_k, v.new_empty(0) if ve is None else v
 
 
-def launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, scale: float):
+def launch_attended_backward(
+    do, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, scale: float, backward: str = "triton"
+):
     """(dqkv (B, T, H + 2 K, Dh), dve or None, ds) from the gradient at o and `saved`, what
-    `launch_attended` returned."""
+    `launch_attended` returned; backward: as in `launch_backward`."""
     o, lse, qkv, rms_q, rms_k, v = saved
     heads = do.shape[2]
     if ve is None:
@@ -194,7 +196,8 @@ def launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan: AttentionPl
     dqkv = torch.empty_like(qkv)
     tables = (dense(x.float()) for x in (s, cos_TR, sin_TR))
     inputs = LayerInputs(dense(rms_q), dense(rms_k), raw, None if ve is None else dense(ve), *tables)
-    *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, inputs=inputs, out=_slices(dqkv, heads))
+    how = dict(inputs=inputs, out=_slices(dqkv, heads), backward=backward)
+    *_, dve, ds = launch_backward(do, q, k, v, o, lse, plan, scale, **how)
     return dqkv, dve, ds
 
 
@@ -218,10 +221,21 @@ def launch_layer(
 
 
 def launch_layer_backward(
-    do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan: AttentionPlan, scale: float, dx_BTD=None
+    do,
+    x_BTD,
+    w_ED,
+    ve,
+    s,
+    cos_TR,
+    sin_TR,
+    saved,
+    plan: AttentionPlan,
+    scale: float,
+    dx_BTD=None,
+    backward: str = "triton",
 ):
     """(dx, dw, dve or None, ds) from the gradient at o and `saved`, what `launch_layer` returned; dx plus `dx_BTD`."""
-    dqkv, dve, ds = launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan, scale)
+    dqkv, dve, ds = launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, plan, scale, backward)
     x_ND, dqkv_NE = dense(x_BTD).flatten(0, 1), dqkv.view(-1, w_ED.shape[0])
     if dx_BTD is None:
         dx_ND = dqkv_NE @ dense(w_ED)
@@ -268,8 +282,9 @@ def _layer_backward(
     plan: list[torch.Tensor],
     scale: float,
     dx_BTD: torch.Tensor | None,
+    backward: str,
 ) -> list[torch.Tensor]:
-    given = do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), scale, dx_BTD
+    given = do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), scale, dx_BTD, backward
     return [g for g in launch_layer_backward(*given) if g is not None]
 
 
@@ -284,7 +299,7 @@ def _fake_layer(x_BTD, w_ED, ve, s, cos_TR, sin_TR, first, end, query_order, key
 
 
 @_layer_backward.register_fake
-def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale, dx_BTD):
+def _(do, x_BTD, w_ED, ve, s, cos_TR, sin_TR, saved, plan, scale, dx_BTD, backward):
     return [x.new_empty(x.shape) for x in (x_BTD, w_ED, ve, s) if x is not None]
 
 
@@ -319,8 +334,9 @@ def _attended_backward(
     saved: list[torch.Tensor],
     plan: list[torch.Tensor],
     scale: float,
+    backward: str,
 ) -> list[torch.Tensor]:
-    grads = launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), scale)
+    grads = launch_attended_backward(do, ve, s, cos_TR, sin_TR, saved, AttentionPlan(*plan), scale, backward)
     return [g for g in grads if g is not None]
 
 
@@ -331,7 +347,7 @@ def _(factors, like_BTD, ve, s, cos_TR, sin_TR, plan, features, heads, width, sc
 
 
 @_attended_backward.register_fake
-def _(do, ve, s, cos_TR, sin_TR, saved, plan, scale):
+def _(do, ve, s, cos_TR, sin_TR, saved, plan, scale, backward):
     return [x.new_empty(x.shape) for x in (saved[2], ve, s) if x is not None]
 
 
@@ -340,7 +356,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTD, w_ED, ve, *rest):
-        *tensors, _heads, _width, ctx.scale, _forward = rest
+        *tensors, _heads, _width, ctx.scale, ctx.chosen = rest
         o, *kept = _layer(x_BTD, w_ED, ve, *rest)
         ctx.has_ve = ve is not None
         ctx.save_for_backward(x_BTD, w_ED, *([ve] if ctx.has_ve else []), *tensors, o, *kept)
@@ -354,7 +370,8 @@ class _Layer(torch.autograd.Function):
         ve = rest.pop(0) if ctx.has_ve else None
         tables, plan, saved = rest[:3], rest[3:7], rest[7:]
         do = torch.zeros_like(saved[0]) if do is None else do
-        dx, dw, *dve, ds = _layer_backward(do, x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale, dx_BTD)
+        given = do, x_BTD, w_ED, ve, *tables, saved, plan, ctx.scale, dx_BTD, ctx.chosen
+        dx, dw, *dve, ds = _layer_backward(*given)
         return dx, dw, (dve[0] if dve else None), ds, *[None] * 10
 
 
@@ -363,9 +380,9 @@ class _Layer8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTD, w_ED, ve, s, cos_TR, sin_TR, *rest):
-        *plan, heads, width, ctx.scale, chosen = rest
+        *plan, heads, width, ctx.scale, ctx.chosen = rest
         (x, x_turned), (w, w_turned) = products8.both_ways(x_BTD.flatten(0, 1)), products8.both_ways(w_ED)
-        how = w_ED.shape[0], heads, width, ctx.scale, chosen
+        how = w_ED.shape[0], heads, width, ctx.scale, ctx.chosen
         kept = _layer_8([*x, *w], x_BTD, ve, s, cos_TR, sin_TR, plan, *how)
         ctx.save_for_backward(*([] if ve is None else [ve]), s, cos_TR, sin_TR, *plan, *kept, *x_turned, *w_turned)
         ctx.shapes, ctx.dtypes, ctx.has_ve = (x_BTD.shape, w_ED.shape), (x_BTD.dtype, w_ED.dtype), ve is not None
@@ -379,7 +396,7 @@ class _Layer8(torch.autograd.Function):
         ve = rest.pop(0) if ctx.has_ve else None
         tables, plan, saved = rest[:3], rest[3:7], rest[7:]
         do = torch.zeros_like(saved[0]) if do is None else do
-        dqkv, *dve, ds = _attended_backward(do, ve, *tables, saved, plan, ctx.scale)
+        dqkv, *dve, ds = _attended_backward(do, ve, *tables, saved, plan, ctx.scale, ctx.chosen)
         (of_x, (E, D)), (x_dtype, w_dtype) = ctx.shapes, ctx.dtypes
         dy, dy_turned = products8.both_ways(dqkv.view(-1, E), products8.E5M2)
         dx_ND = products8.product(dy, products8.Eight(w_values, w_scale), x_dtype)[: dqkv.numel() // E, :D].contiguous()

@@ -27,13 +27,15 @@ def running(impls: dict[str, str], device: torch.device, dtype: torch.dtype, in_
     """The names of what runs on that device for what was `asked`. Raises ValueError for what cannot run there."""
     sample = torch.empty(0, device=device, dtype=dtype)
     found = {family: FAMILIES[family].implementation(impls[family], sample) for family in FAMILIES}
+    found["attention"] = attention.told(found["attention"])
     return found | {family: found[family] + words for family, words in products.told(in_8_bits, impls).items()}
 
 
 def check_device(kernels: str, head_width: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UsageError for what that device cannot do."""
     try:
-        runs = running(asked(kernels, device.type), device, dtype, "bf16")["attention"]
+        impls, sample = asked(kernels, device.type), torch.empty(0, device=device, dtype=dtype)
+        runs = {family: FAMILIES[family].implementation(impls[family], sample) for family in FAMILIES}["attention"]
         attention.check_forward(runs, head_width)
         if runs in ("triton", "specialised", "gluon", "flex"):
             attention_inputs.check_width(torch.empty(0, head_width, dtype=dtype))

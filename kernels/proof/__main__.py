@@ -5,7 +5,7 @@
     python -m kernels.proof --family attention --part compile --device sm_90
     python -m kernels.proof --part compile --update    rewrite machine_code.json's rows for this Triton
     python -m kernels.proof --part scan                every candidate tile: no product's registers written too early
-    python -m kernels.proof --part slots               issue slots of attention's forward kernels (docs/slots.md)
+    python -m kernels.proof --part slots               issue slots of attention's kernels (docs/slots.md)
     python -m kernels.proof --part mutate --minutes 20 go on with the campaign of planted faults (docs/mutations.md)
 
 Exit code 0: all holds. 1: something does not, and the output says what. 2: usage.
@@ -123,12 +123,12 @@ def report_scan(result: dict) -> list[str]:
 
 
 def report_slots(result: dict, update: bool) -> None:
-    """Print the counted issue slots, and write docs/slots.md if `update`."""
+    """Print the counted issue slots; write docs/slots.md and slots.json if `update`."""
     made_with = f"triton {result['triton']}, ptxas {result['ptxas']}"
-    print(f"\n{made_with}: issue slots of attention's forward kernels on sm_90, counted")
-    print("\n".join(slots.table(result["rows"])))
+    print(f"\n{made_with}: issue slots of attention's kernels on sm_90, counted")
+    print("\n".join([*slots.table(result["rows"]), "", *slots.table(result["sums"])]))
     if update:
-        slots.PAGE.write_text(slots.page(result["rows"], made_with))
+        slots.keep(result, made_with)
 
 
 def report_compile(result: dict, update: bool) -> list[str]:
@@ -183,7 +183,9 @@ def main() -> int:
     parser.add_argument("--device", action="append", default=[], choices=DEVICES, help="compile for this only")
     parser.add_argument("--quick", action="store_true", help="only what the default tests run")
     parser.add_argument(
-        "--update", action="store_true", help="rewrite this Triton's rows of machine_code.json; of slots: docs/slots.md"
+        "--update",
+        action="store_true",
+        help="rewrite this Triton's rows of machine_code.json; of slots: docs/slots.md and slots.json",
     )
     parser.add_argument("--json", metavar="FILE", help="write everything found to FILE")
     options = parser.parse_args()

@@ -8,11 +8,13 @@ partitions   run one at a time, and which one goes on is drawn (by a seed) where
              multiplies. If nobody can go on, that is an error, as on a device the hang.
 barriers     a phase ends when its arrivals and its bytes are there; a wait names a phase by its parity.
 copies       a buffer is NaN from the moment a copy into it is asked for until it is done, at a moment that is drawn.
+             One out of a buffer, which is added to what is in device memory, finds it as it was when it was asked for.
+fences       what a partition stores in shared memory is read by no copy and no product before its fence.
 products     that are asynchronous read their operands when they are asked for and again when they are waited for: if
              those differ, somebody has overwritten a buffer in use. Nobody has their result before the wait.
 memory       a load or a store outside its tensor is an error, and so is one address written by two programs.
 
-What it does not know: layouts in registers and in shared memory, widths of integers, fences, and time.
+What it does not know: layouts in registers and in shared memory, widths of integers, and time.
 """
 
 from __future__ import annotations
@@ -29,7 +31,18 @@ import torch
 
 from kernels.proof.interpreter import KernelFault
 
-__all__ = ["descriptor", "fence_async_shared", "gl", "gluon", "load_tile", "mbarrier", "modelled", "seeded"]
+__all__ = [
+    "add_tile",
+    "descriptor",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "load_tile",
+    "mbarrier",
+    "modelled",
+    "seeded",
+    "tiles_read",
+]
 
 
 # ---- who runs ---------------------------------------------------------------------------------------------
@@ -49,6 +62,8 @@ class _Machine:
         self.partitions: dict[threading.Thread, threading.Semaphore] = {}
         self.waiting: dict[threading.Thread, Callable[[], bool]] = {}
         self.products: dict[threading.Thread, list[_Product]] = {}
+        self.adding: Counter[threading.Thread] = Counter()  # tiles that the copy engine has not read yet
+        self.stored: list[tuple[threading.Thread, torch.Tensor]] = []  # in shared memory, before a fence
         self.fault: BaseException | None = None
         self.done = threading.Semaphore(0)
 
@@ -154,8 +169,17 @@ class Scalar(int):
         return Scalar(int(self) % other)
 
 
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """All elements from the first to the last of x in memory, those between x's own too."""
+    return x.as_strided((1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride())),), (1,))
+
+
 class Pointer:
     """Elements of a dense tensor, from an offset on or at many of them."""
+
+    @property
+    def dtype(self):
+        return SimpleNamespace(element_ty=self.base.dtype)
 
     def __init__(self, base: torch.Tensor, offset: Any = 0):
         self.base, self.offset = base, offset
@@ -186,6 +210,23 @@ class Shared:
 
     dtype = property(lambda self: self.values.dtype)
 
+    def load(self, _layout):
+        return self.values.clone()
+
+    def store(self, values) -> None:
+        self.values.copy_(values)
+        _Now.machine.stored.append((threading.current_thread(), self.values))
+        _Now.machine.step()
+
+    def fenced(self) -> torch.Tensor:
+        """The values, as copies and products may read them; raises KernelFault if somebody stored some without a
+        fence."""
+        begin, end = (_address(self.values, at) for at in (0, -1))
+        for _, stored in _Now.machine.stored:
+            if begin <= _address(stored, -1) and _address(stored, 0) <= end:
+                raise KernelFault("a buffer is read by a copy or a product with no fence behind what was stored there")
+        return self.values
+
     def index(self, number: int):
         return Shared(self.values[number]) if isinstance(self.values, torch.Tensor) else self.values[number]
 
@@ -197,6 +238,12 @@ class Shared:
 
     def slice(self, start: int, length: int, dim: int = 0):
         return Shared(self.values.narrow(dim, start, length))
+
+
+def _address(values: torch.Tensor, which: int) -> int:
+    """Of the first (0) or the last (-1) element."""
+    offset = 0 if which == 0 else sum((n - 1) * step for n, step in zip(values.shape, values.stride()))
+    return values.data_ptr() + offset * values.element_size()
 
 
 class Barrier:
@@ -223,13 +270,23 @@ class Descriptor:
     def __init__(self, base: torch.Tensor, block: list[int]):
         self.base, self.block, self.dtype, self.layout = base.detach(), block, base.dtype, None
 
-    def load(self, where: list[int]) -> torch.Tensor:
-        tile = self.base.new_zeros(self.block)
+    def _inside(self, where: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where a tile lies inside the tensor: parts of the tile, and of the tensor."""
         inside = [(max(at, 0), min(at + n, size)) for at, n, size in zip(where, self.block, self.base.shape)]
-        if all(begin < end for begin, end in inside):
-            here = tuple(slice(begin - at, end - at) for at, (begin, end) in zip(where, inside))
-            tile[here] = self.base[tuple(slice(*part) for part in inside)]
+        inside = [(begin, max(begin, end)) for begin, end in inside]
+        here = tuple(slice(begin - at, end - at) for at, (begin, end) in zip(where, inside))
+        return here, tuple(slice(*part) for part in inside)
+
+    def load(self, where: list[int]) -> torch.Tensor:
+        tile, (here, there) = self.base.new_zeros(self.block), self._inside(where)
+        if tile[here].numel():
+            tile[here] = self.base[there]
         return tile
+
+    def add(self, where: list[int], tile: torch.Tensor) -> None:
+        here, there = self._inside(where)
+        if tile[here].numel():
+            self.base[there] += tile[here]
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> Descriptor:
@@ -251,6 +308,28 @@ def load_tile(source: Descriptor, where: list[int], barrier: Barrier, buffer: Sh
 
     _Now.machine.copies.append(end)
     _Now.machine.step()
+
+
+def add_tile(target: Descriptor, where: list[int], buffer: Shared) -> None:
+    """Begin to add a buffer to what is in device memory."""
+    me, machine, values = threading.current_thread(), _Now.machine, buffer.fenced()
+    given = values.clone()
+    machine.adding[me] += 1
+
+    def end():
+        if not torch.equal(given.nan_to_num(1e30), values.nan_to_num(1e30)):
+            raise KernelFault("a buffer was overwritten while it was added to device memory")
+        target.add(where, given.view(target.block))
+        machine.adding[me] -= 1
+
+    machine.copies.append(end)
+    machine.step()
+
+
+def tiles_read(pending: int) -> None:
+    """Wait until all but so many of this partition's added tiles are read."""
+    me, machine = threading.current_thread(), _Now.machine
+    machine.step(lambda: machine.adding[me] <= pending)
 
 
 def _wait(barrier: Barrier, parity: int, pred: bool = True) -> None:
@@ -278,7 +357,9 @@ mbarrier = SimpleNamespace(
 
 
 def fence_async_shared() -> None:
-    """Orders writes to shared memory; here they are in order."""
+    """What this partition has stored in shared memory may be read by copies and products."""
+    me, machine = threading.current_thread(), _Now.machine
+    machine.stored = [(who, values) for who, values in machine.stored if who is not me]
 
 
 # ---- products ---------------------------------------------------------------------------------------------
@@ -296,13 +377,14 @@ class _Product:
         self.done = True
 
 
-def warpgroup_mma(a, b: Shared, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False):
+def warpgroup_mma(a, b: Shared, acc, use_acc: bool = True, is_async: bool = False):
     wide = torch.promote_types(b.dtype, torch.float32)
     held = a if isinstance(a, torch.Tensor) else None
+    acc = acc.first if isinstance(acc, _Product) else acc  # one product behind another on the same sum
 
     def compute():
-        left = a.values if held is None else held
-        return left.to(wide) @ b.values.to(wide) + (acc if use_acc else 0)
+        left = a.fenced() if held is None else held
+        return left.to(wide) @ b.fenced().to(wide) + (acc if use_acc else 0)
 
     product = _Product(compute)
     multiplied[(*product.first.shape, b.values.shape[0])] += 1
@@ -329,6 +411,8 @@ def warpgroup_mma_wait(num_outstanding: int, deps: list):
 def _load(pointer: Pointer, mask=None, other=0):
     offset, mask = pointer.at(mask)
     flat = pointer.base.view(-1)
+    if mask.ndim == 0 and flat.is_floating_point():
+        return flat[offset].reshape(()) if bool(mask) else flat.new_tensor(other)
     if mask.ndim == 0:
         return Scalar(flat[offset]) if bool(mask) else Scalar(other)
     found = torch.full(mask.shape, other, dtype=flat.dtype)
@@ -338,7 +422,7 @@ def _load(pointer: Pointer, mask=None, other=0):
 
 def _store(pointer: Pointer, values: torch.Tensor, mask=None) -> None:
     offset, mask = pointer.at(mask)
-    pointer.base.view(-1)[offset] = values.to(pointer.base.dtype)[mask]
+    pointer.base.view(-1)[offset] = torch.as_tensor(values).to(pointer.base.dtype)[mask]
     known = _written.setdefault(pointer.base.data_ptr(), torch.full((pointer.base.numel(),), -1))
     if (known[offset] >= 0).any() or offset.unique().numel() != offset.numel():
         raise KernelFault("an element is written twice")
@@ -354,7 +438,7 @@ def _where(condition, yes, no):
 def _allocate(dtype, shape, layout):
     if layout is Barrier:
         return Barrier() if len(shape) == 1 else Shared([Barrier() for _ in range(shape[0])])
-    return Shared(torch.full(shape, torch.nan, dtype=dtype))
+    return Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype))
 
 
 _written: dict[int, torch.Tensor] = {}
@@ -367,7 +451,11 @@ def _nothing(*_arguments, **_options) -> None:
 gl = SimpleNamespace(
     constexpr=Any,
     float32=torch.float32,
+    int32=torch.int32,
     int64=torch.int64,
+    BlockedLayout=_nothing,
+    SwizzledSharedLayout=_nothing,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=_nothing),
     NVMMADistributedLayout=_nothing,
     DotOperandLayout=_nothing,
     SliceLayout=_nothing,
@@ -380,7 +468,11 @@ gl = SimpleNamespace(
     full=lambda shape, value, dtype, _layout: torch.full(shape, value, dtype=dtype),
     convert_layout=lambda x, _layout: x,
     expand_dims=lambda x, axis: x.unsqueeze(axis),
-    maximum=torch.fmax,  # as the device does, which drops NaN
+    reshape=lambda x, shape: x.reshape(shape),
+    permute=lambda x, order: x.permute(order),
+    split=lambda x: x.unbind(-1),
+    rsqrt=torch.rsqrt,
+    maximum=lambda x, y: torch.fmax(x, torch.as_tensor(y, dtype=x.dtype)),  # as the device does, which drops NaN
     max=lambda x, axis: x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(axis),
     sum=lambda x, axis: x.sum(axis),
     exp2=torch.exp2,
@@ -402,7 +494,7 @@ class _Kernel:
 
     def __getitem__(self, programs: tuple[int, ...]):
         def run(*arguments, num_warps, enable_fp_fusion, **constants):
-            given = [Pointer(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments]
+            given = [Pointer(_flat(x.detach())) if isinstance(x, torch.Tensor) else x for x in arguments]
             _written.clear()
             launched[self.__name__] += 1
             for number in range(programs[0]):

@@ -1,7 +1,7 @@
-"""What attention's forward kernels ask of a Hopper multiprocessor's schedulers, counted from their machine code.
+"""What attention's kernels ask of a Hopper multiprocessor's schedulers, counted from their machine code.
 
     python -m kernels.proof --part slots             print it
-    python -m kernels.proof --part slots --update    and write docs/slots.md
+    python -m kernels.proof --part slots --update    and write docs/slots.md, and slots.json with the loops
 
 An innermost loop has so many instructions a warp and keeps the tensor cores busy for so many cycles
 (`machine_code.tensor_loops`); the plan of a row of documents says how often each loop runs. Nothing here is measured:
@@ -10,23 +10,40 @@ it is how a kernel is chosen to be tried on a device, not what it does there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels.attention import FORWARDS, SCHEDULE_TOKENS, AttentionPlan, attention_plan
+from kernels.attention import SCHEDULE_TOKENS, AttentionPlan, attention_plan
 from kernels.attention_gluon import HALF, TILE
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "slots.md"
+LOOPS = Path(__file__).with_name("slots.json")
+#: What is launched in each direction for each name of an implementation.
+PASSES = {
+    ("forward", "triton"): ("_attention_forward",),
+    ("forward", "specialised"): ("_attention_forward_specialised",),
+    ("forward", "gluon"): ("_attention_forward_gluon",),
+    ("backward", "triton"): ("_attention_dq", "_attention_dkdv"),
+    ("backward", "gluon"): ("_attention_backward_gluon",),
+}
+#: FLOPs a pair of tokens and a column of a head: 2 for each product of the definition.
+FLOPS = {"forward": 4, "backward": 10}
+FLOPS_A_CYCLE = 4096
+#: Of large products and of copies on an H100, as bench/rehearse/project.py has them.
+CEILING_TFLOPS, CEILING_GB_PER_S = 798.0, 3000.0
 TOKENS = 65536
 WINDOWS = (128, 1664, 3456)
 WIDTHS = (128, 64)
+HEADS = 8
 
 
 class Walk(NamedTuple):
-    """How many tiles of 64 queries times keys a kernel visits over a plan: fully allowed ones, and masked ones."""
+    """How many tiles of 64 queries times keys (forward, dq) or of 64 keys times queries (dk and dv) a kernel visits
+    over a plan: fully allowed ones, and masked ones."""
 
     full: int
     masked: int
@@ -36,6 +53,18 @@ class Walk(NamedTuple):
     @property
     def pairs(self) -> int:
         return 64 * (self.full * self.full_keys + self.masked * self.masked_keys)
+
+
+class Asked(NamedTuple):
+    """Of a pass over a plan, one head: slots that its loops ask of a scheduler, cycles that their products take, and
+    those that the products of the allowed pairs would take; pairs in visited tiles, and those of them that are masked,
+    a kernel."""
+
+    slots: float
+    busy: float
+    least: float
+    pairs: float
+    masked: float
 
 
 def documents(length: int = TOKENS) -> torch.Tensor:
@@ -49,18 +78,20 @@ def documents(length: int = TOKENS) -> torch.Tensor:
 
 
 def walk(kernel: str, plan: AttentionPlan) -> Walk:
-    """The tiles of `kernel` (of FORWARDS) over the plan's sequences, one head."""
+    """The tiles of the kernel of that name (of PASSES) over the plan's sequences, one head."""
+    if kernel in ("_attention_dkdv", "_attention_backward_gluon"):
+        return _walk_of_keys(kernel, plan)
     full = masked = 0
     for first in plan.first_key_BT.tolist():
         T = len(first)
         for row in range(0, T, SCHEDULE_TOKENS):
             end = min(row + SCHEDULE_TOKENS, T)
             oldest, newest = first[row], first[end - 1]
-            if kernel == "triton":  # 64 keys at once, both groups alike
+            if kernel in ("_attention_forward", "_attention_dq"):  # 64 keys at once, both groups alike
                 interior = max(row - newest, 0) // 64
                 edge = -(-max(row - interior * 64 - oldest, 0) // 64)
                 full, masked = full + 2 * interior, masked + 2 * (edge - (-(end - row) // 64))
-            elif kernel == "specialised":
+            elif kernel == "_attention_forward_specialised":
                 masked += 2 * (-(-(row - oldest) // TILE) + 1)
             else:
                 tiles = -(-max(row - oldest, 0) // TILE)
@@ -70,57 +101,141 @@ def walk(kernel: str, plan: AttentionPlan) -> Walk:
                     keys = [row - (t + 1) * TILE + h * HALF for t in range(own, tiles) for h in range(2)]
                     seen = [key for key in (*keys, row, row + HALF) if key <= begin and key + HALF > oldest_own]
                     full, masked = full + own, masked + len(seen)
-    return Walk(full, masked, 64 if kernel == "triton" else TILE, TILE if kernel == "specialised" else HALF)
+    if kernel == "_attention_forward_specialised":
+        return Walk(full, masked, TILE, TILE)
+    return Walk(full, masked, TILE if kernel == "_attention_forward_gluon" else 64, HALF)
 
 
-def loops_of(kernel: str, loops: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _walk_of_keys(kernel: str, plan: AttentionPlan) -> Walk:
+    """Of the kernels that own 128 keys, 64 a group, and walk 64 queries at once, both groups alike."""
+    full = masked = 0
+    for ends in plan.end_query_BT.tolist():
+        T = len(ends)
+        for key in range(0, T, SCHEDULE_TOKENS):
+            end = ends[min(key + SCHEDULE_TOKENS, T) - 1]
+            if kernel == "_attention_dkdv":  # queries from the next 128 on until the first key's end: in full
+                start = key + SCHEDULE_TOKENS
+                interior = max(ends[key] - start, 0) // 64
+                edge = -(-max(end - start - interior * 64, 0) // 64)
+                full, masked = full + 2 * interior, masked + 2 * (edge - (-(min(start, end) - key) // 64))
+                continue
+            for own in (key, key + HALF):
+                rows = range(key, end, HALF)
+                seen_whole = sum(row >= own + HALF and row + HALF <= ends[min(own, T - 1)] for row in rows)
+                full, masked = full + seen_whole, masked + len(rows) - seen_whole
+    return Walk(full, masked, HALF, HALF)
+
+
+def tile_loops(kernel: str, width: int, loops: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
     """(instructions, cycles) of one tile of `Walk`, full and masked, from the loops of the machine code."""
-    if kernel == "specialised":  # its one loop masks every tile
+    if kernel == "_attention_forward_specialised":  # its one loop masks every tile
         return max(loops), max(loops)
+    if kernel == "_attention_backward_gluon":  # its one loop has the mask behind a branch; counted as always taken
+        slots, cycles = loops[0]
+        if width == HALF:  # the groups make dq by turns
+            cycles -= 2 * HALF * TILE * width // FLOPS_A_CYCLE // 2
+        return (slots, cycles), (slots, cycles)
+    if kernel in ("_attention_dq", "_attention_dkdv"):  # what is masked comes first
+        return loops[1], loops[0]
     full, masked = loops[0], loops[1]
-    if kernel == "gluon":  # a masked step is two halves
+    if kernel == "_attention_forward_gluon":  # a masked step is two halves
         masked = (masked[0] // 2, masked[1] // 2)
     return full, masked
 
 
-def count(launched: Callable[[str, int], Any]) -> list[dict[str, Any]]:
-    """One row a kernel, head width and window; `launched(kernel, width)` is its compilation for sm_90."""
+def allowed(plan: AttentionPlan) -> int:
+    """Pairs of tokens that see each other."""
+    first = plan.first_key_BT.to(torch.int64)
+    return int((torch.arange(1, first.shape[1] + 1) - first).sum())
+
+
+def asked(direction: str, name: str, plan: AttentionPlan, width: int, loops: dict[str, list] | None = None) -> Asked:
+    """What that pass of the implementation `name` asks for over the plan; loops: kernel -> those of a full and of a
+    masked tile, by default the committed ones.
+
+    Raises: KeyError for a head width that was not counted."""
+    loops = committed(width) if loops is None else loops
+    slots = busy = pairs = masked = 0.0
+    kernels = PASSES[direction, name]
+    for kernel in kernels:
+        visited, (whole, edge) = walk(kernel, plan), loops[kernel]
+        slots += visited.full * whole[0] + visited.masked * edge[0]
+        busy += visited.full * whole[1] + visited.masked * edge[1]
+        pairs += visited.pairs / len(kernels)
+        masked += visited.masked * visited.masked_keys * 64 / len(kernels)
+    return Asked(slots, busy, FLOPS[direction] * allowed(plan) * width / FLOPS_A_CYCLE, pairs, masked)
+
+
+def committed(width: int) -> dict[str, list]:
+    """slots.json's loops at that head width."""
+    return json.loads(LOOPS.read_text())["loops"][str(width)]
+
+
+def added_bytes(plan: AttentionPlan, width: int) -> int:
+    """What the one pass adds to the float32 sums of dq over the plan, one head: each tile of 64 queries once for 128
+    keys."""
+    visited = walk("_attention_backward_gluon", plan)
+    return (visited.full + visited.masked) // 2 * HALF * width * 4
+
+
+def around_bytes(plan: AttentionPlan, width: int) -> int:
+    """What the two kernels around the one pass read and write, one head, 16 bits: o and its gradient, zeros for the
+    sums; the sums, queries and dq."""
+    return plan.first_key_BT.numel() * width * (2 + 2 + 4 + 4 + 2 + 2)
+
+
+def count(launched: Callable[[str, int], Any]) -> dict[str, Any]:
+    """{"rows": one a pass, implementation, head width and window, "loops": head width -> kernel -> loops of a full and
+    a masked tile, "sums": the one pass's float32 sums}; `launched(kernel, width)` is its compilation for sm_90."""
     from kernels.proof.machine_code import tensor_loops
 
-    rows = []
+    rows, sums = [], []
     tokens = documents()
     plans = {w: attention_plan(tokens, eos_id=0, window_blocks=w // SCHEDULE_TOKENS) for w in WINDOWS}
-    allowed = {}
-    for window, plan in plans.items():
-        position = torch.arange(TOKENS)
-        allowed[window] = int((position - plan.first_key_BT[0] + 1).sum())
-    walks = {(kernel, window): walk(kernel, plan) for kernel in FORWARDS for window, plan in plans.items()}
+    kernels = [kernel for group in PASSES.values() for kernel in group]
+    loops = {
+        width: {k: tile_loops(k, width, tensor_loops(launched(k, width).asm["cubin"])) for k in kernels}
+        for width in WIDTHS
+    }
     for width in WIDTHS:
-        for kernel in FORWARDS:
-            full, masked = loops_of(kernel, tensor_loops(launched(kernel, width).asm["cubin"]))
-            for window in WINDOWS:
-                visited = walks[kernel, window]
-                slots = visited.full * full[0] + visited.masked * masked[0]
-                busy = visited.full * full[1] + visited.masked * masked[1]
-                least = allowed[window] * width / 1024  # cycles: 4 FLOPs a pair and column, 4,096 a cycle
+        for (direction, name), group in PASSES.items():
+            whole, edge = (
+                [sum(loops[width][kernel][masked][i] for kernel in group) for i in range(2)] for masked in range(2)
+            )
+            for window, plan in plans.items():
+                found, pairs = asked(direction, name, plan, width, loops[width]), allowed(plan)
                 rows.append(
                     {
                         "width": width,
-                        "kernel": kernel,
-                        "full tile": full[0] / full[1],
-                        "masked tile": masked[0] / masked[1],
+                        "pass": direction,
+                        "kernel": name,
+                        "full tile": whole[0] / whole[1],
+                        "masked tile": edge[0] / edge[1],
                         "window": window,
-                        "tiles' work over allowed": visited.pairs / allowed[window],
-                        "masked work": visited.masked * visited.masked_keys * 64 / visited.pairs,
-                        "slots a busy cycle": slots / busy,
-                        "slots a needed cycle": slots / least,
+                        "tiles' work over allowed": found.pairs / pairs,
+                        "masked work": found.masked / found.pairs,
+                        "busy over needed": found.busy / found.least,
+                        "slots a busy cycle": found.slots / found.busy,
+                        "slots a needed cycle": found.slots / found.least,
                     }
                 )
-    return rows
+        sums += [
+            {
+                "width": width,
+                "window": window,
+                "added in bulk": added_bytes(plan, width) * HEADS / 1e9,
+                "around": around_bytes(plan, width) * HEADS / 1e9,
+                "bytes added a needed cycle": added_bytes(plan, width)
+                / asked("backward", "gluon", plan, width, loops[width]).least,
+            }
+            for window, plan in plans.items()
+        ]
+    return {"rows": rows, "loops": loops, "sums": sums}
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: Iterable[dict[str, Any]]) -> list[str]:
     """The rows as Markdown."""
+    rows = list(rows)
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
@@ -136,15 +251,39 @@ not see: waiting for a barrier, for memory, for a result."""
 _COLUMNS = """full tile, masked tile: instructions a warp over cycles of the tensor cores, in the loop of tiles
 where every pair is allowed and in that where a mask is computed. Then over a row of 65,536 tokens of documents
 (median 400, mean 690 tokens) under a window: what the visited tiles hold over the pairs that are allowed, the share
-of it that is masked, the slots over the cycles that the products take, and over those that the allowed pairs would
-take: the last number is what counts."""
+of it that is masked, the cycles that the products take over those that the definition's (two forward, five backward)
+would take for the allowed pairs alone, the slots over the first, and the slots over the second: the last number is
+what counts."""
 _SPECIALISED = """`specialised` has one loop, which masks every tile. At head width 64 it asks for more slots than
-there are in all of them, and `--kernels=specialised` is refused there."""
+there are in all of them, and `--kernels=specialised` is refused there. It has no backward pass of its own."""
+_BACKWARD = """Backward, `triton` takes two passes of seven products, `gluon` one of five: each tile's share of dq is
+added to float32 sums in device memory by the copy engine. `gluon`'s loop has its mask behind a branch, which is counted
+as taken in every tile. The sums have their price, which `triton` does not pay: they are zeroed, and read to be rounded
+(in the same kernel to the gradient at the projection), together with delta = rowsum(o do) two kernels that are nothing
+but traffic, `around`; and what the copy engine adds goes through the second-level cache beside the products. In GB
+for 65,536 tokens and 8 heads, and in bytes of one multiprocessor a cycle that the products need:"""
+_PRICE = """At the ceilings of bench/rehearse/project.py (798 TFLOP/s, 3 TB/s) the traffic around costs as long as
+{products:.1f} of the five products of the allowed pairs at width 128 under the longest window, while two products are
+saved: for documents this short one pass saves little time in products and gives most of that back. What it gains over
+`triton` it gains by warps of their own. Added in the order in which programs come, the sums differ from run to run in
+their last bits: with `--deterministic`, and under a Triton that adds no tiles in bulk (before 3.9), `gluon` takes
+`triton`'s two passes backward, at the slots of its rows."""
 
 
-def page(rows: list[dict[str, Any]], made_with: str) -> str:
+def page(counted: dict[str, Any], made_with: str) -> str:
     """docs/slots.md."""
-    title = "# Issue slots of attention's forward kernels on Hopper"
-    made = "Generated by `python -m kernels.proof --part slots --update`; do not edit."
-    words = [title, made, _COUNTED.format(made_with=made_with), _COLUMNS, "\n".join(table(rows)), _SPECIALISED]
+    last = [row for row in counted["sums"] if row["width"] == WIDTHS[0]][-1]
+    plan = attention_plan(documents(), eos_id=0, window_blocks=last["window"] // SCHEDULE_TOKENS)
+    one_product = 2 * allowed(plan) * WIDTHS[0] * HEADS / CEILING_TFLOPS / 1e12
+    price = _PRICE.format(products=last["around"] / CEILING_GB_PER_S / one_product)
+    words = ["# Issue slots of attention's kernels on Hopper"]
+    words += ["Generated by `python -m kernels.proof --part slots --update`; do not edit."]
+    words += [_COUNTED.format(made_with=made_with), _COLUMNS, "\n".join(table(counted["rows"])), _SPECIALISED]
+    words += [_BACKWARD, "\n".join(table(counted["sums"])), price]
     return "\n\n".join(words) + "\n"
+
+
+def keep(counted: dict[str, Any], made_with: str) -> None:
+    """Write docs/slots.md and slots.json."""
+    PAGE.write_text(page(counted, made_with))
+    LOOPS.write_text(json.dumps({"made_with": made_with, "loops": counted["loops"]}, indent=1) + "\n")

@@ -7,6 +7,7 @@ decorated. The last line of output is a JSON object; warnings and progress befor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 
@@ -105,7 +106,7 @@ def scan(names: tuple[str, ...]) -> dict:
 
 
 def slots() -> dict:
-    """Attention's forward kernels compiled for sm_90, and what they ask of the schedulers: rows of `slots.count`."""
+    """Attention's kernels compiled for sm_90, and what they ask of the schedulers: what `slots.count` returns."""
     import torch
 
     import kernels.attention as module
@@ -116,16 +117,23 @@ def slots() -> dict:
 
     ptxas = choose_assembler().partition(" ")[0]
 
-    def launched(kernel: str, width: int) -> pretend.Compiled:
-        q, k, v = (torch.empty(1, counted.TOKENS, 8, width, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    @functools.cache
+    def compiled(width: int) -> dict[str, pretend.Compiled]:
+        q, k, v, do = (
+            torch.empty(1, counted.TOKENS, counted.HEADS, width, dtype=torch.bfloat16, device="meta") for _ in range(4)
+        )
         sizes = ((1, counted.TOKENS), (counted.TOKENS // module.SCHEDULE_TOKENS,))
         row, order = (torch.empty(*size, dtype=torch.int32, device="meta") for size in sizes)
         plan = module.AttentionPlan(row, row, order, order)
         with pretend.device(machine_code.TABLE_DEVICE) as found:
-            module.launch_forward(q, k, v, plan, 0.1, forward=kernel)
-        return found[-1]
+            for forward in module.FORWARDS:
+                o, lse = module.launch_forward(q, k, v, plan, 0.1, forward=forward)
+            for backward in ("triton", "gluon"):
+                module.launch_backward(do, q, k, v, o, lse, plan, 0.1, backward=backward)
+        return {one.kernel: one for one in found}
 
-    return {"triton": triton.__version__, "ptxas": ptxas, "rows": counted.count(launched)}
+    told = counted.count(lambda kernel, width: compiled(width)[kernel])
+    return {"triton": triton.__version__, "ptxas": ptxas, **told}
 
 
 def main() -> None:

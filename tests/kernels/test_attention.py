@@ -218,7 +218,7 @@ def test_operator_contracts():
     torch.library.opcheck(module._attention, (*leaves, *plan[:4], SCALE, "specialised"), test_utils=tests)
     with torch.no_grad():
         o, lse = module._attention(*leaves, *plan[:4], SCALE, "triton")
-        given = o, *(x.detach() for x in leaves), o.clone(), lse, *plan[:4], SCALE
+        given = o, *(x.detach() for x in leaves), o.clone(), lse, *plan[:4], SCALE, "triton"
         torch.library.opcheck(module._attention_backward, given, test_utils=tests[:2])
     torch.library.opcheck(
         torch.ops.speedrun.banded_attention.default, (*leaves, plan.first_key_BT, SCALE), test_utils=tests

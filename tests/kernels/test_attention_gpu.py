@@ -67,6 +67,38 @@ def test_kernels_for_hopper_are_as_near_as_the_plain_one(impl, T, H, K, width, d
     assert error <= 1.1 * usual + 1e-6, f"{error} of the {impl} kernel, {usual} of the plain one"
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and device_kind() != "sm_90", reason="needs Hopper (sm_90)")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T, H, K, width", [(65536, 8, 8, 128), (2049, 4, 2, 64), (130, 2, 2, 128)])
+@pytest.mark.parametrize("window", [{}, {"window_blocks": 1}, {"window_blocks": 27}])
+def test_gradients_in_one_pass_on_hopper_are_as_near_as_those_in_two(T, H, K, width, dtype, window):
+    """As for outputs. dk and dv repeat to the bit; dq is summed in no fixed order, and differs by its float32 sums."""
+    tokens = torch.randint(0, 700, (1, T), generator=torch.Generator().manual_seed(1)).cuda()
+    plan = attention_plan(tokens, eos_id=0, **window)
+    *inputs, do = draw(1, T, H, K, width, dtype)
+    plain, mine, again = (
+        with_gradients(lambda q, k, v, which=which: attention(q, k, v, plan, scale=SCALE, impl=which), inputs, do)
+        for which in ("triton", "gluon", "gluon")
+    )
+    for name, x, twin in zip(("o", "dq", "dk", "dv"), mine, again):
+        if name == "dq":
+            torch.testing.assert_close(x, twin, rtol=2e-2, atol=TOLERANCE[dtype])
+        else:
+            assert torch.equal(x, twin), f"{name}: two runs differ"
+    if T > 4096:
+        for x, usual in zip(mine, plain):
+            torch.testing.assert_close(x, usual, rtol=2e-2, atol=4 * TOLERANCE[dtype])
+        return
+
+    def reference(q, k, v):
+        return attention_reference(q, k, v, plan, scale=SCALE)
+
+    truth = with_gradients(reference, [x.double() for x in inputs], do)
+    for name, true, usual, x in zip(("o", "dq", "dk", "dv"), truth, plain, mine):
+        allowed, error = ((y.double() - true).square().mean().sqrt() for y in (usual, x))
+        assert error <= 1.1 * allowed + 1e-6, f"{name}: {error} in one pass, {allowed} in two"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prologue_against_the_reference(dtype):
     q, k, v, _ = draw(2, 777, 4, 4, 128, dtype)

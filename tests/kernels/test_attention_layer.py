@@ -98,12 +98,12 @@ def test_operators_keep_torchs_contracts():
             saved = list(module._layer(*arguments))
             backward = (torch.ones_like(saved[0]), *arguments[:6], saved, list(given["plan"][:4]), SCALE)
             for dx in (None, torch.ones_like(arguments[0])):
-                torch.library.opcheck(module._layer_backward, (*backward, dx), test_utils=checks)
+                torch.library.opcheck(module._layer_backward, (*backward, dx, "triton"), test_utils=checks)
             factors = [*products8.both_ways(arguments[0].flatten(0, 1))[0], *products8.both_ways(arguments[1])[0]]
             tables, plan = (*arguments[2:4], *given["rotary"]), list(given["plan"][:4])
             in_8_bits = factors, arguments[0], *tables, plan, arguments[1].shape[0], *how
             torch.library.opcheck(module._layer_8, in_8_bits, test_utils=checks[1:])  # the other compares float8
-            backward = (torch.ones_like(saved[0]), *tables, saved, plan, SCALE)
+            backward = (torch.ones_like(saved[0]), *tables, saved, plan, SCALE, "triton")
             torch.library.opcheck(module._attended_backward, backward, test_utils=checks)
 
 

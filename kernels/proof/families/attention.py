@@ -1,6 +1,7 @@
 """Proof cases of attention's three kernels (kernels/attention.py)."""
 
 import torch
+import torch.nn.functional as F
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
 from kernels.proof.operators import LAYOUTS
@@ -257,10 +258,72 @@ def _precision_is_torchs(module, device):
         torch.set_float32_matmul_precision(before)
 
 
+def _around_inputs(B, T, H, width):
+    """What the two kernels around the one pass read."""
+
+    def make(random):
+        angle = torch.arange(T)[:, None] * torch.linspace(0, 1, width // 2)
+        shapes = {"o": (B, T, H, width), "do": (B, T, H, width), "lse": (B, H, T), "sums": (B, H, T, width)}
+        drawn = {n: torch.randn(*shape, generator=random) for n, shape in shapes.items()}
+        return {**drawn, "x": torch.randn(B, T, H, width, generator=random), "cos": angle.cos(), "sin": angle.sin()}
+
+    return make
+
+
+def _rms_factor(x):
+    return x.float().square().mean(-1).add(torch.finfo(torch.float32).eps).rsqrt()
+
+
+def _around_kernel(module, given):
+    """Rows before and dq after, as they are and at the projection x."""
+    from kernels.attention_inputs import attention_inputs_reference
+
+    o, do, lse, sums, x, cos, sin = given.values()
+    rows, zeros = module.launch_rows(o, do, lse)
+    # q lies beside other heads, its factors not: as in a merged projection
+    y = torch.cat((attention_inputs_reference(x, x, x, None, cos.new_ones(2), cos, sin)[0], x), 2)[:, :, : x.shape[2]]
+    plain, at_projection = torch.empty_like(o), torch.empty_like(torch.cat((x, x), 2))[:, :, : x.shape[2]]
+    module.launch_dq_rounded(sums, x, plain, SCALE)
+    inputs = module.LayerInputs(_rms_factor(x).mT.contiguous(), None, None, None, None, cos, sin)
+    module.launch_dq_rounded(sums, y, at_projection, SCALE, inputs)
+    (lse, past), delta = rows[0].split((o.shape[1], rows.shape[3] - o.shape[1]), dim=2), rows[1]
+    return {"lse": lse, "past": 1 / past, "delta": delta, "zeros": zeros, "dq": plain, "dx": at_projection}
+
+
+def _around_reference(module, given):
+    from kernels.attention_inputs import attention_inputs_reference
+
+    o, do, lse, sums, x, cos, sin = given.values()
+    more = -lse.shape[2] % 128
+    dq = sums.transpose(1, 2) * SCALE
+    x = x.detach().requires_grad_()
+    y = attention_inputs_reference(x, x, x, None, cos.new_ones(2), cos, sin)[0]
+    return {
+        "lse": lse,
+        "past": lse.new_zeros(*lse.shape[:2], more),  # one over infinity
+        "delta": F.pad((o.to(lse.dtype) * do.to(lse.dtype)).sum(-1).mT, (0, more)),
+        "zeros": torch.zeros_like(sums),
+        "dq": dq.to(o.dtype),
+        "dx": torch.autograd.grad(y, x, dq.to(y.dtype))[0],
+    }
+
+
+def _around(name, *shape):
+    kept = ("lse", "sums", "cos", "sin")
+    return Numeric(name, _around_inputs(*shape), _around_kernel, _around_reference, keep_float32=kept, least_scale=1.0)
+
+
 FAMILY = Family(
     name="attention",
     module="kernels.attention",
-    kernels=("_attention_forward", "_attention_forward_specialised", "_attention_dq", "_attention_dkdv"),
+    kernels=(
+        "_attention_forward",
+        "_attention_forward_specialised",
+        "_attention_dq",
+        "_attention_dkdv",
+        "_attention_rows",
+        "_attention_dq_rounded",
+    ),
     numeric=(
         _numeric(
             "documents inside a window, ragged end, square tiles",
@@ -300,6 +363,7 @@ FAMILY = Family(
         _numeric("values four times as wide", SQUARE, 140, 2, 2, 16, (0, 90), of_values=64, quick=False),
         _layer("through the layer's inputs, two sequences of documents", 2, 25, 2, 1, 16, (0, 20), window_blocks=1),
         _layer("through the layer's inputs, two sequences, no value embedding", 2, 19, 2, 2, 16, (4,), with_ve=False),
+        _around("around one pass: two sequences, ragged end", 2, 135, 3, 16),
         _specialised("documents inside a window, ragged end", 300, 2, 1, 16, (0, 3, 4, 70, 140, 299), window_blocks=2),
         _specialised("two sequences, four heads on two", 150, 4, 2, 16, ((), (1, 2, 129)), B=2, window_tokens=140),
         _specialised("tokens end with a tile, full tiles", 384, 1, 1, 32, ()),
@@ -368,6 +432,8 @@ FAMILY = Family(
         for descriptors in (True, False)
     ),
     demands={
+        "_attention_rows": Demand(wide=("p_o", "p_do", "p_lse", "p_rows", "p_sums")),
+        "_attention_dq_rounded": Demand(wide=("p_sums", "p_q", "p_dq", "p_rms")),
         "_attention_forward": Demand(instructions=("HGMMA", "UTMALDG"), wide=("p_q", "p_k", "p_v", "p_o", "p_lse")),
         # registers change hands: without that the compiler has made nothing of the loop, in silence
         "_attention_forward_specialised": Demand(
@@ -579,5 +645,36 @@ FAMILY = Family(
             "+ row) * V_APART + head) * DH",
             "+ row) * APART + head) * DH",
         ),
+        Fault(
+            "rows past the end weigh something",
+            'mask=o_i < T, other=float("inf"))',
+            "mask=o_i < T, other=0.0)",
+            by="around",
+        ),
+        Fault(
+            "deltas lie where the first sequence's are",
+            "+ place) * rows + o_i, b_delta",
+            "+ head) * rows + o_i, b_delta",
+            by="around",
+        ),
+        Fault(
+            "what dq is added to is not zero",
+            "p, tl.zeros([BM, DH], tl.float32), mask=(o_i",
+            "p, tl.zeros([BM, DH], tl.float32) + 1, mask=(o_i",
+            by="around",
+        ),
+        Fault(
+            "the rounded dq lacks the logit scale",
+            "other=0.0) * scale\n    if LAYER",
+            "other=0.0)\n    if LAYER",
+            by="around",
+        ),
+        Fault(
+            "dq is rounded for the first sequence only",
+            "tl.arange(0, DH)[None, :]\n    b_dq = tl.load(p,",
+            "tl.arange(0, DH)[None, :] - batch * HEADS * T * DH\n    b_dq = tl.load(p,",
+            by="around",
+        ),
+        Fault("another head's norms", "p_rms + place * T, p_cos", "p_rms + batch * T, p_cos", by="around"),
     ),
 )

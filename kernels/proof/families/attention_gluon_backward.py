@@ -1,0 +1,373 @@
+"""Proof cases of attention's backward kernel in Gluon, in one pass (kernels/attention_gluon_backward.py), which runs in
+gluon_model.py, between the two kernels of kernels/attention.py that stand around it."""
+
+import itertools
+from unittest import mock
+
+import torch
+
+from kernels.proof import Demand, Family, Fault, Launch, Numeric, gluon_model
+from kernels.proof.families import attention as of_attention
+from kernels.runtime import LOG2_E
+
+SCALE = of_attention.SCALE
+
+
+def _backward(module, *given, seed=0, **options):
+    """kernels/attention.py's launch of the one pass with the module's kernel: on a device itself, on a CPU in the
+    model, whose order of events follows from `seed`."""
+    import kernels.attention
+
+    if given[0].device.type == "cpu":
+        module = gluon_model.modelled(module)
+        gluon_model.seeded(seed)
+    with mock.patch.object(kernels.attention, "attention_gluon_backward", module):
+        return kernels.attention._launch_one_pass(*given, options.get("inputs"), options.get("out"))
+
+
+def _forward(q, k, v, plan):
+    """(o, lse), by the formula."""
+    import kernels.attention as whole
+
+    score = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)).float() * SCALE
+    lse = score.masked_fill(~whole.allowed_pairs(plan)[:, None], -torch.inf).logsumexp(-1) * LOG2_E
+    return whole.attention_reference(q, k, v, plan, scale=SCALE), lse
+
+
+def _kernel(module, given):
+    q, k, v, do, plan = (given[n] for n in ("q", "k", "v", "do", "plan"))
+    o, lse = _forward(q, k, v, plan)
+    return dict(zip(("dq", "dk", "dv"), _backward(module, do, q, k, v, o, lse, plan, SCALE)))
+
+
+def _reference(module, given):
+    import kernels.attention
+
+    found = of_attention._reference(kernels.attention, given)
+    return {name: found[name] for name in ("dq", "dk", "dv")}
+
+
+def _numeric(name, *shape, quick=True, hostile=False, **window):
+    # a document of one token has dq = dk = 0 as the difference of two products of order one
+    run = of_attention._inputs(*shape, **window), _kernel, _reference
+    return Numeric(name, *run, quick=quick, hostile=hostile, least_scale=1.0)
+
+
+class _InOnePass:
+    """kernels/attention.py to the cases of attention's family, its backward pass being the module's."""
+
+    def __init__(self, module):
+        import kernels.attention
+
+        self.module, self.whole = module, kernels.attention
+
+    def __getattr__(self, name):
+        return getattr(self.whole, name)
+
+    def launch_backward(self, *given, **options):
+        return _backward(self.module, *given, **options)
+
+
+def _layer_kernel(module, given):
+    return of_attention._layer_kernel(_InOnePass(module), given)
+
+
+def _layer_reference(module, given):
+    return of_attention._layer_reference(_InOnePass(module), given)
+
+
+def _layer(name, *shape, with_ve=True, quick=True, **window):
+    given = of_attention._layer_inputs(*shape, with_ve, **window)
+    # ds is two numbers, each a sum over all tokens whose terms cancel: their root mean square is no average over many
+    more = dict(keep_float32=("s", "cos", "sin"), least_scale=1.0, tolerance=4.0, quick=quick)
+    return Numeric(name, given, _layer_kernel, _layer_reference, **more)
+
+
+def _given(device, *shape, dtype=torch.bfloat16, **window):
+    """What a backward launch takes, up to the plan."""
+    drawn = of_attention._inputs(*shape, **window)(torch.Generator().manual_seed(0))
+    q, k, v, do = (drawn[n].to(dtype).to(device) for n in ("q", "k", "v", "do"))
+    plan = type(drawn["plan"])(*(x if x is None else x.to(device) for x in drawn["plan"]))
+    return do, q, k, v, *_forward(q, k, v, plan), plan, SCALE
+
+
+def _any_order_of_events(module, device):
+    """Whatever order partitions and copies run in, the result is the same to the bit, and nobody waits for ever. Within
+    a program: on a device several add to one tile, in an order of their own."""
+    for width in (64, 128):
+        given = _given(device, 260, 1, 1, width, (200,))
+        found = [_backward(module, *given, seed=seed) for seed in range(6)]
+        for again in found[1:] if device == "cpu" else ():
+            assert all(torch.equal(x, y) for x, y in zip(found[0], again)), "the result depends on the order of events"
+
+
+def _every_small_plan(module, device):
+    """Every rising table of first keys of up to five tokens, with tiles of four keys and two queries."""
+    import kernels.attention
+
+    if device != "cpu":
+        return  # tiles of that size are the model's
+    module = gluon_model.modelled(module)
+    random = torch.Generator().manual_seed(0)
+    for width, T in itertools.product((2, 4), (1, 3, 5)):  # as wide as half a tile of keys, and twice as wide
+        module.HALF, module.TILE, module.WIDTHS = 2, 4, (width,)
+        q, k, v, do = (torch.randn(1, T, 1, width, generator=random).double() for _ in range(4))
+        order = torch.arange(-(-T // 4), dtype=torch.int32)
+        for first in itertools.product(*(range(i + 1) for i in range(T))):
+            if list(first) != sorted(first):
+                continue
+            end = [sum(f <= j for f in first) for j in range(T)]
+            tables = (torch.tensor([x], dtype=torch.int32) for x in (first, end))
+            plan = kernels.attention.AttentionPlan(*tables, order, order)
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            o = kernels.attention.attention_reference(*leaves, plan, scale=SCALE)
+            right = torch.autograd.grad(o, leaves, do)
+            score = (q[:, :, 0] @ k[:, :, 0].mT * SCALE).detach()
+            lse = score.masked_fill(~kernels.attention.allowed_pairs(plan), -torch.inf).logsumexp(-1)
+            rows = torch.zeros(2, 1, 1, -(-T // 4) * 4)
+            rows[0], rows[1, ..., :T] = torch.inf, (o * do).sum(-1).mT.detach()
+            rows[0, ..., :T] = lse * LOG2_E
+            dq, dk, dv = torch.zeros(1, 1, T, width).double(), *(torch.empty_like(x) for x in (k, v))
+            given = (x.detach() for x in (do, q, k, v))
+            module.launch_backward(*given, rows, dq, dk, dv, plan.end_query_BT, order, SCALE, 1)
+            for name, x, true in zip(("dq", "dk", "dv"), (dq.transpose(1, 2) * SCALE, dk, dv), right):
+                assert torch.allclose(x, true, atol=1e-5), f"{name} of width {width}, first keys {first}"
+
+
+def _large_logits(module, device):
+    """Logits of hundreds: gradients stay finite, and keys past the end, whose logits are 0, add nothing."""
+    do, q, k, v, *_ = given = _given(device, 330, 1, 1, 64, (200,))
+
+    plan = given[6]
+    found = _backward(module, do, 64 * q, k, v, *_forward(64 * q, k, v, plan), plan, SCALE)
+    exact = {n: x.double() for n, x in (("q", 64 * q), ("k", k), ("v", v), ("do", do))} | {"plan": plan}
+    exact = _reference(module, exact)
+    for name, x in zip(("dq", "dk", "dv"), found):
+        error, size = ((y.double()).square().mean() for y in (x - exact[name], exact[name]))
+        assert error <= 1e-2 * size, f"{name}: large logits lose their gradients"
+
+
+def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=65536, B=1):
+    """The backward launch of a training step; `layer`: back through its inputs, as slices of a merged projection."""
+
+    def run():
+        import kernels.attention as module
+        from kernels.gluon import add_tile
+
+        H = 8
+
+        def meta(*shape, dtype=dtype):
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        (q, k, raw), out = meta(B, T, H + 2 * K, width).split((H, K, K), dim=2), None
+        inputs, f = None, torch.float32
+        if layer:
+            tables = [meta(*x, dtype=f) for x in ((B, H, T), (B, K, T), (2,), (T, width // 2), (T, width // 2))]
+            ve = meta(B, T, K, width) if with_ve else None
+            inputs = module.LayerInputs(*tables[:2], raw, ve, *tables[2:])
+            out = meta(B, T, H + 2 * K, width).split((H, K, K), dim=2)
+        row, order = meta(B, T, dtype=torch.int32), meta(B * -(-T // 128), dtype=torch.int32)
+        plan = module.AttentionPlan(row, row, order, order)
+        do, v, o, lse = meta(B, T, H, width), meta(B, T, K, width), meta(B, T, H, width), meta(B, H, T, dtype=f)
+        if add_tile is None:  # two passes then, which attention's family has
+            module.launch_rows(o, do, lse)
+        else:
+            module._launch_one_pass(do, q, k, v, o, lse, plan, SCALE, inputs, out)
+
+    return run
+
+
+FAMILY = Family(
+    name="attention_gluon_backward",
+    module="kernels.attention_gluon_backward",
+    kernels=("_attention_backward_gluon",),
+    numeric=(
+        _numeric("documents inside a window, ragged end", 200, 1, 1, 64, (0, 3, 4, 70, 140, 199), window_blocks=1),
+        _numeric("one document, full tiles", 200, 1, 1, 64, ()),
+        _numeric("two sequences, two heads on one", 135, 2, 1, 64, ((), (1, 2, 129)), B=2, window_tokens=130),
+        _numeric("width 128, documents inside a window", 150, 1, 1, 128, (0, 3, 70), window_blocks=2),
+        _layer("through the layer's inputs, two sequences of documents", 2, 67, 2, 1, 64, (0, 50), window_blocks=1),
+        _layer("through the layer's inputs, no value embedding", 2, 37, 2, 2, 128, (4,), with_ve=False),
+        _numeric("tiny", 18, 2, 1, 64, (3,), quick=False, hostile=True, window_tokens=9),
+        _numeric("width 128, window of three blocks", 700, 2, 1, 128, (0, 257), quick=False, window_blocks=3),
+        _numeric("one token", 1, 1, 1, 64, (0,), quick=False),
+    ),
+    checks=(
+        ("any order of events", _any_order_of_events),
+        ("every small plan", _every_small_plan),
+        ("large logits", _large_logits),
+    ),
+    launches=(
+        Launch("bf16, 8 heads of 128", _launch(), devices=("sm_90",), quick=True),
+        Launch("bf16, 8 heads of 128, through the layer's inputs", _launch(layer=True), devices=("sm_90",), quick=True),
+        Launch("bf16, no value embedding", _launch(layer=True, with_ve=False), devices=("sm_90",)),
+        Launch("bf16, 8 heads of 64 on 2, through the layer's inputs", _launch(K=2, width=64, layer=True), ("sm_90",)),
+        Launch("bf16, two ragged sequences, 8 heads of 128 on 2", _launch(K=2, T=5000, B=2), devices=("sm_90",)),
+        Launch("fp16, 8 heads of 64", _launch(width=64, dtype=torch.float16), devices=("sm_90",)),
+    ),
+    demands={
+        "_attention_backward_gluon": Demand(
+            instructions=("HGMMA", "UTMALDG"),
+            wide=tuple("p_dk p_dv p_k p_rms p_raw p_ve p_dve".split()),
+            shows=(
+                ("setmaxnreg", ""),
+                (r"mbarrier\.try_wait", ""),
+                (r"fence\.proxy\.async", ""),
+                (r"cp\.reduce\.async\.bulk", ""),
+            ),
+        ),
+        **{kernel: of_attention.FAMILY.demands[kernel] for kernel in ("_attention_rows", "_attention_dq_rounded")},
+    },
+    faults=(
+        Fault("queries before a key see it", "(b_since >= 0) & ", "", by="one document"),
+        Fault("queries see one token into the future", "(b_since >= 0)", "(b_since >= -1)", by="one document"),
+        Fault(
+            "the last query that sees a key is lost",
+            "(b_since < gl.expand",
+            "(b_since < gl.expand_dims(b_seen, 1) - 1) & (b_since < gl.expand",
+        ),
+        Fault("the diagonal is not masked", "(row < first_key + HALF) |", "(row < first_key) |", by="one document"),
+        Fault("where a document ends is not masked", "| (row + HALF > end_of_first)", "", by="two sequences"),
+        Fault(
+            "keys past the end are seen", "b_seen = gl.maximum(b_seen, 0)", "b_seen = gl.maximum(b_seen, T - b_j + 64)"
+        ),
+        Fault("the last tile of queries is left out", "- key + HALF - 1) // HALF", "- key) // HALF"),
+        Fault("dq lacks the last tile", "_add_to_dq(n - 1, 0, d_dq", "_add_to_dq(n, 0, d_dq", by="one document"),
+        Fault("both groups take the same keys", "k_smem.index(WHO + none)", "k_smem.index(none)", by="one document"),
+        Fault("both groups take the same values", "v_smem.index(WHO + none)", "v_smem.index(none)", by="one document"),
+        Fault("delta is left out", "(b_dp - gl.expand_dims(b_delta, 0))", "b_dp", by="one document"),
+        Fault("the logits' logarithm is left out", "b_s * scale_log2 - gl.expand_dims(b_lse, 0)", "b_s * scale_log2"),
+        Fault("dk lacks the logit scale", "(b_dk * scale).to", "b_dk.to", by="one document"),
+        Fault("dk at the projection lacks the logit scale", "b_dk * scale, p_rms", "b_dk, p_rms", by="through"),
+        Fault(
+            "the halves of dk turn the wrong way",
+            "(b_1 * b_cos - b_2 * b_sin)",
+            "(b_1 * b_cos + b_2 * b_sin)",
+            by="through",
+        ),
+        Fault(
+            "a norm's derivative lacks the mean", "b_1 = (b_1 - b_y1 * b_mean) * b_r", "b_1 = b_1 * b_r", by="through"
+        ),
+        Fault(
+            "both groups write one share of ds",
+            "(gl.program_id(0) * 2 + WHO) * 2",
+            "gl.program_id(0) * 4",
+            by="through",
+        ),
+        Fault(
+            "values are found as far apart as keys", "o_ve = (first * KV_HEADS", "o_ve = (first * K_APART", by="through"
+        ),
+        Fault("dve lacks its factor", "(b_2 * s_1)", "b_2", by="through"),
+        Fault(
+            "half of dq is added to the wrong columns",
+            "row, WHO * HALF], dq_smem",
+            "row, 0], dq_smem",
+            by="width 128, doc",
+        ),
+        Fault(
+            "half of dq is made of the wrong keys' columns",
+            "b_k.slice(WHO * HALF",
+            "b_k.slice(0 * HALF",
+            by="width 128, doc",
+        ),
+        Fault("one group's ds is left out of dq", "use_acc=group > 0", "use_acc=False", by="one document"),
+        Fault(
+            "groups take the same turns with dq",
+            "(DH > HALF) | (pair == WHO)",
+            "(DH > HALF) | (pair == 0)",
+            by="one document",
+        ),
+        Fault("dq goes to the tile after its own", "_add_to_dq(n - 1, none", "_add_to_dq(n, none", by="one document"),
+        Fault(
+            "ds is read before the other group has written it",
+            "    mbarrier.wait(ds_full.index(pair), (n // 2) & 1)\n",
+            "",
+            by="any order",
+        ),
+        Fault(
+            "ds is overwritten while it is read",
+            "        mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)\n",
+            "",
+            by="any order",
+        ),
+        Fault("one group's ds is enough", "ds_full.index(i), count=2)", "ds_full.index(i), count=1)", by="any order"),
+        Fault("ds is free when one group has read it", "count=2 if DH > HALF else 1", "count=1", by="width 128, doc"),
+        Fault(
+            "ds is handed on without a fence",
+            "        fence_async_shared()\n        mbarrier.arrive(ds_full",
+            "        mbarrier.arrive(ds_full",
+            by="any order",
+        ),
+        Fault("dq is added without a fence", "    fence_async_shared()\n    if DH", "    if DH", by="one document"),
+        Fault("dq is overwritten before it is added", "    tiles_read(0)\n    dq_smem", "    dq_smem", by="any order"),
+        Fault("a program ends before dq is added", "mask=m_row)\n    tiles_read(0)", "mask=m_row)", by="any order"),
+        Fault(
+            "gradients at o are given back before they are read",
+            "        b_dv = warpgroup_mma_wait(1, deps=[dv_going])\n"
+            "        mbarrier.arrive(do_free.index(slot), count=1)\n",
+            "        mbarrier.arrive(do_free.index(slot), count=1)\n"
+            "        b_dv = warpgroup_mma_wait(1, deps=[dv_going])\n",
+            by="any order",
+        ),
+        Fault(
+            "sums are used while they are multiplied",
+            "warpgroup_mma_wait(1, deps=[dv",
+            "warpgroup_mma_wait(2, deps=[dv",
+        ),
+        Fault("queries are never given back", "        mbarrier.arrive(q_free.index(slot), count=1)\n", ""),
+        Fault(
+            "queries are read before they are there",
+            "        mbarrier.wait(q_full.index(slot), phase)\n",
+            "",
+            by="any order",
+        ),
+        Fault(
+            "gradients at o are read before they are there",
+            "        mbarrier.wait(do_full.index(slot), phase)\n",
+            "",
+            by="any order",
+        ),
+        Fault("keys are read before they are there", "    mbarrier.wait(kv_full, 0)\n", "", by="any order"),
+        Fault(
+            "the loader does not wait for a free buffer",
+            "& 1 ^ 1\n        mbarrier.wait(q_free",
+            "& 1\n        mbarrier.wait(q_free",
+        ),
+        Fault(
+            "queries of one head are taken for all of a group",
+            "head = kv_head * GROUP + n // tiles\n        row = key + n % tiles * HALF\n        slot",
+            "head = kv_head * GROUP\n        row = key + n % tiles * HALF\n        slot",
+            by="two sequences",
+        ),
+        Fault(
+            "dq of a second head is added to the first one's",
+            "head = kv_head * GROUP + n // tiles\n        row = key + n % tiles * HALF\n    tiles_read",
+            "head = kv_head * GROUP\n        row = key + n % tiles * HALF\n    tiles_read",
+            by="two sequences",
+        ),
+        Fault(
+            "the second sequence uses the first one's plan", "p_end += batch * T", "p_end += batch", by="two sequences"
+        ),
+        Fault(
+            "rows of another head",
+            "[batch * HEADS + head, row], q_full",
+            "[batch * HEADS, row], q_full",
+            by="two sequences",
+        ),
+        Fault(
+            "the second sequence writes over the first",
+            "first = batch.to(gl.int64) * T",
+            "first = 0 * T",
+            by="two sequences",
+        ),
+        Fault(
+            "rows past the end are written",
+            "first_key + o_row < T, 1)",
+            "first_key + o_row < T + 1, 1)",
+            by="one document",
+        ),
+        Fault("the order is not the plan's", "gl.load(p_order + gl.program_id(0) // KV_HEADS)", "gl.load(p_order)"),
+        Fault("keys of any strides go to the copy engine", "descriptor(walked(k)", "descriptor(k", by="tiny: offset"),
+        Fault("half of the keys' bytes are waited for", "KEY_BYTES=4 * HALF", "KEY_BYTES=2 * HALF", by="any order"),
+    ),
+)
