@@ -14,7 +14,8 @@ A program owns 128 keys of one head. One warp loads; two groups of four warps mu
               columns of dq = ds k, over all 128 keys; at 64 they take tiles by turns. One tile later than ds, so that
               neither waits for the other's. The copy engine adds what they have made to dq.
 
-A mask is made where a tile of queries meets the diagonal or where a document or the window ends, behind a branch.
+A mask is made where a tile of queries meets the diagonal or where a document or the window ends, behind a branch. A
+group whose keys a tile does not see leaves it out: the upper one the first tile, the lower one the last tiles.
 
 Shared memory at width 128: keys and values 64 KiB, queries and gradients at o 64 KiB, ds 32 KiB, dq 32 KiB. Registers:
 240 for those who multiply, in which dk and dv take 128; hence the order of things, and two habits: what could be kept
@@ -97,32 +98,42 @@ def _add_to_dq(
     barriers,
     place,
     tiles,
+    end_of_lower,
     WHO: gl.constexpr,
     GROUP: gl.constexpr,
     DH: gl.constexpr,
     HALF: gl.constexpr,
 ):
-    """This group's share of dq (without the logit scale) of the n-th tile, whose ds lies in shared memory."""
+    """This group's share of dq (without the logit scale) of the n-th tile, whose ds lies in shared memory: of both
+    groups' keys, or of those of one where the tile sees no others."""
     k_smem, ds_smem, dq_smem = smem[0][0], smem[2], smem[3]
     ds_full, ds_free = barriers[1]
     batch, kv_head, key = place
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     pair = n & 1
     mbarrier.wait(ds_full.index(pair), (n // 2) & 1)
-    going = gl.zeros([HALF, HALF], gl.float32, d_layout)
-    for group in gl.static_range(2):
-        b_k = k_smem.index(group + none).reshape([HALF, DH])
-        if DH > HALF:
-            b_k = b_k.slice(WHO * HALF, HALF, dim=1)
-        b_ds = ds_smem.index(pair * 2 + group).permute((1, 0))
-        going = warpgroup_mma(b_ds, b_k, going, use_acc=group > 0, is_async=True)
-    b_dq = warpgroup_mma_wait(0, deps=[going])
-    mbarrier.arrive(ds_free.index(pair), count=1)
     head = kv_head
     row = key + n * HALF
     if GROUP > 1:
         head = kv_head * GROUP + n // tiles
         row = key + n % tiles * HALF
+    b_dq = gl.zeros([HALF, HALF], gl.float32, d_layout)
+    if (row > key) & (row < end_of_lower):
+        going = b_dq
+        for group in gl.static_range(2):
+            b_k = k_smem.index(group + none).reshape([HALF, DH])
+            if DH > HALF:
+                b_k = b_k.slice(WHO * HALF, HALF, dim=1)
+            b_ds = ds_smem.index(pair * 2 + group).permute((1, 0))
+            going = warpgroup_mma(b_ds, b_k, going, use_acc=group > 0, is_async=True)
+        b_dq = warpgroup_mma_wait(0, deps=[going])
+    else:
+        seen = gl.where(row > key, 1, 0)
+        b_k = k_smem.index(seen).reshape([HALF, DH])
+        if DH > HALF:
+            b_k = b_k.slice(WHO * HALF, HALF, dim=1)
+        b_dq = warpgroup_mma(ds_smem.index(pair * 2 + seen).permute((1, 0)), b_k, b_dq, use_acc=False)
+    mbarrier.arrive(ds_free.index(pair), count=1)
     tiles_read(0)
     dq_smem.index(WHO).reshape([HALF, HALF]).store(b_dq)
     fence_async_shared()
@@ -226,6 +237,7 @@ def _group(
     b_seen = gl.load(p_end + b_j, mask=b_j < T, other=0) - b_j
     b_seen = gl.maximum(b_seen, 0)  # queries from its own on that see a key; none see one past the end
     end_of_first = gl.load(p_end + min(first_key, T - 1))
+    end_of_lower = gl.load(p_end + min(key + HALF, T) - 1)  # of the queries that see one of the lower group's keys
     b_dk = gl.zeros([HALF, DH], gl.float32, o_layout)
     b_dv = gl.zeros([HALF, DH], gl.float32, o_layout)
     b_zero = gl.zeros([HALF, HALF], gl.float32, s_layout)
@@ -237,38 +249,46 @@ def _group(
         row = key + n * HALF
         if GROUP > 1:
             row = key + n % tiles * HALF
-        mbarrier.wait(q_full.index(slot), phase)
-        b_q = q_smem.index(slot).reshape([HALF, DH])
-        b_k = k_smem.index(WHO + none).reshape([HALF, DH])
-        b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False)
-        b_lse = lse_smem.index(slot).reshape([HALF]).load(columns)
-        b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
-        if (row < first_key + HALF) | (row + HALF > end_of_first):
-            b_since = gl.expand_dims(at_smem.load(columns), 0) - gl.expand_dims(b_j - row, 1)
-            m_seen = (b_since >= 0) & (b_since < gl.expand_dims(b_seen, 1))
-            b_p = gl.where(m_seen, b_p, 0.0)
-        mbarrier.wait(do_full.index(slot), phase)
-        b_do = do_smem.index(slot).reshape([HALF, DH])
-        b_v = v_smem.index(WHO + none).reshape([HALF, DH])
-        b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False)
-        b_delta = delta_smem.index(slot).reshape([HALF]).load(columns)
-        b_ds = (b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype)
-        dv_going = warpgroup_mma(gl.convert_layout(b_p.to(dtype), p_layout), b_do, b_dv, is_async=True)
         pair = n & 1
-        mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)
-        ds_smem.index(pair * 2 + WHO).store(b_ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_full.index(pair), count=1)
-        dk_going = warpgroup_mma(gl.convert_layout(b_ds, p_layout), b_q, b_dk, is_async=True)
-        b_dv = warpgroup_mma_wait(1, deps=[dv_going])
-        mbarrier.arrive(do_free.index(slot), count=1)
-        b_dk = warpgroup_mma_wait(0, deps=[dk_going])
-        mbarrier.arrive(q_free.index(slot), count=1)
+        if (row > key) if WHO else (row < end_of_lower):
+            mbarrier.wait(q_full.index(slot), phase)
+            b_q = q_smem.index(slot).reshape([HALF, DH])
+            b_k = k_smem.index(WHO + none).reshape([HALF, DH])
+            b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False)
+            b_lse = lse_smem.index(slot).reshape([HALF]).load(columns)
+            b_p = gl.exp2(b_s * scale_log2 - gl.expand_dims(b_lse, 0))
+            if (row < first_key + HALF) | (row + HALF > end_of_first):
+                b_since = gl.expand_dims(at_smem.load(columns), 0) - gl.expand_dims(b_j - row, 1)
+                m_seen = (b_since >= 0) & (b_since < gl.expand_dims(b_seen, 1))
+                b_p = gl.where(m_seen, b_p, 0.0)
+            mbarrier.wait(do_full.index(slot), phase)
+            b_do = do_smem.index(slot).reshape([HALF, DH])
+            b_v = v_smem.index(WHO + none).reshape([HALF, DH])
+            b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False)
+            b_delta = delta_smem.index(slot).reshape([HALF]).load(columns)
+            b_ds = (b_p * (b_dp - gl.expand_dims(b_delta, 0))).to(dtype)
+            dv_going = warpgroup_mma(gl.convert_layout(b_p.to(dtype), p_layout), b_do, b_dv, is_async=True)
+            mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)
+            ds_smem.index(pair * 2 + WHO).store(b_ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index(pair), count=1)
+            dk_going = warpgroup_mma(gl.convert_layout(b_ds, p_layout), b_q, b_dk, is_async=True)
+            b_dv = warpgroup_mma_wait(1, deps=[dv_going])
+            mbarrier.arrive(do_free.index(slot), count=1)
+            b_dk = warpgroup_mma_wait(0, deps=[dk_going])
+            mbarrier.arrive(q_free.index(slot), count=1)
+        else:
+            mbarrier.wait(q_full.index(slot), phase)
+            mbarrier.wait(do_full.index(slot), phase)
+            mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)
+            mbarrier.arrive(ds_full.index(pair), count=1)
+            mbarrier.arrive(do_free.index(slot), count=1)
+            mbarrier.arrive(q_free.index(slot), count=1)
         if (n > 0) & ((DH > HALF) | (pair == WHO)):
-            _add_to_dq(n - 1, none, d_dq, smem, barriers, place, tiles, WHO, GROUP, DH, HALF)
+            _add_to_dq(n - 1, none, d_dq, smem, barriers, place, tiles, end_of_lower, WHO, GROUP, DH, HALF)
     n = GROUP * tiles
     if (DH > HALF) | ((n & 1) == WHO):
-        _add_to_dq(n - 1, 0, d_dq, smem, barriers, place, tiles, WHO, GROUP, DH, HALF)
+        _add_to_dq(n - 1, 0, d_dq, smem, barriers, place, tiles, end_of_lower, WHO, GROUP, DH, HALF)
     first = batch.to(gl.int64) * T + first_key
     o_x = (first * K_APART + kv_head) * DH
     if LAYER:

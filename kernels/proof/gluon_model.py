@@ -146,6 +146,8 @@ class _Now:
 #: How often each kernel has run here, and how many products of each size (rows, columns, depth).
 launched: Counter[str] = Counter()
 multiplied: Counter[tuple[int, int, int]] = Counter()
+#: Bytes that have been added to each tensor in device memory, those past its end too.
+added: Counter[int] = Counter()
 
 
 def seeded(seed: int) -> None:
@@ -320,6 +322,7 @@ def add_tile(target: Descriptor, where: list[int], buffer: Shared) -> None:
         if not torch.equal(given.nan_to_num(1e30), values.nan_to_num(1e30)):
             raise KernelFault("a buffer was overwritten while it was added to device memory")
         target.add(where, given.view(target.block))
+        added[target.base.data_ptr()] += given.numel() * given.element_size()
         machine.adding[me] -= 1
 
     machine.copies.append(end)

@@ -119,9 +119,9 @@ def _walk_of_keys(kernel: str, plan: AttentionPlan) -> Walk:
                 edge = -(-max(end - start - interior * 64, 0) // 64)
                 full, masked = full + 2 * interior, masked + 2 * (edge - (-(min(start, end) - key) // 64))
                 continue
-            for own in (key, key + HALF):
-                rows = range(key, end, HALF)
-                seen_whole = sum(row >= own + HALF and row + HALF <= ends[min(own, T - 1)] for row in rows)
+            for own in (key, key + HALF):  # a group leaves out what sees none of its keys
+                rows = range(own, ends[min(own + HALF, T) - 1] if own < T else own, HALF)
+                seen_whole = sum(row >= own + HALF and row + HALF <= ends[own] for row in rows)
                 full, masked = full + seen_whole, masked + len(rows) - seen_whole
     return Walk(full, masked, HALF, HALF)
 
@@ -131,10 +131,10 @@ def tile_loops(kernel: str, width: int, loops: list[tuple[int, int]]) -> tuple[t
     if kernel == "_attention_forward_specialised":  # its one loop masks every tile
         return max(loops), max(loops)
     if kernel == "_attention_backward_gluon":  # its one loop has the mask behind a branch; counted as always taken
-        slots, cycles = loops[0]
-        if width == HALF:  # the groups make dq by turns
-            cycles -= 2 * HALF * TILE * width // FLOPS_A_CYCLE // 2
-        return (slots, cycles), (slots, cycles)
+        # and dq's product is in it twice, for tiles that see both groups' keys and for those that see one's; at width
+        # 64 the groups make it by turns: so cycles are not the loop's, but those of five products of a group's keys
+        one = loops[0][0], FLOPS["backward"] * HALF * HALF * width // FLOPS_A_CYCLE
+        return one, one
     if kernel in ("_attention_dq", "_attention_dkdv"):  # what is masked comes first
         return loops[1], loops[0]
     full, masked = loops[0], loops[1]
@@ -174,8 +174,11 @@ def committed(width: int) -> dict[str, list]:
 def added_bytes(plan: AttentionPlan, width: int) -> int:
     """What the one pass adds to the float32 sums of dq over the plan, one head: each tile of 64 queries once for 128
     keys."""
-    visited = walk("_attention_backward_gluon", plan)
-    return (visited.full + visited.masked) // 2 * HALF * width * 4
+    tiles = 0
+    for ends in plan.end_query_BT.tolist():
+        T = len(ends)
+        tiles += sum(-(-(ends[min(key + TILE, T) - 1] - key) // HALF) for key in range(0, T, TILE))
+    return tiles * HALF * width * 4
 
 
 def around_bytes(plan: AttentionPlan, width: int) -> int:

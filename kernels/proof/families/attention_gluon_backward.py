@@ -94,9 +94,9 @@ def _given(device, *shape, dtype=torch.bfloat16, **window):
 def _any_order_of_events(module, device):
     """Whatever order partitions and copies run in, the result is the same to the bit, and nobody waits for ever. Within
     a program: on a device several add to one tile, in an order of their own."""
-    for width in (64, 128):
+    for width, seeds in ((64, 8), (128, 4)):
         given = _given(device, 260, 1, 1, width, (200,))
-        found = [_backward(module, *given, seed=seed) for seed in range(6)]
+        found = [_backward(module, *given, seed=seed) for seed in range(seeds)]
         for again in found[1:] if device == "cpu" else ():
             assert all(torch.equal(x, y) for x, y in zip(found[0], again)), "the result depends on the order of events"
 
@@ -233,6 +233,23 @@ FAMILY = Family(
             "keys past the end are seen", "b_seen = gl.maximum(b_seen, 0)", "b_seen = gl.maximum(b_seen, T - b_j + 64)"
         ),
         Fault("the last tile of queries is left out", "- key + HALF - 1) // HALF", "- key) // HALF"),
+        Fault(
+            "the upper group takes no second tile",
+            "if (row > key) if WHO",
+            "if (row > key + HALF) if WHO",
+            by="one document",
+        ),
+        Fault(
+            "the lower group leaves its last tile out", "else (row < end_of_lower)", "else (row + HALF < end_of_lower)"
+        ),
+        Fault(
+            "dq is made of the keys that a tile does not see",
+            "seen = gl.where(row > key, 1, 0)",
+            "seen = gl.where(row > key, 0, 1)",
+        ),
+        Fault(
+            "what one group has left out goes into dq", "if (row > key) & (row < end_of_lower)", "if row < end_of_lower"
+        ),
         Fault("dq lacks the last tile", "_add_to_dq(n - 1, 0, d_dq", "_add_to_dq(n, 0, d_dq", by="one document"),
         Fault("both groups take the same keys", "k_smem.index(WHO + none)", "k_smem.index(none)", by="one document"),
         Fault("both groups take the same values", "v_smem.index(WHO + none)", "v_smem.index(none)", by="one document"),
@@ -287,7 +304,7 @@ FAMILY = Family(
         ),
         Fault(
             "ds is overwritten while it is read",
-            "        mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)\n",
+            "            mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)\n",
             "",
             by="any order",
         ),
@@ -295,19 +312,19 @@ FAMILY = Family(
         Fault("ds is free when one group has read it", "count=2 if DH > HALF else 1", "count=1", by="width 128, doc"),
         Fault(
             "ds is handed on without a fence",
-            "        fence_async_shared()\n        mbarrier.arrive(ds_full",
-            "        mbarrier.arrive(ds_full",
+            "            fence_async_shared()\n            mbarrier.arrive(ds_full",
+            "            mbarrier.arrive(ds_full",
             by="any order",
         ),
         Fault("dq is added without a fence", "    fence_async_shared()\n    if DH", "    if DH", by="one document"),
         Fault("dq is overwritten before it is added", "    tiles_read(0)\n    dq_smem", "    dq_smem", by="any order"),
         Fault("a program ends before dq is added", "mask=m_row)\n    tiles_read(0)", "mask=m_row)", by="any order"),
         Fault(
-            "gradients at o are given back before they are read",
-            "        b_dv = warpgroup_mma_wait(1, deps=[dv_going])\n"
-            "        mbarrier.arrive(do_free.index(slot), count=1)\n",
-            "        mbarrier.arrive(do_free.index(slot), count=1)\n"
-            "        b_dv = warpgroup_mma_wait(1, deps=[dv_going])\n",
+            "queries are given back before they are read",
+            "            b_dk = warpgroup_mma_wait(0, deps=[dk_going])\n"
+            "            mbarrier.arrive(q_free.index(slot), count=1)\n",
+            "            mbarrier.arrive(q_free.index(slot), count=1)\n"
+            "            b_dk = warpgroup_mma_wait(0, deps=[dk_going])\n",
             by="any order",
         ),
         Fault(
@@ -315,16 +332,16 @@ FAMILY = Family(
             "warpgroup_mma_wait(1, deps=[dv",
             "warpgroup_mma_wait(2, deps=[dv",
         ),
-        Fault("queries are never given back", "        mbarrier.arrive(q_free.index(slot), count=1)\n", ""),
+        Fault("queries are never given back", "            mbarrier.arrive(q_free.index(slot), count=1)\n", ""),
         Fault(
             "queries are read before they are there",
-            "        mbarrier.wait(q_full.index(slot), phase)\n",
+            "            mbarrier.wait(q_full.index(slot), phase)\n",
             "",
             by="any order",
         ),
         Fault(
             "gradients at o are read before they are there",
-            "        mbarrier.wait(do_full.index(slot), phase)\n",
+            "            mbarrier.wait(do_full.index(slot), phase)\n",
             "",
             by="any order",
         ),
@@ -342,8 +359,8 @@ FAMILY = Family(
         ),
         Fault(
             "dq of a second head is added to the first one's",
-            "head = kv_head * GROUP + n // tiles\n        row = key + n % tiles * HALF\n    tiles_read",
-            "head = kv_head * GROUP\n        row = key + n % tiles * HALF\n    tiles_read",
+            "head = kv_head * GROUP + n // tiles\n        row = key + n % tiles * HALF\n    b_dq",
+            "head = kv_head * GROUP\n        row = key + n % tiles * HALF\n    b_dq",
             by="two sequences",
         ),
         Fault(
