@@ -3,6 +3,8 @@
 python -m bench.rehearse --preset medium --keep medium     # count, and keep what the page tells
 python -m bench.rehearse --preset medium --products=fp8 --keep medium-fp8
 python -m bench.rehearse --preset medium --kernels=reference --keep reference
+python -m bench.rehearse --preset f3 --keep f3             # likewise the others of WHOLE, which bench.project takes
+python -m bench.rehearse --preset f3 --kernels=reference --products=bf16 --keep reference-f3    # record18, f2
 python -m bench.rehearse --preset f3 --one-block --keep f3-one-block    # likewise the others of SHORT
 python -m bench.rehearse.page                              # write docs/rehearsal.md from what is kept
 python -m bench.rehearse.page --check                      # exit 1 if it does not say what the files say
@@ -14,7 +16,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from trainer.options import command, setting
 PAGE = REPO / "docs" / "rehearsal.md"
 #: Presets of which one block is counted, for a table of its own.
 SHORT = ("small", "record18", "f2", "f3", "frontier")
+#: Presets of which all is counted beside `medium`, likewise.
+WHOLE = ("record18", "f2", "f3", "frontier")
 ROWS = {
     "peak_gib": "peak of a step, GiB",
     "warm_up_peak_gib": "peak of the warm-up, GiB",
@@ -106,18 +110,30 @@ def scanned() -> str:
     )
 
 
-def blocks() -> str:
-    """What one block of each of SHORT costs, as a table."""
+def counts_of(names: dict[str, str], first: str, more: Callable[[dict], dict] = lambda told: {}) -> str:
+    """What was counted of several rehearsals, as a table. names: of a row -> of the kept file; first: their heading."""
     skipped = ("unaligned_mb", "unproven_kernels")
-    found = {name: kept(f"{name}-one-block") for name in SHORT}
+    found = {name: kept(file) for name, file in names.items()}
     return table(
         [
-            {"one block of": name, "graphs": told["graphs"], "windows": told["windows"]["tried"]}
+            {first: name, "graphs": told["graphs"], "windows": told["windows"]["tried"]}
             | {text.partition(",")[0]: told["measures"][key] for key, text in ROWS.items() if key not in skipped}
+            | more(told)
             for name, told in found.items()
             if told is not None
         ]
     )
+
+
+def blocks() -> str:
+    """What one block of each of SHORT costs, as a table."""
+    return counts_of({name: f"{name}-one-block" for name in SHORT}, "one block of")
+
+
+def wholes() -> str:
+    """What a whole step of each of WHOLE costs, as a table."""
+    more = lambda told: {"projected ms": told["projection"]["ms"]}  # noqa: E731
+    return counts_of({name: name for name in WHOLE}, "all of", more)
 
 
 def holders_of_blocks(shown: int = 6) -> str:
@@ -215,6 +231,7 @@ def page() -> str:
         messages=table(messages) if messages else "none",
         scanned=scanned(),
         blocks=blocks(),
+        wholes=wholes(),
         holders_of_blocks=holders_of_blocks(),
         why_not=why_not(shown),
     )
@@ -233,9 +250,10 @@ pretended; tracing, fusion, Triton's compilation for the chip, launch code and m
 {windows} windows (for one block, in the tests: over all); {kernels} kernels, at most {registers} registers a thread.
 
 The rule: a graph for each pair of a sequence's length and a token's number of targets that occurs in the run
-(`trainer.schedule.shapes`; `medium` has one pair, `frontier` four), one to validate, and none compiled once the clock
-runs: the warm-up meets them all. What else changes over a run (windows, YaRN's tables and factor, weights of targets,
-rates) are tensors that change in place. `--one-block` holds a run to that over all its windows and shapes.
+(`trainer.schedule.shapes`; `medium` has one, f3 four; with sampled classes their number counts too, and `frontier` has
+five), one to validate, and none compiled once the clock runs: the warm-up meets them all. What else changes over a run
+(windows, YaRN's tables and factor, weights of targets, rates) are tensors that change in place. `--one-block` holds a
+run to that over all its windows and shapes.
 
 {counts}
 
@@ -244,6 +262,10 @@ Reference: `--kernels=reference`, plain torch and FlexAttention, compiled and co
 when a count goes over its budget in `bench/budgets.json`; budgets are what the program reached when they were last set.
 
 {why_not}
+
+All of the other presets, the last step of the run:
+
+{wholes}
 
 One block of each other preset, at full width, over all windows and lengths of its run:
 

@@ -34,6 +34,19 @@ def test_every_preset_of_the_table_of_blocks_is_there(monkeypatch):
     assert "launches a step" in head and "proof" not in head
 
 
+def test_whole_steps_of_presets_come_with_their_projection(monkeypatch):
+    kept = {
+        "graphs": 6,
+        "windows": {"tried": 3},
+        "measures": dict.fromkeys(page.ROWS, 1.5),
+        "projection": {"ms": 222.5},
+    }
+    monkeypatch.setattr(page, "kept", lambda name: kept if name == "frontier" else None)
+    head, _, row = page.wholes().splitlines()
+    assert row.split()[1] == "frontier" and head.split("|")[-2].strip() == "projected ms"
+    assert row.split("|")[-2].strip() == "222.5"
+
+
 def test_what_holds_the_memory_of_a_block_is_named_and_long_names_are_cut(monkeypatch):
     held = {"(8, 4) bfloat16 from triton_" + "add_" * 40: 2.5, "(2, 2) float32 from trainer/adam.py:1": 0.5}
     monkeypatch.setattr(page, "kept", lambda name: {"holders_gib": held} if name == "f3-one-block" else None)

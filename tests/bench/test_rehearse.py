@@ -225,6 +225,7 @@ FORMS = {
     "medium": ("--preset=medium",),
     "nano": ("--preset=nano", "--world=1", "--dtype=bfloat16"),
     "medium in 8 bits": ("--preset=medium", "--products=fp8"),
+    **{f"all of {name}": (f"--preset={name}",) for name in ("record18", "f2", "f3", "frontier")},
     "a block in 8 bits": ("--preset=medium", "--products=fp8", "--one-block"),
     **{f"a block of {name}": (f"--preset={name}", "--one-block") for name in ("small", "record18", "f2", "f3")},
     "a block of frontier": ("--preset=frontier", "--one-block"),
@@ -240,3 +241,17 @@ def test_all_of_a_preset_holds_all_rules_and_budgets(form):
     if done.returncode == 3:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_loss_over_all_logits_at_once_passes_over_them_four_times():
+    """Plain torch as the published runs have it: read for the sum, read again, and their gradient written; in chunks,
+    as our own reference has it, more than twice that."""
+    code = """import json; from bench.rehearse.loss import counted
+print(json.dumps([counted("rsqrt", whole, tokens=16384, classes=8192) for whole in (True, False)]))"""
+    done = python("-c", code, timeout=850)
+    if "CannotRehearse" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    whole, chunked = json.loads(done.stdout.splitlines()[-1])
+    logits = 16384 * 8192 * 2 / 1e9
+    assert whole["gb"] == pytest.approx(4 * logits, rel=0.02) and chunked["gb"] > 2 * whole["gb"]
+    assert whole["tflop"] == chunked["tflop"] == pytest.approx(6 * 16384 * 8192 * 1024 / 1e12)
