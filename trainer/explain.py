@@ -21,7 +21,8 @@ PRESETS = {"medium": "#124", "record18": "#188", "f2": "#252", "f3": "#261", "fr
 SOURCES = {
     "align_documents": "#108", "max_document_tokens": "#108",
     "early_document_tokens": "#224", "batch_schedule": "#163", "lr_schedule": "#163",
-    "extension_steps": "#131", "lr_floor": "#131", "window_schedule": "#122", "validation_window": "#127",
+    "extension_steps": "#131", "lr_floor": "#131, higher before an average: #347",
+    "window_schedule": "#122", "validation_window": "#127",
     "short_window_max": "#188", "yarn_until": "#122; every window: #248; arXiv:2309.00071",
     "mtp": "#178; arXiv:2404.19737", "muon_momentum_cooldown": "#188", "adam_every": "#188",
     "tie_embeddings_frac": "#175, untied late: #178", "tied_init_std": "#175", "exact_windows": "#188",
@@ -35,7 +36,7 @@ SOURCES = {
     "ngram_rows": "#360, in host memory #366; signs: #299", "ngram_lr": "#360",
     "gate_optimizer": "#187",
     "gate_lr": "#187", "adam_moments": "#187", "matrix_dtype": "#252",
-    "products": "head: #248; MLP: #344", "fp8_scales": "#248",
+    "products": "head: #248; MLP: #306, #344; Q, K, V, O: #322", "fp8_scales": "#248",
     "sampled_softmax": "#360; arXiv:1412.2007", "full_softmax_frac": "#360",
     "prefix_loss": "#337", "dynamic_skips": "#259; arXiv:2502.12170", "dynamic_hidden": "#259", "dynamic_lr": "#259",
     "dynamic_bias_dtype": "#261",

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import train_gpt
-from bench import project, schedules
+from bench import effects, project, schedules
 from bench.rehearse.page import kept
 from trainer import schedule
 
@@ -13,15 +13,20 @@ MEDIUM = train_gpt.parse_config(["--preset=medium"])
 RECORD18 = train_gpt.parse_config(["--preset=record18"])
 
 
-def projection(config):
+def step_of(config, parts=None):
+    """A rehearsed step of `config` with medium's parts, or these."""
     rehearsed = kept("medium")
-    return project.Projection(config, MEDIUM, rehearsed["projection"]["parts"], rehearsed["tokens"])
+    return project.Step(config, parts or rehearsed["projection"]["parts"], rehearsed["tokens"])
+
+
+def projection(config, rehearsed=MEDIUM, parts=None):
+    return project.Projection(config, step_of(rehearsed, parts))
 
 
 def test_weights_are_counted_from_the_model():
     D, V, padded = 1024, 50257, 50304
     assert project.weights_of(MEDIUM) == project.Weights(
-        mlp=16 * 8 * D * D, projections=15 * 4 * D * D, head=padded * D, tables=7 * V * D, bigram=0
+        mlp=16 * 8 * D * D, projections=15 * 4 * D * D, head=padded * D, tables=7 * V * D, values=5 * V * D, bigram=0
     )
     f3 = project.weights_of(train_gpt.parse_config(["--preset=f3"]))
     assert f3.bigram == 251_520 * D and f3.tables == 7 * padded * D
@@ -60,10 +65,8 @@ def test_tokens_layers_and_bits_tell_on_the_parts_that_they_concern():
     assert full["attention projections"] == pytest.approx(
         projection(MEDIUM).step_ms(0)["attention projections"] * 16 / 15
     )
-    eight = dataclasses.replace(RECORD18, products="fp8_head")
-    assert projection(eight).head_ms() < 0.75 * projection(RECORD18).head_ms()
     rare = dataclasses.replace(RECORD18, adam_every=1)
-    assert projection(rare).sent_bytes() > projection(RECORD18).sent_bytes()
+    assert projection(rare).sent_bytes(0) > projection(RECORD18).sent_bytes(0)
 
 
 def test_rows_of_ngrams_are_bytes_and_a_preset_of_its_own_rehearsal_is_that():
@@ -75,7 +78,7 @@ def test_rows_of_ngrams_are_bytes_and_a_preset_of_its_own_rehearsal_is_that():
     assert projection(without).ngram_bytes(0) == 0
     assert projection(without).streams_ms() < projection(frontier).streams_ms()
     parts = dict.fromkeys(kept("medium")["projection"]["parts"], 1.0)
-    own = project.Projection(frontier, frontier, parts, 65536).step_ms(4000)
+    own = projection(frontier, frontier, parts).step_ms(4000)
     assert own["norms, mixes, embeddings"] == own["MLP"] == own["attention inputs"] == 1.0
 
 
@@ -135,7 +138,7 @@ def test_passes_over_the_stream_are_what_the_lines_read_and_write():
     }  # fmt: skip
 
 
-def test_narrow_heads_and_sampled_classes_cost_less():
+def test_narrow_heads_cost_less():
     """At a window of one token every query has one pair, and a narrow layer 8 of 14 FLOPs at half the width."""
     import torch
 
@@ -148,24 +151,161 @@ def test_narrow_heads_and_sampled_classes_cost_less():
     assert whole == 16 * 14 * 1024 * pairs and whole - less == 2 * 8 * 512 * pairs
     assert attention_flops(dataclasses.replace(narrow, narrow_qk=96), [tokens], 4000) == whole  # filled up to 128
     assert project.weights_of(RECORD18).projections - project.weights_of(narrow).projections == 2 * 2 * 512 * 1024
-    sampled = dataclasses.replace(RECORD18, sampled_softmax="12576")  # a quarter of the classes
-    early, late = (projection(sampled).step_ms(step)["head and loss"] for step in (4000, 4600))
-    assert early == pytest.approx(late / 4)
+
+
+def test_tables_that_update_less_often_cost_less():
+    """From 28 % of the run on value embeddings and bigram table update every 8th step in place of every second."""
+    f2 = train_gpt.parse_config(["--preset=f2"])
+    rare = dataclasses.replace(f2, adam_period=8, num_iterations=4624)
+    one, other = projection(f2), projection(rare)
+    early, late = 1000, 2000
+    assert one.step_ms(early)["AdamW"] == other.step_ms(early)["AdamW"] == one.step_ms(late)["AdamW"]
+    w, V, D = one.own, 50304, 1024
+    slow, fast = 5 * V * D + 251_520 * D, V * D + 2 * V * D
+    assert (slow, fast) == (w.values + w.bigram, w.head + w.tables - w.values)
+    wanted = (slow / 8 + fast / 2) / ((slow + fast) / 2)
+    assert other.step_ms(late)["AdamW"] == pytest.approx(wanted * one.step_ms(late)["AdamW"])
+    saved = 2 * (0.611 * 5 * V * D + 0.2 * 251_520 * D) * (1 / 2 - 1 / 8)
+    assert one.sent_bytes(late) - other.sent_bytes(late) == pytest.approx(saved)
+    assert one.sent_bytes(early) == other.sent_bytes(early)
+
+
+def test_narrow_inputs_are_narrow():
+    """Of q, k and v in 15 layers two have q and k of half the width: 2 of their 3 streams."""
+    narrow = dataclasses.replace(MEDIUM, narrow_qk=64, narrow_qk_layers="0,1")
+    whole, less = (projection(c).step_ms(0)["attention inputs"] for c in (MEDIUM, narrow))
+    assert less == pytest.approx(whole * (13 * 3 + 2 * 2) / (15 * 3))
+
+
+def test_rows_of_sampled_classes_are_taken_and_put_back():
+    sampled = dataclasses.replace(RECORD18, sampled_softmax="12576")
+    whole, some = (projection(c).head_ms(1000) for c in (RECORD18, sampled))
+    moved = (4 * 12576 + 2 * 50304) * 1024 * 2
+    assert some == pytest.approx(whole / 4 + moved / 3.0e12 / 0.85 * 1e3)
+    assert projection(sampled).head_ms(4600) == whole  # the run's end is over all classes
+
+
+# ---- whose step it is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["medium", "record18", "f2", "f3"])
+def test_products_of_the_published_runs_are_those_of_the_mathematics(preset):
+    """What is shared out by weights is all that was counted: 6 FLOPs a weight and token, but for networks' and gates'.
+    Of the loss, four passes over all logits are for ours in chunks."""
+    step, name = project.published_step(preset)
+    told = kept("reference" if name == "medium" else f"reference-{name}")
+    w, parts = project.weights_of(project.config_of(name)), told["projection"]["parts"]
+    weights, products = w.mlp + w.projections + w.head, parts["attention projections"]
+    assert products == pytest.approx(6 * weights * told["tokens"] / (0.87 * 798e9), rel=0.02)
+    passes = 65536 * 50304 * 2 / (0.8 * 3.0e9)  # ms of reading all logits once, in 16 bits
+    less = parts["norms, mixes, embeddings"] - step.parts["norms, mixes, embeddings"]
+    assert 8 * passes < less < 12 * passes
+    if preset in ("medium", "record18"):
+        head = products * w.head / weights + 4 * passes
+        assert step.parts["head and loss"] == pytest.approx(head, rel=0.01)
+        assert sum(parts.values()) - sum(step.parts.values()) == pytest.approx(less - 4 * passes, rel=0.01)
+    else:
+        assert step.parts["head and loss"] == project.our_step(preset)[0].parts["head and loss"]
+
+
+def test_the_reference_run_alone_calibrates():
+    told = project.json.loads(project.FILE.read_text())
+    runs = told["published"]
+    assert runs["medium"]["calibrated_seconds"] == pytest.approx(1412.4) and abs(runs["medium"]["error"]) < 1e-9
+    assert told["calibration"] == pytest.approx(1412.4 / runs["medium"]["seconds"])
+    for name in ("record18", "f2", "f3"):
+        assert runs[name]["error"] == pytest.approx(
+            runs[name]["seconds"] * told["calibration"] / project.PUBLISHED[name]["seconds"] - 1
+        )
+    for run in told["ours"].values():
+        assert run["calibrated_seconds"] == pytest.approx(run["seconds"] * told["calibration"])
+
+
+def test_eight_bits_cost_what_was_counted_of_them():
+    plain, whole = (kept(name)["projection"]["parts"] for name in ("medium", "medium-fp8"))
+    for part, ms in project.in_8_bits(plain, MEDIUM, "fp8").items():
+        assert ms == pytest.approx(whole.get(part, 0.0), abs=1e-9), part
+    assert project.in_8_bits(plain, MEDIUM, "bf16") == pytest.approx(
+        plain | dict.fromkeys(whole.keys() - plain.keys(), 0.0)
+    )
+    head = project.in_8_bits(plain, MEDIUM, "fp8_head")
+    assert head["head and loss"] == whole["head and loss"] and head["MLP"] == plain["MLP"]
+    mlp, share = project.in_8_bits(plain, MEDIUM, "fp8_mlp"), 16 * 8 / (16 * 8 + 15 * 4)
+    assert mlp["MLP"] == pytest.approx(plain["MLP"] + share * (whole["MLP"] - plain["MLP"]))
+
+
+def test_a_preset_without_a_rehearsal_has_that_of_the_one_it_comes_from(monkeypatch):
+    have = {name: kept(name) for name in ("medium", "medium-fp8", "f3", "reference")}
+    monkeypatch.setattr(project, "kept", have.get)
+    step, name = project.our_step("frontier")
+    assert name == "f3" and step.config == project.config_of("f3")
+    assert step.parts["MLP"] < have["f3"]["projection"]["parts"]["MLP"] / 3  # the products are in 8 bits
+    assert project.our_step("micro")[1] == "medium"
+    have["f3"] = have["f3"] | {"products": "bf16"}
+    with pytest.raises(ValueError, match="rehearse it again"):
+        project.our_step("f3")
+    have["reference-record18"] = kept("reference-record18")
+    assert project.published_step("f2")[1] == "record18"
+    del have["medium"], have["f3"]
+    with pytest.raises(FileNotFoundError, match=r"rehearsal-medium\.json is missing"):
+        project.our_step("f3")
+
+
+# ---- how many steps -------------------------------------------------------------------------------------------------
+
+
+def test_effects_are_of_what_frontier_has_and_f3_has_not():
+    """Each field in which they differ has its line, in docs/frontier.md and with its source in `explain` too."""
+    from trainer.explain import SOURCES
+
+    f3, frontier = (train_gpt.parse_config([f"--preset={name}"]) for name in ("f3", "frontier"))
+    differ = {f.name for f in dataclasses.fields(f3) if getattr(f3, f.name) != getattr(frontier, f.name)} - {"preset"}
+    named = {name.strip() for effect in effects.EFFECTS for name in effect.fields.split(",")}
+    assert named == differ
+    assert named <= SOURCES.keys()
+    told = (project.REPO / "docs" / "frontier.md").read_text("utf-8")
+    assert all(f"`{name}" in told for name in named)
+
+
+def test_a_loss_becomes_steps_at_both_ends_of_the_exchange_rate():
+    assert (effects.steps_of(2.3, "least"), effects.steps_of(1.5, "most")) == pytest.approx((0.01, 0.01))
+    assert (effects.steps_of(-1.5, "least"), effects.steps_of(-2.3, "most")) == pytest.approx((-0.01, -0.01))
+    for effect in effects.EFFECTS:
+        assert effect.least <= effect.most
+        assert (effect.least < 0 and effect.most <= 0) or effect.least > 0
 
 
 def test_steps_are_argued_from_the_effects():
-    told = project.argued({"steps": 1000, "calibrated_seconds": 200.0})
-    least, most = (sum(effect[i] for effect in project.EFFECTS) for i in (1, 2))
-    assert [row["steps"] for row in told] == [
-        1000,
-        round(1000 - 500 * least),
-        round(1000 - 500 * most),
-        round(1000 - 1000 * most),
-    ]
-    assert told[-1]["calibrated s"] == round(0.2 * told[-1]["steps"])
-    fields = {name.strip() for effect in project.EFFECTS for name in effect[0].split(",")}
-    f3, frontier = (train_gpt.parse_config([f"--preset={name}"]) for name in ("f3", "frontier"))
-    assert all(getattr(f3, name) != getattr(frontier, name) for name in fields)
+    """Gains multiply, as often as they count; costs always count whole."""
+    some = (
+        effects.Effect("a", 0.1, 0.2, ""),
+        effects.Effect("b", 0.05, 0.05, ""),
+        effects.Effect("c", -0.03, -0.01, ""),
+    )
+    rows = [(row["steps"], row["s"]) for row in effects.argued(1000, 500.0, some)]
+    wanted = [1.03, 0.95 * 0.975 * 1.03, 0.9 * 0.975 * 1.03, 0.9 * 0.95 * 1.03, 0.8 * 0.95 * 1.01]
+    assert rows == [(round(1000 * share), round(500 * round(1000 * share) / 1000)) for share in wanted]
+    half = effects.scale_needed(0.95 * 0.975 * 1.03, "least", some)
+    assert half == pytest.approx(0.5, abs=1e-6)
+    assert effects.scale_needed(0.1, "most", some) is None
+
+
+def test_what_proxies_saw_is_read_from_their_studies(tmp_path):
+    found = effects.proxies()
+    (xsa, *_) = [row for row in found["xsa"] if row["study"] == "frontier-parts"]
+    assert xsa["preset"] == "nano" and xsa["pairs"] == 8 and xsa["family_low"] < xsa["estimate"] < xsa["family_high"]
+    assert "xsa on nano +0.0023 (-0.0091 to +0.0136), n 8" == effects.nats(xsa)
+    row = dict(treatment="xsa", pairs=4, estimate=-0.5, family_low=-0.6, family_high=-0.4, verdict="helps")
+    (tmp_path / "micro-frontier").mkdir()
+    study = {
+        "plan": {"preset": "micro", "flags": {"num_iterations": "100"}},
+        "results": {"treatments": [row | {"steps_saved": 5.0}]},
+    }
+    (tmp_path / "micro-frontier" / "study.json").write_text(project.json.dumps(study))
+    (only,) = effects.proxies(tmp_path)["xsa"]
+    assert (only["study"], only["preset"], only["share"]) == ("micro-frontier", "micro", 0.05)
+    (tmp_path / "micro-frontier" / "study.json").write_text(project.json.dumps(study | {"results": None}))
+    assert effects.proxies(tmp_path) == {}
 
 
 def test_a_run_is_the_sum_of_its_steps():
