@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -385,27 +386,34 @@ def attention_flops(config, inputs: Sequence[Tensor], step: int) -> float:
     """FLOPs of attention, forward (4 a pair and width) and backward (10), over the allowed pairs of these inputs. Of
     the 14 eight are products with queries or keys, whose heads, where they are narrow, count as wide as the kernels
     take them."""
-    from kernels.attention import attention_plan, width_taken
+    from kernels.attention import width_taken
 
     def width(layer: int) -> float:
         narrow = config.narrow_qk if narrow_rows(config, layer) else 0
         rows = config.num_heads * width_taken(narrow) if narrow else config.model_dim
         return 8.0 * rows + 6.0 * config.model_dim
 
+    total = 0.0
+    for layers, plan in attention_plans(config, inputs, step):
+        query = torch.arange(1, plan.first_key_BT.shape[1] + 1, device=plan.first_key_BT.device)
+        pairs = int((query - plan.first_key_BT.to(torch.int64)).sum())
+        total += sum(width(layer) for layer in layers) * pairs
+    return total
+
+
+def attention_plans(config, inputs: Sequence[Tensor], step: int) -> Iterator[tuple[list[int], Any]]:
+    """The plan of each of these inputs, and the layers that have it, for long and for short windows."""
+    from kernels.attention import attention_plan
+
     window = schedule.window_blocks_at(step, config)
     long, free = numbers(config.long_window_layers), numbers(config.attention_free_layers)
     short = [layer for layer in range(config.num_layers) if layer not in {*long, *free}]
-    total = 0.0
     for layers, blocks in ((long, window), (short, schedule.short_window(window, config))):
         reach = dict(window_blocks=blocks, block_tokens=config.block_tokens)
         if config.exact_windows:
             reach = dict(window_tokens=blocks * config.block_tokens + 1)
         for tokens_T in inputs:
-            plan = attention_plan(tokens_T[None], eos_id=config.eos_id, **reach)
-            query = torch.arange(1, tokens_T.numel() + 1, device=tokens_T.device)
-            pairs = int((query - plan.first_key_BT.to(torch.int64)).sum())
-            total += sum(width(layer) for layer in layers) * pairs
-    return total
+            yield layers, attention_plan(tokens_T[None], eos_id=config.eos_id, **reach)
 
 
 def report(result: dict) -> str:

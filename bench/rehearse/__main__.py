@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bench.rehearse.counts import one_block, rehearse
     from bench.rehearse.device import DEVICES, CannotRehearse
     from bench.rehearse.page import keep
-    from bench.rehearse.project import attention_tflop, project
+    from bench.rehearse.project import attention_tflop, over_plain, project
 
     try:
         options, config = own_and_config(Options, argv, "medium")
@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     counted["unproven"] = budgets.unproven(counted, budgets.proven_hashes())
     counted["attention_tflop"] = attention_tflop(config, counted["sequences"])
-    counted["projection"] = project(counted, counted["attention_tflop"])
+    counted["over_plain"] = over_plain(config, counted["sequences"], (r["kernel"] for r in counted["step"]["kernels"]))
+    counted["projection"] = project(counted, counted["attention_tflop"], counted["over_plain"])
     print(summary(counted), projection(counted), sep="\n\n")
     if options.json:
         write_json(Path(options.json), counted)

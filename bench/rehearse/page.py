@@ -5,6 +5,7 @@ python -m bench.rehearse --preset medium --products=fp8 --keep medium-fp8
 python -m bench.rehearse --preset medium --kernels=reference --keep reference
 python -m bench.rehearse --preset f3 --keep f3             # likewise the others of WHOLE, which bench.project takes
 python -m bench.rehearse --preset f3 --kernels=reference --products=bf16 --keep reference-f3    # record18, f2
+python -m bench.rehearse --preset medium --kernels=gluon --keep medium-gluon
 python -m bench.rehearse --preset f3 --one-block --keep f3-one-block    # likewise the others of SHORT
 python -m bench.rehearse.page                              # write docs/rehearsal.md from what is kept
 python -m bench.rehearse.page --check                      # exit 1 if it does not say what the files say
@@ -189,7 +190,7 @@ def judged(key: str, text: str, sides: dict[str, float | None]) -> dict[str, Any
 
 def page() -> str:
     """docs/rehearsal.md, from the kept counts."""
-    before, now, eight = kept("before"), kept("medium"), kept("medium-fp8")
+    before, now, eight, gluon = kept("before"), kept("medium"), kept("medium-fp8"), kept("medium-gluon")
     reference = kept("reference")
     shown = now or before
     if shown is None:
@@ -204,6 +205,7 @@ def page() -> str:
     of_eight = {name: eight["projection"]["ms"] if eight and name == "now" else None for name in sides}
     rows.append(judged("projected_ms_8bit", "projected ms a step with 8-bit products", of_eight))
     told_apart = sides | ({"now, 8-bit products": eight} if eight else {})
+    told_apart |= {"now, --kernels=gluon": gluon} if gluon else {}
     parts = sorted({part for told in told_apart.values() for part in told["projection"]["parts"]})
     projected = [
         {"part": p, **{n: t["projection"]["parts"].get(p, 0.0) for n, t in told_apart.items()}}
@@ -284,6 +286,7 @@ The most often launched, products of the library left out:
 ## Projected milliseconds
 
 At the ceilings and efficiencies in `bench/rehearse/project.py`, which are assumptions until a GPU has measured them.
+Attention of other kernels than the plain ones costs what these do times the ratio of counts (docs/slots.md).
 All products and attention at their ceiling, and nothing else: {floor:.1f} ms.
 
 {projected}

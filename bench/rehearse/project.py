@@ -3,12 +3,24 @@
 Each part costs its FLOPs at the rate of products, or its bytes at the rate of memory, whichever is more, divided by an
 efficiency; parts follow one another. What is not known without a GPU is how near a kernel comes to its ceiling: the
 efficiencies below are assumptions, each with its ground, and the first hour on a GPU replaces them (bench.gpu).
+
+Attention is one assumed rate, that of the plain kernels, times what the chosen kernels cost of them by count
+(`over_plain`). A pass over a plan keeps the tensor cores busy for so many cycles and asks a scheduler for so many
+slots (docs/slots.md: tiles as they are visited, masked ones at their own price). The plain kernels' warps meet at
+barriers and do both by turns: they cost the sum. Where warps have roles of their own both go on side by side: the
+larger counts. What else keeps a kernel from its ceiling (waiting, the last wave, prologues) is taken to be the same
+share of either. The two kernels around the one backward pass are traffic, and cost their bytes like any other; what
+the pass itself adds to float32 sums is taken to go on beside its products: at the rate that comes out of this it is
+less than FlashAttention-3 is known to add.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from kernels.proof import slots
 
 
 @dataclass(frozen=True)
@@ -43,17 +55,22 @@ EFFICIENCY = {
     ("own", False): 0.85,
     ("torch", False): 0.85,
 }
-#: Attention: of the allowed pairs' FLOPs, forward and backward together, in TFLOP/s on an H100 (assumed: documents of
-#: 690 tokens, tiles that are a third masked); scaled with the device's products.
+#: Plain attention: of the allowed pairs' FLOPs, forward and backward together, in TFLOP/s on an H100 (assumed:
+#: documents of 690 tokens, tiles that are a third masked); scaled with the device's products.
 ATTENTION_TFLOPS = 230.0
+#: How a pass's busy cycles and its slots make its cost.
+TOGETHER = {"triton": sum, "specialised": max, "gluon": max}
+#: Kernels around attention's one backward pass.
+AROUND = ("_attention_rows", "_attention_dq_rounded")
 #: FlexAttention in the published reference run, derived from its step.
 FLEX_TFLOPS = 250.0
 LAUNCH_GAP_US = 2.0  # between kernels, where the queue is full
 HIDDEN = 0.4  # share of the messages behind other work
 
 
-def project(counted: dict[str, Any], attention_tflop: float) -> dict[str, Any]:
-    """Counts of one step (bench.rehearse) and its attention's TFLOP over allowed pairs -> milliseconds by part.
+def project(counted: dict[str, Any], attention_tflop: float, over_plain: float = 1.0) -> dict[str, Any]:
+    """Counts of one step (bench.rehearse), its attention's TFLOP over allowed pairs and what its kernels cost of the
+    plain ones -> milliseconds by part.
 
     Returns {"parts": {part: ms}, "ms": sum, "floor_ms": all products and no efficiency}."""
     ceilings = CEILINGS[counted["device"]]
@@ -61,7 +78,7 @@ def project(counted: dict[str, Any], attention_tflop: float) -> dict[str, Any]:
     floor = 0.0
     for row in counted["step"]["kernels"]:
         name = part_of(row)
-        if name == "attention":
+        if name == "attention" and row["kernel"] not in AROUND:
             continue
         rate = ceilings.tflops_8 if row["bits"] == 8 else ceilings.tflops_16
         products, memory = row["flops"] / rate / 1e9, row["bytes"] / ceilings.tb_per_s / 1e9
@@ -70,7 +87,8 @@ def project(counted: dict[str, Any], attention_tflop: float) -> dict[str, Any]:
         parts[name] = parts.get(name, 0.0) + max(products, memory) / efficiency
     scale = ceilings.tflops_16 / CEILINGS["h100"].tflops_16
     flexible = any("flex_attention" in row["kernel"] for row in counted["step"]["kernels"])
-    parts["attention"] = attention_tflop / ((FLEX_TFLOPS if flexible else ATTENTION_TFLOPS) * scale) * 1e3
+    rate = FLEX_TFLOPS if flexible else ATTENTION_TFLOPS / over_plain
+    parts["attention"] = parts.get("attention", 0.0) + attention_tflop / (rate * scale) * 1e3
     sent = sum(m["bytes"] for m in counted["step"]["messages"] if m["device"] == "cuda")
     if sent:
         parts["messages not hidden"] = (1 - HIDDEN) * sent / ceilings.link_gb_per_s / 1e6
@@ -97,6 +115,40 @@ def part_of(row: dict[str, Any]) -> str:
     if kind == "product" and row["bits"] == 8:  # beside the head's: compiled code does not tell whose they are
         return "MLP and attention projections, 8-bit products"
     return "attention projections" if kind == "product" else "norms, mixes, embeddings"
+
+
+def passes(kernels: Iterable[str]) -> dict[str, str]:
+    """{"forward": name, "backward": name} of the implementations that such a list of launched kernels shows."""
+    launched = set(kernels)
+    return {
+        direction: next(
+            (n for (d, n), group in slots.PASSES.items() if d == direction and launched & {*group}), "triton"
+        )
+        for direction in slots.FLOPS
+    }
+
+
+def cost(direction: str, name: str, plan: Any, width: int) -> float:
+    """Cycles of a multiprocessor that a pass over the plan costs one head, before what is the same share of either."""
+    found = slots.asked(direction, name, plan, width)
+    return TOGETHER[name]((found.busy, found.slots))
+
+
+def over_plain(config: Any, sequences: int, kernels: Iterable[str]) -> float:
+    """What the attention of a step in the middle of the run costs by count over what the plain kernels would; drawn
+    documents as in `attention_tflop`. 1 for the plain kernels, whatever the head width."""
+    from bench.step import attention_plans, draw_documents
+
+    chosen = passes(kernels)
+    if set(chosen.values()) == {"triton"}:
+        return 1.0
+    drawn = [draw_documents(config.train_seq_len, config.vocab_size, config.eos_id, s) for s in range(sequences)]
+    ours = plain = 0.0
+    for layers, plan in attention_plans(config, drawn, config.num_iterations // 2):
+        for direction, name in chosen.items():
+            ours += len(layers) * cost(direction, name, plan, config.model_dim // config.num_heads)
+            plain += len(layers) * cost(direction, "triton", plan, config.model_dim // config.num_heads)
+    return ours / plain
 
 
 def attention_tflop(config, sequences: int = 1) -> float:
