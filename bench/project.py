@@ -36,14 +36,15 @@ from bench import effects
 from bench.common import REPO, RESULTS, table, up_to_date, write_json
 from bench.rehearse.loss import FILE as LOSS
 from bench.rehearse.page import kept
-from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, FLEX_TFLOPS, HIDDEN
+from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, FLEX_TFLOPS, HIDDEN, ROWS, over_plain
+from bench.rehearse.project import AVERAGE as THE_AVERAGE
+from kernels.proof import slots
 from trainer import schedule
 from trainer.options import command, setting
 from trainer.techniques import narrow_rows, numbers
 
 WORLD = 8
 GOAL_S = 600
-ATTENTION_GOAL = 450.0  # TFLOP/s of the allowed pairs, forward and backward, that kernels with specialised warps aim at
 FILE, PAGE = RESULTS / "projection-8xh100.json", REPO / "docs" / "projection.md"
 
 #: FlashAttention 3, forward and backward together, in TFLOP/s of the allowed pairs (assumed): its paper has 467 to 625
@@ -209,6 +210,16 @@ class Projection:
         here = schedule.batch_tokens_at(step, self.config) / WORLD
         return 2 * 2 * here * self.config.model_dim * 2 * (WORLD - 1) / WORLD if self.config.ngram_rows else 0.0
 
+    def rows_ms(self, step: int) -> float:
+        """Rows of `ngram_rows` as they are fetched and updated: three operators that read and write them."""
+        moved = 3 * 2 * 2 * schedule.batch_tokens_at(step, self.config) / WORLD * self.config.model_dim * 2
+        moved *= self.config.ngram_rows > 0
+        return moved / self.h100.tb_per_s / EFFICIENCY["torch", False] / 1e9
+
+    def averages(self, step: int) -> bool:
+        """Whether the weights enter their average after a step: `tail_ema`."""
+        return self.config.tail_ema > 0 and step >= self.config.num_iterations - self.config.tail_ema_steps
+
     def updates(self, step: int) -> tuple[float, float]:
         """Of Adam a step: of the tables that `adam_period` is for, once it holds, and of all else."""
         c = self.config
@@ -242,10 +253,12 @@ class Projection:
             "Muon": matrices,
             "AdamW": updated / (ref.head + ref.tables + ref.bigram),
             "gaps between launches": self.deep,
+            THE_AVERAGE: float(self.averages(step)),
         }
         counted = {
             "head and loss": self.head_ms(step) * share,
             "attention": self.attention_ms(step),
+            ROWS: self.rows_ms(step),
             "norms, mixes, embeddings": self.streams_ms() * share,
             "messages not hidden": ((1 - HIDDEN) * self.sent_bytes(step) + self.ngram_bytes(step)) / link,
         }
@@ -254,8 +267,13 @@ class Projection:
     def run(self) -> dict[str, Any]:
         """The whole run: seconds, mean ms by size of the batch, ms by part in the mean step and in the last."""
         c = self.config
-        window, classes, slow = schedule.window_blocks_at, schedule.sampled_classes_at, schedule.stretched
-        kind = lambda step: (schedule.batch_tokens_at(step, c), window(step, c), classes(step, c), slow(step, c))  # noqa: E731
+        of_schedule = (
+            schedule.batch_tokens_at,
+            schedule.window_blocks_at,
+            schedule.sampled_classes_at,
+            schedule.stretched,
+        )
+        kind = lambda step: (*(of(step, c) for of in of_schedule), self.averages(step))  # noqa: E731
         parts, by_size = dict.fromkeys(self.parts, 0.0), {size: [0, 0.0] for size in SIZES}
         for (size, *_), group in itertools.groupby(range(c.num_iterations), kind):
             steps = list(group)
@@ -406,14 +424,28 @@ def by_size(runs: dict[str, Any], factor: float, measured: bool) -> str:
     return table(rows)
 
 
+def gluon_ms(config: Any, plain_ms: float) -> tuple[float, float]:
+    """(the mean step's attention by the kernels of `--kernels=gluon`, what they do in TFLOP/s): the plain kernels' time
+    by their ratio of counted cycles and slots, and 14 bytes an element of q around their backward pass: o and its
+    gradient are read, dq's float32 sums are cleared, read and rounded. No GPU has run them."""
+    names = [kernel for (_, name), kernels in slots.PASSES.items() if name == "gluon" for kernel in kernels]
+    ratio, c = over_plain(config, 1, names), config
+    steps = range(c.num_iterations)
+    tokens = sum(schedule.batch_tokens_at(step, c) for step in steps) / c.num_iterations / WORLD
+    layers = c.num_layers - len(numbers(c.attention_free_layers))
+    around = 14 * tokens * c.model_dim * layers / CEILINGS["h100"].tb_per_s / EFFICIENCY["own", False] / 1e9
+    return plain_ms * ratio + around, ATTENTION_TFLOPS / ratio
+
+
 def levers(config: Any, run: dict[str, Any], factor: float) -> dict[str, float]:
-    """What a run of ours would lose of its calibrated seconds if its kernels reached goals that they do not reach yet.
-    Keys say which, in words."""
+    """What a run of ours would lose of its calibrated seconds with kernels that are not written or that no GPU has run:
+    which, in words, and the seconds."""
     mean, seconds = run["parts_of_mean_step"], run["steps"] / 1e3 * factor
     memory = "norms, mixes, embeddings", "attention inputs"
     least = Projection(config, our_step("medium")[0]).run()["parts_of_mean_step"]
+    attention, tflops = gluon_ms(config, mean["attention"])
     found = {
-        f"attention at {ATTENTION_GOAL:.0f} TFLOP/s": mean["attention"] * (1 - ATTENTION_TFLOPS / ATTENTION_GOAL),
+        f"attention by `--kernels=gluon`, {tflops:.0f} TFLOP/s by its counted cycles": mean["attention"] - attention,
         "norms, mixes and attention's inputs in as few kernels as `medium` has, and one for each technique": sum(
             mean.get(part, 0.0) - least[part] for part in memory
         ),
@@ -593,7 +625,7 @@ is a guess of what remains. Costs are never halved. Shares multiply.
 
 {argued}
 
-What {goal} s need, at the calibrated seconds above and with kernels that reach goals which they do not reach yet:
+What {goal} s need, at the calibrated seconds above, and then with kernels that no GPU has run or that are not written:
 
 {needed}
 

@@ -97,9 +97,19 @@ def project(counted: dict[str, Any], attention_tflop: float, over_plain: float =
     return {"parts": parts, "ms": sum(parts.values()), "floor_ms": floor + attention_tflop / ceilings.tflops_16 * 1e3}
 
 
+#: Operators of torch's outside of the compiled step, by what they are for: rows of `ngram_rows`, whose table is counted
+#: whole each time; the average of the weights, which takes only the end of a run.
+ROWS, AVERAGE = "rows of n-grams, their table counted whole", "the weights' average"
+_AT_THE_END = dict.fromkeys(("aten.index.Tensor", "aten.index_put_"), ROWS) | dict.fromkeys(
+    ("aten.lerp.Scalar", "aten.lerp_.Scalar", "aten.linalg_vector_norm", "aten.bitwise_or.Tensor"), AVERAGE
+)
+
+
 def part_of(row: dict[str, Any]) -> str:
     """The part of a step that a row of counts belongs to, in the words of the projection's table."""
     phase, part, kind = row["phase"], row["part"], row["kind"]
+    if kind == "torch" and phase in ("start", "end") and row["kernel"] in _AT_THE_END:
+        return _AT_THE_END[row["kernel"]]
     if phase in ("muon", "adam"):
         return {"muon": "Muon", "adam": "AdamW"}[phase]
     if row["kernel"].startswith("_attention") or "flex_attention" in row["kernel"]:

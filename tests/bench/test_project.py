@@ -185,6 +185,38 @@ def test_rows_of_sampled_classes_are_taken_and_put_back():
     assert projection(sampled).head_ms(4600) == whole  # the run's end is over all classes
 
 
+def test_what_comes_after_the_step_is_told_apart():
+    from bench.rehearse.project import AVERAGE, ROWS, part_of
+
+    def part(phase, kernel, kind="torch"):
+        return part_of(dict(phase=phase, part=phase, kind=kind, kernel=kernel, bits=16))
+
+    assert part("end", "aten.index_put_") == part("start", "aten.index.Tensor") == ROWS
+    assert part("end", "aten.lerp_.Scalar") == AVERAGE
+    assert part("backward", "aten.index.Tensor") == part("end", "aten.copy_") == "norms, mixes, embeddings"
+
+
+def test_the_average_takes_the_end_of_a_run_and_rows_what_is_read_of_them():
+    from bench.rehearse.project import AVERAGE, ROWS
+
+    frontier = train_gpt.parse_config(["--preset=frontier"])
+    parts = dict.fromkeys((*kept("medium")["projection"]["parts"], AVERAGE, ROWS), 7.0)
+    own = projection(frontier, frontier, parts)
+    assert [own.step_ms(step)[AVERAGE] for step in (0, 3849, 3850, 4149)] == [0.0, 0.0, 7.0, 7.0]
+    rows = 2 * 65536 * 1024 * 2  # bytes of two rows a token, read and written by three operators
+    assert own.step_ms(4000)[ROWS] == pytest.approx(6 * rows / 3.0e12 / 0.85 * 1e3) == 4 * own.step_ms(0)[ROWS]
+    total = own.run()["parts_of_mean_step"][AVERAGE] * 4150
+    assert total == pytest.approx(300 * 7.0)
+
+
+def test_levers_are_no_larger_than_the_parts_that_they_pull():
+    frontier, mean = project.config_of("frontier"), {"attention": 30.0, "norms, mixes, embeddings": 80.0}
+    attention, norms = project.levers(frontier, {"steps": 1000, "parts_of_mean_step": mean}, 0.5).values()
+    assert 0 < attention < 0.5 * 30 and 0 < norms < 0.5 * 80
+    ms, tflops = project.gluon_ms(frontier, 30.0)
+    assert attention == pytest.approx(0.5 * (30 - ms)) and 30 * 230 / tflops < ms < 30
+
+
 # ---- whose step it is -----------------------------------------------------------------------------------------------
 
 
