@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from kernels import attention_gluon, attention_gluon_backward
 from kernels.attention_banded import band_mask, banded_attention, chunked_attention
 from kernels.attention_inputs import attention_inputs, check_width, with_batch
-from kernels.gluon import HAVE_GLUON, add_tile
+from kernels.gluon import HAVE_GLUON
 from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
 from kernels.runtime import (
     LOG2_E,
@@ -1343,8 +1343,6 @@ def in_one_pass(q: torch.Tensor, v: torch.Tensor) -> bool:
 
 def why_two_passes() -> str:
     """What keeps "gluon" from one pass backward here, in words; nothing: ""."""
-    if add_tile is None:
-        return f"triton {triton.__version__} adds no tiles in bulk, 3.9 does"
     if torch.are_deterministic_algorithms_enabled():
         return "in one, gradients at queries are summed in no fixed order"
     return ""

@@ -12,7 +12,8 @@ A program owns 128 keys of one head. One warp loads; two groups of four warps mu
     group g   makes the transposed logits of its keys and their gradient ds, adds to its dk and dv in registers, and
               lays ds down in shared memory, where both groups need it: at head width 128 each makes one half of the
               columns of dq = ds k, over all 128 keys; at 64 they take tiles by turns. One tile later than ds, so that
-              neither waits for the other's. The copy engine adds what they have made to dq.
+              neither waits for the other's. The copy engine adds what they have made to the sums of dq, in bulk; under
+              Tritons that have no words for that (before 3.9) threads do, element by element, at more slots.
 
 A mask is made where a tile of queries meets the diagonal or where a document or the window ends, behind a branch. A
 group whose keys a tile does not see leaves it out: the upper one the first tile, the lower one the last tiles.
@@ -44,6 +45,9 @@ from kernels.gluon import (
 )
 from kernels.guards import launch
 from kernels.runtime import LOG2_E
+
+#: Whether the copy engine adds tiles to dq's sums in bulk, from shared memory; else threads add what they hold.
+BULK = add_tile is not None
 
 # ---- Gluon ------------------------------------------------------------------------------------------------
 # Prefixes as in kernels/attention.py: p_ pointer, o_ offset, b_ block of values; d_ tensor descriptor. Rows of a tile
@@ -93,19 +97,22 @@ def _loader(
 def _add_to_dq(
     n,
     none,
-    d_dq,
+    sums,
     smem,
     barriers,
     place,
     tiles,
     end_of_lower,
+    T,
     WHO: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    BULK: gl.constexpr,
     GROUP: gl.constexpr,
     DH: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """This group's share of dq (without the logit scale) of the n-th tile, whose ds lies in shared memory: of both
-    groups' keys, or of those of one where the tile sees no others."""
+    groups' keys, or of those of one where the tile sees no others. sums: a descriptor if BULK, else a pointer."""
     k_smem, ds_smem, dq_smem = smem[0][0], smem[2], smem[3]
     ds_full, ds_free = barriers[1]
     batch, kv_head, key = place
@@ -134,13 +141,21 @@ def _add_to_dq(
             b_k = b_k.slice(WHO * HALF, HALF, dim=1)
         b_dq = warpgroup_mma(ds_smem.index(pair * 2 + seen).permute((1, 0)), b_k, b_dq, use_acc=False)
     mbarrier.arrive(ds_free.index(pair), count=1)
-    tiles_read(0)
-    dq_smem.index(WHO).reshape([HALF, HALF]).store(b_dq)
-    fence_async_shared()
-    if DH > HALF:
-        add_tile(d_dq, [batch, head, row, WHO * HALF], dq_smem.index(WHO))
+    if BULK:
+        tiles_read(0)
+        dq_smem.index(WHO).reshape([HALF, HALF]).store(b_dq)
+        fence_async_shared()
+        if DH > HALF:
+            add_tile(sums, [batch, head, row, WHO * HALF], dq_smem.index(WHO))
+        else:
+            add_tile(sums, [batch, head, row, 0], dq_smem.index(WHO))
     else:
-        add_tile(d_dq, [batch, head, row, 0], dq_smem.index(WHO))
+        o_row = gl.arange(0, HALF, gl.SliceLayout(1, d_layout))
+        p_sums = sums + ((batch.to(gl.int64) * (KV_HEADS * GROUP) + head) * T + row) * DH
+        if DH > HALF:
+            p_sums += WHO * HALF
+        o_tile = gl.expand_dims(o_row * DH, 1) + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, d_layout)), 0)
+        gl.atomic_add(p_sums + o_tile, b_dq, mask=gl.expand_dims(row + o_row < T, 1), sem="relaxed")
 
 
 @gluon.jit
@@ -216,9 +231,10 @@ def _group(
     LAYER: gl.constexpr,
     HAS_VE: gl.constexpr,
     EPS: gl.constexpr,
+    BULK: gl.constexpr,
 ):
     """A group of four warps that multiplies: keys key + WHO * HALF and the HALF - 1 behind."""
-    outputs, layer, d_dq, smem, barriers, place, tiles, scale, scale_log2, T = given
+    outputs, layer, sums, smem, barriers, place, tiles, scale, scale_log2, T = given
     p_dk, p_dv, p_end = outputs
     k_smem, v_smem = smem[0]
     q_smem, do_smem, lse_smem, delta_smem = smem[1]
@@ -285,10 +301,12 @@ def _group(
             mbarrier.arrive(do_free.index(slot), count=1)
             mbarrier.arrive(q_free.index(slot), count=1)
         if (n > 0) & ((DH > HALF) | (pair == WHO)):
-            _add_to_dq(n - 1, none, d_dq, smem, barriers, place, tiles, end_of_lower, WHO, GROUP, DH, HALF)
+            _add_to_dq(
+                n - 1, none, sums, smem, barriers, place, tiles, end_of_lower, T, WHO, KV_HEADS, BULK, GROUP, DH, HALF
+            )
     n = GROUP * tiles
     if (DH > HALF) | ((n & 1) == WHO):
-        _add_to_dq(n - 1, 0, d_dq, smem, barriers, place, tiles, end_of_lower, WHO, GROUP, DH, HALF)
+        _add_to_dq(n - 1, 0, sums, smem, barriers, place, tiles, end_of_lower, T, WHO, KV_HEADS, BULK, GROUP, DH, HALF)
     first = batch.to(gl.int64) * T + first_key
     o_x = (first * K_APART + kv_head) * DH
     if LAYER:
@@ -310,7 +328,8 @@ def _group(
         m_row = gl.expand_dims(first_key + o_row < T, 1)
         gl.store(p_dk + o_x + o_tile, (b_dk * scale).to(dtype), mask=m_row)
         gl.store(p_dv + o_x + o_tile, b_dv.to(dtype), mask=m_row)
-    tiles_read(0)
+    if BULK:
+        tiles_read(0)
 
 
 @gluon.jit
@@ -321,7 +340,7 @@ def _attention_backward_gluon(
     d_do,
     d_lse,
     d_delta,
-    d_dq,
+    sums,
     p_dk,
     p_dv,
     p_end,
@@ -351,6 +370,7 @@ def _attention_backward_gluon(
     LAYER: gl.constexpr,
     HAS_VE: gl.constexpr,
     EPS: gl.constexpr,
+    BULK: gl.constexpr,
 ):
     """dk and dv for TILE keys of one key head, and their part of dq, (B, HEADS, T, DH) without the logit scale.
 
@@ -365,7 +385,10 @@ def _attention_backward_gluon(
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, HALF], d_delta.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HALF], d_k.dtype)
     ds_smem = gl.allocate_shared_memory(d_k.dtype, [4, HALF, HALF], ds_layout)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, HALF, HALF], d_dq.layout)
+    if BULK:
+        dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, HALF, HALF], sums.layout)
+    else:
+        dq_smem = ds_smem
     at_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     at_smem = gl.allocate_shared_memory(gl.int32, [HALF], at_layout)
     at_smem.store(gl.arange(0, HALF, gl.BlockedLayout([1], [32], [4], [0])))
@@ -396,12 +419,12 @@ def _attention_backward_gluon(
     barriers = (kv_full, q_full, q_free, do_full, do_free), (ds_full, ds_free)
     outputs, place = (p_dk, p_dv, p_end), (batch, kv_head, key)
     layer = p_k, p_rms, p_cos, p_sin, p_raw, p_ve, p_s, p_dve, p_ds
-    given = outputs, layer, d_dq, smem, barriers, place, tiles, scale, scale_log2, T
+    given = outputs, layer, sums, smem, barriers, place, tiles, scale, scale_log2, T
     descriptors = d_q, d_k, d_v, d_do, d_lse, d_delta
     gl.warp_specialize(
         [
-            (_group, (0, given, KV_HEADS, GROUP, K_APART, DH, HALF, STAGES, LAYER, HAS_VE, EPS)),
-            (_group, (1, given, KV_HEADS, GROUP, K_APART, DH, HALF, STAGES, LAYER, HAS_VE, EPS)),
+            (_group, (0, given, KV_HEADS, GROUP, K_APART, DH, HALF, STAGES, LAYER, HAS_VE, EPS, BULK)),
+            (_group, (1, given, KV_HEADS, GROUP, K_APART, DH, HALF, STAGES, LAYER, HAS_VE, EPS, BULK)),
             (_loader, (descriptors, smem, barriers, place, tiles, HEADS, GROUP, KEY_BYTES, ROW_BYTES, HALF, STAGES)),
         ],
         [4, 1],
@@ -454,7 +477,7 @@ def launch_backward(
         descriptor(walked(do), [1, HALF, 1, width]),
         descriptor(lse, [1, HALF]),
         descriptor(delta, [1, HALF]),
-        descriptor(dq, [1, 1, HALF, HALF]),
+        descriptor(dq, [1, 1, HALF, HALF]) if BULK else dq,
         dk,
         dv,
         end_query_BT,
@@ -475,6 +498,7 @@ def launch_backward(
         STAGES=STAGES,
         LAYER=inputs is not None,
         HAS_VE=dve is not None,
+        BULK=BULK,
         EPS=torch.finfo(torch.float32).eps,
         num_warps=4,
         enable_fp_fusion=True,

@@ -432,6 +432,14 @@ def _store(pointer: Pointer, values: torch.Tensor, mask=None) -> None:
     known[offset] = _Now.machine.number
 
 
+def _atomic_add(pointer: Pointer, values: torch.Tensor, mask=None, sem: str = "acq_rel") -> None:
+    offset, mask = pointer.at(mask)
+    if offset.unique().numel() != offset.numel():
+        raise KernelFault("one addition meets an element twice")
+    pointer.base.view(-1)[offset] += values[mask]
+    _Now.machine.step()
+
+
 def _where(condition, yes, no):
     if not isinstance(condition, torch.Tensor):
         return yes if condition else no
@@ -483,6 +491,7 @@ gl = SimpleNamespace(
     where=_where,
     load=_load,
     store=_store,
+    atomic_add=_atomic_add,
 )
 
 

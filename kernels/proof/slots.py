@@ -269,8 +269,8 @@ _PRICE = """At the ceilings of bench/rehearse/project.py (798 TFLOP/s, 3 TB/s) t
 {products:.1f} of the five products of the allowed pairs at width 128 under the longest window, while two products are
 saved: for documents this short one pass saves little time in products and gives most of that back. What it gains over
 `triton` it gains by warps of their own. Added in the order in which programs come, the sums differ from run to run in
-their last bits: with `--deterministic`, and under a Triton that adds no tiles in bulk (before 3.9), `gluon` takes
-`triton`'s two passes backward, at the slots of its rows."""
+their last bits: with `--deterministic` `gluon` takes `triton`'s two passes backward, at the slots of its rows. Before
+3.9 Triton has no words for bulk additions: threads add what they hold, some 50 instructions a tile more."""
 
 
 def page(counted: dict[str, Any], made_with: str) -> str:

@@ -121,16 +121,12 @@ def test_committed_loops_and_page_are_of_one_count():
             assert row[-3] == f"{found.busy / found.least:.2f}"
 
 
-@pytest.mark.parametrize(
-    "passes, why", [(1, ""), (2, "adds no tiles in bulk"), (2, "no fixed order")], ids=["one pass", "old", "in order"]
-)
+@pytest.mark.parametrize("passes, why", [(1, ""), (2, "no fixed order")], ids=["one pass", "in order"])
 def test_attention_takes_it_by_name(monkeypatch, passes, why):
     """From the public function through the operators, with inputs and a plan that are not dense; as on a device, where
-    nothing but the name chooses it. Backward in one pass, but not where Triton has no bulk additions or where the run
-    asks for results that repeat."""
+    nothing but the name chooses it. Backward in one pass, but not where the run asks for results that repeat."""
     monkeypatch.setattr(kernels.attention, "attention_gluon", gluon_model.modelled(module))
     monkeypatch.setattr(kernels.attention, "attention_gluon_backward", gluon_model.modelled(backward))
-    monkeypatch.setattr(kernels.attention, "add_tile", None if "bulk" in why else gluon_model.add_tile)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: "order" in why)
     assert why in kernels.attention.told("gluon") and kernels.attention.told("triton") == "triton"
     assert ("one pass" in kernels.attention.told("gluon")) == (passes == 1)

@@ -13,15 +13,16 @@ from kernels.runtime import LOG2_E
 SCALE = of_attention.SCALE
 
 
-def _backward(module, *given, seed=0, **options):
+def _backward(module, *given, seed=0, bulk=None, **options):
     """kernels/attention.py's launch of the one pass with the module's kernel: on a device itself, on a CPU in the
-    model, whose order of events follows from `seed`."""
+    model, whose order of events follows from `seed`. bulk: as BULK, if not as it is."""
     import kernels.attention
 
     if given[0].device.type == "cpu":
         module = gluon_model.modelled(module)
         gluon_model.seeded(seed)
-    with mock.patch.object(kernels.attention, "attention_gluon_backward", module):
+    whole = mock.patch.object(kernels.attention, "attention_gluon_backward", module)
+    with whole, mock.patch.object(module, "BULK", module.BULK if bulk is None else bulk):
         return kernels.attention._launch_one_pass(*given, options.get("inputs"), options.get("out"))
 
 
@@ -34,10 +35,14 @@ def _forward(q, k, v, plan):
     return whole.attention_reference(q, k, v, plan, scale=SCALE), lse
 
 
-def _kernel(module, given):
+def _kernel(module, given, bulk=None):
     q, k, v, do, plan = (given[n] for n in ("q", "k", "v", "do", "plan"))
     o, lse = _forward(q, k, v, plan)
-    return dict(zip(("dq", "dk", "dv"), _backward(module, do, q, k, v, o, lse, plan, SCALE)))
+    return dict(zip(("dq", "dk", "dv"), _backward(module, do, q, k, v, o, lse, plan, SCALE, bulk=bulk)))
+
+
+def _kernel_of_threads(module, given):
+    return _kernel(module, given, bulk=False)
 
 
 def _reference(module, given):
@@ -47,9 +52,9 @@ def _reference(module, given):
     return {name: found[name] for name in ("dq", "dk", "dv")}
 
 
-def _numeric(name, *shape, quick=True, hostile=False, **window):
+def _numeric(name, *shape, quick=True, hostile=False, kernel=_kernel, **window):
     # a document of one token has dq = dk = 0 as the difference of two products of order one
-    run = of_attention._inputs(*shape, **window), _kernel, _reference
+    run = of_attention._inputs(*shape, **window), kernel, _reference
     return Numeric(name, *run, quick=quick, hostile=hostile, least_scale=1.0)
 
 
@@ -148,12 +153,13 @@ def _large_logits(module, device):
         assert error <= 1e-2 * size, f"{name}: large logits lose their gradients"
 
 
-def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=65536, B=1):
-    """The backward launch of a training step; `layer`: back through its inputs, as slices of a merged projection."""
+def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=65536, B=1, bulk=None):
+    """The backward launch of a training step; `layer`: back through its inputs, as slices of a merged projection.
+    bulk: as BULK, if not as it is."""
 
     def run():
         import kernels.attention as module
-        from kernels.gluon import add_tile
+        import kernels.attention_gluon_backward as of_gluon
 
         H = 8
 
@@ -170,9 +176,7 @@ def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=6
         row, order = meta(B, T, dtype=torch.int32), meta(B * -(-T // 128), dtype=torch.int32)
         plan = module.AttentionPlan(row, row, order, order)
         do, v, o, lse = meta(B, T, H, width), meta(B, T, K, width), meta(B, T, H, width), meta(B, H, T, dtype=f)
-        if add_tile is None:  # two passes then, which attention's family has
-            module.launch_rows(o, do, lse)
-        else:
+        with mock.patch.object(of_gluon, "BULK", of_gluon.BULK if bulk is None else bulk):
             module._launch_one_pass(do, q, k, v, o, lse, plan, SCALE, inputs, out)
 
     return run
@@ -187,6 +191,18 @@ FAMILY = Family(
         _numeric("one document, full tiles", 200, 1, 1, 64, ()),
         _numeric("two sequences, two heads on one", 135, 2, 1, 64, ((), (1, 2, 129)), B=2, window_tokens=130),
         _numeric("width 128, documents inside a window", 150, 1, 1, 128, (0, 3, 70), window_blocks=2),
+        _numeric(
+            "added by threads, two sequences, two heads on one",
+            150,
+            2,
+            1,
+            64,
+            ((0, 3, 70), (129,)),
+            B=2,
+            kernel=_kernel_of_threads,
+            window_blocks=2,
+        ),
+        _numeric("added by threads, width 128", 150, 2, 2, 128, (0, 70), kernel=_kernel_of_threads, window_blocks=2),
         _layer("through the layer's inputs, two sequences of documents", 2, 67, 2, 1, 64, (0, 50), window_blocks=1),
         _layer("through the layer's inputs, no value embedding", 2, 37, 2, 2, 128, (4,), with_ve=False),
         _numeric("tiny", 18, 2, 1, 64, (3,), quick=False, hostile=True, window_tokens=9),
@@ -204,6 +220,9 @@ FAMILY = Family(
         Launch("bf16, no value embedding", _launch(layer=True, with_ve=False), devices=("sm_90",)),
         Launch("bf16, 8 heads of 64 on 2, through the layer's inputs", _launch(K=2, width=64, layer=True), ("sm_90",)),
         Launch("bf16, two ragged sequences, 8 heads of 128 on 2", _launch(K=2, T=5000, B=2), devices=("sm_90",)),
+        Launch(
+            "bf16, 8 heads of 128, added by threads", _launch(layer=True, bulk=False), devices=("sm_90",), quick=True
+        ),
         Launch("fp16, 8 heads of 64", _launch(width=64, dtype=torch.float16), devices=("sm_90",)),
     ),
     demands={
@@ -214,7 +233,8 @@ FAMILY = Family(
                 ("setmaxnreg", ""),
                 (r"mbarrier\.try_wait", ""),
                 (r"fence\.proxy\.async", ""),
-                (r"cp\.reduce\.async\.bulk", ""),
+                (r"cp\.reduce\.async\.bulk", "BULK=True"),
+                (r"(red|atom)\.global\.\S*add\S*\.f32", "BULK=False"),
             ),
         ),
         **{kernel: of_attention.FAMILY.demands[kernel] for kernel in ("_attention_rows", "_attention_dq_rounded")},
@@ -250,7 +270,7 @@ FAMILY = Family(
         Fault(
             "what one group has left out goes into dq", "if (row > key) & (row < end_of_lower)", "if row < end_of_lower"
         ),
-        Fault("dq lacks the last tile", "_add_to_dq(n - 1, 0, d_dq", "_add_to_dq(n, 0, d_dq", by="one document"),
+        Fault("dq lacks the last tile", "_add_to_dq(n - 1, 0, sums", "_add_to_dq(n, 0, sums", by="one document"),
         Fault("both groups take the same keys", "k_smem.index(WHO + none)", "k_smem.index(none)", by="one document"),
         Fault("both groups take the same values", "v_smem.index(WHO + none)", "v_smem.index(none)", by="one document"),
         Fault("delta is left out", "(b_dp - gl.expand_dims(b_delta, 0))", "b_dp", by="one document"),
@@ -316,6 +336,19 @@ FAMILY = Family(
             "            mbarrier.arrive(ds_full",
             by="any order",
         ),
+        Fault(
+            "threads add past the end",
+            "row + o_row < T, 1), sem",
+            "row + o_row < T + 9, 1), sem",
+            by="added by threads",
+        ),
+        Fault(
+            "threads add to the first sequence",
+            "sums + ((batch.to(gl.int64) * (KV_HEADS * GROUP)",
+            "sums + ((0 * (KV_HEADS * GROUP)",
+            by="added by threads",
+        ),
+        Fault("threads add to the wrong half", "p_sums += WHO * HALF", "p_sums += 0", by="added by threads, width"),
         Fault("dq is added without a fence", "    fence_async_shared()\n    if DH", "    if DH", by="one document"),
         Fault("dq is overwritten before it is added", "    tiles_read(0)\n    dq_smem", "    dq_smem", by="any order"),
         Fault("a program ends before dq is added", "mask=m_row)\n    tiles_read(0)", "mask=m_row)", by="any order"),
