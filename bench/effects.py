@@ -83,6 +83,7 @@ EFFECTS = (
         steps_of(-1.0, "least") - 13 / 1390 + steps_of(-0.4, "least"),
         steps_of(-0.5, "most") - 13 / 1390 + steps_of(-0.4, "most"),
         "MLP +0.5 to +1 mn (#306, #344); QKVO +13 of about 1390 steps and +0.4 mn (n 10/13, #322)",
+        ("eight_bits",),
     ),
     Effect(
         "sampled_softmax",

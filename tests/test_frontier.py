@@ -460,7 +460,7 @@ def test_no_logit_depends_on_a_later_token(preset):
     assert not torch.allclose(logits[at + 1 :], others[at + 1 :], atol=1e-2)
 
 
-@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "nano-frontier", "nano-more"])
+@pytest.mark.parametrize("preset", ["record18", "f2", "f3", "frontier", "nano-frontier", "nano-more"])
 def test_documents_do_not_see_each_other(preset):
     """A position's logits have a gradient by its own document's embeddings, and by that of the one token
     before it, which smear lets through. Moved keys let more through, as they are told to: at a border they are
