@@ -262,6 +262,10 @@ def test_eight_bits_cost_what_was_counted_of_them():
     )
     head = project.in_8_bits(plain, MEDIUM, "fp8_head")
     assert head["head and loss"] == whole["head and loss"] and head["MLP"] == plain["MLP"]
+    whose_head_was = project.in_8_bits(plain, project.config_of("f3"), "fp8")
+    assert whose_head_was["head and loss"] == plain["head and loss"] and whose_head_was["MLP"] == pytest.approx(
+        whole["MLP"]
+    )
     mlp, share = project.in_8_bits(plain, MEDIUM, "fp8_mlp"), 16 * 8 / (16 * 8 + 15 * 4)
     assert mlp["MLP"] == pytest.approx(plain["MLP"] + share * (whole["MLP"] - plain["MLP"]))
 
