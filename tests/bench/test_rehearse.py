@@ -225,7 +225,7 @@ FORMS = {
     "medium": ("--preset=medium",),
     "nano": ("--preset=nano", "--world=1", "--dtype=bfloat16"),
     "medium in 8 bits": ("--preset=medium", "--products=fp8"),
-    **{f"all of {name}": (f"--preset={name}",) for name in ("f3", "frontier")},
+    **{f"all of {name}": (f"--preset={name}",) for name in ("record18", "f3", "frontier")},
     "a block in 8 bits": ("--preset=medium", "--products=fp8", "--one-block"),
     **{f"a block of {name}": (f"--preset={name}", "--one-block") for name in ("small", "record18", "f2", "f3")},
     "a block of frontier": ("--preset=frontier", "--one-block"),
