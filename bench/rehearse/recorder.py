@@ -410,7 +410,7 @@ def _watch(recorder: Recorder) -> None:
             work = WORK.get(self.fn.__name__)
             flops = work(named, tuple(grid(named) if callable(grid) else grid)) if work else 0.0
             part = recorder.part(self.fn.__module__.rpartition(".")[2])
-            moved = _touched(self.fn.__name__, named, kernel.asm["ttir"])
+            moved = _touched(self.fn.__name__, named, kernel.asm["ttir" if "ttir" in kernel.asm else "ttgir"])  # Gluon
             recorder.add("own", self.fn.__name__, part, moved, flops, 8 * first.element_size())
             recorder.kernels[f"{self.fn.__name__} {len(kernel.asm['cubin'])} {kernel.hash[:8]}"] = kernel
         return kernel
