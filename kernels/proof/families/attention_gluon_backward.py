@@ -315,7 +315,7 @@ FAMILY = Family(
             "(DH > HALF) | (pair == 0)",
             by="one document",
         ),
-        Fault("dq goes to the tile after its own", "_add_to_dq(n - 1, none", "_add_to_dq(n, none", by="one document"),
+        Fault("dq goes to the tile after its own", "n - 1, none, sums", "n, none, sums", by="one document"),
         Fault(
             "ds is read before the other group has written it",
             "    mbarrier.wait(ds_full.index(pair), (n // 2) & 1)\n",
@@ -349,9 +349,24 @@ FAMILY = Family(
             by="added by threads",
         ),
         Fault("threads add to the wrong half", "p_sums += WHO * HALF", "p_sums += 0", by="added by threads, width"),
-        Fault("dq is added without a fence", "    fence_async_shared()\n    if DH", "    if DH", by="one document"),
-        Fault("dq is overwritten before it is added", "    tiles_read(0)\n    dq_smem", "    dq_smem", by="any order"),
-        Fault("a program ends before dq is added", "mask=m_row)\n    tiles_read(0)", "mask=m_row)", by="any order"),
+        Fault(
+            "dq is added without a fence",
+            "        fence_async_shared()\n        if DH",
+            "        if DH",
+            by="one document",
+        ),
+        Fault(
+            "dq is overwritten before it is added",
+            "        tiles_read(0)\n        dq_smem",
+            "        dq_smem",
+            by="any order",
+        ),
+        Fault(
+            "a program ends before dq is added",
+            "mask=m_row)\n    if BULK:\n        tiles_read(0)",
+            "mask=m_row)",
+            by="any order",
+        ),
         Fault(
             "queries are given back before they are read",
             "            b_dk = warpgroup_mma_wait(0, deps=[dk_going])\n"
