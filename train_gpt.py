@@ -46,6 +46,7 @@ from data.shards import ShardError, TokenStream
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
+from kernels.embedding import picked
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers, mixes_of_layers
@@ -409,7 +410,8 @@ class Block(nn.Module):
         x_BTD = mix(x_BTD)
         if self.has_attention:
             y_BTD, x_BTD = self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
-            x_BTD = products.added(x_BTD, y_BTD, self.qkvo_w[3], impls)
+            bound = products.largest_value(attention_lambdas_2, ve_BTD, self.config, impls)
+            x_BTD = products.added(x_BTD, y_BTD, impls["w_o"], impls, bound)
         return products.mlp_added(x_BTD, self.mlp_in_w, self.mlp_out_w, impls)
 
     def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
@@ -417,11 +419,10 @@ class Block(nn.Module):
         values; the values are mixed with an embedding of the token. x comes back for the sake of its gradient."""
         (B, T, D), H = x_BTD.shape, self.config.num_heads
         ve_BTHDh = None if ve_BTD is None else ve_BTD.view(B, T, H, D // H)
-        given = x_BTD, self.qkvo_w[:3].flatten(0, 1), ve_BTHDh, lambdas_2, rotary
+        given = x_BTD, impls["w_qkv"], ve_BTHDh, lambdas_2, rotary
         shape, scale, of_inputs = dict(heads=H, width=D // H), self.config.attention_scale, impls["attention_inputs"]
         if cache is None:
-            how = dict(scale=scale, impl=impls["attention"], inputs_impl=of_inputs)
-            how |= dict(eight=products.in_8_bits(impls, "fp8"))
+            how = dict(scale=scale, impl=impls["attention"], inputs_impl=of_inputs, eight=impls.get("qkv"))
             y_BTHDh, x_BTD = attention_layer(*given, plan, **shape, **how)
         else:
             q, k, v = projected(*given, **shape, impl=of_inputs)
@@ -545,23 +546,22 @@ class GPT(nn.Module):
         # gradients of rows that were selected in one kernel; those of unbound ones it copies by one kernel each.
         attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
-        x00_BTD = norm(self.embed1(tokens_BT))
+        x00_BTD = norm(picked(self.embed1.weight, tokens_BT, impl=self.impls["tables"]))
         rows2_BT, rows_v_BT = (rows(seen_BS)[:, begin:] for rows in (self.rows2, self.rows_v))
         if self.embed2 is None:
             factors = factors_of_layers(lambdas.view(L, 3), x00_BTD)
             mixes = [lambda x, f=f: techniques.summed(x, (f[0], x), (f[1], x00_BTD)) for f in factors]
         else:
-            x01_BTD = norm(self.embed2(rows2_BT))
+            x01_BTD = norm(picked(self.embed2.weight, rows2_BT, impl=self.impls["tables"]))
             mixes = mixes_of_layers(lambdas.view(L, 3), x00_BTD, x01_BTD, impl=self.impls["mix"])
-        tables = [table(rows_v_BT) for table in self.value_embeds]
-        values = dict(enumerate(tables)) | {L - len(tables) + i: ve for i, ve in enumerate(tables)}
-        x_BTD, outputs = x00_BTD, {}
+        values = techniques.values_of_layers(self, rows_v_BT)
+        x_BTD, outputs, impls_L = x00_BTD, {}, products.of_layers(self.impls, self.blocks)
         for layer, block in enumerate(self.blocks):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
             values_2 = attention_lambdas_L4[layer, :2]
-            x_BTD = block(x_BTD, mixes[layer], values.get(layer), values_2, plan, rotary, self.impls, cache)
+            x_BTD = block(x_BTD, mixes[layer], values.get(layer), values_2, plan, rotary, impls_L[layer], cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD
         return norm(x_BTD)
@@ -585,7 +585,7 @@ class GPT(nn.Module):
         if targets_BT is None:
             logits = softcapped_logits(x_ND, self.head_w, softcap=cap)[:, : self.config.vocab_size]
             return logits.view(*tokens_BT.shape, -1)
-        fp8 = products.of_head(self.impls, self.config.fp8_scales)
+        fp8 = products.of_head(self.impls, self.config)
         how = dict(softcap=cap, reduction=reduction, fp8=fp8, impl=self.impls["loss"])
         targets = targets_BT.flatten()
         if target_weights is not None:

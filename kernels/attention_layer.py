@@ -34,6 +34,7 @@ from kernels.attention import (
 from kernels.attention import implementation as attention_implementation
 from kernels.attention_inputs import attention_inputs, check_width
 from kernels.guards import dense, differentiable_once, expect, expect_floats, launch, refuse_tangents, without_autocast
+from kernels.mlp8 import added_product
 from kernels.runtime import tl, triton
 
 # ---- Triton -----------------------------------------------------------------------------------------------
@@ -376,12 +377,13 @@ class _Layer(torch.autograd.Function):
 
 
 class _Layer8(torch.autograd.Function):
-    """`_Layer` with its three products in 8 bits (kernels/products8.py)."""
+    """`_Layer` with its three products in 8 bits (kernels/products8.py); w in 8 bits both ways comes last."""
 
     @staticmethod
     def forward(ctx, x_BTD, w_ED, ve, s, cos_TR, sin_TR, *rest):
-        *plan, heads, width, ctx.scale, ctx.chosen = rest
-        (x, x_turned), (w, w_turned) = products8.both_ways(x_BTD.flatten(0, 1)), products8.both_ways(w_ED)
+        *plan, heads, width, ctx.scale, ctx.chosen = rest[:8]
+        w, w_turned, *_ = products8.Weight8.of(*rest[8:])
+        x, x_turned = products8.both_ways(x_BTD.flatten(0, 1))
         how = w_ED.shape[0], heads, width, ctx.scale, ctx.chosen
         kept = _layer_8([*x, *w], x_BTD, ve, s, cos_TR, sin_TR, plan, *how)
         ctx.save_for_backward(*([] if ve is None else [ve]), s, cos_TR, sin_TR, *plan, *kept, *x_turned, *w_turned)
@@ -398,19 +400,24 @@ class _Layer8(torch.autograd.Function):
         do = torch.zeros_like(saved[0]) if do is None else do
         dqkv, *dve, ds = _attended_backward(do, ve, *tables, saved, plan, ctx.scale, ctx.chosen)
         (of_x, (E, D)), (x_dtype, w_dtype) = ctx.shapes, ctx.dtypes
-        dy, dy_turned = products8.both_ways(dqkv.view(-1, E), products8.E5M2)
-        dx_ND = products8.product(dy, products8.Eight(w_values, w_scale), x_dtype)[: dqkv.numel() // E, :D].contiguous()
+        dqkv_NE = dqkv.view(-1, E)
+        dy, dy_turned = products8.both_ways(dqkv_NE, products8.E5M2, scale=products8.sampled_scale(dqkv_NE))
+        w_turned, N = products8.Eight(w_values, w_scale), dqkv.numel() // E
+        if dx_BTD is None:
+            dx_ND = products8.product(dy, w_turned, x_dtype)[:N, :D].contiguous()
+        else:
+            dx_ND = added_product(dy, w_turned, dx_BTD.reshape(N, D))
         dw = products8.product(dy_turned, products8.Eight(x_values, x_scale), w_dtype)[:E, :D].contiguous()
-        dx = dx_ND.view(of_x) if dx_BTD is None else dx_BTD + dx_ND.view(of_x)
-        return dx, dw, (dve[0] if dve else None), ds, *[None] * 10
+        return dx_ND.view(of_x), dw, (dve[0] if dve else None), ds, *[None] * 15
 
 
 # ---- public functions -------------------------------------------------------------------------------------
 
 
-def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto", eight: bool = False):
+def projected(x_BTD, w_ED, ve_BTKDh, s, rotary, *, heads: int, width: int, impl: str = "auto", eight=None):
     """(q, k, v) of the formula above, before attention; arguments as in `attention_layer`."""
-    q, k, v = _slices((products8.linear if eight else F.linear)(x_BTD, w_ED).unflatten(2, (-1, width)), heads)
+    y_BTE = products8.linear(x_BTD, w_ED, weight=eight) if eight else F.linear(x_BTD, w_ED)
+    q, k, v = _slices(y_BTE.unflatten(2, (-1, width)), heads)
     return attention_inputs(q, k, v, ve_BTKDh, s, *rotary, impl=impl)
 
 
@@ -428,7 +435,7 @@ def attention_layer(
     scale: float,
     impl: str = "auto",
     inputs_impl: str = "auto",
-    eight: bool = False,
+    eight: products8.Weight8 | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o (B, T, H, Dh) of the formula above, x), differentiable once in x, w, ve and s. Whoever goes on with the x that
     comes back has its gradient added on the way rather than in a pass of its own.
@@ -440,7 +447,7 @@ def attention_layer(
         heads, width: H and Dh; scale: factor on the logits.
         impl, inputs_impl: as in `attention` and `attention_inputs`. Both "triton", as "auto" is on a GPU, or
             "specialised" or "gluon" and "triton": one operator.
-        eight: the projection's products, forward and backward, in 8 bits.
+        eight: w in 8 bits (`products8.weights_in_8_bits`), if the projection's products, forward and backward, are.
 
     Raises: ValueError or TypeError naming the argument.
     """
@@ -461,8 +468,8 @@ def attention_layer(
     refuse_tangents("attention_layer", x_BTD, w_ED, ve_BTKDh, s)
     ve = None if ve_BTKDh is None else dense(ve_BTKDh)
     small = [dense(t) for t in (s, *rotary, *plan[:4])]
-    run = _Layer8.apply if eight else _Layer.apply
-    return run(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen)
+    run, weight = (_Layer8.apply, eight.tensors()) if eight else (_Layer.apply, [])
+    return run(dense(x_BTD), dense(w_ED), ve, *small, heads, width, float(scale), chosen, *weight)
 
 
 def _check(x_BTD, w_ED, ve, s, rotary, plan, heads: int, width: int, scale: float) -> None:

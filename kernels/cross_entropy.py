@@ -49,10 +49,10 @@ from kernels.products8 import (
     available_on,
     both_ways,
     in_8_bits,
+    launch_turn,
     product,
     saturated,
     scale_for,
-    turned,
 )
 from kernels.runtime import LOG2_E, device_kind, implementation_of, tl, triton
 
@@ -471,10 +471,16 @@ class _Plain:
         _add_product_(dw, g.t(), self.x[rows], rows.start == 0)
 
 
+#: Tokens whose gradients at the logits, turned in 8 bits, wait for one product with their inputs: each product more
+#: reads and writes dw once more. At 50,304 classes they take 1.6 GB.
+TOKENS_A_PRODUCT = 32768
+
+
 class _Eight(_Plain):
     """The same in 8 bits. x and w are converted once, whatever the chunks.
 
-    largest: of x, w and the gradient at the logits, 0 where unknown, which is then measured."""
+    largest: of x, w and the gradient at the logits, 0 where unknown, which is then measured. Where the gradient's is
+    known, so that all chunks share its scale, dw is one product for several of them."""
 
     multiple = MULTIPLE
 
@@ -486,6 +492,10 @@ class _Eight(_Plain):
             self.w_8, self.w_turned = both_ways(weight_VD, E4M3, of_w)
         else:
             self.x_8, self.w_8 = in_8_bits(x_ND, E4M3, of_x), in_8_bits(weight_VD, E4M3, of_w)
+        known = isinstance(self.of_g, torch.Tensor) or self.of_g > 0
+        self.scale = scale_for(x_ND, E5M2, self.of_g) if gradient and known else None
+        self.waiting: Eight | None = None  # gradients of rows from `first` on, turned
+        self.first = 0
 
     def _filled(self, rows: slice) -> slice:
         """The rows with those of zeros that fill them up to a multiple of 16."""
@@ -497,16 +507,48 @@ class _Eight(_Plain):
         return z[: len(self.x[rows]), : len(self.w)].contiguous()
 
     def room(self, z: torch.Tensor) -> Eight | None:
-        known = isinstance(self.of_g, torch.Tensor) or self.of_g > 0
-        if not known or any(size % MULTIPLE for size in z.shape):
+        if self.scale is None or any(size % MULTIPLE for size in z.shape):
             return None
-        return Eight(torch.empty(z.shape, dtype=E5M2, device=z.device), scale_for(z, E5M2, self.of_g))
+        return Eight(torch.empty(z.shape, dtype=E5M2, device=z.device), self.scale)
 
     def gradients_(self, g, rows: slice, dx, dw) -> None:
-        g_8, g_turned = (g, turned(g)) if isinstance(g, Eight) else both_ways(g, E5M2, self.of_g)
-        dx.copy_(product(g_8, self.w_turned, dx.dtype)[: dx.shape[0], : dx.shape[1]])
-        part = product(g_turned, self.x_turned.columns(self._filled(rows)), dw.dtype)[: dw.shape[0], : dw.shape[1]]
-        dw.copy_(part) if rows.start == 0 else dw.add_(part)
+        if isinstance(g, Eight):
+            _into(dx, g, self.w_turned)
+            self._wait(g, rows, dw)
+        else:
+            self._multiply(dw)
+            g_8, g_turned = both_ways(g, E5M2, self.of_g)
+            _into(dx, g_8, self.w_turned)
+            _into(dw, g_turned, self.x_turned.columns(self._filled(rows)), add=rows.start > 0)
+
+    def _wait(self, g: Eight, rows: slice, dw) -> None:
+        """Put the gradient of the rows beside those that wait, and multiply them where there is no room for more."""
+        (tokens, classes), left = g.values.shape, len(self.x) - rows.start
+        if self.waiting is None:
+            room = min(max(TOKENS_A_PRODUCT // tokens, 1) * tokens, left // MULTIPLE * MULTIPLE)
+            self.waiting = Eight(g.values.new_empty(classes, room), g.scale)
+            self.first = rows.start
+        begin = rows.start - self.first
+        launch_turn(g.values, self.waiting.values[:, begin : begin + tokens])
+        if begin + tokens == self.waiting.values.shape[1]:
+            self._multiply(dw)
+
+    def _multiply(self, dw) -> None:
+        """dw += g^T x, or dw <- g^T x for the first ones, of what waits."""
+        if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None
+            columns = slice(self.first, self.first + waiting.values.shape[1])
+            _into(dw, waiting, self.x_turned.columns(columns), add=self.first > 0)
+
+
+def _into(out: torch.Tensor, a: Eight, b: Eight, add: bool = False) -> None:
+    """out <- a b^T, or `add`ed to it, cut to out's size."""
+    whole = out.shape == (len(a.values), len(b.values)) and out.is_contiguous()
+    if whole and out.is_cuda and not add and not torch.compiler.is_compiling():
+        product(a, b, out.dtype, out=out)
+        return
+    part = product(a, b, out.dtype)[: out.shape[0], : out.shape[1]]
+    out.add_(part) if add else out.copy_(part)
 
 
 def _in_chunks(rows_of, products, targets_NK, softcap, ignore_index, chunk_tokens, weights=None):

@@ -11,13 +11,16 @@ row stays a row's matter; and never below float32's smallest normal number. Or t
 the caller knows, which costs no pass over memory. Conversion saturates what is finite and makes NaN of what is not.
 
 Both factors lie along the summed axis, hence a tensor that is summed over both of its axes is kept twice. One kernel
-reads it once and writes both, 4 bytes a number from 2: `both_ways`. The rounding of a product's factors to 3 bits
-costs about 4 % of the result's spread, and so does that of each product behind it; the tests hold it to that.
+reads it once and writes both, 4 bytes a number from 2: `both_ways`. The weights of all layers are measured by one
+kernel, scaled by another and written by a third, once a step and not once a use: `weights_in_8_bits`. The rounding of a
+product's factors to 3 bits costs about 4 % of the result's spread, and so does that of each product behind it; the
+tests hold it to that.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,7 +95,37 @@ def scale_for(x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch
         return torch.full((), largest / torch.finfo(dtype).max, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return torch.ones((), dtype=torch.float32, device=x.device)
+    if x.is_cuda and x.dim() == 2 and not torch.compiler.is_compiling():  # as passes of torch's it would be five
+        return launch_scales([x], dtype)[0].view(-1)[0]
     return _least_scale(torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs_().amax(), dtype)
+
+
+#: Rows of a gradient that `sampled_scale` looks at, or up to twice as many, and the binades that it leaves free.
+SAMPLED_ROWS, ROOM = 4096, 12
+
+
+def _every(rows: int) -> int:
+    return max(rows // SAMPLED_ROWS, 1)
+
+
+@torch.library.custom_op("speedrun::sampled_scale", mutates_args=())
+def _sampled_scale(x: torch.Tensor) -> torch.Tensor:
+    return launch_scales([x], E5M2, every=_every(len(x)), room=ROOM)[0, 0].clone()
+
+
+@_sampled_scale.register_fake
+def _(x):
+    return x.new_empty((), dtype=torch.float32)
+
+
+def sampled_scale(x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+    """float32 (): a scale for the gradient x (M, K) in e5m2 from the largest number of 4,096 or more of its rows, which
+    lie evenly apart: a pass over all of it would cost more than it tells. e5m2 has 31 binades, so that 12 stay free
+    above that number: a row saturates only where it is 4,096 times as large as all of those that were looked at."""
+    every = _every(len(x))
+    if implementation(impl, x) != "triton" or x.numel() == 0:
+        return scale_for(x[::every], E5M2) * 2.0**ROOM
+    return _sampled_scale(dense(x))
 
 
 # ---- conversion -------------------------------------------------------------------------------------------
@@ -126,48 +159,103 @@ def _convert(
     M_out,
     K_out,
     LIMIT: tl.constexpr,
+    TENSORS: tl.constexpr,
+    STEP: tl.constexpr,
     TURNED: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out (M_out, K_out) = x (M, K) / scale in 8 bits, 0 beyond x; TURNED: also its transpose."""
+    """out (M_out, K_out) = x (M, K) / scale in 8 bits, 0 beyond x; TURNED: also its transpose.
+
+    p_x, p_out, p_turned: TENSORS pointers each; their scales lie STEP numbers apart."""
     tiles = tl.cdiv(K_out, BK)
     o_m = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
     o_k = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+    o_x = o_m[:, None].to(tl.int64) * K + o_k[None, :]
     m_x = (o_m < M)[:, None] & (o_k < K)[None, :]
-    b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * K + o_k[None, :], mask=m_x, other=0.0).to(tl.float32)
-    b_out = saturated(b_x / tl.load(p_scale), LIMIT).to(p_out.dtype.element_ty)
+    o_out = o_m[:, None].to(tl.int64) * K_out + o_k[None, :]
     m_out = (o_m < M_out)[:, None] & (o_k < K_out)[None, :]
-    tl.store(p_out + o_m[:, None].to(tl.int64) * K_out + o_k[None, :], b_out, mask=m_out)
-    if TURNED:
-        m_turned = (o_k < K_out)[:, None] & (o_m < M_out)[None, :]
-        tl.store(p_turned + o_k[:, None].to(tl.int64) * M_out + o_m[None, :], tl.trans(b_out), mask=m_turned)
+    o_turned = o_k[:, None].to(tl.int64) * M_out + o_m[None, :]
+    m_turned = (o_k < K_out)[:, None] & (o_m < M_out)[None, :]
+    for i in tl.static_range(TENSORS):
+        b_x = tl.load(p_x[i] + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_out = saturated(b_x / tl.load(p_scale + i * STEP), LIMIT).to(p_out[i].dtype.element_ty)
+        tl.store(p_out[i] + o_out, b_out, mask=m_out)
+        if TURNED:
+            tl.store(p_turned[i] + o_turned, tl.trans(b_out), mask=m_turned)
 
 
 @triton.jit
-def _turn(p_x, p_out, M, K, BM: tl.constexpr, BK: tl.constexpr):
-    """out (K, M), the transpose of x (M, K), byte by byte."""
+def _measure(p_x, p_parts, lines, length, step, along, TENSORS: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr):
+    """parts (TENSORS, programs, 2): the largest finite |x| of a program's LINES lines, and the largest of their sums of
+    squares. p_x: TENSORS pointers; a line's numbers lie `along` apart, lines `step`."""
+    o_line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    p_parts += tl.program_id(0) * 2
+    for i in tl.static_range(TENSORS):
+        b_most = tl.zeros([LINES, ALONG], tl.float32)
+        b_squares = tl.zeros([LINES, ALONG], tl.float32)
+        for start in range(0, length, ALONG):
+            o_along = start + tl.arange(0, ALONG)
+            o_x = o_line[:, None].to(tl.int64) * step + o_along[None, :].to(tl.int64) * along
+            m_x = (o_line < lines)[:, None] & (o_along < length)[None, :]
+            b_x = tl.abs(tl.load(p_x[i] + o_x, mask=m_x, other=0.0).to(tl.float32))
+            b_x = tl.where(b_x < float("inf"), b_x, 0.0)  # nor NaN
+            b_most = tl.maximum(b_most, b_x)
+            b_squares += b_x * b_x
+        p_part = p_parts + i * tl.num_programs(0) * 2
+        tl.store(p_part, tl.max(b_most))
+        tl.store(p_part + 1, tl.max(tl.sum(b_squares, 1), 0))
+
+
+@triton.jit
+def _least(most, RANGE: tl.constexpr):
+    """The least power of two with which that number fits into a type of 8 bits that goes up to 1.75 2^RANGE."""
+    bits = most.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) - RANGE + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    return (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scales(p_parts, p_scales, parts, length, RANGE: tl.constexpr, BLOCK: tl.constexpr):
+    """scales (tensors, 4): of tensor program_id the least power of two with which its largest number fits, the root of
+    its lines' largest sum of squares, and the e4m3 scale for `length` times that sum; from parts (tensors, parts, 2).
+
+    RANGE: of the type of the first, see `_least`."""
+    p_parts += tl.program_id(0) * parts * 2
+    b_most = tl.zeros([BLOCK], tl.float32)
+    b_square = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, parts, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        b_most = tl.maximum(b_most, tl.load(p_parts + 2 * o, mask=o < parts, other=0.0))
+        b_square = tl.maximum(b_square, tl.load(p_parts + 2 * o + 1, mask=o < parts, other=0.0))
+    p_scales += tl.program_id(0) * 4
+    square = tl.max(b_square, 0)
+    tl.store(p_scales, _least(tl.max(b_most, 0), RANGE))
+    tl.store(p_scales + 1, tl.sqrt_rn(square))
+    tl.store(p_scales + 2, _least(square * length, 8))
+
+
+@triton.jit
+def _turn(p_x, p_out, M, K, step, BM: tl.constexpr, BK: tl.constexpr):
+    """out (K, M), whose rows lie `step` apart, the transpose of x (M, K), byte by byte."""
     tiles = tl.cdiv(K, BK)
     o_m = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
     o_k = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
     m_x = (o_m < M)[:, None] & (o_k < K)[None, :]
     b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * K + o_k[None, :], mask=m_x, other=0)
     m_out = (o_k < K)[:, None] & (o_m < M)[None, :]
-    tl.store(p_out + o_k[:, None].to(tl.int64) * M + o_m[None, :], tl.trans(b_x), mask=m_out)
+    tl.store(p_out + o_k[:, None].to(tl.int64) * step + o_m[None, :], tl.trans(b_x), mask=m_out)
 
 
-def launch_turn(x: torch.Tensor) -> torch.Tensor:
-    """The transpose of x (M, K) in 8 bits, dense."""
+def launch_turn(x: torch.Tensor, out: torch.Tensor) -> None:
+    """out (K, M), of rows of dense bytes, becomes the transpose of x (M, K); both in the same 8 bits."""
     (M, K), block, x = x.shape, 64, dense(x)
-    out = torch.empty(K, M, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(M, block) * triton.cdiv(K, block)
-    launch(_turn, (programs,), x.view(torch.uint8), out.view(torch.uint8), M, K, BM=block, BK=block, num_warps=4)
-    return out
-
-
-def turned(x: Eight) -> Eight:
-    """x (M, K) the other way round, (K, M), by a kernel; the scale is the same."""
-    return Eight(launch_turn(x.values), x.scale)
+    expect("the transpose", out, (K, M), x)
+    expect_floats("the transpose", out, (x.dtype,))
+    if out.stride(1) != 1 and M > 1:
+        raise ValueError(f"the transpose's rows must be dense, and its strides are {out.stride()}")
+    programs, how = triton.cdiv(M, block) * triton.cdiv(K, block), dict(BM=block, BK=block, num_warps=4)
+    launch(_turn, (programs,), x.view(torch.uint8), out.view(torch.uint8), M, K, out.stride(0), **how)
 
 
 def filled(size: int) -> int:
@@ -175,18 +263,62 @@ def filled(size: int) -> int:
     return -(-size // MULTIPLE) * MULTIPLE
 
 
+def launch_scales(
+    xs: Sequence[torch.Tensor], dtype: torch.dtype, axis: int = 1, every: int = 1, room: int = 0
+) -> torch.Tensor:
+    """float32 (L, 4) of L tensors (M, K) alike, over finite numbers only: `scale_for` of each; the largest norm of one
+    of its rows (axis 1) or columns (axis 0); the e4m3 scale for the square of that norm times their length; and a
+    number of room, so that every scale begins on 16 bytes.
+
+    every: rows are looked at in steps of so many. room: binades above the largest number that the scale leaves free."""
+    if axis != 1 and every != 1:
+        raise ValueError(f"every={every} with axis={axis}: only rows can be left out")
+    for x in xs:
+        expect("x", x, xs[0].shape, xs[0])
+        expect_floats("x", x, (xs[0].dtype,))
+    expect_floats("x", xs[0], KERNEL_DTYPES)
+    xs = tuple(dense(x) for x in xs)
+    M, K = xs[0].shape
+    lines, length, steps = (-(-M // every), K, (every * K, 1)) if axis == 1 else (K, M, (1, K))
+    # Few numbers an access where lines are columns; never so many parts that their last reduction counts.
+    of_lines = max(32, triton.next_power_of_2(triton.cdiv(lines, 4096)))
+    programs = triton.cdiv(lines, of_lines)
+    parts = torch.empty(len(xs), programs, 2, dtype=torch.float32, device=xs[0].device)
+    scales = torch.empty(len(xs), 4, dtype=torch.float32, device=xs[0].device)
+    how = dict(TENSORS=len(xs), LINES=of_lines, ALONG=128, num_warps=4)
+    launch(_measure, (programs,), xs, parts, lines, length, *steps, **how)
+    bits = round(math.log2(torch.finfo(dtype).max / 1.75)) - room
+    launch(_scales, (len(xs),), parts, scales, programs, length, RANGE=bits, BLOCK=1024, num_warps=4)
+    return scales
+
+
+def launch_conversions(xs: Sequence[torch.Tensor], dtype: torch.dtype, scales: torch.Tensor, turned: bool):
+    """(`in_8_bits_reference` of each of L tensors (M, K) alike, their transposes or empty tensors) in one pass over
+    them. scales: float32 () of one, or (L, ...), whose rows begin with the scale."""
+    for x in xs:
+        expect("x", x, xs[0].shape, xs[0])
+        expect_floats("x", x, (xs[0].dtype,))
+    expect_floats("x", xs[0], KERNEL_DTYPES)
+    expect("scale", scales, (len(xs), *scales.shape[1:]) if scales.dim() else (), xs[0])
+    expect_floats("scale", scales, (torch.float32,))
+    xs, scales = tuple(dense(x) for x in xs), dense(scales)
+    (M, K), block = xs[0].shape, 64
+    sizes = filled(M), filled(K)
+    out, other = (
+        tuple(torch.empty(size, dtype=dtype, device=xs[0].device) for _ in xs)
+        for size in (sizes, sizes[::-1] if turned else (0,))
+    )
+    programs = triton.cdiv(sizes[0], block) * triton.cdiv(sizes[1], block)
+    step = scales.numel() // len(xs)
+    how = dict(LIMIT=torch.finfo(dtype).max, TENSORS=len(xs), STEP=step, TURNED=turned, BM=block, BK=block, num_warps=4)
+    launch(_convert, (programs,), xs, scales, out, other if turned else out, M, K, *sizes, **how)
+    return out, other
+
+
 def launch_in_8_bits(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor, turned: bool):
     """(`in_8_bits_reference`, its transpose or an empty tensor) in one pass over x (M, K)."""
-    expect_floats("x", x, KERNEL_DTYPES)
     expect("scale", scale, (), x)
-    x = dense(x)
-    (M, K), block = x.shape, 64
-    sizes = filled(M), filled(K)
-    out = torch.empty(sizes, dtype=dtype, device=x.device)
-    other = torch.empty(sizes[::-1] if turned else 0, dtype=dtype, device=x.device)
-    programs = triton.cdiv(sizes[0], block) * triton.cdiv(sizes[1], block)
-    how = dict(LIMIT=torch.finfo(dtype).max, TURNED=turned, BM=block, BK=block, num_warps=4)
-    launch(_convert, (programs,), x, scale, out, other if turned else out, M, K, *sizes, **how)
+    (out,), (other,) = launch_conversions([x], dtype, scale, turned)
     return out, other
 
 
@@ -228,35 +360,123 @@ def in_8_bits(
 
 
 def both_ways(
-    x: torch.Tensor, dtype: torch.dtype = E4M3, largest: float | torch.Tensor = 0.0, impl: str = "auto"
+    x: torch.Tensor,
+    dtype: torch.dtype = E4M3,
+    largest: float | torch.Tensor = 0.0,
+    impl: str = "auto",
+    scale: torch.Tensor | None = None,
 ) -> tuple[Eight, Eight]:
-    """(`in_8_bits` of x (M, K), the same turned (K, M))."""
+    """(`in_8_bits` of x (M, K), the same turned (K, M)); scale: to be taken as it is, in place of `largest`."""
     _check(x, dtype)
+    scale = scale_for(x, dtype, largest) if scale is None else scale
     if implementation(impl, x) != "triton":
-        eight = in_8_bits(x, dtype, largest, impl)
+        eight = Eight(in_8_bits_reference(x, dtype, scale), scale)
         return eight, eight.turned()
-    scale = scale_for(x, dtype, largest)
     return tuple(Eight(values, scale) for values in _in_8_bits(dense(x), scale, dtype == E5M2, True))
+
+
+# ---- weights ----------------------------------------------------------------------------------------------
+
+
+class Weight8(NamedTuple):
+    """A weight (F, D) in 8 bits and the same turned (D, F). longest: float32 (), the largest norm of one of its rows or
+    columns, of finite numbers. of_squares: float32 (), the e4m3 scale for what squares of products of that row reach
+    with another one that a norm left, whose own norm is the root of its length."""
+
+    eight: Eight
+    turned: Eight
+    longest: torch.Tensor
+    of_squares: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of it, each once, as Dynamo wants the inputs of a Function."""
+        return [self.eight.values, self.turned.values, self.eight.scale, self.longest, self.of_squares]
+
+    @classmethod
+    def of(cls, values, turned, scale, longest, of_squares) -> Weight8:
+        """From its `tensors`."""
+        return cls(Eight(values, scale), Eight(turned, scale), longest, of_squares)
+
+
+def launch_weights(ws: Sequence[torch.Tensor], axis: int) -> list[torch.Tensor]:
+    """The L weights in 8 bits, the L turned ones, and `launch_scales` of them: three launches."""
+    scales = launch_scales(ws, E4M3, axis)
+    values, turned_ones = launch_conversions(ws, E4M3, scales, True)
+    return [*values, *turned_ones, scales]
+
+
+@torch.library.custom_op("speedrun::weights_in_8_bits", mutates_args=())
+def _weights(ws: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
+    return launch_weights(ws, axis)
+
+
+@_weights.register_fake
+def _(ws, axis):
+    sizes = filled(ws[0].shape[0]), filled(ws[0].shape[1])
+    eight = [w.new_empty(size, dtype=E4M3) for size in (sizes, sizes[::-1]) for w in ws]
+    return [*eight, ws[0].new_empty(len(ws), 4, dtype=torch.float32)]
+
+
+def _longest(w: torch.Tensor, axis: int) -> torch.Tensor:
+    """float32 (): the largest norm along an axis, of finite numbers."""
+    if w.numel() == 0:
+        return w.new_zeros((), dtype=torch.float32)
+    finite = torch.nan_to_num(w.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.linalg.vector_norm(finite, dim=axis).amax()
+
+
+def weight_reference(w_FD: torch.Tensor, axis: int = 1) -> Weight8:
+    """What `weights_in_8_bits` makes of one weight, in plain torch."""
+    eight, longest = in_8_bits(w_FD, E4M3, impl="reference"), _longest(w_FD, axis)
+    return Weight8(eight, eight.turned(), longest, _least_scale(longest.square() * w_FD.shape[axis], E4M3))
+
+
+@torch.no_grad()
+def weights_in_8_bits(ws: Sequence[torch.Tensor], axis: int = 1, impl: str = "auto") -> list[Weight8]:
+    """Each of the weights, of one shape (F, D) and dtype, in e4m3 both ways with a measured scale of its own; no
+    autograd. axis: along which the norms of `longest` are, 1 for rows.
+
+    Raises: ValueError for weights of several shapes or an axis that is none, TypeError for dtypes."""
+    if axis not in (0, 1):
+        raise ValueError(f"axis={axis}: 1 for the norms of rows, 0 for those of columns")
+    for w in ws:
+        _check(w, E4M3)
+        expect("a weight", w, ws[0].shape, ws[0])
+    if not ws or implementation(impl, ws[0]) != "triton" or ws[0].numel() == 0:
+        return [weight_reference(w, axis) for w in ws]
+    *values, scales = _weights([dense(w) for w in ws], axis)
+    turned_ones = values[len(ws) :]
+    rows = [row[:3].unbind() for row in scales.unbind()]
+    return [Weight8.of(value, other, *row) for value, other, row in zip(values, turned_ones, rows)]
 
 
 # ---- products ---------------------------------------------------------------------------------------------
 
 
-def product(a: Eight, b: Eight, dtype: torch.dtype, fast: bool = False) -> torch.Tensor:
+def product(
+    a: Eight, b: Eight, dtype: torch.dtype, fast: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """a b^T of a (M, K) and b (N, K) in `dtype`. fast: sums in the matrix units' own, shorter registers where a device
-    has those, good enough for what is rounded to 16 bits next."""
+    has those, good enough for what is rounded to 16 bits next. out: where it goes, (M, N) dense, on a GPU only."""
     if a.values.is_cuda:
-        scales = dict(scale_a=a.scale, scale_b=b.scale)
-        return torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
+        # With both axes: Inductor gives them those itself, but cannot where a scale is one number of several.
+        scales = dict(scale_a=a.scale.view(1, 1), scale_b=b.scale.view(1, 1))
+        how = dict(**scales, out_dtype=dtype, use_fast_accum=fast)
+        how |= {} if out is None else dict(out=out)
+        return torch._scaled_mm(a.values, b.values.t(), **how)
     return (a.values.float() @ b.values.float().t()).mul_(a.scale * b.scale).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
+    """weight: the tensors of a `Weight8`, or none."""
+
     @staticmethod
-    def forward(ctx, x_ND, w_FD, of_x, impl):
-        (x_8, x_turned), (w_8, w_turned) = both_ways(x_ND, E4M3, of_x, impl), both_ways(w_FD, E4M3, 0.0, impl)
+    def forward(ctx, x_ND, w_FD, largest, impl, *weight):
+        w_8, w_turned = Weight8.of(*weight)[:2] if weight else both_ways(w_FD, E4M3, 0.0, impl)
+        x_8, x_turned = both_ways(x_ND, E4M3, largest, impl)
         ctx.save_for_backward(*x_turned, *w_turned)
         ctx.shapes, ctx.dtypes, ctx.impl = (x_ND.shape, w_FD.shape), (x_ND.dtype, w_FD.dtype), impl
+        ctx.no_gradients = [None] * (2 + len(weight))
         return product(x_8, w_8, x_ND.dtype, fast=True)[: x_ND.shape[0], : w_FD.shape[0]].contiguous()
 
     @staticmethod
@@ -267,16 +487,23 @@ class _Linear(torch.autograd.Function):
         dx = product(dy_8, Eight(w_values, w_scale), ctx.dtypes[0])
         dw = product(dy_turned, Eight(x_values, x_scale), ctx.dtypes[1])
         (N, D), (E, _) = ctx.shapes
-        return dx[:N, :D].contiguous(), dw[:E, :D].contiguous(), None, None
+        return dx[:N, :D].contiguous(), dw[:E, :D].contiguous(), *ctx.no_gradients
 
 
 @without_autocast
-def linear(x: torch.Tensor, w_FD: torch.Tensor, *, of_x: float = 0.0, impl: str = "auto") -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    w_FD: torch.Tensor,
+    *,
+    of_x: float | torch.Tensor = 0.0,
+    weight: Weight8 | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
     """x w^T with all three products, forward and backward, in 8 bits; x (..., D), w (F, D), the result in x's dtype.
 
-    of_x: the largest number of x if it is known, which saves a pass over it: sqrt(D) for what a norm left. Weights and
-    gradients are measured. impl: of the conversions. Errors: ValueError for shapes or devices that do not fit,
-    TypeError for dtypes."""
+    of_x: the largest number of x if it is known, or a bound on it, which saves a pass over it: sqrt(D) for what a norm
+    left. weight: w in 8 bits, if there is; else it is measured, as gradients are. impl: of the conversions. Errors:
+    ValueError for shapes or devices that do not fit, TypeError for dtypes."""
     if w_FD.dim() != 2 or x.shape[-1:] != w_FD.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w_FD.shape)} must be (..., D) and (F, D)")
     for name, tensor in (("x", x), ("w", w_FD)):
@@ -284,4 +511,6 @@ def linear(x: torch.Tensor, w_FD: torch.Tensor, *, of_x: float = 0.0, impl: str 
         expect_floats(name, tensor, KERNEL_DTYPES)
     refuse_tangents("products8.linear", x, w_FD)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _Linear.apply(rows, w_FD, of_x, impl).view(*x.shape[:-1], w_FD.shape[0])
+    return _Linear.apply(rows, w_FD, of_x, impl, *(weight.tensors() if weight else ())).view(
+        *x.shape[:-1], w_FD.shape[0]
+    )

@@ -42,6 +42,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.embedding import packed_rows, put_rows_
+
 ROWS_MULTIPLE = 1024  # packed rows of tables: about 30 sizes in all for 32,000 touched rows
 
 
@@ -294,9 +296,7 @@ class GradientExchange:
     def _sum_tables(self) -> list[tuple[Any, Tensor | None]]:
         found = []
         for tables, rows in self.going:
-            packed = tables[0].grad.new_empty(len(tables), len(rows), *tables[0].shape[1:])
-            for p, picked in zip(tables, packed):
-                torch.index_select(p.grad, 0, rows, out=picked)
+            packed = packed_rows([p.grad for p in tables], rows)
             found.append((dist.all_reduce(packed, async_op=True), packed))
         return found
 
@@ -327,8 +327,7 @@ class GradientExchange:
         for (name, _), shard in zip(self.head.items(), self._arrived("head")):
             self.my_others[name].grad = shard
         for packed, (tables, rows) in zip(self._arrived("tables"), self.going):
-            for p, sums in zip(tables, packed):
-                p.grad.index_copy_(0, rows, sums)
+            put_rows_([p.grad for p in tables], rows, packed)
         self._arrived("others")
 
     def publish_matrices(self) -> None:

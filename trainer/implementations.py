@@ -17,7 +17,7 @@ def asked(kernels: str, device: str, in_8_bits: str = "bf16") -> dict[str, str]:
     "products": those of `--products` that the device has."""
     other = "auto" if kernels in ("specialised", "gluon") else kernels
     found = {**dict.fromkeys(FAMILIES, other), "attention": kernels, "products": products.on_device(in_8_bits, device)}
-    found["mix"] = other
+    found["mix"] = found["tables"] = other
     if kernels == "reference":
         found["attention"] = "flex" if torch.cuda.is_available() and device != "cpu" else "banded"
     return found

@@ -11,15 +11,17 @@ CPU the same 8-bit numbers are multiplied in float32. What the numbers are: kern
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import products8
+from kernels.guards import differentiable_once
 from kernels.mlp import normed_mlp, relu_squared_mlp
-from kernels.mlp8 import relu_squared_mlp_8
+from kernels.mlp8 import added_linear_8, normed_mlp_8, relu_squared_mlp_8
 from kernels.norm import rms_norm
 
 NAMES = ("bf16", "fp8_head", "fp8_mlp", "fp8")  # each has those of the one before it
@@ -36,29 +38,104 @@ def in_8_bits(impls: Mapping[str, str], least: str) -> bool:
     return NAMES.index(impls["products"]) >= NAMES.index(least) and torch.is_grad_enabled()
 
 
-def mlp(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, str]) -> Tensor:
+@torch.library.custom_op("speedrun::joined", mutates_args=())
+def _joined(inwards: list[Tensor], outwards: list[Tensor]) -> list[Tensor]:
+    D = outwards[0].shape[0]
+    wholes = [part.new_empty(4, D, D) for part in outwards]
+    parts = [(whole[:3].view(3 * D, D), whole[3]) for whole in wholes]
+    torch._foreach_copy_(
+        [part for pair in parts for part in pair], [g for pair in zip(inwards, outwards) for g in pair]
+    )
+    return wholes
+
+
+@_joined.register_fake
+def _(inwards, outwards):
+    return [part.new_empty(4, *part.shape) for part in outwards]
+
+
+class _Halves(torch.autograd.Function):
+    """Of each (4, D, D) the first three as (3 D, D), and of each the last. The compiler would put the gradients of each
+    pair together by a kernel of its own; here all are in one operator's few."""
+
+    @staticmethod
+    def forward(ctx, *wholes):
+        return *(whole[:3].flatten(0, 1) for whole in wholes), *(whole[3] for whole in wholes)
+
+    @staticmethod
+    @differentiable_once("halves")
+    def backward(ctx, *gradients):
+        half = len(gradients) // 2
+        return tuple(_joined(list(gradients[:half]), list(gradients[half:])))
+
+
+def of_layers(impls: Mapping[str, Any], blocks: Iterable[torch.nn.Module]) -> list[dict[str, Any]]:
+    """`impls` for each block, with its attention's weights: "w_qkv" (3 D, D), "w_o" (D, D). Where its products are in 8
+    bits, also these ("qkv", "o") and those of its MLP ("mlp_in", "mlp_out") so: the weights of all blocks are
+    converted together, once a step, in a few launches."""
+    blocks = list(blocks)
+    impls_L: list[dict[str, Any]] = [dict(impls) for _ in blocks]
+    wholes = {n: block.qkvo_w for n, block in enumerate(blocks) if block.has_attention}
+    together = torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes
+    halves = (_Halves.apply if together else _Halves.forward)(*([] if together else [None]), *wholes.values())
+    for n, w_qkv, w_o in zip(wholes, halves, halves[len(wholes) :]):
+        impls_L[n] |= dict(w_qkv=w_qkv, w_o=w_o)
+    if not in_8_bits(impls, "fp8_mlp"):
+        return impls_L
+    kinds = [(1, "mlp_in", {n: block.mlp_in_w for n, block in enumerate(blocks)})]
+    kinds += [(0, "mlp_out", {n: block.mlp_out_w for n, block in enumerate(blocks)})]
+    if in_8_bits(impls, "fp8"):
+        kinds += [
+            (1, "qkv", {n: impls_L[n]["w_qkv"] for n in wholes}),
+            (1, "o", {n: impls_L[n]["w_o"] for n in wholes}),
+        ]
+    for axis, kind, ws in kinds:
+        for n, weight in zip(ws, products8.weights_in_8_bits(list(ws.values()), axis)):
+            impls_L[n][kind] = weight
+    return impls_L
+
+
+def mlp(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, Any]) -> Tensor:
     """relu(norm(x) w_in^T)^2 w_out^T."""
     if in_8_bits(impls, "fp8_mlp"):
         return relu_squared_mlp_8(rms_norm(x_BTD), w_in_FD, w_out_DF)
     return relu_squared_mlp(rms_norm(x_BTD), w_in_FD, w_out_DF, impl=impls["mlp"])
 
 
-def mlp_added(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, str]) -> Tensor:
+def mlp_added(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, Any]) -> Tensor:
     """x + `mlp`, in fewer passes over memory."""
     if in_8_bits(impls, "fp8_mlp"):
-        return x_BTD + mlp(x_BTD, w_in_FD, w_out_DF, impls)
+        weights = (impls["mlp_in"], impls["mlp_out"]) if "mlp_in" in impls else None
+        return normed_mlp_8(x_BTD, w_in_FD, w_out_DF, weights=weights)
     return normed_mlp(x_BTD, w_in_FD, w_out_DF, impl=impls["mlp"])
 
 
-def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, str]) -> Tensor:
+def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, Any]) -> Tensor:
     """x w^T, of the attention's four."""
     return products8.linear(x, w_FD) if in_8_bits(impls, "fp8") else F.linear(x, w_FD)
 
 
-def added(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor, impls: Mapping[str, str]) -> Tensor:
-    """residual + x w^T, in one pass over memory where the device's product can begin with the residual."""
-    if in_8_bits(impls, "fp8") or not residual_BTD.is_cuda:
-        return residual_BTD + linear(x_BTE, w_DE, impls)
+def largest_value(factors_2: Tensor, ve_BTD: Tensor | None, config: Any, impls: Mapping[str, Any]) -> float | Tensor:
+    """A bound on what attention finds, for the scale of its 8 bits: a mean of values s[0] norm(v) + s[1] ve is no
+    larger than the largest of these, whose first part is no longer than the root of a head's width. 0: not needed."""
+    if not in_8_bits(impls, "fp8"):
+        return 0.0
+    s_0, s_1 = factors_2.detach().abs().unbind()
+    width = config.model_dim // config.num_heads
+    if ve_BTD is None:
+        return s_0 * width**0.5
+    return s_0 * width**0.5 + s_1 * torch.nan_to_num(ve_BTD.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax()
+
+
+def added(
+    residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor, impls: Mapping[str, Any], of_x: float | Tensor = 0.0
+) -> Tensor:
+    """residual + x w^T, in one pass over memory where the device's product can begin with the residual. of_x: a bound
+    on x, if there is one."""
+    if in_8_bits(impls, "fp8"):
+        return added_linear_8(residual_BTD, x_BTE, w_DE, of_x=of_x, weight=impls.get("o"))
+    if not residual_BTD.is_cuda:
+        return residual_BTD + F.linear(x_BTE, w_DE)
     return added_in_the_product(residual_BTD, x_BTE, w_DE)
 
 
@@ -67,11 +144,12 @@ def added_in_the_product(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor) -> T
     return torch.addmm(residual_BTD.flatten(0, 1), x_BTE.flatten(0, 1), w_DE.t()).view_as(residual_BTD)
 
 
-def of_head(impls: Mapping[str, str], scales: str) -> bool | tuple[float, ...]:
-    """`fp8` of `linear_cross_entropy`: no, with measured scales, or with those of `--fp8_scales`."""
+def of_head(impls: Mapping[str, Any], config: Any) -> bool | tuple[float, ...]:
+    """`fp8` of `linear_cross_entropy`: no, with measured scales, or with those of `--fp8_scales`. The rows of its
+    input come from a norm, so that they are known to be no longer than the root of their width."""
     if not in_8_bits(impls, "fp8_head"):
         return False
-    return tuple(float(size) for size in scales.split(",") if size) or True
+    return tuple(float(n) for n in config.fp8_scales.split(",") if n) or (config.model_dim**0.5, 0.0, 0.0)
 
 
 def told(asked: str, impls: Mapping[str, str]) -> dict[str, str]:

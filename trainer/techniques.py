@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.encoding import TokenizeError, prefix_tokens
 from kernels.attention import attention
 from kernels.cross_entropy import next_targets
+from kernels.embedding import rows_of_tables
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers
 from trainer import adam, products, sampled_softmax
@@ -246,6 +247,14 @@ def narrow_rows(config: Any, layer: int) -> int:
     c = config
     narrow = c.narrow_qk and (not c.narrow_qk_layers or layer in numbers(c.narrow_qk_layers))
     return c.num_heads * c.narrow_qk if narrow else 0
+
+
+def values_of_layers(gpt: Any, rows_BT: Tensor) -> dict[int, Tensor]:
+    """By layer what is mixed into its values, (B, T, D): each table's rows in one of the first layers and in one of the
+    last."""
+    L, weights = gpt.config.num_layers, [table.weight for table in gpt.value_embeds]
+    pairs = rows_of_tables(weights, rows_BT, uses=2, impl=gpt.impls["tables"]) if weights else []
+    return {n: pair[0] for n, pair in enumerate(pairs)} | {L - len(pairs) + n: pair[1] for n, pair in enumerate(pairs)}
 
 
 def projections(block: Any) -> tuple[list[Tensor], Tensor]:

@@ -32,7 +32,9 @@ BYTES: dict[str, Callable[[dict], int]] = {
         * a["tokens"]
         * a["p_v"].element_size()
         * (2 * a["ROTATE"] * (a["HEADS"] + a["KV_HEADS"]) + (2 + a["HAS_VE"]) * a["KV_HEADS"])
-    )
+    ),
+    "_measure": lambda a: a["TENSORS"] * a["lines"] * a["length"] * a["p_x"][0].element_size() + nbytes(a["p_parts"]),
+    "_move_rows": lambda a: 2 * nbytes(a["p_packed"]) + nbytes(a["p_rows"]),
 }
 #: Operators that write what they are given first without reading it.
 _OVERWRITES = re.compile(r"aten\.(_foreach_)?(copy|fill|zero)_")

@@ -368,6 +368,42 @@ def _mlp_8_reference(module, g):
     return {"y": module.relu_squared_mlp_8(x, w_in, w_out, impl="reference").to(g["x"].dtype)}
 
 
+def _normed_mlp_8(module, g, impl):
+    return {"y": module.normed_mlp_8(g["x"], g["w_in"], g["w_out"], impl=impl)}
+
+
+def _normed_mlp_8_reference(module, g):
+    x, w_in, w_out = (g[name].float() for name in ("x", "w_in", "w_out"))
+    return {"y": module.normed_mlp_8(x, w_in, w_out, impl="reference").to(g["x"].dtype)}
+
+
+def _added_linear_8_inputs(random):
+    return _draw(random, residual=(2, 5, 12), x=(2, 5, 8), w=(12, 8), upstream_y=(2, 5, 12))
+
+
+def _added_linear_8(module, g, impl):
+    return {"y": module.added_linear_8(g["residual"], g["x"], g["w"], impl=impl)}
+
+
+def _added_linear_8_reference(module, g):
+    residual, x, w = (g[name].float() for name in ("residual", "x", "w"))
+    return {"y": module.added_linear_8(residual, x, w, impl="reference").to(g["x"].dtype)}
+
+
+def _tables_inputs(random):
+    rows = torch.randint(0, 7, (2, 5), generator=random)
+    return {**_draw(random, a=(7, 6), b=(7, 6), upstream_a=(2, 5, 6), upstream_b=(2, 5, 6)), "rows": rows}
+
+
+def _tables(module, g, impl):
+    (a,), (b,) = module.rows_of_tables([g["a"], g["b"]], g["rows"], impl=impl)
+    return {"a": a, "b": b}
+
+
+def _tables_reference(module, g):
+    return {name: g[name][g["rows"]] for name in ("a", "b")}
+
+
 def _linear_8_inputs(random):
     return _draw(random, x=(2, 5, 8), w=(12, 8), upstream_y=(2, 5, 12))
 
@@ -585,6 +621,33 @@ OPERATORS: dict[str, Operator] = {
             _mlp_8,
             _mlp_8_reference,
             ("x", "w_in", "w_out"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "normed mlp, 8 bits",
+            "kernels.mlp8",
+            _mlp_inputs,
+            _normed_mlp_8,
+            _normed_mlp_8_reference,
+            ("x", "w_in", "w_out"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "linear beside a residual, 8 bits",
+            "kernels.mlp8",
+            _added_linear_8_inputs,
+            _added_linear_8,
+            _added_linear_8_reference,
+            ("residual", "x", "w"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "rows of tables",
+            "kernels.embedding",
+            _tables_inputs,
+            _tables,
+            _tables_reference,
+            ("a", "b"),
             implementations=("reference", "triton"),
         ),
         Operator(

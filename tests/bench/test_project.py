@@ -275,7 +275,7 @@ def test_a_preset_without_a_rehearsal_has_that_of_the_one_it_comes_from(monkeypa
     monkeypatch.setattr(project, "kept", have.get)
     step, name = project.our_step("frontier")
     assert name == "f3" and step.config == project.config_of("f3")
-    assert step.parts["MLP"] < have["f3"]["projection"]["parts"]["MLP"] / 3  # the products are in 8 bits
+    assert step.parts["MLP"] < have["f3"]["projection"]["parts"]["MLP"] / 2  # the products are in 8 bits
     assert project.our_step("micro")[1] == "medium"
     have["f3"] = have["f3"] | {"products": "bf16"}
     with pytest.raises(ValueError, match="rehearse it again"):

@@ -1,11 +1,14 @@
 """The MLP and linear layers by products in 8 bits: errors against float64 beside those in 16 bits, scales that hold."""
 
+import functools
+import math
+
 import pytest
 import torch
 
 from kernels import mlp8, products8
 from kernels.mlp import relu_squared_mlp_reference
-from kernels.mlp8 import relu_squared_mlp_8
+from kernels.mlp8 import added_linear_8, normed_mlp_8, relu_squared_mlp_8
 from kernels.norm import rms_norm_reference
 from kernels.products8 import E4M3, E5M2
 from kernels.runtime import INTERPRETED
@@ -79,6 +82,79 @@ def test_a_row_of_nan_stays_a_row(impl):
 
 
 @pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_norm_and_residual_against_float64(impl, with_weights):
+    """The stream's own part is exact but for one rounding, so that errors are those of the MLP's part alone."""
+    _, w_in, w_out, _ = of_mlp()
+    s, dy = (3 * draw(N, D, seed=4)).bfloat16(), (1e-6 * draw(N, D, seed=3)).bfloat16()
+    eight = tuple(products8.weights_in_8_bits([w], axis, impl)[0] for axis, w in ((1, w_in), (0, w_out)))
+    stream = lambda s, *ws: s + relu_squared_mlp_reference(rms_norm_reference(s), *ws)  # noqa: E731
+    truth = results(stream, dy.double(), *(t.double() for t in (s, w_in, w_out)))
+    how = dict(weights=eight if with_weights else None, impl=impl)
+    found = results(lambda *given: normed_mlp_8(*given, **how), dy, s, w_in, w_out)
+    assert [t.dtype for t in found] == [torch.bfloat16] * 4
+    for mine, true in zip(found, truth):
+        assert 0 < (mine.double() - true).norm() <= 0.12 * true.norm()
+    assert errors([found[0].double() - s.double()], [truth[0] - s.double()])[0] <= 0.1
+
+
+@pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_a_linear_layer_beside_a_residual_against_float64(impl, with_weight):
+    """The residual comes through exactly; a bound instead of a measured number costs little."""
+    residual, x, w = draw(5, 14, 72), draw(5, 14, D, seed=1), draw(72, D, seed=2) * D**-0.5
+    dy, (eight,) = 1e-6 * draw(5, 14, 72, seed=3), products8.weights_in_8_bits([w], 1, impl)
+    truth = results(lambda r, x, w: r + x @ w.t(), dy.double(), residual.double(), x.double(), w.double())
+    for bound in (0.0, torch.tensor(40.0)):
+        how = dict(of_x=bound, weight=eight if with_weight else None, impl=impl)
+        found = results(functools.partial(added_linear_8, **how), dy, residual, x, w)
+        assert torch.equal(found[1], dy)
+        assert errors([found[0] - residual], [truth[0] - residual.double()])[0] <= 0.05
+        for mine, true in zip(found[2:], truth[2:]):
+            assert 0.01 < errors([mine], [true])[0] <= 0.07
+    residual[2, 3] = torch.nan
+    spoiled = added_linear_8(residual, x, w, impl=impl)
+    assert spoiled[2, 3].isnan().all() and spoiled.isnan().sum() == 72
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_a_row_of_nan_in_the_stream_stays_a_row(impl):
+    x, w_in, w_out, dy = of_mlp()
+    usual = results(lambda *given: normed_mlp_8(*given, impl=impl), dy, x, w_in, w_out)
+    x[7], x[9, 3] = torch.nan, torch.inf
+    y, dx, *_ = results(lambda *given: normed_mlp_8(*given, impl=impl), dy, x, w_in, w_out)
+    others = [n for n in range(N) if n not in (7, 9)]
+    assert y[7].isnan().all() and not y[9].isfinite().any()
+    assert torch.equal(y[others], usual[0][others])
+    assert dx[7].isnan().any() and torch.equal(dx[others], usual[1][others])
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_all_weights_together_are_each_on_its_own(impl):
+    """Scale, values and norms of each, a power of two and finite however spoiled another one is."""
+    ws = [draw(40, 24, seed=n).bfloat16() * 10.0**n for n in range(4)]
+    ws[1][3, 5], ws[1][7, 0], ws[2][:] = torch.nan, -torch.inf, 0.0
+    for axis in (0, 1):
+        for found, w in zip(products8.weights_in_8_bits(ws, axis, impl), ws):
+            right = products8.weight_reference(w, axis)
+            finite = w.double().where(w.isfinite(), 0.0)
+            longest = finite.norm(dim=axis).max()
+            assert found.eight.scale == products8.scale_for(w) and torch.log2(found.eight.scale) % 1 == 0
+            assert abs(found.longest.double() - longest) <= 1e-6 * longest
+            most = (w.shape[axis] * longest**2).clamp(min=448 * 2.0**-126)
+            assert 224 < most / found.of_squares <= 448 and torch.log2(found.of_squares) % 1 == 0
+            for mine, wanted in zip(found.tensors()[:2], right.tensors()[:2]):
+                assert torch.equal(mine.view(torch.uint8), wanted.view(torch.uint8)) or mine.float().isnan().any()
+            assert torch.equal(found.eight.values.t().float().nan_to_num(), found.turned.values.float().nan_to_num())
+            assert found.eight.values.float().isnan().sum() == (~w.isfinite()).sum()
+    for largest in (448.0, 449.0, 1e-30, 1.75 * 2.0**40, 3e38):
+        w = torch.full((16, 16), largest)
+        assert products8.weights_in_8_bits([w], 1, impl)[0].eight.scale == 2.0 ** max(
+            -126, math.ceil(math.log2(w[0, 0].double().item() / 448))
+        ), largest
+
+
+@pytest.mark.parametrize("impl", WAYS)
 def test_a_linear_layer_against_float64(impl):
     x, w, dy = draw(5, 14, D), draw(72, D, seed=1), 1e-6 * draw(5, 14, 72, seed=2)
     truth = results(lambda x, w: x @ w.t(), dy.double(), x.double(), w.double())
@@ -121,11 +197,14 @@ def test_the_operators_keep_their_contracts():
     for e5m2, turned in ((False, True), (True, False)):
         torch.library.opcheck(products8._in_8_bits, (draw(18, 20), torch.tensor(0.5), e5m2, turned), test_utils=CHECKS)
     a, b, act = (draw(*size).to(E4M3) for size in ((16, 32), (48, 32), (16, 48)))
-    scales = torch.ones(3)
-    torch.library.opcheck(mlp8._operator, (a, b, scales, None), test_utils=CHECKS)
-    torch.library.opcheck(
-        mlp8._operator, (a.float().to(E5M2), b, scales, act.float().abs().to(E4M3)), test_utils=CHECKS
-    )
+    scales, act_turned = [torch.ones(()) for _ in range(4)], act.t().float().abs().to(E4M3)
+    torch.library.opcheck(mlp8._operator, (a, scales[0], b, *scales[1:3], None, None), test_utils=CHECKS)
+    backward = a.float().to(E5M2), scales[0], b, *scales[1:3], act_turned, scales[3]
+    torch.library.opcheck(mlp8._operator, backward, test_utils=CHECKS)
+    torch.library.opcheck(mlp8._added, (a, scales[0], b, scales[1], draw(13, 45)), test_utils=CHECKS)
+    torch.library.opcheck(mlp8._normed, (draw(18, 20), torch.tensor(0.5)), test_utils=CHECKS)
+    for axis in (0, 1):
+        torch.library.opcheck(products8._weights, ([draw(18, 20), draw(18, 20, seed=1)], axis), test_utils=CHECKS)
 
 
 def test_wrong_arguments_are_named():
@@ -134,6 +213,10 @@ def test_wrong_arguments_are_named():
         (lambda: relu_squared_mlp_8(x, w_in, w_out[:, :-1]), "w_out"),
         (lambda: products8.linear(x, w_in[:, :-1]), "w"),
         (lambda: products8.linear(x, w_in.to("meta")), "w"),
+        (lambda: added_linear_8(x[:-1], x, w_in), "residual"),
+        (lambda: added_linear_8(x, x, w_in), "residual"),
+        (lambda: products8.weights_in_8_bits([w_in, w_out]), "a weight"),
+        (lambda: products8.weights_in_8_bits([w_in], 2), "axis=2"),
     ):
         with pytest.raises(ValueError, match=word):
             call()

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from kernels import cross_entropy
-from kernels.products8 import E4M3, E5M2, both_ways, in_8_bits, product, scale_for
+from kernels.products8 import E4M3, E5M2, ROOM, SAMPLED_ROWS, both_ways, in_8_bits, product, sampled_scale, scale_for
+from kernels.runtime import INTERPRETED
+
+WAYS = [pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")), "reference"]
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -44,6 +47,25 @@ def test_scales_look_at_finite_numbers_only():
     assert z[[3, 5, 6]].isnan().all(), "what was not finite is seen in its row"
     others = [i for i in range(32) if i not in (3, 5, 6)]
     torch.testing.assert_close(z[others], product(in_8_bits(x), in_8_bits(torch.eye(32)), torch.float32)[others])
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_a_sampled_scale_holds_for_rows_that_are_far_larger_and_costs_no_precision(impl):
+    """All numbers down to 2^-17 of the largest keep the format's two bits, and rows up to 4,096 times as large as those
+    that were looked at do not saturate; what is not finite is left out, and few rows are looked at all."""
+    rows = 3 * SAMPLED_ROWS
+    x = draw(rows, 16)
+    x[0, 0] = 4.0
+    x[1], x[2, :8], x[4, 3] = 4.0 * 2**ROOM, 2.0**-15, torch.nan
+    scale = sampled_scale(x, impl)
+    assert torch.log2(scale) % 1 == 0 and scale == scale_for(x[::3]) * 448 / 57344 * 2**ROOM
+    back = both_ways(x, E5M2, scale=scale, impl=impl)[0].plain()
+    finite = torch.arange(rows) != 4
+    assert ((back - x.float()).abs() <= x.float().abs() / 8)[finite & (x.abs().amin(1) >= 2.0**-15)].all()
+    assert (back[2, :8] == 2.0**-15).all() and back[4].isnan().sum() == 1
+    few = draw(20, 16)
+    few[7, 3] = 1e3
+    assert sampled_scale(few, impl) == scale_for(few, E5M2) * 2**ROOM
 
 
 def test_conversion_saturates_and_zeros_have_a_scale():

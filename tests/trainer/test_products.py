@@ -43,7 +43,8 @@ def test_training_by_8_bits_goes_nearly_the_same_way_and_a_validation_is_in_full
         return run
 
     monkeypatch.setattr(products8, "linear", counted("linear", products8.linear))
-    monkeypatch.setattr(products, "relu_squared_mlp_8", counted("mlp", mlp8.relu_squared_mlp_8))
+    monkeypatch.setattr(products, "added_linear_8", counted("linear", mlp8.added_linear_8))
+    monkeypatch.setattr(products, "normed_mlp_8", counted("mlp", mlp8.normed_mlp_8))
     monkeypatch.setattr(cross_entropy._Eight, "logits", counted("head", cross_entropy._Eight.logits))
     losses, trainer, tokens = two_steps(f"--products={chosen}")
     assert seen == {"linear": 2 * linears, "mlp": 2 * mlps, "head": 2}

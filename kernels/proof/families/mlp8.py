@@ -20,26 +20,44 @@ def _inputs(M, N, K):
     return make
 
 
-def _both(product_8):
-    """Forward and backward of the 8-bit numbers that the given ones are."""
+def _eights(module, given):
+    """The factors, the activation turned and the result's scale, in the 8-bit numbers that they are."""
+    of_product, of_act, of_out = given["scales"].float().unbind()
+    one = torch.ones_like(of_product)
+    a, b, act = (given[name].resolve_neg().to(E4M3) for name in ("a", "b", "act"))
+    steep = module.Eight(given["a"].resolve_neg().to(E5M2), of_product)
+    return module.Eight(a, of_product), steep, module.Eight(b, one), module.Eight(act.t(), of_act), of_out
+
+
+def _both(product_8, added_product_8):
+    """Forward, backward, and beside a residual."""
 
     def run(module, given):
-        a, b, act = (given[name].resolve_neg().to(E4M3) for name in ("a", "b", "act"))
-        scales = given["scales"].float()
-        out, turned = product_8(module)(a, b, scales)
-        slope, slope_turned = product_8(module)(given["a"].resolve_neg().to(E5M2), b, scales, act)
+        a, steep, b, act, of_out = _eights(module, given)
+        out, turned = product_8(module)(a, b, of_out)
+        slope, slope_turned = product_8(module)(steep, b, of_out, act)
         found = {"out": out, "turned": turned, "slope": slope, "slope turned": slope_turned}
+        residual = given["act"].float()[: a.values.shape[0] - 3, : b.values.shape[0] - 5]
+        found["added"] = added_product_8(module)(a, b, residual)
+        found["added to a gradient"] = added_product_8(module)(steep, b, residual)
         return {name: x.float() for name, x in found.items()}
 
     return run
 
 
 def _with_tile(**tile):
-    return _both(lambda module: lambda *given: module.launch_product_8(*given, tile=module.Tile(**tile)))
+    def with_it(name):
+        return lambda module: lambda *given: getattr(module, name)(*given, tile=module.Tile(**tile))
+
+    return _both(with_it("launch_product_8"), with_it("launch_added_product_8"))
 
 
-_kernel = _both(lambda module: module.launch_product_8)
-_reference = _both(lambda module: module.product_8_reference)
+def _named(*names):
+    return _both(*(lambda module, name=name: getattr(module, name) for name in names))
+
+
+_kernel = _named("launch_product_8", "launch_added_product_8")
+_reference = _named("product_8_reference", "added_product_8_reference")
 _by_descriptors = _with_tile(rows=32, columns=32, warps=4, stages=1, depth=16, descriptors=True)
 
 
@@ -47,13 +65,16 @@ def _layouts(module, device):
     """Factors that are not dense are made so."""
     random = torch.Generator().manual_seed(0)
     given = {name: x.to(device) for name, x in _inputs(16, 32, 48)(random).items()}
-    a, b, act = (given[name].resolve_neg().to(E4M3) for name in ("a", "b", "act"))
-    turned = [x.t().contiguous().t() for x in (a, b, act)]
+    a, _, b, act, of_out = _eights(module, given)
+    residual, strided = given["act"].float(), lambda x: x.t().contiguous().t()
+    act = act._replace(values=act.values.contiguous())
+    others = [x._replace(values=strided(x.values)) for x in (a, b, act)]
     for found, right in zip(
-        module.launch_product_8(*turned[:2], given["scales"], turned[2]),
-        module.launch_product_8(a, b, given["scales"], act),
+        module.launch_product_8(*others[:2], of_out, others[2]), module.launch_product_8(a, b, of_out, act)
     ):
         assert torch.equal(found.float(), right.float())
+    sums = module.launch_added_product_8(*others[:2], strided(residual)), module.launch_added_product_8(a, b, residual)
+    assert torch.equal(*sums)
 
 
 def _launch(N=65536, D=1024, F=4096, **options):
@@ -61,10 +82,72 @@ def _launch(N=65536, D=1024, F=4096, **options):
         import kernels.mlp8 as module
 
         empty = lambda *size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
-        scales, w, act = empty(3, dtype=torch.float32), empty(F, D, dtype=E4M3), empty(N, F, dtype=E4M3)
+        scale = empty(dtype=torch.float32)
+        eight = lambda *size, dtype=E4M3: module.Eight(empty(*size, dtype=dtype), scale)  # noqa: E731
         tile = module.tile_of(module.TILES, "product", E4M3)._replace(**options)
-        module.launch_product_8(empty(N, D, dtype=E4M3), w, scales, tile=tile)
-        module.launch_product_8(empty(N, D, dtype=E5M2), w, scales, act, tile=tile)
+        module.launch_product_8(eight(N, D), eight(F, D), scale, tile=tile)
+        module.launch_product_8(eight(N, D, dtype=E5M2), eight(F, D), scale, eight(F, N), tile=tile)
+        module.launch_added_product_8(eight(N, F), eight(D, F), empty(N, D, dtype=torch.bfloat16), tile=tile)
+
+    return run
+
+
+def _launch_gradient(N=65536, D=1024, E=3072):
+    """The product of a gradient in e5m2 beside another gradient."""
+
+    def run():
+        import kernels.mlp8 as module
+
+        scale = torch.empty((), device="meta")
+        dy, w = (
+            module.Eight(torch.empty(rows, E, dtype=dtype, device="meta"), scale)
+            for rows, dtype in ((N, E5M2), (D, E4M3))
+        )
+        module.launch_added_product_8(dy, w, torch.empty(N, D, dtype=torch.bfloat16, device="meta"))
+
+    return run
+
+
+def _stream(N, D):
+    def make(random):
+        s = torch.randn(N, D, generator=random) * 10 ** torch.randint(-2, 3, (N, 1), generator=random)
+        return {"s": s, "scale": torch.tensor(D**0.5 / 448)}
+
+    return make
+
+
+def _normed(name):
+    """In steps of 8 bits, so that one number that is rounded the other way is one step off."""
+
+    def named(module, given):
+        r, values, turned = getattr(module, name)(given["s"], given["scale"])
+        steps = {"values": values.float(), "turned": turned.float()}
+        return {"r": r} | {name: x.sign() * (x.abs() + 2**-6).log2() for name, x in steps.items()}
+
+    return named
+
+
+_kernel_normed, _reference_normed = _normed("launch_normed"), _normed("normed_reference")
+
+
+def _rows_not_finite(module, device):
+    """A row with NaN or an infinity has that, and no other has."""
+    s = torch.randn(40, 33, generator=torch.Generator().manual_seed(0)).to(device)
+    one = torch.ones((), device=device)
+    usual = module.launch_normed(s, one)
+    s[5, 3], s[9, 32] = torch.nan, torch.inf
+    found, others = module.launch_normed(s, one), [n for n in range(40) if n not in (5, 9)]
+    assert found[1][5, :33].float().isnan().all() and found[1][9, 32].float().isnan()
+    for mine, right in zip(found[:2], usual):
+        assert torch.equal(mine[others].float(), right[others].float())
+    assert torch.equal(found[2][:, others].float(), usual[2][:, others].float())
+
+
+def _launch_normed(N=65536, D=1024):
+    def run():
+        import kernels.mlp8 as module
+
+        module.launch_normed(torch.empty(N, D, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta"))
 
     return run
 
@@ -72,11 +155,13 @@ def _launch(N=65536, D=1024, F=4096, **options):
 FAMILY = Family(
     name="mlp8",
     module="kernels.mlp8",
-    kernels=("_product_8",),
+    kernels=("_product_8", "_norm_8"),
     numeric=(
         Numeric("ragged tiles", _inputs(80, 144, 48), _kernel, _reference, dtypes=(torch.float32,)),
         Numeric("by descriptors", _inputs(48, 80, 32), _by_descriptors, _reference, dtypes=(torch.float32,)),
         Numeric("one tile", _inputs(16, 16, 16), _kernel, _reference, dtypes=(torch.float32,), hostile=True),
+        Numeric("norm", _stream(70, 40), _kernel_normed, _reference_normed, keep_float32=("scale",)),
+        Numeric("a tiny norm", _stream(3, 5), _kernel_normed, _reference_normed, keep_float32=("scale",), hostile=True),
     ),
     launches=(
         Launch("a training step", _launch(), devices=FLOAT8_DEVICES, quick=True),
@@ -86,17 +171,43 @@ FAMILY = Family(
             devices=("sm_90",),
             demanding=False,
         ),
+        Launch("a gradient beside another one", _launch_gradient(), devices=FLOAT8_DEVICES),
+        Launch("the norm of a training step", _launch_normed(), devices=FLOAT8_DEVICES, quick=True),
+        Launch("the norm of long rows", _launch_normed(4096, 4096), devices=FLOAT8_DEVICES),
     ),
     demands={
+        "_norm_8": Demand(wide=("p_s", "p_out", "p_turned")),
         "_product_8": Demand(
             instructions=("QGMMA", "UTMALDG"),
             stack_bytes=744 if triton.__version__.startswith("3.6.") else 0,  # nothing spills from 3.7 on
             wide=("p_a", "p_b", "p_act", "p_out", "p_turned"),
             shows=((r"max\.NaN", "BACKWARD=False"),),
-        )
+        ),
     },
-    checks=(("strided factors", _layouts),),
+    checks=(("strided factors", _layouts), ("rows that are not finite", _rows_not_finite)),
     faults=(
+        Fault("the residual is left out", "b_out += tl.load(p_act", "b_out += 0 * tl.load(p_act"),
+        Fault("the residual is another row's", "tl.load(p_act + o_out, mask=m_out", "tl.load(p_act, mask=m_out"),
+        Fault("the residual is taken for dense", "dense(residual_MN), scales", "residual_MN, scales", by="strided"),
+        Fault("the mean is over the tile", "/ D + _EPS", "/ WIDTH + _EPS"),
+        Fault("the mean is a sum", "/ D + _EPS", "+ _EPS"),
+        Fault("rows are not scaled", "b_s * b_r[:, None] / tl.load(p_scale)", "b_s / tl.load(p_scale)"),
+        Fault("the norm's scale multiplies", "b_r[:, None] / tl.load(p_scale)", "b_r[:, None] * tl.load(p_scale)"),
+        Fault("the norm's transpose is not turned", "tl.trans(b_8), mask=(o_d", "b_8, mask=(o_d"),
+        Fault(
+            "the norm's filling is left out",
+            "mask=(o_n < N_out)[:, None] & (o_d < D_out)",
+            "mask=(o_n < N)[:, None] & (o_d < D)",
+        ),
+        Fault("rows past the end are normed", "    m = (o_n < N)[:, None]", "    m = (o_n < N + 1)[:, None]"),
+        Fault("columns past the end are normed", "& (o_d < D)[None, :]\n    b_s", "& (o_d < D + 1)[None, :]\n    b_s"),
+        Fault("all programs norm the first rows", "tl.program_id(0) * ROWS +", "0 * ROWS +"),
+        Fault("s is taken for dense", "given = dense(s_ND), r_N", "given = s_ND, r_N", by="transposed"),
+        Fault(
+            "the activation lies as the result does",
+            "tl.trans(tl.load(p_act + o_turned, mask=m_turned, other=0.0))",
+            "tl.load(p_act + o_out, mask=m_out, other=0.0)",
+        ),
         Fault("the activation is not squared", "b_out *= b_out", "b_out *= 1"),
         Fault("negative values pass", "tl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)", "b_out"),
         Fault(
@@ -105,10 +216,10 @@ FAMILY = Family(
             "tl.maximum(b_out, 0.0)",
             by="NaN",
         ),
-        Fault("the slope lacks its two", "b_out *= 2 * tl.sqrt(b_act)", "b_out *= tl.sqrt(b_act)"),
-        Fault("the product's scale is left out", "b_out *= tl.load(p_scales)\n", "b_out *= 1\n"),
-        Fault("the activation's scale is the product's", "tl.load(p_scales + 1)", "tl.load(p_scales)"),
-        Fault("the result's scale is the activation's", "tl.load(p_scales + 2)", "tl.load(p_scales + 1)"),
+        Fault("the slope lacks its two", "b_out *= 2 * tl.sqrt(", "b_out *= tl.sqrt("),
+        Fault("the product's scale is left out", "b_out *= tl.load(p_scale_a) * tl.load(p_scale_b)\n", "b_out *= 1\n"),
+        Fault("the activation's scale is the product's", "b_act * tl.load(p_scale_act)", "b_act * tl.load(p_scale_a)"),
+        Fault("the result's scale is the activation's", "b_out / tl.load(p_scale_out)", "b_out / tl.load(p_scale_act)"),
         Fault("the transpose is not turned", "tl.trans(b_8), mask", "b_8, mask"),
         Fault(
             "rows past the end are read",
@@ -127,14 +238,19 @@ FAMILY = Family(
         ),
         Fault(
             "a transpose is written past its end",
-            "mask=(o_n < N)[:, None] & (o_m < M)",
-            "mask=(o_n < N)[:, None] & (o_m < M + 1)",
+            "m_turned = (o_n < N)[:, None] & (o_m < M)",
+            "m_turned = (o_n < N)[:, None] & (o_m < M + 1)",
         ),
         Fault("a program passes over every second of its tiles", "tl.num_programs(0)", "2 * tl.num_programs(0)"),
         Fault("two programs take the same tile", "first + within % height", "first"),
         Fault("a descriptor's rows are the first", "p_a.load([row, k])", "p_a.load([0, k])"),
         Fault("a descriptor does not move", "p_b.load([column, k])", "p_b.load([column, 0])"),
         Fault("sums are in half precision", "tl.zeros([BM, BN], tl.float32)", "tl.zeros([BM, BN], tl.float16)"),
-        Fault("factors are taken for dense", "None if x is None else dense(x)", "x", by="strided"),
+        Fault(
+            "factors are taken for dense",
+            "[dense(x.values) for x in (a, b)]",
+            "[x.values for x in (a, b)]",
+            by="strided",
+        ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Proof cases of the conversion to 8 bits (kernels/products8.py)."""
+"""Proof cases of the conversion to 8 bits, of one tensor and of several, and of its scales (kernels/products8.py)."""
 
 import torch
 
@@ -19,6 +19,15 @@ def _inputs(M, K):
     return make
 
 
+def _turned_later(module, values):
+    """By rows of a wider tensor, whose other columns stay as they are."""
+    M, K = values.shape
+    wide = torch.zeros(K, M + 16, dtype=values.dtype)
+    module.launch_turn(values, wide[:, :M])
+    assert not wide[:, M:].float().any(), "columns behind the transpose have changed"
+    return wide[:, :M].float()
+
+
 def _kernel(module, given):
     found = {}
     for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2)):
@@ -26,7 +35,7 @@ def _kernel(module, given):
         alone, nothing = module.launch_in_8_bits(given["x"], dtype, given["scale"], False)
         assert nothing.numel() == 0
         found |= {name: values.float(), f"{name} turned": turned.float(), f"{name} alone": alone.float()}
-        found[f"{name} turned later"] = module.launch_turn(values).float()
+        found[f"{name} turned later"] = _turned_later(module, values)
     return found
 
 
@@ -37,6 +46,55 @@ def _reference(module, given):
         found |= {name: values, f"{name} turned": values.t(), f"{name} alone": values}
         found[f"{name} turned later"] = values.t()
     return found
+
+
+def _several(M, K):
+    """Tensors of very different size, whose largest numbers lie in the first and in the last of their elements."""
+
+    def make(random):
+        xs = [torch.randn(M, K, generator=random) * 10.0**n for n in (-3, 0, 2)]
+        xs[0][-1, -1], xs[1][0, 0], xs[2][-1, 0] = 0.01, -4.5, 448.0
+        return {"xs": xs}
+
+    return make
+
+
+def _kernel_of_several(module, given):
+    found = {}
+    for axis in (0, 1):
+        scales = module.launch_scales(given["xs"], E4M3, axis)
+        found |= {f"norm {axis}": scales[:, 1], f"scale {axis}": scales[:, 0], f"squares {axis}": scales[:, 2]}
+    found["scale in e5m2"] = module.launch_scales(given["xs"], E5M2)[:, 0]
+    found["of some rows"] = module.launch_scales(given["xs"], E5M2, every=3, room=5)[:, 0]
+    values, turned = module.launch_conversions(given["xs"], E4M3, scales, True)
+    for n, (value, other) in enumerate(zip(values, turned)):
+        found |= {f"values {n}": value.float(), f"turned {n}": other.float()}
+    return found
+
+
+def _reference_of_several(module, given):
+    found = {}
+    for axis in (0, 1):
+        found |= {f"norm {axis}": torch.stack([x.norm(dim=axis).max() for x in given["xs"]])}
+        squares = [x.shape[axis] * x.norm(dim=axis).max() ** 2 for x in given["xs"]]
+        found |= {f"squares {axis}": torch.stack([module.scale_for(x.float(), E4M3, x) for x in squares])}
+        found |= {f"scale {axis}": torch.stack([module.scale_for(x.float(), E4M3) for x in given["xs"]])}
+    found["scale in e5m2"] = torch.stack([module.scale_for(x.float(), E5M2) for x in given["xs"]])
+    found["of some rows"] = torch.stack([32 * module.scale_for(x.float()[::3], E5M2) for x in given["xs"]])
+    for n, (x, scale) in enumerate(zip(given["xs"], found["scale 1"])):
+        value = module.in_8_bits_reference(x, E4M3, scale).float()
+        found |= {f"values {n}": value, f"turned {n}": value.t()}
+    return found
+
+
+def _finite_only(module, device):
+    """What is not finite is left out of scales and norms, each tensor's of its own; nothing at all has a scale."""
+    xs = [torch.ones(3, 40, device=device) * 2.0**n for n in (0, 3)]
+    right = module.launch_scales(xs, E4M3)[:, :2].tolist()
+    xs[0][1], xs[1][2, 5], xs[1][2, 6] = torch.nan, torch.inf, -torch.inf
+    assert module.launch_scales(xs, E4M3)[:, :2].tolist() == right
+    nothing = [torch.full((4, 4), torch.nan, device=device), torch.zeros(4, 4, device=device)]
+    assert module.launch_scales(nothing, E5M2)[:, :2].tolist() == [[2.0**-126, 0.0]] * 2
 
 
 def _not_finite(module, device):
@@ -66,7 +124,28 @@ def _launch(dtype, kind, M, K):
 
         x, scale = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty((), device="meta")
         values, _ = module.launch_in_8_bits(x, kind, scale, True)
-        module.launch_turn(values)
+        module.launch_turn(values, torch.empty(K, M, dtype=kind, device="meta"))
+        module.launch_scales([x], kind)
+
+    return run
+
+
+def _launch_sampled(M, K):
+    def run():
+        import kernels.products8 as module
+
+        x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+        module.launch_scales([x], E5M2, every=M // module.SAMPLED_ROWS, room=module.ROOM)
+        module.launch_in_8_bits(x, E5M2, torch.empty((), device="meta"), True)
+
+    return run
+
+
+def _launch_of_weights(layers, F, D, axis):
+    def run():
+        import kernels.products8 as module
+
+        module.launch_weights([torch.empty(F, D, dtype=torch.bfloat16, device="meta") for _ in range(layers)], axis)
 
     return run
 
@@ -74,37 +153,100 @@ def _launch(dtype, kind, M, K):
 FAMILY = Family(
     name="products8",
     module="kernels.products8",
-    kernels=("_convert", "_turn"),
+    kernels=("_convert", "_turn", "_measure", "_scales"),
     numeric=(
         Numeric("ragged", _inputs(70, 37), _kernel, _reference, keep_float32=("scale",)),
         Numeric("whole tiles", _inputs(64, 128), _kernel, _reference, quick=False, keep_float32=("scale",)),
+        Numeric("three weights", _several(70, 150), _kernel_of_several, _reference_of_several, dtypes=(torch.float32,)),
+        Numeric("tiny weights", _several(3, 5), _kernel_of_several, _reference_of_several, dtypes=(torch.float32,)),
         Numeric("tiny", _inputs(4, 5), _kernel, _reference, quick=False, hostile=True, keep_float32=("scale",)),
     ),
     launches=(
         Launch("activations", _launch(torch.bfloat16, E4M3, 65536, 1024), devices=FLOAT8_DEVICES, quick=True),
         Launch("gradients", _launch(torch.bfloat16, E5M2, 65536, 1024), devices=FLOAT8_DEVICES),
         Launch("the head's weights", _launch(torch.float32, E4M3, 50304, 1024), devices=FLOAT8_DEVICES),
+        Launch("gradients of q, k and v", _launch_sampled(65536, 3072), devices=FLOAT8_DEVICES),
+        Launch("one weight into the MLP", _launch_of_weights(1, 4096, 1024, 1), devices=FLOAT8_DEVICES),
+        Launch("one weight out of it", _launch_of_weights(1, 1024, 4096, 0), devices=FLOAT8_DEVICES),
+        Launch("16 layers' weights into the MLP", _launch_of_weights(16, 4096, 1024, 1), devices=FLOAT8_DEVICES),
+        Launch("16 layers' weights out of it", _launch_of_weights(16, 1024, 4096, 0), devices=FLOAT8_DEVICES),
+        Launch("15 layers' q, k and v", _launch_of_weights(15, 3072, 1024, 1), devices=FLOAT8_DEVICES),
+        Launch("15 layers' projections back", _launch_of_weights(15, 1024, 1024, 1), devices=FLOAT8_DEVICES),
     ),
-    demands={"_convert": Demand(wide=("p_x", "p_out", "p_turned")), "_turn": Demand(wide=("p_x", "p_out"))},
-    checks=(("what is not finite", _not_finite), ("formats", _formats)),
+    demands={
+        "_convert": Demand(wide=("p_x", "p_out", "p_turned")),
+        "_turn": Demand(wide=("p_x", "p_out")),
+        "_measure": Demand(wide=("p_x",)),
+        "_scales": Demand(),
+    },
+    checks=(("finite numbers only", _finite_only), ("what is not finite", _not_finite), ("formats", _formats)),
     faults=(
-        Fault("x is taken for dense", "    x = dense(x)\n", "", by="transposed"),
+        Fault(
+            "x is taken for dense",
+            "tuple(dense(x) for x in xs), dense(scales)",
+            "tuple(xs), dense(scales)",
+            by="transposed",
+        ),
+        Fault(
+            "all tensors are the first",
+            "p_x[i] + o_x, mask=m_x, other=0.0).to(tl.float32)\n        b_out",
+            "p_x[0] + o_x, mask=m_x, other=0.0).to(tl.float32)\n        b_out",
+        ),
+        Fault("all tensors have the first one's scale", "p_scale + i * STEP", "p_scale"),
+        Fault(
+            "the last tensor is not converted",
+            "for i in tl.static_range(TENSORS):\n        b_x = tl.load(p_x[i]",
+            "for i in tl.static_range(max(TENSORS - 1, 1)):\n        b_x = tl.load(p_x[i]",
+        ),
+        Fault("lines past the end are measured", "m_x = (o_line < lines)", "m_x = (o_line < lines + 1)"),
+        Fault(
+            "numbers past a line's end are measured", "(o_along < length)[None, :]", "(o_along < length + 1)[None, :]"
+        ),
+        Fault(
+            "what is not finite counts",
+            'b_x < float("inf"), b_x, 0.0',
+            'b_x < float("inf"), b_x, b_x',
+            by="finite numbers",
+        ),
+        Fault("negative numbers do not count", "b_x = tl.abs(tl.load(p_x[i]", "b_x = (tl.load(p_x[i]"),
+        Fault("all programs measure the first lines", "tl.program_id(0) * LINES +", "0 * LINES +"),
+        Fault("parts of all tensors are the first one's", "p_parts + i * tl.num_programs(0) * 2", "p_parts + i * 0"),
+        Fault("a norm is of one number", "b_squares += b_x * b_x", "b_squares = b_x * b_x"),
+        Fault("all rows are looked at", "(every * K, 1)", "(K, 1)"),
+        Fault("rows are looked at past the end", "-(-M // every)", "M"),
+        Fault("no room is left", ") - room", ")"),
+        Fault("lines are columns", "else (K, M, (1, K))", "else (K, M, (K, 1))"),
+        Fault(
+            "most parts are not looked at",
+            "tl.load(p_parts + 2 * o, mask=o < parts",
+            "tl.load(p_parts + 2 * o, mask=o < 1",
+        ),
+        Fault("squares are not of so long rows", "square * length", "square"),
+        Fault("a scale is half as large", "tl.maximum(exponent, 1)", "tl.maximum(exponent - 1, 1)"),
+        Fault("a number that just fits has a larger scale", "> 0x600000", ">= 0x600000"),
+        Fault("the least scale is not held", "tl.maximum(exponent, 1)", "exponent", by="finite numbers"),
+        Fault("scales are e4m3's", "programs, length, RANGE=bits", "programs, length, RANGE=8"),
+        Fault("all scales are the first one's", "p_parts += tl.program_id(0) * parts * 2", "p_parts += 0"),
         Fault("the transpose is not turned", "tl.trans(b_out), mask=m_turned", "b_out, mask=m_turned"),
-        Fault("the scale multiplies", "b_x / tl.load(p_scale)", "b_x * tl.load(p_scale)"),
+        Fault("the scale multiplies", "b_x / tl.load(p_scale + i", "b_x * tl.load(p_scale + i"),
         Fault(
             "nothing saturates", "return tl.clamp(b_x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)", "return b_x"
         ),
         Fault("infinities saturate", 'float("nan"), b_x)', "b_x, b_x)", by="not finite"),
         Fault("NaN saturates", "LIMIT, propagate_nan=tl.PropagateNan.ALL)", "LIMIT)", by="not finite"),
-        Fault("rows past the end are read", "m_x = (o_m < M)", "m_x = (o_m < M + 1)"),
-        Fault("columns past the end are read", "(o_k < K)[None, :]\n    b_x", "(o_k < K + 1)[None, :]\n    b_x"),
+        Fault(
+            "rows past the end are read",
+            "m_x = (o_m < M)[:, None] & (o_k < K)[None, :]\n    o_out",
+            "m_x = (o_m < M + 1)[:, None] & (o_k < K)[None, :]\n    o_out",
+        ),
+        Fault("columns past the end are read", "(o_k < K)[None, :]\n    o_out", "(o_k < K + 1)[None, :]\n    o_out"),
         Fault("turned later, not turned", "tl.trans(b_x), mask=m_out", "b_x, mask=m_out"),
         Fault(
             "turned later, columns past the end are written",
             "m_out = (o_k < K)[:, None]",
             "m_out = (o_k <= K)[:, None]",
         ),
-        Fault("turned later, its rows are one too long", "* M + o_m", "* (M + 1) + o_m"),
+        Fault("turned later, its rows are one too long", "* step + o_m", "* (step + 1) + o_m"),
         Fault("rows past the end are written", "m_out = (o_m < M_out)", "m_out = (o_m <= M_out)"),
         Fault("the filling is left out", "m_out = (o_m < M_out)[:, None] & (o_k < K_out)[None, :]", "m_out = m_x"),
         Fault("all tiles are the first row's", "tl.program_id(0) // tiles * BM", "tl.program_id(0) * 0 * BM"),
