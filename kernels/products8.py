@@ -110,7 +110,7 @@ def _every(rows: int) -> int:
 
 @torch.library.custom_op("speedrun::sampled_scale", mutates_args=())
 def _sampled_scale(x: torch.Tensor) -> torch.Tensor:
-    return launch_scales([x], E5M2, every=_every(len(x)), room=ROOM)[0, 0].clone()
+    return launch_scales([x], E5M2, every=_every(len(x)), room=ROOM)[0, 0, 0].clone()
 
 
 @_sampled_scale.register_fake
@@ -217,8 +217,9 @@ def _least(most, RANGE: tl.constexpr):
 
 @triton.jit
 def _scales(p_parts, p_scales, parts, length, RANGE: tl.constexpr, BLOCK: tl.constexpr):
-    """scales (tensors, 4): of tensor program_id the least power of two with which its largest number fits, the root of
-    its lines' largest sum of squares, and the e4m3 scale for `length` times that sum; from parts (tensors, parts, 2).
+    """scales (tensors, 3, 4), of each four the first: of tensor program_id the least power of two with which its
+    largest number fits; the root of its lines' largest sum of squares; the e4m3 scale for `length` times that sum.
+    From parts (tensors, parts, 2).
 
     RANGE: of the type of the first, see `_least`."""
     p_parts += tl.program_id(0) * parts * 2
@@ -228,11 +229,11 @@ def _scales(p_parts, p_scales, parts, length, RANGE: tl.constexpr, BLOCK: tl.con
         o = start + tl.arange(0, BLOCK)
         b_most = tl.maximum(b_most, tl.load(p_parts + 2 * o, mask=o < parts, other=0.0))
         b_square = tl.maximum(b_square, tl.load(p_parts + 2 * o + 1, mask=o < parts, other=0.0))
-    p_scales += tl.program_id(0) * 4
+    p_scales += tl.program_id(0) * 12
     square = tl.max(b_square, 0)
     tl.store(p_scales, _least(tl.max(b_most, 0), RANGE))
-    tl.store(p_scales + 1, tl.sqrt_rn(square))
-    tl.store(p_scales + 2, _least(square * length, 8))
+    tl.store(p_scales + 4, tl.sqrt_rn(square))
+    tl.store(p_scales + 8, _least(square * length, 8))
 
 
 @triton.jit
@@ -266,9 +267,10 @@ def filled(size: int) -> int:
 def launch_scales(
     xs: Sequence[torch.Tensor], dtype: torch.dtype, axis: int = 1, every: int = 1, room: int = 0
 ) -> torch.Tensor:
-    """float32 (L, 4) of L tensors (M, K) alike, over finite numbers only: `scale_for` of each; the largest norm of one
-    of its rows (axis 1) or columns (axis 0); the e4m3 scale for the square of that norm times their length; and a
-    number of room, so that every scale begins on 16 bytes.
+    """float32 (L, 3, 4) of L tensors (M, K) alike, over finite numbers only, at [:, :, 0]: `scale_for` of each; the
+    largest norm of one of its rows (axis 1) or columns (axis 0); the e4m3 scale for the square of that norm times their
+    length. The rest is room, so that each begins on 16 bytes: Inductor takes what an operator makes of an input that
+    does not for unaligned, too, however large it is.
 
     every: rows are looked at in steps of so many. room: binades above the largest number that the scale leaves free."""
     if axis != 1 and every != 1:
@@ -284,7 +286,7 @@ def launch_scales(
     of_lines = max(32, triton.next_power_of_2(triton.cdiv(lines, 4096)))
     programs = triton.cdiv(lines, of_lines)
     parts = torch.empty(len(xs), programs, 2, dtype=torch.float32, device=xs[0].device)
-    scales = torch.empty(len(xs), 4, dtype=torch.float32, device=xs[0].device)
+    scales = torch.empty(len(xs), 3, 4, dtype=torch.float32, device=xs[0].device)
     how = dict(TENSORS=len(xs), LINES=of_lines, ALONG=128, num_warps=4)
     launch(_measure, (programs,), xs, parts, lines, length, *steps, **how)
     bits = round(math.log2(torch.finfo(dtype).max / 1.75)) - room
@@ -414,7 +416,7 @@ def _weights(ws: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
 def _(ws, axis):
     sizes = filled(ws[0].shape[0]), filled(ws[0].shape[1])
     eight = [w.new_empty(size, dtype=E4M3) for size in (sizes, sizes[::-1]) for w in ws]
-    return [*eight, ws[0].new_empty(len(ws), 4, dtype=torch.float32)]
+    return [*eight, ws[0].new_empty(len(ws), 3, 4, dtype=torch.float32)]
 
 
 def _longest(w: torch.Tensor, axis: int) -> torch.Tensor:
@@ -446,7 +448,7 @@ def weights_in_8_bits(ws: Sequence[torch.Tensor], axis: int = 1, impl: str = "au
         return [weight_reference(w, axis) for w in ws]
     *values, scales = _weights([dense(w) for w in ws], axis)
     turned_ones = values[len(ws) :]
-    rows = [row[:3].unbind() for row in scales.unbind()]
+    rows = [row[:, 0].unbind() for row in scales.unbind()]
     return [Weight8.of(value, other, *row) for value, other, row in zip(values, turned_ones, rows)]
 
 
