@@ -525,7 +525,8 @@ class _Eight(_Plain):
         """Put the gradient of the rows beside those that wait, and multiply them where there is no room for more."""
         (tokens, classes), left = g.values.shape, len(self.x) - rows.start
         if self.waiting is None:
-            room = min(max(TOKENS_A_PRODUCT // tokens, 1) * tokens, left // MULTIPLE * MULTIPLE)
+            ragged = left % tokens  # a last chunk that comes in another form waits with nobody
+            room = min(max(TOKENS_A_PRODUCT // tokens, 1) * tokens, left - (ragged if ragged % MULTIPLE else 0))
             self.waiting = Eight(g.values.new_empty(classes, room), g.scale)
             self.first = rows.start
         begin = rows.start - self.first
