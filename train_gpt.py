@@ -46,7 +46,6 @@ from data.shards import ShardError, TokenStream
 from kernels.attention import attention_plan, flex_mask
 from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
-from kernels.embedding import picked
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers, mixes_of_layers
@@ -546,13 +545,13 @@ class GPT(nn.Module):
         # gradients of rows that were selected in one kernel; those of unbound ones it copies by one kernel each.
         attention_lambdas_L4 = F.pad(attention_lambdas.view(L, 2), (0, 2))
 
-        x00_BTD = norm(picked(self.embed1.weight, tokens_BT, impl=self.impls["tables"]))
+        x00_BTD = norm(techniques.looked_up(self.embed1, tokens_BT, self.impls["tables"]))
         rows2_BT, rows_v_BT = (rows(seen_BS)[:, begin:] for rows in (self.rows2, self.rows_v))
         if self.embed2 is None:
             factors = factors_of_layers(lambdas.view(L, 3), x00_BTD)
             mixes = [lambda x, f=f: techniques.summed(x, (f[0], x), (f[1], x00_BTD)) for f in factors]
         else:
-            x01_BTD = norm(picked(self.embed2.weight, rows2_BT, impl=self.impls["tables"]))
+            x01_BTD = norm(techniques.looked_up(self.embed2, rows2_BT, self.impls["tables"]))
             mixes = mixes_of_layers(lambdas.view(L, 3), x00_BTD, x01_BTD, impl=self.impls["mix"])
         values = techniques.values_of_layers(self, rows_v_BT)
         x_BTD, outputs, impls_L = x00_BTD, {}, products.of_layers(self.impls, self.blocks)

@@ -172,6 +172,21 @@ def test_no_token_sees_its_future_or_another_document():
     assert moved.nonzero().flatten().tolist() == list(range(opened, position + 1))
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_who_hooks_on_to_a_table_sees_its_rows(impl):
+    """The lab's microscope does; the kernel that makes several tables' gradients has no module to hook on to."""
+    model = randomised(GPT(tiny()))
+    model.impls["tables"] = impl
+    tokens, seen = documents(64, 64, 7, seed=5)[None], {}
+    tables = [model.embed1, model.embed2, *model.value_embeds]
+    plain = model(tokens, window_blocks=4)
+    for table in tables:
+        table.register_forward_hook(lambda module, _inputs, output: seen.update({module: output}))
+    assert torch.equal(model(tokens, window_blocks=4), plain)
+    assert seen.keys() == set(tables)
+    assert all(torch.equal(seen[table], table.weight[tokens]) for table in tables)
+
+
 def test_batched_sequences_are_independent():
     model = randomised(GPT(tiny()))
     tokens = torch.stack([documents(256, 200, 7, seed=s) for s in (1, 2, 3)])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from data.encoding import TokenizeError, prefix_tokens
 from kernels.attention import attention
 from kernels.cross_entropy import next_targets
-from kernels.embedding import rows_of_tables
+from kernels.embedding import implementation as looked_up_by
+from kernels.embedding import picked, rows_of_tables
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers
 from trainer import adam, products, sampled_softmax
@@ -249,11 +250,24 @@ def narrow_rows(config: Any, layer: int) -> int:
     return c.num_heads * c.narrow_qk if narrow else 0
 
 
+def looked_up(table: nn.Embedding, rows: Tensor, impl: str) -> Tensor:
+    """The table's rows of those numbers, (..., D): by the module where torch does it or somebody hooked on to it, else
+    by the kernel whose gradient is deterministic (kernels/embedding.py)."""
+    return table(rows) if _by_module(table, rows, impl) else picked(table.weight, rows, impl=impl)
+
+
+def _by_module(table: nn.Embedding, rows: Tensor, impl: str) -> bool:
+    return bool(table._forward_hooks) or looked_up_by(impl, rows) == "reference"
+
+
 def values_of_layers(gpt: Any, rows_BT: Tensor) -> dict[int, Tensor]:
     """By layer what is mixed into its values, (B, T, D): each table's rows in one of the first layers and in one of the
-    last."""
-    L, weights = gpt.config.num_layers, [table.weight for table in gpt.value_embeds]
-    pairs = rows_of_tables(weights, rows_BT, uses=2, impl=gpt.impls["tables"]) if weights else []
+    last. One kernel makes the gradients of all tables, where it is not as in `looked_up`."""
+    tables, L, impl = list(gpt.value_embeds), gpt.config.num_layers, gpt.impls["tables"]
+    if any(_by_module(table, rows_BT, impl) for table in tables):
+        pairs = [[table(rows_BT)] * 2 for table in tables]
+    else:
+        pairs = rows_of_tables([table.weight for table in tables], rows_BT, uses=2, impl=impl) if tables else []
     return {n: pair[0] for n, pair in enumerate(pairs)} | {L - len(pairs) + n: pair[1] for n, pair in enumerate(pairs)}
 
 
