@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.common import REPO
+from records.agreement import MN_RANGE
 
 STUDIES = REPO / "records" / "studies"
-MN_A_PERCENT = (1.5, 2.3)  # of the steps: #259, #264, #315, and the optimizer track (n 8 to 20 each side)
 
 
 class Effect(NamedTuple):
@@ -35,7 +35,7 @@ class Effect(NamedTuple):
 def steps_of(mn: float, of: str) -> float:
     """Share of the steps that a loss lower by `mn` saves; of: "least" or "most" (which for a cost, below zero, are the
     larger and the smaller one)."""
-    low, high = (mn / rate / 100 for rate in (MN_A_PERCENT[1], MN_A_PERCENT[0]))
+    low, high = (mn / rate / 100 for rate in reversed(MN_RANGE))
     return min(low, high) if of == "least" else max(low, high)
 
 

@@ -39,6 +39,7 @@ from bench.rehearse.page import kept
 from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, FLEX_TFLOPS, HIDDEN, ROWS, over_plain
 from bench.rehearse.project import AVERAGE as THE_AVERAGE
 from kernels.proof import slots
+from records.agreement import MN_RANGE
 from trainer import schedule
 from trainer.options import command, setting
 from trainer.techniques import narrow_rows, numbers
@@ -535,8 +536,8 @@ def page(told: dict[str, Any]) -> str:
         effects=table(shown),
         argued=argued,
         needed=argument(told) if frontier else "Not projected.",
-        low=effects.MN_A_PERCENT[0],
-        high=effects.MN_A_PERCENT[1],
+        low=MN_RANGE[0],
+        high=MN_RANGE[1],
         goal=told["goal_s"],
     )
 

@@ -60,7 +60,7 @@ def rows_of(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict]:
                     "effect": round(float((b - a).mean()), 4),
                     "sd between seeds": round(float(a.std(ddof=1)), 4),
                     "sd within pairs": round(float((b - a).std(ddof=1)), 4),
-                    "sd of other seeds": round(float(((others - others.mean()) ** 2).mean() ** 0.5), 4),
+                    "sd of other seeds": round(float(others.std()), 4),
                 }
             )
     return rows

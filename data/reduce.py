@@ -28,8 +28,9 @@ from data.tokenize import PartWriter
 _BLOCK_TOKENS = 1 << 22
 
 
-def blocks(files: list[str], most: int, vocab_size: int) -> Iterator[np.ndarray]:
-    """The tokens of shards, one block (uint16) after the other, `most` at most; 0: all. Raises shards.ShardError."""
+def blocks(files: list[str], most: int, vocab_size: int | None = None) -> Iterator[np.ndarray]:
+    """The tokens of shards, one block (uint16) after the other, `most` at most; 0: all. With `vocab_size` each block is
+    checked. Raises shards.ShardError."""
     left = most or sys.maxsize
     for path in files:
         tokens = shards.open_shard(path)
@@ -37,7 +38,8 @@ def blocks(files: list[str], most: int, vocab_size: int) -> Iterator[np.ndarray]
             if left <= 0:
                 return
             block = tokens[start : start + min(_BLOCK_TOKENS, left)]
-            shards.check_vocabulary(path, block, start, vocab_size)
+            if vocab_size is not None:
+                shards.check_vocabulary(path, block, start, vocab_size)
             left -= len(block)
             yield block
 
@@ -74,7 +76,7 @@ def reduce(train: list[str], val: list[str], out: Path, vocab_size: int, most: i
     for part, files, limit in (("train", train, most), ("val", val, 0)):
         writer, rare = PartWriter(out, part, shards.MAX_TOKENS), 0
         try:
-            for block in blocks(files, limit, old_size):
+            for block in blocks(files, limit):  # which were checked as they were counted
                 tokens = new[block]
                 writer.append(tokens)
                 rare += int(np.count_nonzero(tokens == vocab_size - 1))

@@ -54,13 +54,19 @@ def _(inwards, outwards):
     return [part.new_empty(4, *part.shape) for part in outwards]
 
 
+def _halves(wholes: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Of each (4, D, D) the first three as (3 D, D), then of each the last."""
+    wholes = tuple(wholes)
+    return *(whole[:3].flatten(0, 1) for whole in wholes), *(whole[3] for whole in wholes)
+
+
 class _Halves(torch.autograd.Function):
-    """Of each (4, D, D) the first three as (3 D, D), and of each the last. The compiler would put the gradients of each
+    """`_halves`. The compiler would put the gradients of each
     pair together by a kernel of its own; here all are in one operator's few."""
 
     @staticmethod
     def forward(ctx, *wholes):
-        return *(whole[:3].flatten(0, 1) for whole in wholes), *(whole[3] for whole in wholes)
+        return _halves(wholes)
 
     @staticmethod
     @differentiable_once("halves")
@@ -77,7 +83,7 @@ def of_layers(impls: Mapping[str, Any], blocks: Iterable[torch.nn.Module]) -> li
     impls_L: list[dict[str, Any]] = [dict(impls) for _ in blocks]
     wholes = {n: block.qkvo_w for n, block in enumerate(blocks) if block.has_attention}
     together = torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes
-    halves = (_Halves.apply if together else _Halves.forward)(*([] if together else [None]), *wholes.values())
+    halves = _Halves.apply(*wholes.values()) if together else _halves(wholes.values())
     for n, w_qkv, w_o in zip(wholes, halves, halves[len(wholes) :]):
         impls_L[n] |= dict(w_qkv=w_qkv, w_o=w_o)
     if not in_8_bits(impls, "fp8_mlp"):
