@@ -394,6 +394,11 @@ class Weight8(NamedTuple):
         """All of it, each once, as Dynamo wants the inputs of a Function."""
         return [self.eight.values, self.turned.values, self.eight.scale, self.longest, self.of_squares]
 
+    def times(self, factor: torch.Tensor) -> Weight8:
+        """Of that multiple of the weight both `Eight`, which share a scale; the other numbers as they are."""
+        scale = self.eight.scale * factor
+        return self._replace(eight=self.eight._replace(scale=scale), turned=self.turned._replace(scale=scale))
+
     @classmethod
     def of(cls, values, turned, scale, longest, of_squares) -> Weight8:
         """From its `tensors`."""
@@ -434,9 +439,12 @@ def weight_reference(w_FD: torch.Tensor, axis: int = 1) -> Weight8:
 
 
 @torch.no_grad()
-def weights_in_8_bits(ws: Sequence[torch.Tensor], axis: int = 1, impl: str = "auto") -> list[Weight8]:
+def weights_in_8_bits(
+    ws: Sequence[torch.Tensor], axis: int = 1, impl: str = "auto", factors: torch.Tensor | None = None
+) -> list[Weight8]:
     """Each of the weights, of one shape (F, D) and dtype, in e4m3 both ways with a measured scale of its own; no
-    autograd. axis: along which the norms of `longest` are, 1 for rows.
+    autograd. axis: along which the norms of `longest` are, 1 for rows. factors: float32 (L,), of which each goes into
+    the scale of a weight, so that a multiple of it is meant; the other two numbers stay the weight's own.
 
     Raises: ValueError for weights of several shapes or an axis that is none, TypeError for dtypes."""
     if axis not in (0, 1):
@@ -444,11 +452,17 @@ def weights_in_8_bits(ws: Sequence[torch.Tensor], axis: int = 1, impl: str = "au
     for w in ws:
         _check(w, E4M3)
         expect("a weight", w, ws[0].shape, ws[0])
+    if factors is not None:
+        expect("factors", factors, (len(ws),), ws[0])
     if not ws or implementation(impl, ws[0]) != "triton" or ws[0].numel() == 0:
-        return [weight_reference(w, axis) for w in ws]
+        found = [weight_reference(w, axis) for w in ws]
+        return found if factors is None else [w.times(factor) for w, factor in zip(found, factors)]
     *values, scales = _weights([dense(w) for w in ws], axis)
     turned_ones = values[len(ws) :]
     rows = [row[:, 0].unbind() for row in scales.unbind()]
+    if factors is not None:  # each on 16 bytes again, see `launch_scales`
+        scaled = F.pad(scales[:, 0, :1] * factors[:, None], (0, 3))[:, 0].unbind()
+        rows = [(scale, *others) for scale, (_, *others) in zip(scaled, rows)]
     return [Weight8.of(value, other, *row) for value, other, row in zip(values, turned_ones, rows)]
 
 

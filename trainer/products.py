@@ -75,28 +75,51 @@ class _Halves(torch.autograd.Function):
         return tuple(_joined(list(gradients[:half]), list(gradients[half:])))
 
 
-def of_layers(impls: Mapping[str, Any], blocks: Iterable[torch.nn.Module]) -> list[dict[str, Any]]:
-    """`impls` for each block, with its attention's weights: "w_qkv" (3 D, D), "w_o" (D, D). Where its products are in 8
-    bits, also these ("qkv", "o") and those of its MLP ("mlp_in", "mlp_out") so: the weights of all blocks are
-    converted together, once a step, in a few launches."""
+def of_layers(
+    impls: Mapping[str, Any],
+    blocks: Iterable[torch.nn.Module],
+    parts: Mapping[int, tuple[list[Tensor], Tensor]] | None = None,
+    factors_L2: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
+    """`impls` for each block, with its attention's weights: "w_qkv" (E, D), E = 3 D where q and k are as wide as v,
+    "w_o" (D, D). Where its products are in 8 bits, also these ("qkv", "o") and those of its MLP ("mlp_in", "mlp_out")
+    so: the weights of all blocks are converted together, once a step, in a few launches.
+
+    parts: by block its weights as `trainer.techniques.projections` has them; without, those of the plain model.
+    factors: of each block the numbers that w_qkv and w_o are multiplied with. dtype: of both; theirs if it is None."""
     blocks = list(blocks)
     impls_L: list[dict[str, Any]] = [dict(impls) for _ in blocks]
-    wholes = {n: block.qkvo_w for n, block in enumerate(blocks) if block.has_attention}
-    together = torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes
-    halves = _Halves.apply(*wholes.values()) if together else _halves(wholes.values())
-    for n, w_qkv, w_o in zip(wholes, halves, halves[len(wholes) :]):
-        impls_L[n] |= dict(w_qkv=w_qkv, w_o=w_o)
+    if parts is None:
+        wholes = {n: block.qkvo_w for n, block in enumerate(blocks) if block.has_attention}
+        together = torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes
+        halves = _Halves.apply(*wholes.values()) if together else _halves(wholes.values())
+        plain = {n: pair for n, *pair in zip(wholes, halves, halves[len(wholes) :])}
+    else:
+        plain = {n: [torch.cat(w) if len(w) > 1 else w[0], w_o] for n, (w, w_o) in parts.items()}
+    for n, pair in plain.items():
+        used = pair if dtype is None else [w.to(dtype) for w in pair]
+        used = used if factors_L2 is None else [factor * w for factor, w in zip(factors_L2[n], used)]
+        impls_L[n] |= dict(w_qkv=used[0], w_o=used[1])
     if not in_8_bits(impls, "fp8_mlp"):
         return impls_L
-    kinds = [(1, "mlp_in", {n: block.mlp_in_w for n, block in enumerate(blocks)})]
-    kinds += [(0, "mlp_out", {n: block.mlp_out_w for n, block in enumerate(blocks)})]
+    kinds = [(1, "mlp_in", {n: block.mlp_in_w for n, block in enumerate(blocks)}, None)]
+    kinds += [(0, "mlp_out", {n: block.mlp_out_w for n, block in enumerate(blocks)}, None)]
     if in_8_bits(impls, "fp8"):
-        kinds += [
-            (1, "qkv", {n: impls_L[n]["w_qkv"] for n in wholes}),
-            (1, "o", {n: impls_L[n]["w_o"] for n in wholes}),
-        ]
-    for axis, kind, ws in kinds:
-        for n, weight in zip(ws, products8.weights_in_8_bits(list(ws.values()), axis)):
+        for place, kind in enumerate(("qkv", "o")):
+            ws = {n: pair[place] for n, pair in plain.items()}
+            for shape in dict.fromkeys(w.shape for w in ws.values()):
+                alike = {n: w for n, w in ws.items() if w.shape == shape}
+                kinds.append(
+                    (
+                        1,
+                        kind,
+                        alike,
+                        factors_L2 if factors_L2 is None else torch.stack([factors_L2[n, place] for n in alike]),
+                    )
+                )
+    for axis, kind, ws, factors in kinds:
+        for n, weight in zip(ws, products8.weights_in_8_bits(list(ws.values()), axis, factors=factors)):
             impls_L[n][kind] = weight
     return impls_L
 
@@ -116,9 +139,11 @@ def mlp_added(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[s
     return normed_mlp(x_BTD, w_in_FD, w_out_DF, impl=impls["mlp"])
 
 
-def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, Any]) -> Tensor:
-    """x w^T, of the attention's four."""
-    return products8.linear(x, w_FD) if in_8_bits(impls, "fp8") else F.linear(x, w_FD)
+def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, Any], kind: str, of_x: float = 0.0) -> Tensor:
+    """x w^T, of the attention's four: kind "qkv" or "o". of_x: a bound on x, if there is one."""
+    if in_8_bits(impls, "fp8"):
+        return products8.linear(x, w_FD, of_x=of_x, weight=impls.get(kind))
+    return F.linear(x, w_FD)
 
 
 def largest_value(factors_2: Tensor, ve_BTD: Tensor | None, config: Any, impls: Mapping[str, Any]) -> float | Tensor:

@@ -521,6 +521,9 @@ class Techniques(nn.Module):
         x_BTD, factors, more_values = x0, None, None
         gated = self.dynamic_gates
         gates: list[Gates] = [] if gated is None else gated(0, x0)
+        parts = {layer: projections(block) for layer, block in enumerate(gpt.blocks) if block.has_attention}
+        factors_L2 = scalars["values"] if c.output_scalar else None
+        impls_L = products.of_layers(gpt.impls, gpt.blocks, parts, factors_L2, x0.dtype)
         for layer, block in enumerate(gpt.blocks):
             if gated is not None and layer == gated.middle:
                 gates += gated(1, x_BTD)
@@ -532,10 +535,11 @@ class Techniques(nn.Module):
             source = outputs[c.late_attention_source] if late else x_BTD
             short = layer not in self.long
             where = pairs[short] if layer in self.paired else (rotary, plans[short])
-            given = *where, gpt, cache, (factors, more_values), gates[layer] if gates else None
-            a_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
-            x_BTD = self.added(x_BTD, a_BTD, x0, bigram, factors)
-            of_mlp = x_BTD, block.mlp_in_w, block.mlp_out_w, gpt.impls
+            impls = impls_L[layer]
+            given = *where, impls, gpt, cache, (factors, more_values), gates[layer] if gates else None
+            o_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
+            x_BTD = self.added(x_BTD, o_BTD, impls, x0, bigram, factors)
+            of_mlp = x_BTD, block.mlp_in_w, block.mlp_out_w, impls
             if factors is None:
                 x_BTD = products.mlp_added(*of_mlp)
             else:
@@ -590,12 +594,13 @@ class Techniques(nn.Module):
         terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
         return summed(x_BTD, *terms, *([] if bigram is None else [(beta[0], bigram)]))
 
-    def added(self, x_BTD: Tensor, a_BTD: Any, x0: Tensor, bigram: Any, factors: Any) -> Tensor:
-        """Stream plus attention; in the last layer of `dynamic_skips`, the factors' mixture."""
+    def added(self, x_BTD: Tensor, o_BTD: Any, impls: Any, x0: Tensor, bigram: Any, factors: Any) -> Tensor:
+        """Stream plus what attention found, projected back; in the last layer of `dynamic_skips`, their mixture."""
         if factors is None:
-            return x_BTD if a_BTD is None else x_BTD + a_BTD
+            return x_BTD if o_BTD is None else products.added(x_BTD, o_BTD, impls["w_o"], impls)
         m = factors[0]
-        terms = [(m[4], x_BTD), (m[6], x0)] + ([] if a_BTD is None else [(m[5], a_BTD)])
+        terms = [(m[4], x_BTD), (m[6], x0)]
+        terms += [] if o_BTD is None else [(m[5], products.linear(o_BTD, impls["w_o"], impls, "o"))]
         return summed(x_BTD, *terms, *([] if bigram is None else [(m[7], bigram)]))
 
     def attend(
@@ -606,21 +611,20 @@ class Techniques(nn.Module):
         scalars_2: Tensor,
         rotary: Any,
         plan: Any,
+        impls: Any,
         gpt: Any,
         cache: Any,
         dynamic: Any,
         gates: Any = None,
     ) -> Tensor | None:
-        """Attention of a layer, from what it reads to what it adds to the stream; None for a layer without."""
+        """What a layer's heads find, side by side, before it is projected back; None for a layer without attention.
+        impls: of the layer, with its weights (`trainer.products.of_layers`)."""
         if not block.has_attention:
             return None
         c, layer, (B, T, D), H = self.config, block.layer, x_BTD.shape, self.config.num_heads
         y_BTD = norm(x_BTD) if c.norm_before_attention else x_BTD
-        narrow, (inwards, w_o_DD) = narrow_rows(c, layer), projections(block)
-        w_ED = (torch.cat(inwards) if narrow else inwards[0]).to(y_BTD.dtype)
-        if c.output_scalar:
-            w_ED = scalars_2[0] * w_ED
-        qk, v = products.linear(y_BTD, w_ED, gpt.impls).split([2 * (narrow or D), D], -1)
+        narrow, of_y = narrow_rows(c, layer), D**0.5 if c.norm_before_attention else 0.0
+        qk, v = products.linear(y_BTD, impls["w_qkv"], impls, "qkv", of_y).split([2 * (narrow or D), D], -1)
         qk, v = (part.unflatten(-1, (heads, -1)) for part, heads in ((qk, 2 * H), (v, H)))
         R = D // H // 2  # columns of the tables for wide heads; those for narrow ones follow
         rotary = tuple(table[:, R:] if narrow else table[:, :R] for table in rotary)
@@ -636,7 +640,7 @@ class Techniques(nn.Module):
             k = offset_keys(k, None if cache is None else cache.last_key(layer, k))
         mixing = self.head_mixing(y_BTD) if self.head_mixing is not None and layer == c.num_layers - 1 else None
         if cache is None:
-            o_BTHDh = attention(q, k, v, plan, scale=scale, impl=gpt.impls["attention"])
+            o_BTHDh = attention(q, k, v, plan, scale=scale, impl=impls["attention"])
             if mixing is not None:
                 o_BTHDh = o_BTHDh + mixed_heads(q, k, v, mixing, plan.first_key_BT, scale)
         else:
@@ -648,9 +652,7 @@ class Techniques(nn.Module):
             o_BTHDh = exclusive(o_BTHDh, own_v, alpha)
         if c.output_gates:  # #117
             o_BTHDh = o_BTHDh * self.opened(y_BTD, layer, gates).to(y_BTD.dtype)[..., None]
-        w_o_DD = w_o_DD.to(y_BTD.dtype)
-        w_o_DD = scalars_2[1] * w_o_DD if c.output_scalar else w_o_DD
-        return products.linear(o_BTHDh.reshape(B, T, D), w_o_DD, gpt.impls)
+        return o_BTHDh.reshape(B, T, D)
 
     def opened(self, y_BTD: Tensor, layer: int, gates: Any) -> Tensor:
         """How far each head's gate is open, (B, T, H)."""

@@ -155,6 +155,20 @@ def test_all_weights_together_are_each_on_its_own(impl):
 
 
 @pytest.mark.parametrize("impl", WAYS)
+def test_a_factor_of_a_weight_goes_into_its_scale(impl):
+    """The same 8 bits, whose product is that of the multiple; a number below zero and none at all too."""
+    ws, factors = [draw(40, 24, seed=n) for n in range(3)], torch.tensor([0.3, -2.0, 0.0])
+    plain = products8.weights_in_8_bits(ws, 1, impl)
+    for found, usual, factor in zip(products8.weights_in_8_bits(ws, 1, impl, factors), plain, factors):
+        assert torch.equal(found.eight.values.float(), usual.eight.values.float())
+        assert found.longest == usual.longest and found.of_squares == usual.of_squares
+        for mine, other in zip(found[:2], usual[:2]):
+            torch.testing.assert_close(mine.plain(), factor * other.plain())
+    with pytest.raises(ValueError, match="factors"):
+        products8.weights_in_8_bits(ws, 1, impl, factors[:2])
+
+
+@pytest.mark.parametrize("impl", WAYS)
 def test_a_linear_layer_against_float64(impl):
     x, w, dy = draw(5, 14, D), draw(72, D, seed=1), 1e-6 * draw(5, 14, 72, seed=2)
     truth = results(lambda x, w: x @ w.t(), dy.double(), x.double(), w.double())
