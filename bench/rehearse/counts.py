@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from bench.rehearse import device as pretended
-from bench.rehearse.recorder import Recorder
+from bench.rehearse.recorder import Launch, Recorder
 from trainer import schedule
 
 GIB = 2**30
@@ -225,6 +225,7 @@ class Rehearsal:
             **_launch_counts(recorder),
             "host_waits": [*recorder.waits, *self.device_waits],
             "messages": [vars(m) for m in _grouped(recorder.messages)],
+            "queues": stretches(recorder),
             "message_order": [[m.name, *m.dtypes, m.bytes] for m in recorder.messages],
         }
 
@@ -296,18 +297,38 @@ def _compiler_says() -> dict:
     return {"breaks": dict(counters["graph_break"])}
 
 
-def _launch_counts(recorder: Recorder) -> dict:
+def _rows(launches: Iterable[Launch]) -> list[dict]:
     """Launches summed by kind, phase and part, and by kernel."""
     groups: dict[tuple, list] = collections.defaultdict(lambda: [0, 0, 0.0])
-    for launch in recorder.launches:
+    for launch in launches:
         key = (launch.kind, launch.phase, launch.part, launch.name, launch.bits)
         for i, amount in enumerate((1, launch.bytes, launch.flops)):
             groups[key][i] += amount
     fields = ("kind", "phase", "part", "kernel", "bits", "launches", "bytes", "flops")
-    rows = [dict(zip(fields, (*key, *sums))) for key, sums in groups.items()]
+    return [dict(zip(fields, (*key, *sums))) for key, sums in groups.items()]
+
+
+def _launch_counts(recorder: Recorder) -> dict:
+    """How many launches, and what they were."""
     unaligned = {name: size for name, size in sorted(recorder.unaligned.items(), key=lambda kv: -kv[1]) if size}
-    rows.sort(key=lambda row: -row["bytes"])
+    rows = sorted(_rows(recorder.launches), key=lambda row: -row["bytes"])
     return {"launches": len(recorder.launches), "kernels": rows, "unaligned_bytes": unaligned}
+
+
+def stretches(recorder: Recorder) -> list[dict]:
+    """A step in its order, cut where a message of the GPU's is sent or awaited: {"kernels": rows of what was launched
+    before that, "sends": [operator, bytes] or "awaits": the number of a message so sent}."""
+    sent = [number for number, m in enumerate(recorder.messages) if m.device == "cuda"]
+    found, launched = [], []
+    for what, number in recorder.queue:
+        if what == "launch":
+            launched.append(recorder.launches[number])
+        elif number in sent:
+            message = recorder.messages[number]
+            event = dict(sends=[message.name, message.bytes]) if what == "send" else dict(awaits=sent.index(number))
+            found.append({"kernels": _rows(launched)} | event)
+            launched = []
+    return [*found, {"kernels": _rows(launched)}]
 
 
 def _grouped(messages: list) -> list:

@@ -16,7 +16,8 @@ less than FlashAttention-3 is known to add.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,34 @@ AROUND = ("_attention_rows", "_attention_dq_rounded")
 #: FlexAttention in the published reference run, derived from its step.
 FLEX_TFLOPS = 250.0
 LAUNCH_GAP_US = 2.0  # between kernels, where the queue is full
-HIDDEN = 0.4  # share of the messages behind other work
+
+
+def milliseconds(row: dict[str, Any], device: str) -> tuple[float, float]:
+    """(of a row of counts at its ceiling and efficiency, of its products at their ceiling alone)."""
+    ceilings = CEILINGS[device]
+    rate = ceilings.tflops_8 if row["bits"] == 8 else ceilings.tflops_16
+    products, memory = row["flops"] / rate / 1e9, row["bytes"] / ceilings.tb_per_s / 1e9
+    return max(products, memory) / EFFICIENCY[row["kind"], products > 0], products
+
+
+def waited(stretches: Iterable[dict[str, Any]], cost: Callable[[dict[str, Any]], float], link: float, world: int):
+    """Milliseconds that a step's kernels wait for its messages: both queues played through as they were filled.
+
+    stretches: of `bench.rehearse.counts`; cost: milliseconds of a row; link: GB/s a process. A message begins when what
+    was launched before it has run and the message before it is through, and takes a ring's time."""
+    now = free = stalls = 0.0
+    ends: list[float] = []
+    share = (world - 1) / world / link / 1e6
+    for stretch in stretches:
+        now += sum(cost(row) + row["launches"] * LAUNCH_GAP_US / 1e3 for row in stretch["kernels"])
+        if "sends" in stretch:
+            name, size = stretch["sends"]
+            free = max(free, now) + share * size * (2 if "allreduce" in name else 1)
+            ends.append(free)
+        elif "awaits" in stretch and (late := ends[stretch["awaits"]] - now) > 0:
+            stalls += late
+            now += late
+    return stalls
 
 
 def project(counted: dict[str, Any], attention_tflop: float, over_plain: float = 1.0) -> dict[str, Any]:
@@ -73,28 +101,40 @@ def project(counted: dict[str, Any], attention_tflop: float, over_plain: float =
     plain ones -> milliseconds by part.
 
     Returns {"parts": {part: ms}, "ms": sum, "floor_ms": all products and no efficiency}."""
-    ceilings = CEILINGS[counted["device"]]
+    step, device = counted["step"], counted["device"]
+    ceilings = CEILINGS[device]
     parts: dict[str, float] = {}
     floor = 0.0
-    for row in counted["step"]["kernels"]:
-        name = part_of(row)
-        if name == "attention" and row["kernel"] not in AROUND:
-            continue
-        rate = ceilings.tflops_8 if row["bits"] == 8 else ceilings.tflops_16
-        products, memory = row["flops"] / rate / 1e9, row["bytes"] / ceilings.tb_per_s / 1e9
+    for row in filter(_by_itself, step["kernels"]):
+        ms, products = milliseconds(row, device)
         floor += products
-        efficiency = EFFICIENCY[row["kind"], products > 0]
-        parts[name] = parts.get(name, 0.0) + max(products, memory) / efficiency
+        parts[part_of(row)] = parts.get(part_of(row), 0.0) + ms
     scale = ceilings.tflops_16 / CEILINGS["h100"].tflops_16
-    flexible = any("flex_attention" in row["kernel"] for row in counted["step"]["kernels"])
+    flexible = any("flex_attention" in row["kernel"] for row in step["kernels"])
     rate = FLEX_TFLOPS if flexible else ATTENTION_TFLOPS / over_plain
-    parts["attention"] = parts.get("attention", 0.0) + attention_tflop / (rate * scale) * 1e3
-    sent = sum(m["bytes"] for m in counted["step"]["messages"] if m["device"] == "cuda")
-    if sent:
-        parts["messages not hidden"] = (1 - HIDDEN) * sent / ceilings.link_gb_per_s / 1e6
-    parts["gaps between launches"] = counted["step"]["launches"] * LAUNCH_GAP_US / 1e3
+    of_attention = attention_tflop / (rate * scale) * 1e3
+    parts["attention"] = parts.get("attention", 0.0) + of_attention
+    launched = collections.Counter()  # of attention's kernels, by direction: forward has two of seven products
+    for row in step["kernels"]:
+        launched[row["phase"] == "forward"] += 0 if _by_itself(row) else row["launches"]
+
+    def cost(row: dict[str, Any]) -> float:
+        if _by_itself(row):
+            return milliseconds(row, device)[0]
+        forward = row["phase"] == "forward"
+        return of_attention * (2 if forward else 5) / 7 * row["launches"] / launched[forward]
+
+    if any("sends" in stretch for stretch in step["queues"]):
+        found = waited(step["queues"], cost, ceilings.link_gb_per_s, counted["world"])
+        parts["messages not hidden"] = found
+    parts["gaps between launches"] = step["launches"] * LAUNCH_GAP_US / 1e3
     parts = dict(sorted(parts.items(), key=lambda kv: -kv[1]))
     return {"parts": parts, "ms": sum(parts.values()), "floor_ms": floor + attention_tflop / ceilings.tflops_16 * 1e3}
+
+
+def _by_itself(row: dict[str, Any]) -> bool:
+    """Whether a row costs what it counts, and is no kernel of attention's, which cost one rate together."""
+    return part_of(row) != "attention" or row["kernel"] in AROUND
 
 
 #: Operators of torch's outside of the compiled step, by what they are for: rows of `ngram_rows`, whose table is counted

@@ -8,11 +8,14 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +47,8 @@ _FREE = re.compile(
     r"unsqueeze|squeeze|expand|empty|new_empty|unbind|chunk|narrow|lift|is_|sym_|size|stride|_local_scalar|resize|"
     r"promote_types|result_type|pin_memory|_pin_memory|set_|_has)|^(prim|profiler|inductor)"
 )
+#: Functions of torch.distributed that a step calls.
+_COLLECTIVES = "all_reduce all_gather_into_tensor reduce_scatter_tensor reduce_scatter_single all_to_all_single".split()
 _PRODUCTS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::matmul": (0, 1), "aten::addmm": (1, 2)}
 _PRODUCTS |= {"aten::baddbmm": (1, 2), "aten::_scaled_mm": (0, 1)}
 
@@ -166,6 +171,7 @@ class Recorder(TorchDispatchMode):
 
     launches: list[Launch] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    queue: list[tuple[str, int]] = field(default_factory=list)  # "launch", "send", "arrive" and the number of which one
     waits: list[str] = field(default_factory=list)
     unaligned: dict[str, int] = field(default_factory=dict)  # kernel of Inductor's -> bytes behind such pointers
     kernels: dict[str, Any] = field(default_factory=dict)  # name -> what holds its compiled code, all that ever ran
@@ -196,13 +202,36 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        self.launches, self.messages, self.waits, self.unaligned, self.on = [], [], [], {}, True
+        self.launches, self.messages, self.queue, self.waits, self.unaligned, self.on = [], [], [], [], {}, True
         try:
-            yield
+            with self._awaited():
+                yield
         finally:
             self.on = False
 
+    @contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """Note when a message is awaited: at once, or where its Work is."""
+
+        def noted(collective: Callable) -> Callable:
+            def run(*args, **kwargs):
+                work = collective(*args, **kwargs)
+                number = len(self.messages) - 1
+                if work is not None:
+                    return SimpleNamespace(wait=lambda: self.queue.append(("arrive", number)))
+                self.queue.append(("arrive", number))
+                return None
+
+            return run
+
+        with ExitStack() as patched:
+            for name in _COLLECTIVES:
+                if hasattr(dist, name):
+                    patched.enter_context(mock.patch.object(dist, name, noted(getattr(dist, name))))
+            yield
+
     def add(self, kind: str, name: str, part: str, moved: int, flops: float = 0.0, bits: int = 16) -> None:
+        self.queue.append(("launch", len(self.launches)))
         self.launches.append(Launch(kind, name, part, self.phase, moved, flops, bits))
 
     def part(self, own: str = "") -> str:
@@ -291,6 +320,7 @@ class Recorder(TorchDispatchMode):
         if "coalesced" in func.__name__ or len(tensors) > 2:
             size = sum(map(nbytes, tensors))
         name = func._schema.name.partition("::")[2].strip("_")
+        self.queue.append(("send", len(self.messages)))
         self.messages.append(Message(name, dtypes, "+".join(devices), size, self.phase))
 
 
