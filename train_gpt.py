@@ -80,7 +80,7 @@ from trainer.processes import StopRequest, on_rank_0, rank, world_size
 from trainer.program import json_hash
 from trainer.start import expand, start_from
 from trainer.streams import open_streams, to_device, with_all_validation
-from trainer.warm_up import warm_up
+from trainer.warm_up import compiler_options, warm_up
 from trainer.watch import WORDS, WRITERS, GradientNorm, Watch, listed
 
 # Dimension key. B batch (1 in training: one packed sequence), T time, D model width, H heads, Dh head width,
@@ -398,7 +398,7 @@ class Block(nn.Module):
         bound = 3**0.5 * 0.5 * self.config.model_dim**-0.5
         if self.has_attention:
             wide = 3**0.5 * self.config.attention_init_std * self.config.model_dim**-0.5
-            inwards, outwards = techniques.projections(self)
+            inwards, outwards = techniques.projections(dict(self.named_parameters()))
             for name, rows in techniques.drawn_apart(inwards, self.config.model_dim):
                 draws(f"blocks.{self.layer} {name}", rows.uniform_, -wide, wide)
             outwards.zero_()
@@ -411,7 +411,7 @@ class Block(nn.Module):
             y_BTD, x_BTD = self.attend(x_BTD, ve_BTD, attention_lambdas_2, plan, rotary, impls, cache)
             bound = products.largest_value(attention_lambdas_2, ve_BTD, self.config, impls)
             x_BTD = products.added(x_BTD, y_BTD, impls["w_o"], impls, bound)
-        return products.mlp_added(x_BTD, self.mlp_in_w, self.mlp_out_w, impls)
+        return products.mlp_added(x_BTD, impls["w_in"], impls["w_out"], impls)
 
     def attend(self, x_BTD, ve_BTD, lambdas_2, plan, rotary, impls, cache):
         """(What the heads find, side by side, before it is projected back; x): attention over normed queries, keys and
@@ -554,13 +554,13 @@ class GPT(nn.Module):
             x01_BTD = norm(techniques.looked_up(self.embed2, rows2_BT, self.impls["tables"]))
             mixes = mixes_of_layers(lambdas.view(L, 3), x00_BTD, x01_BTD, impl=self.impls["mix"])
         values = techniques.values_of_layers(self, rows_v_BT)
-        x_BTD, outputs, impls_L = x00_BTD, {}, products.of_layers(self.impls, self.blocks)
+        x_BTD, outputs, impls_at = x00_BTD, {}, products.of_layers(self.impls, self.blocks)
         for layer, block in enumerate(self.blocks):
             if layer in self.skips:
                 x_BTD = x_BTD + skip_w_L[layer] * outputs[self.skips[layer]]
             plan = plan_long if block.long_window else plan_short
             values_2 = attention_lambdas_L4[layer, :2]
-            x_BTD = block(x_BTD, mixes[layer], values.get(layer), values_2, plan, rotary, impls_L[layer], cache)
+            x_BTD = block(x_BTD, mixes[layer], values.get(layer), values_2, plan, rotary, impls_at(layer), cache)
             if layer in self.skips.values():
                 outputs[layer] = x_BTD
         return norm(x_BTD)
@@ -589,7 +589,7 @@ class GPT(nn.Module):
         targets = targets_BT.flatten()
         if target_weights is not None:
             targets = techniques.Targets.columns(targets_BT, len(target_weights), self.prefixes).flatten(0, 1)
-        head_w = self.head_w if classes is None else self.head_w.index_select(0, classes)
+        head_w = products.head(self.head_w, self.impls, classes)
         loss = linear_cross_entropy(x_ND, head_w, targets, target_weights=target_weights, **how)
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
@@ -707,6 +707,7 @@ class Trainer:
         exchange = GradientExchange if overlap and self.world_size > 1 else PlainExchange
         slow = [name for name in tables if config.adam_period and is_slow(name)]
         self.exchange = exchange(matrices, tables, head, others, self.model.pickers(tables), slow)
+        self.model.impls |= self.exchange.early
         compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
         mine = self.exchange.my_matrices, self.exchange.my_others
         self.muon, self.adam, self.average, self.ahead = self.optimizers(*mine, compiles)
@@ -716,7 +717,7 @@ class Trainer:
         self.norm: GradientNorm | None = None
         self.window = torch.zeros((), dtype=torch.int32, device=device)  # a tensor: growing it compiles nothing
         self.targets = techniques.Targets(config, self.model, device)  # and their weights, likewise
-        how = dict(dynamic=False, fullgraph=True, options=dict(coordinate_descent_tuning=config.tune))
+        how = dict(dynamic=False, fullgraph=True, options=compiler_options(config.tune))
         self.forward = torch.compile(self.model, **how) if compiles else self.model
         if self.world_size > 1:
             for p in self.model.parameters():

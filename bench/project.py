@@ -36,7 +36,7 @@ from bench import effects
 from bench.common import REPO, RESULTS, table, up_to_date, write_json
 from bench.rehearse.loss import FILE as LOSS
 from bench.rehearse.page import kept
-from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, FLEX_TFLOPS, HIDDEN, ROWS, over_plain
+from bench.rehearse.project import ATTENTION_TFLOPS, CEILINGS, EFFICIENCY, FLEX_TFLOPS, ROWS, over_plain
 from bench.rehearse.project import AVERAGE as THE_AVERAGE
 from kernels.proof import slots
 from records.agreement import MN_RANGE
@@ -228,14 +228,21 @@ class Projection:
         return 1 / period, 1 / c.adam_every
 
     def sent_bytes(self, step: int) -> float:
-        """That a process sends a step: matrices there and back, head and touched rows as often as they update."""
+        """That a process sends a step: matrices there and back, head and touched rows as often as they update; rows of
+        n-grams, if there are any."""
         c, w = self.config, self.own
         slow, fast = self.updates(step)
         matrix = 4 if (c.matrix_dtype or c.dtype) == "float32" else 2
         head = 2 if c.tie_embeddings_frac else 4
         tables = fast * (w.tables - w.values) + slow * w.values
         tables = 2 * (TOUCHED["embed"] * tables + TOUCHED["bigram"] * slow * w.bigram)
-        return 2 * matrix * (w.mlp + w.projections) + 2 * head * w.head * fast + tables
+        matrices = 2 * matrix * (w.mlp + w.projections)
+        return matrices + 2 * head * w.head * fast + tables + self.ngram_bytes(step)
+
+    def sent_when_rehearsed(self) -> float:
+        """`sent_bytes` of the rehearsed step, which was its configuration's last."""
+        rehearsed = Projection(self.rehearsed, Step(self.rehearsed, self.parts, self.tokens))
+        return rehearsed.sent_bytes(self.rehearsed.num_iterations - 1)
 
     def step_ms(self, step: int) -> dict[str, float]:
         """Milliseconds of a step by part; those of the rehearsed step, each in its own proportion."""
@@ -244,7 +251,6 @@ class Projection:
         matrices = (own.mlp + own.projections) / (ref.mlp + ref.projections)
         slow, fast = self.updates(step)
         updated = slow * (own.values + own.bigram) + fast * (own.head + own.tables - own.values)
-        link = self.h100.link_gb_per_s * 1e6
         times = {
             "MLP": share * own.mlp / ref.mlp,
             "attention projections": share * own.projections / ref.projections,
@@ -253,6 +259,7 @@ class Projection:
             "attention inputs": share * self.inputs_share(),
             "Muon": matrices,
             "AdamW": updated / (ref.head + ref.tables + ref.bigram),
+            "messages not hidden": self.sent_bytes(step) / self.sent_when_rehearsed(),
             "gaps between launches": self.deep,
             THE_AVERAGE: float(self.averages(step)),
         }
@@ -261,7 +268,6 @@ class Projection:
             "attention": self.attention_ms(step),
             ROWS: self.rows_ms(step),
             "norms, mixes, embeddings": self.streams_ms() * share,
-            "messages not hidden": ((1 - HIDDEN) * self.sent_bytes(step) + self.ngram_bytes(step)) / link,
         }
         return {part: counted[part] if part in counted else ms * times[part] for part, ms in self.parts.items()}
 

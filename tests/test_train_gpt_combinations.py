@@ -76,9 +76,12 @@ def went_on(out, name, tolerance):
     assert "resumed from the checkpoint of step 3" in (out / f"{name}.txt").read_text()
 
 
-def test_two_processes_in_bfloat16_save_and_resume(data, tmp_path):
-    """Either exchange continues the other's checkpoint; the checkpoints hold the same tensors, whoever held what."""
-    args = words(data, tmp_path)
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_two_processes_in_bfloat16_save_and_resume(data, tmp_path, sequences):
+    """Either exchange continues the other's checkpoint; the checkpoints hold the same tensors, whoever held what.
+
+    Of one sequence a process gradients leave in the backward pass, of two when they have been added up."""
+    args = words(data, tmp_path, train_seq_len=256 // sequences)
     plain, overlap = ["--communication=plain", "--run_name=plain"], ["--communication=overlap", "--run_name=overlap"]
     between = [
         step
@@ -121,12 +124,13 @@ def test_compiled_training_saves_and_resumes(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype, sequences", [("bfloat16", 1), ("bfloat16", 2), ("float32", 2)])
 @pytest.mark.parametrize("exchange", ["plain", "overlap"])
-def test_all_of_it_at_once_by_torchrun(data, tmp_path, dtype, exchange):
+def test_all_of_it_at_once_by_torchrun(data, tmp_path, dtype, sequences, exchange):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     torchrun += ["--rdzv_endpoint=127.0.0.1:0", str(REPO / "train_gpt.py")]
-    args = words(data, tmp_path, compile="on", dtype=dtype, communication=exchange)
+    how = dict(compile="on", dtype=dtype, communication=exchange, train_seq_len=256 // sequences)
+    args = words(data, tmp_path, **how)
 
     def run(*more):
         done = subprocess.run([*torchrun, *args, *more], cwd=REPO, capture_output=True, text=True, timeout=900)

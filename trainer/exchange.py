@@ -4,13 +4,13 @@
 everything. Here instead (the sharding is ZeRO's: Rajbhandari et al. 2020, arXiv:1910.02054; whole matrices as shards
 are the speedrun's, so that orthogonalisation needs no communication of its own) a step sends one message a kind:
 
-- a block's matrix has one owner, and owners are balanced by the work of orthogonalisation. When the backward pass of a
-  step's last sequence has produced all gradients of matrices, they are laid out owner by owner and summed by one
-  reduce-scatter. The owner alone orthogonalises, updates, and holds momentum and mantissas; then one all-gather brings
-  the new weights to everyone, while the other parameters are updated and the next batch is fetched. It is awaited when
-  the next step or validation begins.
 - the head is summed by one reduce-scatter over its rows; each process updates its rows, and one all-gather brings them
   together.
+- a block's matrix has one owner, and owners are balanced by the work of orthogonalisation. Matrices whose gradients
+  come one after the other, a third of all at a time, are laid out owner by owner and summed by one reduce-scatter. The
+  owner alone orthogonalises, updates, and holds momentum and mantissas; then one all-gather brings the new weights to
+  everyone, while the other parameters are updated and the next batch is fetched. It is awaited when the next step or
+  validation begins.
 - an embedding table's gradient is zero but for the rows of the batch. Only the rows that the batch touched on any
   process are packed, side by side for all tables whose rows are picked alike (by the token, or by a hash of several),
   summed and put back, so the result is exactly that of the whole tables. Which rows these are is worked out on the
@@ -19,12 +19,11 @@ are the speedrun's, so that orthogonalisation needs no communication of its own)
   rows too, and sending all of them would cost more than computing them.
 - the few scalars are summed by everyone.
 
-Sums are taken in the gradient's own dtype, as in the plain way. Messages leave in this order, whatever the order of the
-gradients, because Muon can start as soon as its matrices are there: the rest travels behind it. A compiled backward
-pass hands over all gradients at its end, so that under torch.compile the exchange overlaps with the optimizers, and
-only the matrices' reduce-scatter (344 MB a process and step of `medium` on eight) and the head's all-gather (180 MB)
-are waited for. These are counts of bytes; whether cutting the backward pass into pieces, so that they start sooner,
-would pay for the kernels that it costs, has not been tried.
+Sums are taken in the gradient's own dtype, as in the plain way. The backward pass of a step's last sequence makes the
+head's gradient first and the first layer's late. A compiled one hands over all at its end, but an operator within it
+(trainer/leaving.py) tells of the head's and of each third of the matrices' when they are there, and their messages run
+beside the rest of it. Where several sequences add up, where nothing tells, and for all else, hooks on the parameters
+send what has not left, in this order. What a step still waits for: docs/rehearsal.md.
 
 Only float types and bytes are sent: the collectives of NCCL and gloo know no 16-bit integers.
 
@@ -43,23 +42,45 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.embedding import packed_rows, put_rows_
+from trainer.leaving import listen
 
 ROWS_MULTIPLE = 1024  # packed rows of tables: about 30 sizes in all for 32,000 touched rows
 
 
+THIRDS = 3  # groups of matrices that leave together
+
+
+def _layer(name: str) -> int:
+    """Of a parameter of a block; -1 of others."""
+    words = name.split(".")
+    return int(words[1]) if words[0] == "blocks" else -1
+
+
+def in_groups(matrices: Iterable[str], world_size: int) -> list[list[str]]:
+    """The names in the order in which a backward pass makes their gradients, last layer first, cut into at most
+    `THIRDS` groups of a multiple of the processes each, but for the last."""
+    names = sorted(matrices, key=lambda name: (-_layer(name), name))
+    size = max(1, -(-len(names) // THIRDS // world_size)) * world_size
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
 def owners(matrices: Mapping[str, Tensor], world_size: int) -> dict[str, int]:
-    """The rank that updates each parameter of (..., M, N) matrices: greedily, the costliest first, to the rank with the
-    least work so far. The work of a Newton-Schulz step is about 2 m^2 n + m^3 a matrix, m its shorter side."""
+    """The rank that updates each parameter of (..., M, N) matrices: group by group (`in_groups`), so that every rank
+    has as many of each, and greedily, the costliest first, to the rank with the least work so far. The work of a
+    Newton-Schulz step is about 2 m^2 n + m^3 a matrix, m its shorter side."""
 
     def work(p: Tensor) -> float:
         m, n = sorted(p.shape[-2:])
         return p[..., 0, 0].numel() * (4 * m * m * n + 2 * m**3)
 
     load, owner = [0.0] * world_size, {}
-    for name in sorted(matrices, key=lambda name: (-work(matrices[name]), name)):
-        rank = min(range(world_size), key=lambda r: (load[r], r))
-        owner[name] = rank
-        load[rank] += work(matrices[name])
+    for names in in_groups(matrices, world_size):
+        most, has = -(-len(names) // world_size), [0] * world_size
+        for name in sorted(names, key=lambda name: (-work(matrices[name]), name)):
+            rank = min((r for r in range(world_size) if has[r] < most), key=lambda r: (load[r], r))
+            owner[name] = rank
+            load[rank] += work(matrices[name])
+            has[rank] += 1
     return {name: owner[name] for name in matrices}
 
 
@@ -120,6 +141,7 @@ class _Shards:
 
 
 RowPicker = Callable[[Tensor], Tensor]  # tokens (T,) on the host -> the rows of a table that they pick, (T,)
+_Sent = list[tuple[Any, Tensor | None]]  # messages under way, and what they bring
 _Group = tuple[RowPicker, torch.Size, bool]  # what tables that travel together have in common; whether they may wait
 
 
@@ -143,6 +165,7 @@ class PlainExchange:
         self.my_matrices = dict(matrices)
         self.my_others = {**tables, **head, **others}
         self.sends_others, self.sends_slow, self.slow = True, True, slow
+        self.early: dict[str, Any] = {}
         self.cut: Mapping[str, int] = {}
         self.pending: list[Any] = []
 
@@ -196,6 +219,8 @@ class GradientExchange:
             table without one has a row a token.
         slow: tables that may wait while others are sent.
 
+    `early`: what the model's choices are to have beside them, so that it tells of gradients that are made
+    (trainer/leaving.py).
     `my_matrices` and `my_others` are what this rank updates, by name, with gradients where those have been awaited.
     One step: `begin(tokens)`, all backward passes but the last, `arm()`, the last one; `wait_matrices()`, their update,
     `publish_matrices()`; `wait_others()`, their update, `publish_head()`; and before weights are read,
@@ -229,19 +254,23 @@ class GradientExchange:
         self.going: list[tuple[list[nn.Parameter], Tensor]] = []  # tables, and the rows that those tokens touched
         self.sends_others = True
         self.cut: Mapping[str, int] = {}
-        # The kinds of messages in the order in which they leave: who sends them, the parameters still without gradient.
-        self.kinds = {
-            "matrices": (self._reduce_matrices, self.matrices),
-            "head": (self._scatter_head, self.head),
-            "tables": (self._sum_tables, self.tables),
-            "others": (self._sum_others, self.others),
-        }
-        self.missing: dict[str, int] = {}
-        self.pending: dict[str, list[tuple[Any, Tensor | None]]] = {}
-        self.publishing: list[tuple[Any, Tensor | None]] = []
-        for kind, (_, parameters) in self.kinds.items():
+        # Messages in the order in which they leave, if nothing lets them leave sooner: who sends them, and of what.
+        thirds = [{n: matrices[n] for n in names} for names in in_groups(matrices, self.world_size)]
+        self.thirds = [(third, _Shards(third, self.owner, self.world_size)) for third in thirds]
+        self.kinds: list[tuple[str, Callable[[int, list[Tensor]], _Sent], dict[str, nn.Parameter]]] = [
+            ("head", self._scatter_head, self.head),
+            *(("matrices", self._reduce_matrices, third) for third in thirds),
+            ("tables", self._sum_tables, self.tables),
+            ("others", self._sum_others, self.others),
+        ]
+        names = tuple(tuple(parameters) for _, _, parameters in self.kinds[: 1 + len(thirds)])
+        self.early: dict[str, Any] = dict(early=listen(self, names))
+        self.missing: dict[int, int] = {}  # of a message, the parameters still without gradient
+        self.pending: dict[int, _Sent] = {}
+        self.publishing: _Sent = []
+        for number, (_, _, parameters) in enumerate(self.kinds):
             for p in parameters.values():
-                p.register_post_accumulate_grad_hook(lambda p, kind=kind: self._ready(kind))
+                p.register_post_accumulate_grad_hook(lambda p, number=number: self._ready(number))
 
     def _rows(self, p: Tensor) -> slice:
         share = p.size(0) // self.world_size
@@ -263,51 +292,59 @@ class GradientExchange:
             self.going.append((tables, rows.to(tables[0].device, non_blocking=True)))
 
     def arm(self) -> None:
-        """Before the last backward pass of the step: from here gradients leave as soon as their kind is complete."""
-        kinds = self.kinds if self.sends_others else ["matrices"]
-        self.missing = {kind: len(self.kinds[kind][1]) for kind in kinds}
+        """Before the last backward pass of the step: from here gradients leave as soon as their message is complete."""
+        kinds = [n for n, (kind, _, _) in enumerate(self.kinds) if self.sends_others or kind == "matrices"]
+        self.missing = {number: len(self.kinds[number][2]) for number in kinds}
         self.pending = {}
 
-    def _ready(self, kind: str) -> None:
+    def leave(self, group: int, gradients: list[Tensor]) -> None:
+        """Called by the backward pass as soon as it has made a message's gradients (trainer/leaving.py)."""
+        _, send, parameters = self.kinds[group]
+        alone = all(p.grad is None for p in parameters.values())  # nothing that these are yet to be added to
+        if group in self.missing and alone:
+            self.pending[group] = send(group, gradients)
+
+    def _ready(self, number: int) -> None:
         """Called by autograd when a gradient is complete for this backward pass."""
-        if kind not in self.missing:
+        if number not in self.missing:
             return
-        self.missing[kind] -= 1
-        for name, left in self.missing.items():  # a kind that is complete waits for those before it
+        self.missing[number] -= 1
+        for complete, left in self.missing.items():  # a message that is complete waits for those before it
             if left:
                 return
-            if name not in self.pending:
-                self.pending[name] = self.kinds[name][0]()
+            if complete not in self.pending:
+                _, send, parameters = self.kinds[complete]
+                self.pending[complete] = send(complete, [p.grad for p in parameters.values()])
 
-    def _reduce_matrices(self) -> list[tuple[Any, Tensor | None]]:
-        grads = [p.grad for p in self.matrices.values()]
-        flat = grads[0].new_empty(self.world_size * self.shards.size)  # what lies between the matrices is not read
-        _copy(self.shards.views(flat, self.matrices), grads)
-        mine = torch.empty_like(flat[: self.shards.size])
+    def _reduce_matrices(self, group: int, gradients: list[Tensor]) -> _Sent:
+        third, shards = self.thirds[group - 1]
+        flat = gradients[0].new_empty(self.world_size * shards.size)  # what lies between the matrices is not read
+        _copy(shards.views(flat, third), gradients)
+        mine = torch.empty_like(flat[: shards.size])
         return [(_reduce_scatter(mine, flat), mine)]
 
-    def _scatter_head(self) -> list[tuple[Any, Tensor | None]]:
-        found = []
-        for p in self.head.values():
-            mine = torch.empty_like(p.grad[self._rows(p)])
-            found.append((_reduce_scatter(mine, p.grad), mine))
+    def _scatter_head(self, _: int, gradients: list[Tensor]) -> _Sent:
+        found: _Sent = []
+        for gradient in gradients:
+            mine = torch.empty_like(gradient[self._rows(gradient)])
+            found.append((_reduce_scatter(mine, gradient), mine))
         return found
 
-    def _sum_tables(self) -> list[tuple[Any, Tensor | None]]:
-        found = []
+    def _sum_tables(self, *_: Any) -> _Sent:
+        found: _Sent = []
         for tables, rows in self.going:
             packed = packed_rows([p.grad for p in tables], rows)
             found.append((dist.all_reduce(packed, async_op=True), packed))
         return found
 
-    def _sum_others(self) -> list[tuple[Any, Tensor | None]]:
-        return [(dist.all_reduce(p.grad, async_op=True), None) for p in self.others.values()]
+    def _sum_others(self, _: int, gradients: list[Tensor]) -> _Sent:
+        return [(dist.all_reduce(gradient, async_op=True), None) for gradient in gradients]
 
-    def _arrived(self, kind: str) -> list[Any]:
-        """What came with a kind's messages, once it is there: a tensor, several, or None where gradients came in place.
-        A kind without parameters has none."""
+    def _arrived(self, number: int) -> list[Any]:
+        """What came with a message, once it is there: a tensor, several, or None where gradients came in place. One
+        without parameters has none."""
         found = []
-        for work, tensor in self.pending.pop(kind, []):
+        for work, tensor in self.pending.pop(number, []):
             work.wait()
             found.append(tensor)
         return found
@@ -315,20 +352,22 @@ class GradientExchange:
     def wait_matrices(self) -> None:
         """After the last backward pass: gradients of this rank's matrices are sums."""
         if any(self.missing.values()):
-            raise RuntimeError(f"the backward pass left parameters without gradient, by kind: {self.missing}")
+            left = {self.kinds[number][0]: left for number, left in self.missing.items() if left}
+            raise RuntimeError(f"the backward pass left parameters without gradient, by kind: {left}")
         self.missing = {}
-        for shard in self._arrived("matrices"):
-            grads = self.shards.views(shard, self.my_matrices, one_owner=True)
-            for p, grad in zip(self.my_matrices.values(), grads):
-                p.grad = grad
+        for number, (third, shards) in enumerate(self.thirds, 1):
+            mine = [name for name in third if name in self.my_matrices]
+            for shard in self._arrived(number):
+                for name, gradient in zip(mine, shards.views(shard, mine, one_owner=True)):
+                    self.my_matrices[name].grad = gradient
 
     def wait_others(self) -> None:
         """Gradients of tables, of this rank's rows of the head and of the others are sums."""
-        for (name, _), shard in zip(self.head.items(), self._arrived("head")):
+        for (name, _), shard in zip(self.head.items(), self._arrived(0)):
             self.my_others[name].grad = shard
-        for packed, (tables, rows) in zip(self._arrived("tables"), self.going):
+        for packed, (tables, rows) in zip(self._arrived(len(self.kinds) - 2), self.going):
             put_rows_([p.grad for p in tables], rows, packed)
-        self._arrived("others")
+        self._arrived(len(self.kinds) - 1)
 
     def publish_matrices(self) -> None:
         """After the owners' updates: the new matrices set out for everyone."""

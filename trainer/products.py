@@ -11,7 +11,7 @@ CPU the same 8-bit numbers are multiplied in float32. What the numbers are: kern
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from kernels.guards import differentiable_once
 from kernels.mlp import normed_mlp, relu_squared_mlp
 from kernels.mlp8 import added_linear_8, normed_mlp_8, relu_squared_mlp_8
 from kernels.norm import rms_norm
+from trainer.leaving import leaving
 
 NAMES = ("bf16", "fp8_head", "fp8_mlp", "fp8")  # each has those of the one before it
 
@@ -75,53 +76,92 @@ class _Halves(torch.autograd.Function):
         return tuple(_joined(list(gradients[:half]), list(gradients[half:])))
 
 
+Weights = Mapping[str, Tensor]  # of a block, by their names in it
+Projections = Callable[[Weights], tuple[list[Tensor], Tensor]]
+
+
+def plain_projections(weights: Weights) -> tuple[list[Tensor], Tensor]:
+    """Of the plain model's block: (its weights to q, k and v, the rows (E, D) after each other; that back (D, D))."""
+    return [weights["qkvo_w"][:3].flatten(0, 1)], weights["qkvo_w"][3]
+
+
 def of_layers(
     impls: Mapping[str, Any],
     blocks: Iterable[torch.nn.Module],
-    parts: Mapping[int, tuple[list[Tensor], Tensor]] | None = None,
+    projections: Projections = plain_projections,
     factors_L2: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> list[dict[str, Any]]:
-    """`impls` for each block, with its attention's weights: "w_qkv" (E, D), E = 3 D where q and k are as wide as v,
-    "w_o" (D, D). Where its products are in 8 bits, also these ("qkv", "o") and those of its MLP ("mlp_in", "mlp_out")
-    so: the weights of all blocks are converted together, once a step, in a few launches.
+) -> Callable[[int], dict[str, Any]]:
+    """By layer `impls` with its weights: "w_in", "w_out" of the MLP, and of attention "w_qkv" (E, D), E = 3 D where q
+    and k are as wide as v, and "w_o" (D, D). Where products are in 8 bits, also these so ("mlp_in", "mlp_out", "qkv",
+    "o"): the weights of all blocks are converted together, once a step, in a few launches.
 
-    parts: by block its weights as `trainer.techniques.projections` has them; without, those of the plain model.
-    factors: of each block the numbers that w_qkv and w_o are multiplied with. dtype: of both; theirs if it is None."""
-    blocks = list(blocks)
-    impls_L: list[dict[str, Any]] = [dict(impls) for _ in blocks]
-    if parts is None:
-        wholes = {n: block.qkvo_w for n, block in enumerate(blocks) if block.has_attention}
-        together = torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes
-        halves = _Halves.apply(*wholes.values()) if together else _halves(wholes.values())
-        plain = {n: pair for n, *pair in zip(wholes, halves, halves[len(wholes) :])}
-    else:
-        plain = {n: [torch.cat(w) if len(w) > 1 else w[0], w_o] for n, (w, w_o) in parts.items()}
-    for n, pair in plain.items():
-        used = pair if dtype is None else [w.to(dtype) for w in pair]
-        used = used if factors_L2 is None else [factor * w for factor, w in zip(factors_L2[n], used)]
-        impls_L[n] |= dict(w_qkv=used[0], w_o=used[1])
-    if not in_8_bits(impls, "fp8_mlp"):
-        return impls_L
-    kinds = [(1, "mlp_in", {n: block.mlp_in_w for n, block in enumerate(blocks)}, None)]
-    kinds += [(0, "mlp_out", {n: block.mlp_out_w for n, block in enumerate(blocks)}, None)]
+    To be asked once a layer, from the first to the last: weights whose gradients leave together (trainer/leaving.py)
+    go in with the first layer of them, so that in the backward pass they are done when it is.
+
+    projections: as `plain_projections`. factors: of each block the numbers that w_qkv and w_o are multiplied with.
+    dtype: of both; theirs if it is None."""
+    own = [dict(block.named_parameters()) for block in blocks]
+    place = {f"blocks.{n}.{kind}": (n, kind) for n, weights in enumerate(own) for kind in weights}
+    groups = [[name for name in group if name in place] for group in impls["early"].names] if "early" in impls else []
+    groups.append([name for name in place if not any(name in group for group in groups)])
+    eight = _in_8_bits(impls, own, projections, factors_L2)
+    halves: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(group: list[str]) -> None:
+        given = {name: own[place[name][0]][place[name][1]] for name in group}
+        for name, w in leaving(given, impls.get("early")).items():
+            own[place[name][0]][place[name][1]] = w
+        wholes = {place[name][0]: own[place[name][0]]["qkvo_w"] for name in group if name.endswith(".qkvo_w")}
+        if projections is plain_projections and torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes:
+            found = _Halves.apply(*wholes.values())
+            halves.update(zip(wholes, zip(found, found[len(wholes) :])))
+
+    def at(layer: int) -> dict[str, Any]:
+        for group in groups:
+            if group and min(place[name][0] for name in group) == layer:
+                begin(group)
+        weights = own[layer]
+        found = {**impls, **eight[layer], "w_in": weights["mlp_in_w"], "w_out": weights["mlp_out_w"]}
+        if _attends(weights):
+            used = list(halves[layer] if layer in halves else _joined_rows(projections(weights)))
+            used = used if dtype is None else [w.to(dtype) for w in used]
+            used = used if factors_L2 is None else [factor * w for factor, w in zip(factors_L2[layer], used)]
+            found |= dict(w_qkv=used[0], w_o=used[1])
+        return found
+
+    return at
+
+
+def _attends(weights: Weights) -> bool:
+    return len(weights) > 2  # more than the MLP's
+
+
+def _joined_rows(parts: tuple[list[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    inwards, w_o_DD = parts
+    return torch.cat(inwards) if len(inwards) > 1 else inwards[0], w_o_DD
+
+
+def _in_8_bits(
+    impls: Mapping[str, Any], blocks: list[dict[str, Tensor]], projections: Projections, factors_L2: Tensor | None
+) -> list[dict[str, Any]]:
+    """Of each block the weights that are in 8 bits, by kind; all of one kind and shape are converted together."""
+    found: list[dict[str, Any]] = [{} for _ in blocks]
+    kinds: list[tuple[str, int, dict[int, Tensor], int]] = []  # name, axis of norms, by block, place of factors or -1
+    if in_8_bits(impls, "fp8_mlp"):
+        kinds += [("mlp_in", 1, {n: weights["mlp_in_w"] for n, weights in enumerate(blocks)}, -1)]
+        kinds += [("mlp_out", 0, {n: weights["mlp_out_w"] for n, weights in enumerate(blocks)}, -1)]
     if in_8_bits(impls, "fp8"):
+        pairs = {n: _joined_rows(projections(weights)) for n, weights in enumerate(blocks) if _attends(weights)}
         for place, kind in enumerate(("qkv", "o")):
-            ws = {n: pair[place] for n, pair in plain.items()}
-            for shape in dict.fromkeys(w.shape for w in ws.values()):
-                alike = {n: w for n, w in ws.items() if w.shape == shape}
-                kinds.append(
-                    (
-                        1,
-                        kind,
-                        alike,
-                        factors_L2 if factors_L2 is None else torch.stack([factors_L2[n, place] for n in alike]),
-                    )
-                )
-    for axis, kind, ws, factors in kinds:
+            for shape in dict.fromkeys(pair[place].shape for pair in pairs.values()):
+                alike = {n: pair[place] for n, pair in pairs.items() if pair[place].shape == shape}
+                kinds.append((kind, 1, alike, place))
+    for kind, axis, ws, place in kinds:
+        factors = None if place < 0 or factors_L2 is None else torch.stack([factors_L2[n, place] for n in ws])
         for n, weight in zip(ws, products8.weights_in_8_bits(list(ws.values()), axis, factors=factors)):
-            impls_L[n][kind] = weight
-    return impls_L
+            found[n][kind] = weight
+    return found
 
 
 def mlp(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, Any]) -> Tensor:
@@ -173,6 +213,12 @@ def added(
 def added_in_the_product(residual_BTD: Tensor, x_BTE: Tensor, w_DE: Tensor) -> Tensor:
     """`added` as one call of the library: the same sums, of which the residual is the first summand."""
     return torch.addmm(residual_BTD.flatten(0, 1), x_BTE.flatten(0, 1), w_DE.t()).view_as(residual_BTD)
+
+
+def head(head_VD: Tensor, impls: Mapping[str, Any], classes_P: Tensor | None) -> Tensor:
+    """The head's weight, (V, D), or (P, D) of the classes that the softmax is over."""
+    head_VD = leaving(dict(head_w=head_VD), impls.get("early"))["head_w"]
+    return head_VD if classes_P is None else head_VD.index_select(0, classes_P)
 
 
 def of_head(impls: Mapping[str, Any], config: Any) -> bool | tuple[float, ...]:

@@ -271,11 +271,11 @@ def values_of_layers(gpt: Any, rows_BT: Tensor) -> dict[int, Tensor]:
     return {n: pair[0] for n, pair in enumerate(pairs)} | {L - len(pairs) + n: pair[1] for n, pair in enumerate(pairs)}
 
 
-def projections(block: Any) -> tuple[list[Tensor], Tensor]:
+def projections(weights: products.Weights) -> tuple[list[Tensor], Tensor]:
     """(a layer's weights to q, k and v, of which the rows (E, D) follow each other; that back, (D, D)); views."""
-    if hasattr(block, "qk_w"):
-        return [block.qk_w.flatten(0, 1), block.vo_w[0]], block.vo_w[1]
-    return [block.qkvo_w[:3].flatten(0, 1)], block.qkvo_w[3]
+    if "qk_w" in weights:
+        return [weights["qk_w"].flatten(0, 1), weights["vo_w"][0]], weights["vo_w"][1]
+    return products.plain_projections(weights)
 
 
 def drawn_apart(inwards: list[Tensor], model_dim: int) -> list[tuple[str, Tensor]]:
@@ -521,9 +521,8 @@ class Techniques(nn.Module):
         x_BTD, factors, more_values = x0, None, None
         gated = self.dynamic_gates
         gates: list[Gates] = [] if gated is None else gated(0, x0)
-        parts = {layer: projections(block) for layer, block in enumerate(gpt.blocks) if block.has_attention}
         factors_L2 = scalars["values"] if c.output_scalar else None
-        impls_L = products.of_layers(gpt.impls, gpt.blocks, parts, factors_L2, x0.dtype)
+        impls_at = products.of_layers(gpt.impls, gpt.blocks, projections, factors_L2, x0.dtype)
         for layer, block in enumerate(gpt.blocks):
             if gated is not None and layer == gated.middle:
                 gates += gated(1, x_BTD)
@@ -535,11 +534,11 @@ class Techniques(nn.Module):
             source = outputs[c.late_attention_source] if late else x_BTD
             short = layer not in self.long
             where = pairs[short] if layer in self.paired else (rotary, plans[short])
-            impls = impls_L[layer]
+            impls = impls_at(layer)
             given = *where, impls, gpt, cache, (factors, more_values), gates[layer] if gates else None
             o_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, o_BTD, impls, x0, bigram, factors)
-            of_mlp = x_BTD, block.mlp_in_w, block.mlp_out_w, impls
+            of_mlp = x_BTD, impls["w_in"], impls["w_out"], impls
             if factors is None:
                 x_BTD = products.mlp_added(*of_mlp)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import re
 import subprocess
 import tempfile
@@ -149,9 +150,12 @@ class Rehearsal:
     def other_orders(self, first: list) -> list[int]:
         """The ranks whose messages of a step come in another order, or are others, than rank 0's `first`."""
         import train_gpt
+        from trainer import leaving
 
         model, forward, different = self.trainer.model, self.trainer.forward, []
         compiled = torch.compile
+        early = self.trainer.exchange.early
+        numbers = itertools.repeat(early["early"].listener) if early else leaving._numbers
 
         def compile_(what, **options):
             return forward if what is model else compiled(what, **options)
@@ -161,7 +165,8 @@ class Rehearsal:
             for p in model.parameters():
                 p._post_accumulate_grad_hooks = None
             as_before = mock.patch.object(train_gpt, "GPT", lambda _c: model)
-            with as_before, mock.patch.object(torch, "compile", compile_):
+            same_number = mock.patch.object(leaving, "_numbers", numbers)  # the compiled step's, who else listens
+            with as_before, same_number, mock.patch.object(torch, "compile", compile_):
                 other = train_gpt.Trainer(self.config, self.trainer.device)
             with self.recorder.recording():
                 last = self.config.num_iterations - 1

@@ -385,9 +385,9 @@ def _product_flops(func, args) -> float:
 
 
 def _launchers() -> dict[str, Callable]:
-    """Name of each custom operator of kernels/ -> its launch code."""
+    """Name of each custom operator of kernels/ and trainer/ -> its launch code."""
     found = {}
-    for module in [m for name, m in sys.modules.items() if name.startswith("kernels.")]:
+    for module in [m for name, m in sys.modules.items() if name.startswith(("kernels.", "trainer."))]:
         for value in vars(module).values():
             if type(value).__name__ == "CustomOpDef" and value._init_fn.__module__ == module.__name__:
                 found[f"{value._namespace}.{value._name}.default"] = value._init_fn

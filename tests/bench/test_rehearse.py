@@ -149,17 +149,22 @@ def test_counts_without_budgets_fail(short_form):
 
 def test_the_projection_adds_up():
     row = dict(kind="product", phase="backward", part="mlp", kernel="aten.mm", bits=16, launches=2)
+    product = row | {"flops": 0.87 * CEILINGS["h100"].tflops_16 * 1e9, "bytes": 1}
+    generated = row | {"kind": "inductor", "part": "", "kernel": "x", "flops": 0.0, "bytes": 0.8 * 3e9}
+    heads = row | {"kind": "own", "part": "attention", "kernel": "_attention_dq", "flops": 0.0, "bytes": 1e12}
+    # Two messages of 1 ms each in 8 processes, the first behind the product, the second awaited after 0.4 ms of work.
+    size = 340e6 * 8 / 7
+    queues = [
+        {"kernels": [heads], "sends": ["reduce_scatter_base", size]},
+        {"kernels": [product], "sends": ["reduce_scatter_base", size]},
+        {"kernels": [], "awaits": 0},
+        {"kernels": [generated | {"bytes": 0.4 * 0.8 * 3e9 - 0.004 * 0.8 * 3e9}], "awaits": 1},
+        {"kernels": []},
+    ]
     counted = {
         "device": "h100",
-        "step": {
-            "launches": 1000,
-            "messages": [{"device": "cuda", "bytes": 340e6}, {"device": "cpu", "bytes": 1e9}],
-            "kernels": [
-                row | {"flops": 0.87 * CEILINGS["h100"].tflops_16 * 1e9, "bytes": 1},
-                row | {"kind": "inductor", "part": "", "kernel": "x", "flops": 0.0, "bytes": 0.8 * 3e9},
-                row | {"kind": "own", "part": "attention", "kernel": "_attention_dq", "flops": 0.0, "bytes": 1e12},
-            ],
-        },
+        "world": 8,
+        "step": {"launches": 1000, "queues": queues, "kernels": [product, generated, heads]},
     }
     told = project(counted, attention_tflop=2.3)
     assert told["parts"] == pytest.approx(
@@ -172,6 +177,36 @@ def test_the_projection_adds_up():
         }
     )
     assert told["ms"] == pytest.approx(14.6)
+
+
+def test_kernels_wait_for_messages_as_two_queues_say():
+    """A message runs beside what is launched after it, messages one after another; an all-reduce goes twice around."""
+    from bench.rehearse.project import waited
+
+    row = dict(launches=0, ms=1.0)
+    sends = lambda size, name="reduce_scatter_base": {"kernels": [row], "sends": [name, size]}  # noqa: E731
+    awaits = lambda number, rows=(): {"kernels": list(rows), "awaits": number}  # noqa: E731
+    ms = 1e6 * 8 / 7  # bytes that travel for one at 1 GB/s
+    play = lambda *queues: waited(queues, lambda row: row["ms"], 1.0, 8)  # noqa: E731
+    assert play(sends(ms), awaits(0)) == pytest.approx(1)
+    assert play(sends(ms), awaits(0, [row])) == pytest.approx(0)
+    assert play(sends(ms, "allreduce_"), awaits(0, [row])) == pytest.approx(1)
+    assert play(sends(3 * ms), sends(ms), awaits(1), awaits(0)) == pytest.approx(3)
+    assert play({"kernels": [row | dict(launches=500)]}) == 0
+
+
+def test_gradients_leave_before_the_backward_pass_ends(short_form):
+    """The head's first, with the block's whole backward pass to travel behind; then the block's, before the tables'."""
+    counted, _ = short_form
+    queues, launched, sent = counted["step"]["queues"], 0, []
+    for stretch in queues:
+        launched += sum(row["launches"] for row in stretch["kernels"])
+        if "sends" in stretch:
+            sent.append((*stretch["sends"], launched))
+    (head, of_head, after_head), (block, of_block, after_block), (tables, _, after_tables) = sent[:3]
+    assert (head, of_head) == ("reduce_scatter_base", 50304 * 1024 * 4) and "allreduce" in tables
+    assert (block, of_block) == ("reduce_scatter_base", 12 * 1024 * 1024 * 2 * 8 // 3)  # one of three to a process
+    assert after_tables - after_head >= 20 and after_tables - after_block >= 3
 
 
 def test_what_an_operator_changes_moves_twice():

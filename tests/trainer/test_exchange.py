@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.exchange import bytes_per_step, owners
+from trainer.exchange import bytes_per_step, in_groups, owners
 
 STEPS, VOCAB, WIDTH = 3, 48, 8
 
@@ -20,6 +20,7 @@ import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
 from trainer.exchange import GradientExchange, PlainExchange, gather_state, spread_state, touched_rows
+from trainer.leaving import leaving
 from trainer.ngrams import NGramRows
 
 world, file, steps, vocab, width = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
@@ -45,21 +46,31 @@ class Little(nn.Module):
         self.e1, self.e2, self.a = p(vocab, width), p(pairs_rows, width), p(2, width, width)
         self.b, self.c = p(width, width), p(width, width)
         self.head, self.scale = p(vocab, width), p(3)
+        self.early = None
     def forward(self, tokens):
+        w = leaving(dict(a=self.a, b=self.b, c=self.c, head=self.head), self.early)
         x = self.e1[tokens] * self.scale[0] + self.e2[pairs(tokens)] * self.scale[1]
-        for w in (self.a[0], self.a[1], self.b, self.c):
-            x = x + torch.tanh(x @ w.t()) * self.scale[2]
-        return torch.nn.functional.cross_entropy(x @ self.head.t(), tokens.roll(-1))
+        for m in (w["a"][0], w["a"][1], w["b"], w["c"]):
+            x = x + torch.tanh(x @ m.t()) * self.scale[2]
+        return torch.nn.functional.cross_entropy(x @ w["head"].t(), tokens.roll(-1))
 
 def batches(step):
     random = torch.Generator().manual_seed(1000 * step + rank)
     # each process draws from a range of its own: rows touched here only, by several, and by nobody
-    return [torch.randint(rank, min(rank + 20, vocab - 4), (12,), generator=random) for _ in range(2)]
+    # two at first, whose gradients add up before they leave; then one, whose gradients leave in the backward pass
+    count = 2 if step < 2 else 1
+    return [torch.randint(rank, min(rank + 20, vocab - 4), (12,), generator=random) for _ in range(count)]
 
 mine, plain = Little(), Little()
 matrices = dict(a=mine.a, b=mine.b, c=mine.c)
 x = GradientExchange(matrices, dict(e1=mine.e1, e2=mine.e2), dict(head=mine.head), dict(scale=mine.scale),
                      dict(e2=pairs))
+mine.early, leave, sooner = x.early["early"], x.leave, []
+def noted(group, gradients):
+    before = len(x.pending)
+    leave(group, gradients)
+    sooner.append(len(x.pending) - before)
+x.leave = noted
 sums = PlainExchange(dict(a=plain.a, b=plain.b, c=plain.c), dict(e1=plain.e1, e2=plain.e2), dict(head=plain.head),
                      dict(scale=plain.scale))
 assert list(sums.my_matrices) == ["a", "b", "c"] and sums.my_others["head"] is plain.head
@@ -127,7 +138,7 @@ everyone = [None] * world
 dist.all_gather_object(everyone, sum(float(p.double().sum()) for p in mine.parameters()))
 whole = rank > 0 or bool((whole["o.sum.head"].abs().sum(1) > 0).all())
 told = dict(gradients=worst, weights=weights, untouched=untouched, same=len(set(everyone)) == 1, whole=whole,
-            sharded=bool(x.head), mine=list(x.my_matrices))
+            sharded=bool(x.head), mine=list(x.my_matrices), groups=len(x.thirds) + bool(x.head), sooner=sooner)
 open(f"{file}.{rank}", "w").write(json.dumps(told))
 dist.destroy_process_group()
 """
@@ -152,6 +163,8 @@ def test_gradients_and_weights_equal_those_of_plain_sums(world, tmp_path, repo):
     for one in found:
         assert one["gradients"] <= 1e-5 and one["weights"] <= 1e-5, one
         assert one["untouched"] and one["same"] and one["whole"] and one["sharded"], one
+        # each group was told of in each of 2 + 2 + 1 backward passes, and left there in the last one only
+        assert one["sooner"] == [0] * 4 * one["groups"] + [1] * one["groups"], one
     assert sorted(name for one in found for name in one["mine"]) == ["a", "b", "c"]
 
 
@@ -171,6 +184,19 @@ def test_owners_share_the_work_evenly():
             m, n = sorted(matrices[name].shape[-2:])
             load[rank] += matrices[name][..., 0, 0].numel() * (4 * m * m * n + 2 * m**3)
         assert max(load) <= 1.1 * sum(load) / world
+
+
+def test_every_rank_has_as_many_matrices_of_every_third():
+    names = [f"blocks.{n}.{kind}" for n in range(16) for kind in ("qkvo_w", "mlp_in_w", "mlp_out_w")]
+    matrices = {n: torch.empty((4, 64, 64) if "qkvo" in n else (256, 64), device="meta") for n in names}
+    del matrices["blocks.7.qkvo_w"]
+    matrices["techniques.gates"] = torch.empty(16, 8, 16, device="meta")
+    for world in (1, 2, 4, 8):
+        groups, owner = in_groups(matrices, world), owners(matrices, world)
+        assert sorted(name for names in groups for name in names) == sorted(matrices) and len(groups) <= 3
+        assert groups[0][0].startswith("blocks.15.") and groups[-1][-1] == "techniques.gates"
+        for names in groups[:-1]:
+            assert {sum(owner[name] == rank for name in names) for rank in range(world)} == {len(names) // world}
 
 
 def test_counted_bytes():
