@@ -234,7 +234,9 @@ def page() -> str:
         projected=table(projected),
         floor=shown["projection"]["floor_ms"],
         holders=table(holders),
+        link=CEILINGS[shown["device"]].link_gb_per_s,
         messages=table(messages) if messages else "none",
+        travel=table(shown["projection"].get("messages", [])),
         scanned=scanned(),
         blocks=blocks(),
         wholes=wholes(),
@@ -315,6 +317,12 @@ Of one block of the other presets, where tables and what their optimizers keep w
 ## Messages a step and process
 
 {messages}
+
+Projected: when each leaves, in ms since the step began, when it is there at {link} GB/s a process, and how long kernels
+wait for it. The head's gradient and each third of the matrices' leave while the backward pass still runs
+(trainer/leaving.py); gradients of tables are made at its end.
+
+{travel}
 
 ## Registers under products in flight
 

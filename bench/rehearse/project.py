@@ -76,31 +76,36 @@ def milliseconds(row: dict[str, Any], device: str) -> tuple[float, float]:
     return max(products, memory) / EFFICIENCY[row["kind"], products > 0], products
 
 
-def waited(stretches: Iterable[dict[str, Any]], cost: Callable[[dict[str, Any]], float], link: float, world: int):
-    """Milliseconds that a step's kernels wait for its messages: both queues played through as they were filled.
+def travel(
+    stretches: Iterable[dict[str, Any]], cost: Callable[[dict[str, Any]], float], link: float, world: int
+) -> list[dict[str, Any]]:
+    """A step's messages, and how long its kernels wait for each: both queues played through as they were filled.
 
     stretches: of `bench.rehearse.counts`; cost: milliseconds of a row; link: GB/s a process. A message begins when what
-    was launched before it has run and the message before it is through, and takes a ring's time."""
-    now = free = stalls = 0.0
-    ends: list[float] = []
+    was launched before it has run and the message before it is through, and takes a ring's time. Returns of each its
+    operator, MB, and in ms since the step began when it was sent and when it is there, and how long it was waited for.
+    """
+    now = free = 0.0
+    found: list[dict[str, Any]] = []
     share = (world - 1) / world / link / 1e6
     for stretch in stretches:
         now += sum(cost(row) + row["launches"] * LAUNCH_GAP_US / 1e3 for row in stretch["kernels"])
         if "sends" in stretch:
             name, size = stretch["sends"]
             free = max(free, now) + share * size * (2 if "allreduce" in name else 1)
-            ends.append(free)
-        elif "awaits" in stretch and (late := ends[stretch["awaits"]] - now) > 0:
-            stalls += late
-            now += late
-    return stalls
+            found.append({"message": name, "MB": size / 1e6, "sent": now, "there": free, "waited for": 0.0})
+        elif "awaits" in stretch:
+            message = found[stretch["awaits"]]
+            message["waited for"] = max(0.0, message["there"] - now)
+            now += message["waited for"]
+    return found
 
 
 def project(counted: dict[str, Any], attention_tflop: float, over_plain: float = 1.0) -> dict[str, Any]:
     """Counts of one step (bench.rehearse), its attention's TFLOP over allowed pairs and what its kernels cost of the
     plain ones -> milliseconds by part.
 
-    Returns {"parts": {part: ms}, "ms": sum, "floor_ms": all products and no efficiency}."""
+    Returns {"parts": {part: ms}, "ms": sum, "floor_ms": all products and no efficiency, "messages": of `travel`}."""
     step, device = counted["step"], counted["device"]
     ceilings = CEILINGS[device]
     parts: dict[str, float] = {}
@@ -124,12 +129,13 @@ def project(counted: dict[str, Any], attention_tflop: float, over_plain: float =
         forward = row["phase"] == "forward"
         return of_attention * (2 if forward else 5) / 7 * row["launches"] / launched[forward]
 
-    if any("sends" in stretch for stretch in step["queues"]):
-        found = waited(step["queues"], cost, ceilings.link_gb_per_s, counted["world"])
-        parts["messages not hidden"] = found
+    messages = travel(step["queues"], cost, ceilings.link_gb_per_s, counted["world"])
+    if messages:
+        parts["messages not hidden"] = sum(message["waited for"] for message in messages)
     parts["gaps between launches"] = step["launches"] * LAUNCH_GAP_US / 1e3
     parts = dict(sorted(parts.items(), key=lambda kv: -kv[1]))
-    return {"parts": parts, "ms": sum(parts.values()), "floor_ms": floor + attention_tflop / ceilings.tflops_16 * 1e3}
+    floor += attention_tflop / ceilings.tflops_16 * 1e3
+    return {"parts": parts, "ms": sum(parts.values()), "floor_ms": floor, "messages": messages}
 
 
 def _by_itself(row: dict[str, Any]) -> bool:

@@ -181,13 +181,13 @@ def test_the_projection_adds_up():
 
 def test_kernels_wait_for_messages_as_two_queues_say():
     """A message runs beside what is launched after it, messages one after another; an all-reduce goes twice around."""
-    from bench.rehearse.project import waited
+    from bench.rehearse.project import travel
 
     row = dict(launches=0, ms=1.0)
     sends = lambda size, name="reduce_scatter_base": {"kernels": [row], "sends": [name, size]}  # noqa: E731
     awaits = lambda number, rows=(): {"kernels": list(rows), "awaits": number}  # noqa: E731
     ms = 1e6 * 8 / 7  # bytes that travel for one at 1 GB/s
-    play = lambda *queues: waited(queues, lambda row: row["ms"], 1.0, 8)  # noqa: E731
+    play = lambda *queues: sum(m["waited for"] for m in travel(queues, lambda row: row["ms"], 1.0, 8))  # noqa: E731
     assert play(sends(ms), awaits(0)) == pytest.approx(1)
     assert play(sends(ms), awaits(0, [row])) == pytest.approx(0)
     assert play(sends(ms, "allreduce_"), awaits(0, [row])) == pytest.approx(1)
