@@ -13,13 +13,14 @@ from small_runs import folder_of, in_worlds, losses, tokens
 
 import train_gpt
 from data.encoding import longest_prefixes
+from kernels import heads
 from kernels.cross_entropy import softcapped_logits
 from kernels.muon import join_master, orthogonalize, orthogonalize_gram, split_master
 from kernels.norm import rms_norm as norm
 from kernels.runtime import INTERPRETED
 from train_gpt import CHECKPOINT_FORMAT as FORMAT
 from train_gpt import GPT, Trainer, parse_config
-from trainer import adam, normuon, products, techniques
+from trainer import adam, implementations, normuon, products, techniques
 from trainer.checkpoints import load_tensors
 from trainer.sample import Cache
 
@@ -353,7 +354,7 @@ def keys_alias(monkeypatch):
             k[..., d] = k[:, :1, :, d]  # what copying position by position in place ends in
         return k
 
-    monkeypatch.setattr(techniques, "offset_keys", offset_keys)
+    monkeypatch.setattr(heads, "offset_keys", offset_keys)
 
 
 def bigram_of_the_next_token(monkeypatch):
@@ -362,8 +363,8 @@ def bigram_of_the_next_token(monkeypatch):
 
 
 def values_scaled_twice(monkeypatch):
-    valued = techniques.Techniques.valued
-    monkeypatch.setattr(techniques.Techniques, "valued", lambda self, v, *rest: valued(self, 0.5 * v, *rest))
+    valued = heads.valued
+    monkeypatch.setattr(heads, "valued", lambda v, *rest: valued(0.5 * v, *rest))
 
 
 FAULTS = dict(
@@ -509,8 +510,8 @@ def test_exclusive_attention_is_its_formula():
     for b, t, h in np.ndindex(2, 5, 3):
         share = float(o[b, t, h] @ v[b, t, h]) / float(v[b, t, h] @ v[b, t, h])
         found[b, t, h] = o[b, t, h] - math.tanh(alpha[h]) * share * v[b, t, h]
-    torch.testing.assert_close(techniques.exclusive(o, v, alpha), found)
-    everything = techniques.exclusive(o, v, torch.full((3,), 30.0, dtype=torch.float64))
+    torch.testing.assert_close(heads.exclusive(o, v, alpha), found)
+    everything = heads.exclusive(o, v, torch.full((3,), 30.0, dtype=torch.float64))
     assert (everything * v).sum(-1).abs().max() < 1e-12, "nothing along the own value is left"
 
 
@@ -547,14 +548,14 @@ def test_untied_values_give_each_layer_a_table_of_its_own():
     c = plain_small(num_layers=5, value_embeddings=2, untied_values=True)
     model = randomised(Trainer(c, CPU).model)
     assert len(model.value_embeds) == 4
-    seen, real = {}, techniques.Techniques.valued
+    seen, real = {}, techniques.Techniques.attend
     with pytest.MonkeyPatch.context() as patch:
 
-        def valued(self, v, ve, y, layer, *rest):
-            seen[layer] = ve
-            return real(self, v, ve, y, layer, *rest)
+        def attend(self, block, x, ve, *rest):
+            seen[block.layer] = ve
+            return real(self, block, x, ve, *rest)
 
-        patch.setattr(techniques.Techniques, "valued", valued)
+        patch.setattr(techniques.Techniques, "attend", attend)
         tokens = documents(20, 1)[None]
         model(tokens)
     for layer, table in {0: 0, 1: 1, 3: 2, 4: 3}.items():
@@ -843,6 +844,49 @@ def test_every_technique_trains_on_the_plain_model_alone(change):
     assert losses[0] == pytest.approx(math.log(256) * sum(w * (32 - k) / 32 for k, w in enumerate(weights)), rel=1e-3)
     with torch.no_grad():
         assert trainer.model(tokens[None, :-1], tokens[None, 1:], window_blocks=2).item() < first - 0.5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="no interpreter")
+@pytest.mark.parametrize(
+    "more", [{}, dict(dynamic_gates=-1, output_scalar=False, value_norm=True)], ids=["frontier", "f3"]
+)
+def test_layers_whose_heads_go_through_kernels_are_those_of_the_references(more):
+    """Loss and every gradient: offset keys, paired heads, gated values and outputs, exclusive attention, YaRN."""
+    fields = dict(num_layers=3, model_dim=32, unet_skips="0>1", long_window_layers="0,2", key_offset="0")
+    fields |= dict(late_attention_source=0, dynamic_skips="0,1", bigram_rows=256, paired_heads="1", yarn_until=0)
+    model = randomised(Trainer(nano(**fields | more), CPU).model)
+    model.at_step(400)
+    tokens, found = documents(33, 1, vocab=256, eos=0)[None], {}
+    for impl in ("reference", "triton"):
+        model.impls["attention_inputs"] = impl
+        model.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:], window_blocks=2)
+        loss.backward()
+        with_one = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[impl] = {"loss": loss.detach()} | with_one
+    assert found["triton"].keys() == found["reference"].keys() and model.query_factor.item() != 1
+    for name, x in found["reference"].items():
+        torch.testing.assert_close(found["triton"][name], x, rtol=1e-4, atol=2e-5 * float(x.abs().max()), msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="no interpreter")
+@both
+def test_layers_whose_heads_go_through_kernels_equal_the_literal_model(trainer, preset):
+    trainer.model.impls["attention_inputs"] = "triton"
+    model_agrees(trainer, preset)
+
+
+def test_the_log_names_what_heads_go_through():
+    asked, half = implementations.asked("auto", "cpu"), torch.bfloat16
+    config = small("f3", narrow_qk=12, narrow_qk_layers="0")
+    assert techniques.head_widths(config) == [(16, 12)] + [(16, 16)] * 15
+    assert techniques.head_widths(parse_config([])) == []
+    told = lambda widths: implementations.running(asked, CPU, half, "bf16", widths)["attention_inputs"]  # noqa: E731
+    assert told([]) == "banded" and told([(16, 16)]) == "reference, with techniques"
+    if INTERPRETED:
+        asked["attention_inputs"] = "triton"
+        assert told(techniques.head_widths(config)) == "reference and triton, with techniques"
 
 
 @pytest.mark.slow

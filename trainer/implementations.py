@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from kernels import attention, attention_inputs, cross_entropy, mlp, muon
+from kernels import attention, attention_inputs, cross_entropy, heads, mlp, muon
 from trainer import products
 from trainer.options import UsageError
 
@@ -23,10 +25,19 @@ def asked(kernels: str, device: str, in_8_bits: str = "bf16") -> dict[str, str]:
     return found
 
 
-def running(impls: dict[str, str], device: torch.device, dtype: torch.dtype, in_8_bits: str) -> dict[str, str]:
-    """The names of what runs on that device for what was `asked`. Raises ValueError for what cannot run there."""
+def running(
+    impls: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    in_8_bits: str,
+    widths: Iterable[tuple[int, int]] = (),
+) -> dict[str, str]:
+    """The names of what runs on that device for what was `asked`. widths: of a model with techniques, those of a head's
+    values and queries in each layer. Raises ValueError for what cannot run there."""
     sample = torch.empty(0, device=device, dtype=dtype)
     found = {family: FAMILIES[family].implementation(impls[family], sample) for family in FAMILIES}
+    if with_techniques := {heads.implementation(impls["attention_inputs"], sample, *pair) for pair in widths}:
+        found["attention_inputs"] = " and ".join(sorted(with_techniques)) + ", with techniques"
     found["attention"] = attention.told(found["attention"])
     return found | {family: found[family] + words for family, words in products.told(in_8_bits, impls).items()}
 

@@ -16,6 +16,7 @@ from trainer.log import RunLog, unique_name
 from trainer.processes import on_rank_0, rank
 from trainer.program import describe_environment, program_files, unproven_versions
 from trainer.streams import describe_data, loss_floor
+from trainer.techniques import head_widths
 
 
 def open_log(
@@ -32,7 +33,7 @@ def open_log(
         world_size=trainer.world_size,
         source=source,
         program=program_files(path),
-        implementations=implementations.running(trainer.model.impls, device, dtype, c.products),
+        implementations=implementations.running(trainer.model.impls, device, dtype, c.products, head_widths(c)),
         assembler=choose_assembler() if device.type == "cuda" else "none",
         val_data_hash=hash_of(streams[1]),
         plan_hash=c.plan_hash,

@@ -22,6 +22,7 @@ from kernels.attention import attention
 from kernels.cross_entropy import next_targets
 from kernels.embedding import implementation as looked_up_by
 from kernels.embedding import picked, rows_of_tables
+from kernels.heads import head_inputs, head_outputs
 from kernels.norm import rms_norm as norm
 from kernels.residual import factors_of_layers
 from trainer import adam, products, sampled_softmax
@@ -250,6 +251,13 @@ def narrow_rows(config: Any, layer: int) -> int:
     return c.num_heads * c.narrow_qk if narrow else 0
 
 
+def head_widths(config: Any) -> list[tuple[int, int]]:
+    """Of each layer with attention of a model with techniques: (width of a head's values, of its queries)."""
+    c, width = config, config.model_dim // config.num_heads
+    layers = set(range(c.num_layers)) - set(numbers(c.attention_free_layers)) if uses_techniques(c) else ()
+    return [(width, narrow_rows(c, layer) // c.num_heads or width) for layer in layers]
+
+
 def looked_up(table: nn.Embedding, rows: Tensor, impl: str) -> Tensor:
     """The table's rows of those numbers, (..., D): by the module where torch does it or somebody hooked on to it, else
     by the kernel whose gradient is deterministic (kernels/embedding.py)."""
@@ -283,20 +291,6 @@ def drawn_apart(inwards: list[Tensor], model_dim: int) -> list[tuple[str, Tensor
     first of `projections`; of narrow ones, q and k together are "k" (and "q", what is more than D rows)."""
     parts = [part for rows in inwards for part in rows.split(model_dim)]
     return list(zip("vkq", reversed(parts)))
-
-
-# ---- key_offset ------------------------------------------------------------------------------------------------
-
-
-def offset_keys(k_BTHDh: Tensor, before_B1HDh: Tensor | None = None) -> Tensor:
-    """`key_offset` (#169): the dimensions of every key that rotary leaves alone (the second and the last quarter) come
-    from the position before, so that a query finds what followed its like. Not cut at documents.
-
-    before: the keys before the first ones, or None: the first one keeps its own."""
-    first = k_BTHDh[:, :1] if before_B1HDh is None else before_B1HDh
-    moved = torch.cat([first, k_BTHDh[:, :-1]], 1)
-    own, theirs = (x.unflatten(-1, (2, 2, -1)) for x in (k_BTHDh, moved))  # halves, then turning and still ones
-    return torch.stack([own[..., 0, :], theirs[..., 1, :]], -2).flatten(-3)
 
 
 # ---- yarn_until ------------------------------------------------------------------------------------------------
@@ -365,32 +359,7 @@ class Targets:
         return torch.cat([next_targets(targets_BT, count - 1), prefixes_V[targets_BT][..., None]], -1)
 
 
-# ---- xsa -------------------------------------------------------------------------------------------------------
-
-
-def exclusive(o_BTHDh: Tensor, v_BTHDh: Tensor, alpha_H: Tensor) -> Tensor:
-    """`xsa` (#264): o - tanh(alpha) (o . v / |v|^2) v with the token's own value v: what attention found in others.
-
-    alpha: (H,), or by the token (B, T, H)."""
-    wide = torch.promote_types(o_BTHDh.dtype, torch.float32)
-    o, v = o_BTHDh.to(wide), v_BTHDh.to(wide)
-    along = (o * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-12)
-    return (o - torch.tanh(alpha_H)[..., None] * along * v).to(o_BTHDh.dtype)
-
-
-# ---- paired_heads ----------------------------------------------------------------------------------------------
-
-
-def interleaved(x_BTHDh: Tensor) -> Tensor:
-    """`paired_heads` (#191): heads 2j and 2j + 1 as one head over 2 T positions, 2t and 2t + 1: (B, 2 T, H / 2, Dh).
-
-    So each sees the keys of both, in half the window; rotary counts the new positions."""
-    return x_BTHDh.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)
-
-
-def separated(x_BSHDh: Tensor) -> Tensor:
-    """The way back from `interleaved`: (B, S / 2, 2 H, Dh)."""
-    return x_BSHDh.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+# ---- key_offset, xsa, paired_heads: `offset_keys`, `exclusive`, `interleaved` of kernels/heads.py -----------------
 
 
 def doubled(tokens_BT: Tensor, eos_id: int) -> Tensor:
@@ -620,23 +589,29 @@ class Techniques(nn.Module):
         impls: of the layer, with its weights (`trainer.products.of_layers`)."""
         if not block.has_attention:
             return None
-        c, layer, (B, T, D), H = self.config, block.layer, x_BTD.shape, self.config.num_heads
+        c, layer, D, H = self.config, block.layer, x_BTD.size(-1), self.config.num_heads
         y_BTD = norm(x_BTD) if c.norm_before_attention else x_BTD
         narrow, of_y = narrow_rows(c, layer), D**0.5 if c.norm_before_attention else 0.0
-        qk, v = products.linear(y_BTD, impls["w_qkv"], impls, "qkv", of_y).split([2 * (narrow or D), D], -1)
-        qk, v = (part.unflatten(-1, (heads, -1)) for part, heads in ((qk, 2 * H), (v, H)))
         R = D // H // 2  # columns of the tables for wide heads; those for narrow ones follow
         rotary = tuple(table[:, R:] if narrow else table[:, :R] for table in rotary)
         scale = c.narrow_qk_scale if narrow and c.narrow_qk_scale else c.attention_scale
-        v = own_v = self.valued(v, ve_BTD, y_BTD, layer, scalars_2, dynamic)
-        qk, pair = norm(qk), layer in self.paired  # the queries' heads, then the keys': together in fewer passes
-        if pair:
-            qk, v = interleaved(qk), interleaved(v)
-        q, k = rotated(qk, rotary).chunk(2, dim=2)
-        if gpt.query_factor is not None:
-            q = q * gpt.query_factor
-        if layer in self.offset:
-            k = offset_keys(k, None if cache is None else cache.last_key(layer, k))
+        pair, impl = layer in self.paired, impls["attention_inputs"] if cache is None else "reference"
+        q, k, v, own = head_inputs(
+            products.linear(y_BTD, impls["w_qkv"], impls, "qkv", of_y),
+            rotary,
+            heads=H,
+            width=D // H,
+            ve_BTD=ve_BTD,
+            factor_BTH=None if ve_BTD is None else self.value_factor(y_BTD, layer, dynamic[0]),
+            more_BTD=dynamic[1],
+            s_2=None if c.output_scalar else scalars_2,
+            query_factor=gpt.query_factor,
+            value_norm=c.value_norm,
+            offset=layer in self.offset,
+            paired=pair,
+            keys_before=None if cache is None else lambda k: cache.last_key(layer, k),
+            impl=impl,
+        )
         mixing = self.head_mixing(y_BTD) if self.head_mixing is not None and layer == c.num_layers - 1 else None
         if cache is None:
             o_BTHDh = attention(q, k, v, plan, scale=scale, impl=impls["attention"])
@@ -644,14 +619,10 @@ class Techniques(nn.Module):
                 o_BTHDh = o_BTHDh + mixed_heads(q, k, v, mixing, plan.first_key_BT, scale)
         else:
             o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, scale, 2 if pair else 1, mixing)
-        if pair:
-            o_BTHDh = separated(o_BTHDh)
-        elif c.xsa:
+        alpha, gate = None, self.opened(y_BTD, layer, gates) if c.output_gates else None  # #117
+        if c.xsa and not pair:
             alpha = self.xsa_w[layer] if self.xsa_w is not None else gates.alpha
-            o_BTHDh = exclusive(o_BTHDh, own_v, alpha)
-        if c.output_gates:  # #117
-            o_BTHDh = o_BTHDh * self.opened(y_BTD, layer, gates).to(y_BTD.dtype)[..., None]
-        return o_BTHDh.reshape(B, T, D)
+        return head_outputs(o_BTHDh, None if alpha is None else own, alpha, gate, paired=pair, impl=impl)
 
     def opened(self, y_BTD: Tensor, layer: int, gates: Any) -> Tensor:
         """How far each head's gate is open, (B, T, H)."""
@@ -659,30 +630,12 @@ class Techniques(nn.Module):
             return gates.output
         return gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))
 
-    def valued(
-        self, v: Tensor, ve_BTD: Tensor | None, y_BTD: Tensor, layer: int, scalars_2: Tensor, dynamic: Any
-    ) -> Tensor:
-        """The values of a layer: normed unless `value_norm` is off, then what is added to them. With `value_gates`
-        (#186) the value embedding comes with a factor 2 sigmoid(G y[:16]) a head."""
-        c, (factors, more_values) = self.config, dynamic
-        v = norm(v) if c.value_norm else v
-        v = v if c.output_scalar else scalars_2[0] * v
-        if more_values is not None:
-            v = v + more_values.view_as(v)
-        if ve_BTD is None:
-            return v
-        ve = ve_BTD.view_as(v)
+    def value_factor(self, y_BTD: Tensor, layer: int, factors: Any) -> Tensor | None:
+        """(B, T, H): with `value_gates` (#186) a value embedding comes with a factor 2 sigmoid(G y[:16]) a head, in the
+        last layer of `dynamic_skips` with a network's; None: with what scalars say."""
         if factors is not None:
-            halves = [2 + row[3].to(v.dtype).expand(-1, -1, v.size(2) // 2) for row in factors]
-            return v + torch.cat(halves, -1)[..., None] * ve
-        if self.value_gates is not None:
-            weight = self.value_gates[self.gated.index(layer)].to(y_BTD.dtype)
-            return v + 2 * gate(y_BTD, weight)[..., None] * ve
-        return v + (ve if c.output_scalar else scalars_2[1] * ve)
-
-
-def rotated(x_BTHDh: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary with its tables rounded to x's dtype."""
-    cos, sin = (table.to(x_BTHDh.dtype)[:, None] for table in rotary)
-    x1, x2 = x_BTHDh.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], -1)
+            H = self.config.num_heads
+            return 2 + torch.cat([row[3].expand(-1, -1, H // 2) for row in factors], -1)
+        if self.value_gates is None:
+            return None
+        return 2 * gate(y_BTD, self.value_gates[self.gated.index(layer)].to(y_BTD.dtype))

@@ -32,7 +32,8 @@ def one_block(config):
     off |= dict(backout_layer=-1, late_attention_source=-1, long_window_layers="0", dynamic_gates=-1, head_mixing=False)
     off |= dict(narrow_qk_layers="")  # '': all, so that the one is narrow if any is
     off |= dict(skip_gates=False, value_gates=False, xsa=False)  # their weights would have no gradient
-    one = {name: "0" if getattr(config, name) else "" for name in ("key_offset", "paired_heads")}
+    one = dict(key_offset="0" if config.key_offset else "")
+    one |= dict(paired_heads="0" if config.paired_heads and not config.key_offset else "")  # no layer has both
     return dataclasses.replace(config, num_layers=1, **off, **one)
 
 

@@ -160,7 +160,7 @@ def part_of(row: dict[str, Any]) -> str:
         return {"muon": "Muon", "adam": "AdamW"}[phase]
     if row["kernel"].startswith("_attention") or "flex_attention" in row["kernel"]:
         return "attention"
-    if part in ("attention_layer", "attention_inputs", "attention"):
+    if part in ("attention_layer", "attention_inputs", "attention", "heads"):
         return "attention projections" if kind == "product" else "attention inputs"
     if part in ("mlp", "mlp8"):
         return "MLP"

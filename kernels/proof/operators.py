@@ -455,6 +455,48 @@ def _prologue_reference(module, g):
     return dict(zip("qkv", module.attention_inputs_reference(*(g[n] for n in _PROLOGUE))))
 
 
+def _head_inputs_inputs(random):
+    """Every technique of the inputs at once but pairs, which go without offset keys."""
+    B, T, H, width = 2, 9, 2, 16
+    wide, narrow = (B, T, H, width), (B, T, H, width // 2)
+    given = _draw(random, qkv=(B, T, 2 * H * width), ve=(B, T, H * width), factor=(B, T, H), more=(B, T, H * width))
+    given |= _draw(random, s=(2,), upstream_q=narrow, upstream_k=narrow, upstream_v=wide, upstream_own=wide)
+    angle = torch.arange(T)[:, None] * torch.linspace(0.1, 1, width // 4)
+    return given | {"cos": angle.cos(), "sin": angle.sin(), "query_factor": torch.tensor(1.2)}
+
+
+_HEAD_INPUTS = ("qkv", "ve", "factor", "more", "s")
+
+
+def _head_inputs(module, g, impl):
+    qkv, ve, factor, more, s = (g[n] for n in _HEAD_INPUTS)
+    how = dict(ve_BTD=ve, factor_BTH=factor, more_BTD=more, s_2=s, query_factor=g["query_factor"], offset=True)
+    return module.head_inputs(qkv, (g["cos"], g["sin"]), heads=2, width=16, impl=impl, **how)._asdict()
+
+
+def _head_inputs_reference(module, g):
+    given = *(g[n] for n in _HEAD_INPUTS[1:]), g["query_factor"]
+    how = dict(heads=2, width=16, value_norm=True, offset=True, paired=False)
+    return module.head_inputs_reference(g["qkv"], (g["cos"], g["sin"]), *given, **how)._asdict()
+
+
+def _head_outputs_inputs(random):
+    B, T, H, width = 2, 9, 2, 16
+    heads, by_token = (B, T, H, width), (B, T, H)
+    return _draw(random, o=heads, own=heads, alpha=by_token, gate=by_token, upstream_y=(B, T, H * width))
+
+
+_HEAD_OUTPUTS = ("o", "own", "alpha", "gate")
+
+
+def _head_outputs(module, g, impl):
+    return {"y": module.head_outputs(*(g[n] for n in _HEAD_OUTPUTS), impl=impl)}
+
+
+def _head_outputs_reference(module, g):
+    return {"y": module.head_outputs_reference(*(g[n] for n in _HEAD_OUTPUTS), paired=False)}
+
+
 def _attention_inputs(K):
     def make(random):
         from kernels.attention import attention_plan
@@ -693,6 +735,24 @@ OPERATORS: dict[str, Operator] = {
             _prologue,
             _prologue_reference,
             _PROLOGUE[:5],
+        ),
+        Operator(
+            "head inputs",
+            "kernels.heads",
+            _head_inputs_inputs,
+            _head_inputs,
+            _head_inputs_reference,
+            _HEAD_INPUTS,
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "head outputs",
+            "kernels.heads",
+            _head_outputs_inputs,
+            _head_outputs,
+            _head_outputs_reference,
+            _HEAD_OUTPUTS,
+            implementations=("reference", "triton"),
         ),
         Operator("attention", "kernels.attention", _attention_inputs(2), _attention, _attention_reference, _QKV),
         Operator(

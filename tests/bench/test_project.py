@@ -103,6 +103,7 @@ def test_passes_over_the_stream_are_what_the_lines_read_and_write():
     """Each function on tensors: what goes in and comes out that is as large as the stream."""
     import torch
 
+    from kernels import heads as of_heads
     from trainer import gating, techniques
     from trainer.ngram_table import NGramTable
 
@@ -112,10 +113,10 @@ def test_passes_over_the_stream_are_what_the_lines_read_and_write():
     assert counted(techniques.norm, x) == alone(S["norm_before_attention"])
     gate = torch.full((1, 16), 0.3, dtype=torch.float64)
     assert counted(lambda e: techniques.smeared(e, None, gate, torch.ones(())), x) == alone(S["smear"])
-    assert counted(techniques.offset_keys, heads) == counted(techniques.interleaved, heads) == alone(S["key_offset"])
+    assert counted(of_heads.offset_keys, heads) == counted(of_heads.interleaved, heads) == alone(S["key_offset"])
     assert alone(S["paired_heads"]) == alone(S["key_offset"])
     gated = S["output_gates"]
-    found = counted(lambda o, v: techniques.exclusive(o, v, torch.ones(2, dtype=torch.float64)), heads, heads)
+    found = counted(lambda o, v: of_heads.exclusive(o, v, torch.ones(2, dtype=torch.float64)), heads, heads)
     assert found[:2] == (gated.reads + S["xsa"].reads, gated.writes + S["xsa"].writes)
     skips = techniques.DynamicSkips(f3).double()
     with torch.no_grad():

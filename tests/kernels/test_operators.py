@@ -37,7 +37,7 @@ differentiable = pytest.mark.parametrize(
 )
 #: These are plain torch from end to end, so they have every derivative.
 PLAIN = {("residual mix", "reference"), ("prologue", "reference"), ("attention, grouped", "reference")}
-PLAIN |= {("rows of tables", "reference")}
+PLAIN |= {("rows of tables", "reference"), ("head outputs", "reference")}
 #: The gradient of the projection is torch's own there.
 PROJECTED_BY_TORCH = {("attention layer", "auto")}
 
