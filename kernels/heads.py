@@ -50,7 +50,7 @@ IMPLEMENTATIONS = ("triton", "banded", "flex", "reference")
 
 class HeadInputs(NamedTuple):
     """Of `head_inputs`. q, k, v: what attention reads, (B, T, H, width), of paired heads (B, 2 T, H / 2, width). own:
-    v once more, for `head_outputs`; None of paired heads."""
+    v once more, where it was asked for, to be given to `head_outputs`."""
 
     q: Tensor
     k: Tensor
@@ -129,7 +129,7 @@ def head_inputs_reference(
         q = q * query_factor
     if offset:
         k = offset_keys(k, None if keys_before is None else keys_before(k))
-    return HeadInputs(q, k, v, None if paired else v)
+    return HeadInputs(q, k, v, v)
 
 
 def head_outputs_reference(o, own, alpha, gate, paired) -> Tensor:
@@ -715,29 +715,30 @@ def _with_gaps(found: list[Tensor], there: list[bool]) -> list[Tensor | None]:
 
 
 class _HeadInputs(torch.autograd.Function):
-    """The operator, and v once more: what own values get from elsewhere comes to the backward pass by itself."""
+    """The operator, and with_own v once more: what own values get from elsewhere comes to the backward pass by itself.
+    Not where nobody asks: the compiler would make zeros of what is not used."""
 
     @staticmethod
-    def forward(ctx, qkv, ve, factor, more, s, cos, sin, query_factor, *how):
+    def forward(ctx, qkv, ve, factor, more, s, cos, sin, query_factor, with_own, *how):
         ctx.how, ctx.has_more = how, more is not None
         ctx.save_for_backward(qkv, ve, factor, s, cos, sin, query_factor)
         q, k, v = _inputs(qkv, ve, factor, more, s, cos, sin, query_factor, *how)
         ctx.set_materialize_grads(False)
         ctx.shapes = q.shape, k.shape, v.shape
-        return q, k, v, v.view_as(v)
+        return (q, k, v, v.view_as(v)) if with_own else (q, k, v)
 
     @staticmethod
     @differentiable_once("head_inputs")
     def backward(ctx, *grads):
         qkv, ve, factor, s, *rest = ctx.saved_tensors
         given = [qkv.new_zeros(shape) if g is None else g for g, shape in zip(grads, ctx.shapes)]
-        given += [] if grads[3] is None else [grads[3]]
+        given += [g for g in grads[3:] if g is not None]
         found = _inputs_backward(given, qkv, ve, factor, s, *rest, *ctx.how, ctx.has_more)
-        has_own = grads[3] is not None
+        has_own = len(given) > 3
         there = [True, ve is not None, factor is not None, ctx.has_more and has_own, s is not None]
         dqkv, dve, dfactor, dmore, ds = _with_gaps(found, there)
         dmore = given[2].flatten(2) if ctx.has_more and not has_own else dmore
-        return dqkv, dve, dfactor, dmore, ds, *[None] * 8
+        return dqkv, dve, dfactor, dmore, ds, *[None] * 9
 
 
 class _HeadOutputs(torch.autograd.Function):
@@ -782,6 +783,7 @@ def head_inputs(
     value_norm: bool = True,
     offset: bool = False,
     paired: bool = False,
+    with_own: bool = False,
     keys_before: Callable[[Tensor], Tensor | None] | None = None,
     impl: str = "auto",
 ) -> HeadInputs:
@@ -794,13 +796,16 @@ def head_inputs(
         width: of a head's values.
         ve_BTD, more_BTD: added to values, the first times factor_BTH, or without that times s_2[1].
         s_2: float32 (2,), or None: ones. query_factor: float32 (), or None: 1.
+        with_own: whether `own` is wanted.
         keys_before: for a text that grows, of these keys those before the first ones; only of the reference.
         impl: one of `attention`'s names, of which those but "triton" mean plain torch; see `implementation`.
 
     Raises: ValueError or TypeError naming the argument."""
     narrow = _check_inputs(qkv_BTE, rotary, heads, width, ve_BTD, factor_BTH, more_BTD, s_2, query_factor)
-    if paired and (heads % 2 or offset):
-        raise ValueError(f"paired, with {heads} heads and offset={offset}: an even number of heads, without offset")
+    if paired and (heads % 2 or offset or with_own):
+        raise ValueError(
+            f"paired, of {heads} heads: an even number, and neither offset ({offset}) nor own ({with_own})"
+        )
     if offset and narrow % 4:
         raise ValueError(f"offset moves quarters of a head, and {narrow} columns have none")
     how, given = (heads, width, value_norm, offset, paired), (ve_BTD, factor_BTH, more_BTD, s_2)
@@ -808,11 +813,12 @@ def head_inputs(
         expect(name, table, ((1 + paired) * qkv_BTE.shape[1], narrow // 2), qkv_BTE)
         expect_floats(name, table)
     if keys_before is not None or implementation(impl, qkv_BTE, width, narrow) == "reference":
-        return head_inputs_reference(qkv_BTE, rotary, *given, query_factor, *how, keys_before)
+        found = head_inputs_reference(qkv_BTE, rotary, *given, query_factor, *how, keys_before)
+        return found if with_own else found._replace(own=None)
     refuse_tangents("head_inputs", qkv_BTE, *given)
     small = [None if x is None else x.float() for x in (s_2, *rotary, query_factor)]
-    q, k, v, own = _HeadInputs.apply(qkv_BTE, *given[:3], *small, *how)
-    return HeadInputs(q, k, v, None if paired else own)
+    q, k, v, *own = _HeadInputs.apply(qkv_BTE, *given[:3], *small, with_own, *how)
+    return HeadInputs(q, k, v, *own or [None])
 
 
 @without_autocast

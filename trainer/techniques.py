@@ -609,6 +609,7 @@ class Techniques(nn.Module):
             value_norm=c.value_norm,
             offset=layer in self.offset,
             paired=pair,
+            with_own=c.xsa and not pair,
             keys_before=None if cache is None else lambda k: cache.last_key(layer, k),
             impl=impl,
         )
@@ -620,9 +621,9 @@ class Techniques(nn.Module):
         else:
             o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, scale, 2 if pair else 1, mixing)
         alpha, gate = None, self.opened(y_BTD, layer, gates) if c.output_gates else None  # #117
-        if c.xsa and not pair:
+        if own is not None:
             alpha = self.xsa_w[layer] if self.xsa_w is not None else gates.alpha
-        return head_outputs(o_BTHDh, None if alpha is None else own, alpha, gate, paired=pair, impl=impl)
+        return head_outputs(o_BTHDh, own, alpha, gate, paired=pair, impl=impl)
 
     def opened(self, y_BTD: Tensor, layer: int, gates: Any) -> Tensor:
         """How far each head's gate is open, (B, T, H)."""

@@ -471,6 +471,7 @@ _HEAD_INPUTS = ("qkv", "ve", "factor", "more", "s")
 def _head_inputs(module, g, impl):
     qkv, ve, factor, more, s = (g[n] for n in _HEAD_INPUTS)
     how = dict(ve_BTD=ve, factor_BTH=factor, more_BTD=more, s_2=s, query_factor=g["query_factor"], offset=True)
+    how["with_own"] = True
     return module.head_inputs(qkv, (g["cos"], g["sin"]), heads=2, width=16, impl=impl, **how)._asdict()
 
 
