@@ -11,6 +11,7 @@ from small_runs import folder_of, in_worlds, losses, tokens
 from torch._dynamo.testing import CompileCounter
 
 import train_gpt
+from kernels import heads
 from kernels.attention import attention, attention_plan
 from kernels.runtime import INTERPRETED
 from train_gpt import CHECKPOINT_FORMAT as FORMAT
@@ -121,9 +122,9 @@ def keys_for_queries(monkeypatch):
 
 
 def norms_over_the_wide(monkeypatch):
-    whole = techniques.norm
+    whole = heads.rms_norm
     grown = lambda x: whole(x) * (2**0.5 if x.size(-1) == NARROW else 1)  # noqa: E731
-    monkeypatch.setattr(techniques, "norm", grown)
+    monkeypatch.setattr(heads, "rms_norm", grown)
 
 
 @pytest.mark.parametrize(
