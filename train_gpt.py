@@ -48,7 +48,7 @@ from kernels.attention_layer import attention_layer, projected
 from kernels.cross_entropy import linear_cross_entropy, softcapped_logits
 from kernels.muon import COEFFICIENTS, apply_update_, momentum_, orthogonalize
 from kernels.norm import rms_norm as norm
-from kernels.residual import factors_of_layers, mixes_of_layers
+from kernels.residual import mixes_of_layers
 from trainer import (
     checkpoints,
     evaluate,
@@ -547,12 +547,10 @@ class GPT(nn.Module):
 
         x00_BTD = norm(techniques.looked_up(self.embed1, tokens_BT, self.impls["tables"]))
         rows2_BT, rows_v_BT = (rows(seen_BS)[:, begin:] for rows in (self.rows2, self.rows_v))
-        if self.embed2 is None:
-            factors = factors_of_layers(lambdas.view(L, 3), x00_BTD)
-            mixes = [lambda x, f=f: techniques.summed(x, (f[0], x), (f[1], x00_BTD)) for f in factors]
-        else:
-            x01_BTD = norm(techniques.looked_up(self.embed2, rows2_BT, self.impls["tables"]))
-            mixes = mixes_of_layers(lambdas.view(L, 3), x00_BTD, x01_BTD, impl=self.impls["mix"])
+        shared = [x00_BTD]  # by all layers, which mix it into the stream
+        if self.embed2 is not None:
+            shared.append(norm(techniques.looked_up(self.embed2, rows2_BT, self.impls["tables"])))
+        mixes = mixes_of_layers(lambdas.view(L, 3)[:, : 1 + len(shared)], shared, impl=self.impls["mix"])
         values = techniques.values_of_layers(self, rows_v_BT)
         x_BTD, outputs, impls_at = x00_BTD, {}, products.of_layers(self.impls, self.blocks)
         for layer, block in enumerate(self.blocks):

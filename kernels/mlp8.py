@@ -49,6 +49,7 @@ from kernels.products8 import (
     implementation,
     in_8_bits_reference,
     product,
+    sampled_scale,
     saturated,
     scale_for,
     weights_in_8_bits,
@@ -469,7 +470,7 @@ class _AddedLinear8(torch.autograd.Function):
     def backward(ctx, dy_ND):
         x_values, of_x, w_values, of_w = ctx.saved_tensors
         (N, E, D), (x_dtype, w_dtype) = ctx.sizes, ctx.dtypes
-        dy, dy_turned = both_ways(dy_ND, E5M2, 0.0, ctx.impl)
+        dy, dy_turned = both_ways(dy_ND, E5M2, impl=ctx.impl, scale=sampled_scale(dy_ND, ctx.impl))
         dx = product(dy, Eight(w_values, of_w), x_dtype)[:N, :E].contiguous()
         dw = product(dy_turned, Eight(x_values, of_x), w_dtype)[:D, :E].contiguous()
         return dy_ND, dx, dw, *ctx.no_gradients

@@ -499,7 +499,7 @@ class _Linear(torch.autograd.Function):
     @differentiable_once("products8.linear")
     def backward(ctx, dy_NF):
         x_values, x_scale, w_values, w_scale = ctx.saved_tensors
-        dy_8, dy_turned = both_ways(dy_NF, E5M2, 0.0, ctx.impl)
+        dy_8, dy_turned = both_ways(dy_NF, E5M2, impl=ctx.impl, scale=sampled_scale(dy_NF, ctx.impl))
         dx = product(dy_8, Eight(w_values, w_scale), ctx.dtypes[0])
         dw = product(dy_turned, Eight(x_values, x_scale), ctx.dtypes[1])
         (N, D), (E, _) = ctx.shapes
@@ -518,8 +518,8 @@ def linear(
     """x w^T with all three products, forward and backward, in 8 bits; x (..., D), w (F, D), the result in x's dtype.
 
     of_x: the largest number of x if it is known, or a bound on it, which saves a pass over it: sqrt(D) for what a norm
-    left. weight: w in 8 bits, if there is; else it is measured, as gradients are. impl: of the conversions. Errors:
-    ValueError for shapes or devices that do not fit, TypeError for dtypes."""
+    left. weight: w in 8 bits, if there is; else it is measured. Gradients have a `sampled_scale`. impl: of the
+    conversions. Errors: ValueError for shapes or devices that do not fit, TypeError for dtypes."""
     if w_FD.dim() != 2 or x.shape[-1:] != w_FD.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w_FD.shape)} must be (..., D) and (F, D)")
     for name, tensor in (("x", x), ("w", w_FD)):

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from kernels import products8
 from kernels.guards import differentiable_once
-from kernels.mlp import normed_mlp, relu_squared_mlp
-from kernels.mlp8 import added_linear_8, normed_mlp_8, relu_squared_mlp_8
-from kernels.norm import rms_norm
+from kernels.mlp import normed_mlp
+from kernels.mlp8 import added_linear_8, normed_mlp_8
 from trainer.leaving import leaving
 
 NAMES = ("bf16", "fp8_head", "fp8_mlp", "fp8")  # each has those of the one before it
@@ -164,15 +163,8 @@ def _in_8_bits(
     return found
 
 
-def mlp(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, Any]) -> Tensor:
-    """relu(norm(x) w_in^T)^2 w_out^T."""
-    if in_8_bits(impls, "fp8_mlp"):
-        return relu_squared_mlp_8(rms_norm(x_BTD), w_in_FD, w_out_DF)
-    return relu_squared_mlp(rms_norm(x_BTD), w_in_FD, w_out_DF, impl=impls["mlp"])
-
-
 def mlp_added(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[str, Any]) -> Tensor:
-    """x + `mlp`, in fewer passes over memory."""
+    """x + relu(norm(x) w_in^T)^2 w_out^T."""
     if in_8_bits(impls, "fp8_mlp"):
         weights = (impls["mlp_in"], impls["mlp_out"]) if "mlp_in" in impls else None
         return normed_mlp_8(x_BTD, w_in_FD, w_out_DF, weights=weights)

@@ -24,7 +24,7 @@ from kernels.embedding import implementation as looked_up_by
 from kernels.embedding import picked, rows_of_tables
 from kernels.heads import head_inputs, head_outputs
 from kernels.norm import rms_norm as norm
-from kernels.residual import factors_of_layers
+from kernels.residual import mixes_of_layers, weighted_sum
 from trainer import adam, products, sampled_softmax
 from trainer.draws import Draws
 from trainer.gating import DynamicGates, Gates, HeadMixing, mixed_heads
@@ -193,11 +193,10 @@ def scalar_layout(config: Any, skips: int) -> dict[str, Tensor]:
     return found
 
 
-def summed(x: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """x's like: the sum of factor times tensor over the terms, in at least float32 and rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = sum(factor.to(wide) * tensor.to(wide) for factor, tensor in terms)
-    return total.to(x.dtype)
+def replaced(x: Tensor, y: Tensor, factors: tuple[Tensor, ...], *terms: tuple[Tensor, Tensor]) -> Tensor:
+    """a x + b (y - x) + other terms, where factors (a, b) stand for those of a stream x and of what made y of it."""
+    own, added = factors
+    return weighted_sum(x, (own - added, x), (added, y), *terms)
 
 
 def gate(x_BTD: Tensor, weight_G: Tensor) -> Tensor:
@@ -270,13 +269,19 @@ def _by_module(table: nn.Embedding, rows: Tensor, impl: str) -> bool:
 
 def values_of_layers(gpt: Any, rows_BT: Tensor) -> dict[int, Tensor]:
     """By layer what is mixed into its values, (B, T, D): each table's rows in one of the first layers and in one of the
-    last. One kernel makes the gradients of all tables, where it is not as in `looked_up`."""
+    last, which with `untied_values` have tables of their own. One kernel makes the gradients of all tables, where it is
+    not as in `looked_up`."""
     tables, L, impl = list(gpt.value_embeds), gpt.config.num_layers, gpt.impls["tables"]
+    if not tables:
+        return {}
+    count = gpt.config.value_embeddings
+    uses = 2 * count // len(tables)
     if any(_by_module(table, rows_BT, impl) for table in tables):
-        pairs = [[table(rows_BT)] * 2 for table in tables]
+        found = [[table(rows_BT)] * uses for table in tables]
     else:
-        pairs = rows_of_tables([table.weight for table in tables], rows_BT, uses=2, impl=impl) if tables else []
-    return {n: pair[0] for n, pair in enumerate(pairs)} | {L - len(pairs) + n: pair[1] for n, pair in enumerate(pairs)}
+        found = rows_of_tables([table.weight for table in tables], rows_BT, uses=uses, impl=impl)
+    early, late = [rows[0] for rows in found[:count]], [rows[-1] for rows in found[-count:]]
+    return dict(enumerate(early)) | dict(enumerate(late, L - count))
 
 
 def projections(weights: products.Weights) -> tuple[list[Tensor], Tensor]:
@@ -409,8 +414,8 @@ class DynamicSkips(nn.Module):
     def before_last(self, x_BTD: Tensor, x0: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, tuple]:
         """Before the last layer: (stream, what its values get, the factors that it goes by)."""
         m = first, second = self(0, x_BTD)
-        values = summed(x_BTD, (1.15 * first[0], x0), (1.15 * first[1], middle), (1.15 * first[2], x_BTD))
-        return summed(x_BTD, (1 + second[2], x_BTD), (second[0], x0), (second[1], middle)), values, m
+        values = weighted_sum(x_BTD, (1.15 * first[0], x0), (1.15 * first[1], middle), (1.15 * first[2], x_BTD))
+        return weighted_sum(x_BTD, (1 + second[2], x_BTD), (second[0], x0), (second[1], middle)), values, m
 
     def before_head(
         self, x_BTD: Tensor, x0: Tensor, outputs: dict[int, Tensor], last: int, table: Tensor | None
@@ -419,7 +424,7 @@ class DynamicSkips(nn.Module):
         _, second = self(1, x_BTD)
         terms = [(second[0], x0), (second[1], outputs[self.middle]), (second[2], outputs[last - 1])]
         terms += [(second[4], outputs[self.early])] + ([] if table is None else [(second[3], table)])
-        return summed(x_BTD, (torch.ones_like(second[0]), x_BTD), *terms)
+        return weighted_sum(x_BTD, (torch.ones_like(second[0]), x_BTD), *terms)
 
 
 # ---- all of them together --------------------------------------------------------------------------------------
@@ -479,26 +484,28 @@ class Techniques(nn.Module):
             turned = [table[2 * begin : 2 * end] for table in gpt.rotary(2 * end)]
             pairs = [(turned, gpt.plan(doubled(seen_BS, c.eos_id), window)) for window in windows]
         scalars = gpt.scalars_by_kind()
-        tables = [table(gpt.rows_v(seen_BS)[:, begin:]) for table in gpt.value_embeds]
-        first, late_tables = tables[: c.value_embeddings], tables[-c.value_embeddings :] if tables else []
-        values = dict(enumerate(first)) | {last + 1 - len(first) + i: ve for i, ve in enumerate(late_tables)}
+        values = values_of_layers(gpt, gpt.rows_v(seen_BS)[:, begin:])
         x0 = self.entered(gpt, seen_BS, begin, scalars)
-        x2 = None if gpt.embed2 is None else norm(gpt.embed2(gpt.rows2(seen_BS)[:, begin:]))
-        bigram = self.pairs(seen_BS, begin, ngrams)
-        mixes = self.mixing_factors(scalars, x0)
+        shared = [x0]
+        if gpt.embed2 is not None:
+            shared.append(norm(looked_up(gpt.embed2, gpt.rows2(seen_BS)[:, begin:], gpt.impls["tables"])))
+        if (bigram := self.pairs(gpt, seen_BS, begin, ngrams)) is not None:
+            shared.append(bigram)
         outputs: dict[int, Tensor] = {}
         x_BTD, factors, more_values = x0, None, None
         gated = self.dynamic_gates
         gates: list[Gates] = [] if gated is None else gated(0, x0)
+        mixes = self.mixes_of(gpt, scalars, shared, range(last + 1 if gated is None else gated.middle), gates)
         factors_L2 = scalars["values"] if c.output_scalar else None
         impls_at = products.of_layers(gpt.impls, gpt.blocks, projections, factors_L2, x0.dtype)
         for layer, block in enumerate(gpt.blocks):
             if gated is not None and layer == gated.middle:
                 gates += gated(1, x_BTD)
+                mixes += self.mixes_of(gpt, scalars, shared, range(layer, last + 1), gates)
             if layer in self.skips:
                 x_BTD = self.skipped(x_BTD, x0, layer, outputs, scalars)
             if factors is None:
-                x_BTD = self.mixed(x_BTD, x0, x2, bigram, mixes[layer], gates[layer] if gates else None)
+                x_BTD = mixes[layer](x_BTD)
             late = 0 <= c.late_attention_source < layer
             source = outputs[c.late_attention_source] if late else x_BTD
             short = layer not in self.long
@@ -507,12 +514,8 @@ class Techniques(nn.Module):
             given = *where, impls, gpt, cache, (factors, more_values), gates[layer] if gates else None
             o_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
             x_BTD = self.added(x_BTD, o_BTD, impls, x0, bigram, factors)
-            of_mlp = x_BTD, impls["w_in"], impls["w_out"], impls
-            if factors is None:
-                x_BTD = products.mlp_added(*of_mlp)
-            else:
-                y_BTD = products.mlp(*of_mlp)
-                x_BTD = summed(x_BTD, (factors[1][4], x_BTD), (factors[1][5], y_BTD))
+            y_BTD = products.mlp_added(x_BTD, impls["w_in"], impls["w_out"], impls)
+            x_BTD = y_BTD if factors is None else replaced(x_BTD, y_BTD, factors[1][4:6])
             outputs[layer] = x_BTD
             if self.dynamic is not None and layer == last - 1:
                 middle = outputs[self.dynamic.middle]
@@ -520,20 +523,22 @@ class Techniques(nn.Module):
         if c.backout_layer >= 0:  # #140: what the head does not need of the middle
             x_BTD = x_BTD - scalars["backout"][0] * outputs[c.backout_layer]
         if self.dynamic is not None:
-            x_BTD = self.dynamic.before_head(x_BTD, x0, outputs, last, tables[0] if tables else None)
+            x_BTD = self.dynamic.before_head(x_BTD, x0, outputs, last, values.get(0))
         return norm(x_BTD)
 
     def entered(self, gpt: Any, seen_BS: Tensor, begin: int, scalars: dict[str, Tensor]) -> Tensor:
         """The stream at its beginning: norm of the (smeared) embedding."""
-        e_BTD = gpt.embed1(seen_BS[:, begin:])
+        e_BTD = looked_up(gpt.embed1, seen_BS[:, begin:], gpt.impls["tables"])
         if self.smear_w is not None:
             before = gpt.embed1(seen_BS[:, begin - 1 : begin]) if begin else None
             e_BTD = smeared(e_BTD, before, self.smear_w, scalars["smear"][0])
         return norm(e_BTD)
 
-    def pairs(self, seen_BS: Tensor, begin: int, ngrams: Tensor | None) -> Tensor | None:
+    def pairs(self, gpt: Any, seen_BS: Tensor, begin: int, ngrams: Tensor | None) -> Tensor | None:
         """What several tokens together pick: the rows of `bigram_rows` and of `ngram_rows`, added up."""
-        found = [] if self.bigram_embed is None else [self.bigram_embed(self.bigram_rows(seen_BS)[:, begin:])]
+        found = []
+        if self.bigram_embed is not None:
+            found.append(looked_up(self.bigram_embed, self.bigram_rows(seen_BS)[:, begin:], gpt.impls["tables"]))
         if self.ngrams is not None:
             found.append(self.ngrams(seen_BS)[:, begin:] if ngrams is None else ngrams)
         return sum(found[1:], found[0]) if found else None
@@ -547,29 +552,30 @@ class Techniques(nn.Module):
         opened = 2 * torch.sigmoid(scalars["skips"][number])
         return x_BTD + opened * gate(x0, self.skip_w[number : number + 1]) * output
 
-    def mixing_factors(self, scalars: dict[str, Tensor], x0: Tensor) -> list:
-        """Of each layer the factors of stream, both embeddings and, if there is one, the bigram table: `resid_init` is
-        the first at first, `bigram_init_weight` the last."""
+    def mixes_of(
+        self, gpt: Any, scalars: dict[str, Tensor], shared: list[Tensor], layers: range, gates: list[Gates]
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """How the stream that enters each of the layers is mixed with both embeddings and, if there is one, the bigram
+        table: `resid_init` is its own factor at first, `bigram_init_weight` the table's. The last layer of
+        `dynamic_skips` has none: it goes by its networks' factors."""
+        layers = layers[: self.config.num_layers - 1 - layers.start] if self.dynamic is not None else layers
+        if not layers:
+            return []
         beta_L1 = None if self.bigram_mixes is None else self.bigram_mixes[:, None]
-        tables = [table for table in (scalars["mixes"], self.mixes, beta_L1) if table is not None]
-        return factors_of_layers(torch.cat(tables, 1), x0)
-
-    def mixed(self, x_BTD: Tensor, x0: Tensor, x2: Any, bigram: Any, factors: Any, gates: Gates | None) -> Tensor:
-        """r x + p x0 + q x2 + beta B[row], with a layer's factors."""
-        r, p, q, *beta = factors
-        if gates is not None:
-            p, beta = p + gates.first, [one + gates.pairs for one in beta]
-        terms = [(r, x_BTD), (p, x0)] + ([] if x2 is None else [(q, x2)])
-        return summed(x_BTD, *terms, *([] if bigram is None else [(beta[0], bigram)]))
+        tables = [table for table in (scalars["mixes"], self.mixes) if table is not None]
+        own = torch.cat(tables, 1)[:, : 2 + (gpt.embed2 is not None)]
+        factors = torch.cat([own, beta_L1], 1) if beta_L1 is not None else own
+        between, pairs = [None] * (gpt.embed2 is not None), beta_L1 is not None
+        by_token = [[gates[n].first, *between, *([gates[n].pairs] * pairs)] for n in layers] if gates else ()
+        return mixes_of_layers(factors[layers.start : layers.stop], shared, by_token=by_token, impl=gpt.impls["mix"])
 
     def added(self, x_BTD: Tensor, o_BTD: Any, impls: Any, x0: Tensor, bigram: Any, factors: Any) -> Tensor:
         """Stream plus what attention found, projected back; in the last layer of `dynamic_skips`, their mixture."""
+        y_BTD = x_BTD if o_BTD is None else products.added(x_BTD, o_BTD, impls["w_o"], impls)
         if factors is None:
-            return x_BTD if o_BTD is None else products.added(x_BTD, o_BTD, impls["w_o"], impls)
+            return y_BTD
         m = factors[0]
-        terms = [(m[4], x_BTD), (m[6], x0)]
-        terms += [] if o_BTD is None else [(m[5], products.linear(o_BTD, impls["w_o"], impls, "o"))]
-        return summed(x_BTD, *terms, *([] if bigram is None else [(m[7], bigram)]))
+        return replaced(x_BTD, y_BTD, m[4:6], (m[6], x0), *([] if bigram is None else [(m[7], bigram)]))
 
     def attend(
         self,

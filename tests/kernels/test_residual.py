@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels.residual as module
-from kernels.residual import factors_of_layers, mixes_of_layers, residual_mix, residual_mix_reference
+from kernels.residual import factors_of_layers, mixes_of_layers, residual_mix, residual_mix_reference, weighted_sum
 from kernels.runtime import INTERPRETED
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before triton is imported")
@@ -52,24 +52,52 @@ def test_compiles_without_a_graph_break_and_gradcheck():
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_mixes_of_layers_mean_the_same_for_the_compiler(impl):
-    """Layer by layer, or with the embeddings' gradients left to the end: the same stream, and the same gradients. It
-    begins as the model's does, with the first embedding."""
-    (_, x00, x01, lambdas), dy = draw()
-    lambdas_L3 = torch.stack([lambdas, lambdas.flip(0), -lambdas])
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_mixes_of_layers_are_their_formula(impl, by_token, count):
+    """Eagerly and for the compiler, layer by layer or with the gradients of what is shared left to the end: the stream
+    and every gradient against float64. It begins as the model's does, with the first of the shared tensors."""
+    random = torch.Generator().manual_seed(0)
+    *shared, dy = torch.randn(count + 1, 2, 7, 16, generator=random).unbind()
+    factors, gates = torch.randn(3, 1 + count, generator=random), torch.randn(3, 2, 7, 1, generator=random)
 
-    def run(x00, x01, lambdas_L3):
-        x = x00
-        for mix in mixes_of_layers(lambdas_L3, x00, x01, impl=impl):
+    def more_of(layer, gates):  # only the first and the last tensor have factors by the token
+        return [gates[layer] if k in (0, count - 1) else None for k in range(count)]
+
+    def run(factors, gates, *shared):
+        x, more = shared[0], [more_of(layer, gates) for layer in range(3)] if by_token else ()
+        for mix in mixes_of_layers(factors, shared, by_token=more, impl=impl):
             x = mix(x)
         return x
 
-    inputs = [x00, x01, lambdas_L3]
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for mine, plain in zip(with_gradients(compiled, inputs, dy), with_gradients(run, inputs, dy)):
-        torch.testing.assert_close(mine, plain)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs), run(*inputs))
+    def literal(factors, gates, *shared):
+        x = shared[0]
+        for layer, (own, *others) in enumerate(factors):
+            more = more_of(layer, gates) if by_token else [None] * count
+            whole = [f if m is None else f + m for f, m in zip(others, more)]
+            x = own * x + sum(f * x_k for f, x_k in zip(whole, shared))
+        return x + 0 * gates.sum()
+
+    torch.compiler.reset()
+    inputs = [factors, gates, *shared]
+    truth = with_gradients(literal, [x.double() for x in inputs], dy)
+    compiled = torch.compile(lambda *given: run(*given) + 0 * given[1].sum(), fullgraph=True, backend="aot_eager")
+    for function in (lambda *given: run(*given) + 0 * given[1].sum(), compiled):
+        for mine, true in zip(with_gradients(function, inputs, dy), truth):
+            torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(function(*inputs).double(), truth[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_weighted_sum_is_rounded_once():
+    """Of 16-bit numbers by float32 factors, a number or one a token: their sum in float64, rounded."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 5, 8, generator=random).bfloat16().unbind()
+    factors = torch.tensor(1.2345), torch.randn(3, 5, 1, generator=random)
+    true = factors[0].double() * x.double() + factors[1].double() * y.double()
+    found = weighted_sum(x, (factors[0], x), (factors[1], y))
+    assert found.dtype == torch.bfloat16
+    assert (found != true.bfloat16()).double().mean() < 0.01
 
 
 def test_factors_of_layers_are_rows_or_one_a_token():
@@ -81,11 +109,18 @@ def test_factors_of_layers_are_rows_or_one_a_token():
 @interpreted
 def test_what_gathers_the_gradients_keeps_torchs_contracts():
     (x, x00, x01, _), dy = draw()
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(module._gather, ([dy, x, dy], x00, x01, torch.ones(3, 2)), test_utils=checks)
-    for wrong, name in (([dy, dy[:1]], "dy.1."), ([dy], "factors"), ([dy, dy.double()], "dy.1.")):
+    checks, factors = ("test_schema", "test_faketensor"), torch.ones(3, 2, 14)
+    torch.library.opcheck(module._gather, ([dy, x, dy], [x00, x01], factors), test_utils=checks)
+    for given, name in (
+        (([dy, dy[:1]], [x00, x01], factors[:2]), "dy.1."),
+        (([dy], [x00, x01], factors), "factors"),
+        (([dy, dy.double()], [x00, x01], factors[:2]), "dy.1."),
+        (([dy] * 3, [x00, x01.double()], factors), "shared.1."),
+        (([dy] * 3, [x00, x01], factors.double()), "factors"),
+        (([dy], [x00] * 4, torch.ones(1, 4, 14)), "4 shared"),
+    ):
         with pytest.raises((ValueError, TypeError), match=name):
-            module.launch_gather(wrong, x00, x01, torch.ones(2, 2))
+            module.launch_gather(*given)
 
 
 def test_what_does_not_fit_is_refused():
