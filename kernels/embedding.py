@@ -10,6 +10,12 @@ use read and 2 V D written, and two runs give the same bits.
 
 `packed_rows` and `put_rows_` are the way of those rows of several tables that travel between processes: one launch for
 all tables, and no bytes but theirs.
+
+`update_rows_` is a step of the optimizer of some rows of a table, whose state is one number a row (trainer/
+ngram_table.py): gradients are summed as above, and a row is read and written once, with no gradient of it in memory.
+
+    g <- sum of the row's gradients,   s <- mean of g^2,   v <- b2 v + (1 - b2) s,   n <- n + 1    (where s > 0)
+    p <- p - l g / (sqrt(v / (1 - b2^n)) + eps)
 """
 
 from __future__ import annotations
@@ -64,20 +70,10 @@ _WIDEST = 4096
 
 
 @triton.jit
-def _row_of_table(
-    p_dy,
-    p_order,
-    p_out,
-    row,
-    begin,
-    end,
-    D,
-    FIRST: tl.constexpr,
-    USES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
+def _sum_of_tokens(
+    p_dy, p_order, begin, end, D, FIRST: tl.constexpr, USES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """out[row] = the sum of the FIRST-th dy and the USES - 1 after it over the tokens order[begin:end]."""
+    """The sum of the FIRST-th dy and the USES - 1 after it over the tokens order[begin:end], (WIDTH,) in float32."""
     o_d = tl.arange(0, WIDTH)
     b_sum = tl.zeros([WIDTH], tl.float32)
     for start in range(begin, end, TOKENS):
@@ -89,7 +85,7 @@ def _row_of_table(
         for use in tl.static_range(USES):
             b_dy += tl.load(p_dy[FIRST + use] + o, mask=m, other=0.0).to(tl.float32)
         b_sum += tl.sum(b_dy, 0)
-    tl.store(p_out + row.to(tl.int64) * D + o_d, b_sum.to(p_out.dtype.element_ty), mask=o_d < D)
+    return b_sum
 
 
 @triton.jit
@@ -108,9 +104,11 @@ def _gradients_of_tables(
     """out (TABLES pointers, each (V, D)) from dy (TABLES * USES pointers, each (N, D)); a program has a row of one."""
     row, table = tl.program_id(0) % V, tl.program_id(0) // V
     begin, end = tl.load(p_starts + row), tl.load(p_starts + row + 1)
+    o_d = tl.arange(0, WIDTH)
     for t in tl.static_range(TABLES):
         if table == t:
-            _row_of_table(p_dy, p_order, p_out[t], row, begin, end, D, t * USES, USES, TOKENS, WIDTH)
+            b_sum = _sum_of_tokens(p_dy, p_order, begin, end, D, t * USES, USES, TOKENS, WIDTH)
+            tl.store(p_out[t] + row.to(tl.int64) * D + o_d, b_sum.to(p_out[t].dtype.element_ty), mask=o_d < D)
 
 
 def launch_gradients(
@@ -170,6 +168,91 @@ def launch_move(tables: Sequence[torch.Tensor], rows_U: torch.Tensor, packed_TUD
         raise ValueError(f"rows of {D} numbers: a program has at most {_WIDEST}")
     how = dict(TABLES=len(tables), PACK=pack, WIDTH=triton.next_power_of_2(D), num_warps=_WARPS)
     launch(_move_rows, (len(rows_U),), tuple(tables), dense(rows_U), packed_TUD, len(rows_U), D, **how)
+
+
+@triton.jit
+def _update_rows(
+    p_grads,
+    p_order,
+    p_starts,
+    p_rows,
+    p_second,
+    p_count,
+    p_weight,
+    p_mean,
+    D,
+    rate,
+    beta,
+    eps,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A step of one of the rows as the docstring above has it; grads (1 pointer, to (M, D)), mean (U,) of squares."""
+    u = tl.program_id(0)
+    b_g = _sum_of_tokens(p_grads, p_order, tl.load(p_starts + u), tl.load(p_starts + u + 1), D, 0, 1, TOKENS, WIDTH)
+    row = tl.load(p_rows + u).to(tl.int64)
+    mean = tl.sum(b_g * b_g, 0) / D
+    second, count = tl.load(p_second + row), tl.load(p_count + row)
+    hit = mean > 0
+    second = tl.where(hit, beta * second + (1 - beta) * mean, second)
+    count = tl.where(hit, count + 1, count)
+    corrected = 1 - tl.exp2(count * tl.log2(beta))
+    root = tl.sqrt_rn(second / tl.maximum(corrected, 1e-30)) + eps
+    tl.store(p_mean + u, mean)
+    tl.store(p_second + row, second)
+    tl.store(p_count + row, count)
+    o_d = tl.arange(0, WIDTH)
+    p = p_weight + row * D + o_d
+    b_w = tl.load(p, mask=o_d < D, other=0.0).to(tl.float32) - rate * b_g / root
+    tl.store(p, b_w.to(p_weight.dtype.element_ty), mask=o_d < D)
+
+
+def launch_update_(
+    weight_VD: torch.Tensor,
+    second_V: torch.Tensor,
+    count_V: torch.Tensor,
+    rows_U: torch.Tensor,
+    grads_MD: torch.Tensor,
+    places_M: torch.Tensor,
+    rate: float,
+    beta: float,
+    eps: float,
+) -> torch.Tensor:
+    """`update_rows_` in one pass."""
+    (V, D), (U,), (M, _) = weight_VD.shape, rows_U.shape, grads_MD.shape
+    for name, x, shape, dtypes in (
+        ("the weight", weight_VD, (V, D), KERNEL_DTYPES),
+        ("the second moments", second_V, (V,), (torch.float32,)),
+        ("the counts", count_V, (V,), (torch.float32,)),
+        ("the gradients", grads_MD, (M, D), KERNEL_DTYPES),
+    ):
+        expect(name, x, shape, rows_U)
+        expect_floats(name, x, dtypes)
+        if name != "the gradients" and not x.is_contiguous():
+            raise ValueError(f"{name} of strides {x.stride()} must be dense: rows change in place")
+    expect("the places", places_M, (M,), rows_U)
+    if D > _WIDEST:
+        raise ValueError(f"rows of {D} numbers: a program has at most {_WIDEST}")
+    order, starts = in_order(places_M, U)
+    mean_U = torch.empty(U, dtype=torch.float32, device=rows_U.device)
+    given = (dense(grads_MD),), order, starts, dense(rows_U), second_V, count_V, weight_VD, mean_U
+    how = dict(TOKENS=_TOKENS, WIDTH=triton.next_power_of_2(D), num_warps=_WARPS)
+    launch(_update_rows, (U,), *given, D, float(rate), float(beta), float(eps), **how)
+    return mean_U
+
+
+def update_reference_(weight_VD, second_V, count_V, rows_U, grads_MD, places_M, rate, beta, eps) -> torch.Tensor:
+    """What `launch_update_` does, in plain torch."""
+    grads = grads_MD.float()
+    g_UD = grads.new_zeros(len(rows_U), grads.size(1)).index_add_(0, places_M, grads)
+    mean_U = g_UD.square().mean(-1)
+    hit_U = mean_U > 0
+    second_U, count_U = second_V[rows_U], count_V[rows_U] + hit_U
+    second_U = torch.where(hit_U, beta * second_U + (1 - beta) * mean_U, second_U)
+    second_V[rows_U], count_V[rows_U] = second_U, count_U
+    root_U = (second_U / (1 - beta**count_U).clamp(min=1e-30)).sqrt() + eps
+    weight_VD[rows_U] = (weight_VD[rows_U].float() - rate * g_UD / root_U[:, None]).to(weight_VD.dtype)
+    return mean_U
 
 
 # ---- torch operators --------------------------------------------------------------------------------------
@@ -255,3 +338,28 @@ def put_rows_(
     else:
         for table, rows_UD in zip(tables, packed):
             table.index_copy_(0, rows_U, rows_UD)
+
+
+@torch.no_grad()
+def update_rows_(
+    weight_VD: torch.Tensor,
+    second_V: torch.Tensor,
+    count_V: torch.Tensor,
+    rows_U: torch.Tensor,
+    grads_MD: torch.Tensor,
+    places_M: torch.Tensor,
+    *,
+    rate: float,
+    beta: float,
+    eps: float,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """The mean of squares, float32 (U,), of the whole gradient of each of the rows, which change in place with their
+    state (second and count, float32) by the formula of the module's docstring.
+
+    rows: int64 (U,), each once. grads: (M, D), of M uses; places: (M,), which of the rows each is of. Errors:
+    ValueError for what does not fit, TypeError for dtypes."""
+    given = weight_VD, second_V, count_V, rows_U, grads_MD, places_M, rate, beta, eps
+    if implementation(impl, rows_U) == "triton" and weight_VD.shape[1] <= _WIDEST:
+        return launch_update_(*given)
+    return update_reference_(*given)

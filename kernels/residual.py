@@ -115,8 +115,8 @@ def residual_mix(
 
 # ---- gradients of what all layers share, over all of them at once --------------------------------------------
 
-#: Elements a program, and its warps: 16 of each tensor a thread. Tensors that may be shared at most.
-_BLOCK, _WARPS, _SHARED = 2048, 4, 3
+#: Elements a program, and its warps: 8 of each tensor a thread. Tensors that may be shared at most.
+_BLOCK, _WARPS, _SHARED = 2048, 8, 3
 #: Numbers of a row that a program has at most.
 _WIDEST = 8192
 
@@ -155,7 +155,7 @@ def _gather_gradients(
         b_x2 = tl.load(p_x[2] + o, mask=m, other=0.0).to(tl.float32)
         b_dx2 = tl.zeros([ROWS, WIDTH], tl.float32)
     p_factors += o_t.to(tl.int64) * step_token
-    p_dots += o_t
+    p_dots += o_t.to(tl.int64)
     for layer in tl.static_range(LAYERS):
         b_dy = tl.load(p_dy[layer] + o, mask=m, other=0.0).to(tl.float32)
         p_factor = p_factors + layer * step_layer

@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.embedding import update_rows_
 from trainer.adam import by_kind
 from trainer.exchange import as_bytes
 from trainer.ngrams import NGramRows
@@ -171,20 +172,14 @@ class RowExchange(NoRows):
         if not self.waiting:
             return
         rows, places = (self._there(x) for x in different(torch.cat([mine for mine, _ in self.waiting])))
-        grads = torch.cat([grad for _, grad in self.waiting]).float()
-        g_UD = grads.new_zeros(len(rows), grads.size(1)).index_add_(0, places, grads)
-        if norm is not None:
-            norm.own.append(g_UD.square().sum())
+        grads = [grad for _, grad in self.waiting]
         self.forget()
-        mean_U = g_UD.square().mean(-1)
-        hit_U, b2 = mean_U > 0, self.beta2
-        second_U, count_U = self.second[rows], self.count[rows] + hit_U
-        second_U = torch.where(hit_U, b2 * second_U + (1 - b2) * mean_U, second_U)
-        self.second[rows], self.count[rows] = second_U, count_U
-        root_U = (second_U / (1 - b2**count_U).clamp(min=1e-38)).sqrt() + self.config.adam_eps
         rate = self.config.ngram_lr * learning_rate_factor(step, self.config)
-        weight = self.table.weight
-        weight[rows] = (weight[rows].float() - rate * g_UD / root_U[:, None]).to(weight.dtype)
+        state = self.table.weight.detach(), self.second, self.count
+        how = dict(rate=rate, beta=self.beta2, eps=self.config.adam_eps)
+        mean_U = update_rows_(*state, rows, torch.cat(grads) if len(grads) > 1 else grads[0], places, **how)
+        if norm is not None:
+            norm.own.append(mean_U.sum() * self.config.model_dim)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for checkpoints; live, not copies."""

@@ -38,6 +38,10 @@ BYTES: dict[str, Callable[[dict], int]] = {
     ),
     "_measure": lambda a: a["TENSORS"] * a["lines"] * a["length"] * a["p_x"][0].element_size() + nbytes(a["p_parts"]),
     "_move_rows": lambda a: 2 * nbytes(a["p_packed"]) + nbytes(a["p_rows"]),
+    "_update_rows": lambda a: (
+        sum(map(nbytes, (*a["p_grads"], a["p_order"], a["p_starts"], a["p_rows"], a["p_mean"])))
+        + 2 * len(a["p_rows"]) * (a["D"] * a["p_weight"].element_size() + 8)
+    ),
 }
 #: Operators that write what they are given first without reading it.
 _OVERWRITES = re.compile(r"aten\.(_foreach_)?(copy|fill|zero)_")

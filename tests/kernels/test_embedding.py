@@ -128,3 +128,41 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(y.square().sum(), table, create_graph=True)
     with pytest.raises(RuntimeError, match="once only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=interpreted)])
+def test_rows_with_a_state_of_one_number_follow_their_formula(impl):
+    """Row by row in float64, twice: one has no gradient but zeros, and rows that are not named stay as they are."""
+    random = torch.Generator().manual_seed(0)
+    weight, second, count = torch.randn(9, 12, generator=random), torch.zeros(9), torch.zeros(9)
+    true, states = weight.double(), {}
+    for rows, places in (([1, 4, 6], [0, 1, 1, 0, 2]), ([4, 8], [1, 0, 1])):
+        grads = torch.randn(len(places), 12, generator=random)
+        grads[torch.tensor(places) == 2] = 0.0
+        given = weight, second, count, torch.tensor(rows), grads, torch.tensor(places)
+        means = embedding.update_rows_(*given, rate=0.3, beta=0.95, eps=1e-8, impl=impl)
+        for place, row in enumerate(rows):
+            g = sum(grad.double() for grad, p in zip(grads, places) if p == place)
+            v, n = states.get(row, (0.0, 0))
+            if g.square().mean() > 0:
+                states[row] = v, n = 0.95 * v + 0.05 * g.square().mean(), n + 1
+                true[row] -= 0.3 * g / ((v / (1 - 0.95**n)).sqrt() + 1e-8)
+            assert means[place].item() == pytest.approx(float(g.square().mean()), rel=1e-5)
+    torch.testing.assert_close(weight.double(), true, rtol=1e-5, atol=1e-5)
+    assert count.tolist() == [0, 1, 0, 0, 2, 0, 0, 0, 1] and second[8] == states[8][0].float()
+
+
+@interpreted
+def test_rows_that_cannot_change_are_refused():
+    weight, state = torch.zeros(9, 12), torch.zeros(9)
+    given = dict(weight=weight, second=state, count=state, rows=torch.arange(3), grads=weight, places=torch.arange(9))
+    for name, wrong, message in (
+        ("weight", weight.double(), "weight"),
+        ("weight", torch.zeros(12, 9).t(), "dense"),
+        ("second", state[1:], "second moments"),
+        ("count", state.double(), "counts"),
+        ("grads", weight[:, 1:], "gradients"),
+        ("places", torch.arange(8), "places"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            embedding.update_rows_(*(given | {name: wrong}).values(), rate=1.0, beta=0.9, eps=0.0, impl="triton")

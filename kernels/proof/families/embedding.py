@@ -60,6 +60,35 @@ def _move_reference(module, tables, rows, new):
     return {"packed": packed, "first": tables[0], "second": tables[1]}
 
 
+def _rows_to_update(M, V, D, at_zero=False):
+    """Every third row is picked, the last one by no gradient but zeros; some rows have a state already."""
+
+    def make(random):
+        rows = torch.arange(0, V, 3)
+        places = torch.randint(0, len(rows), (M,), generator=random)
+        grads = torch.randn(M, D, generator=random)
+        grads[places == len(rows) - 1] = 0.0
+        second = torch.rand(V, generator=random) * (torch.arange(V) % 2)
+        given = {"weight": torch.randn(V, D, generator=random), "second": second, "count": 5.0 * (second > 0)}
+        return given | {"rows": rows, "grads": grads, "places": places}
+
+    return make
+
+
+def _updated(name):
+    def run(module, given):
+        state = [same_layout(given[kind]) for kind in ("weight", "second", "count")]
+        mean = getattr(module, name)(*state, given["rows"], given["grads"], given["places"], 0.3, 0.95, 1e-8)
+        return dict(zip(("weight", "second", "count", "mean"), (*state, mean)))
+
+    return run
+
+
+def _update(name, *sizes, **options):
+    run = _updated("launch_update_"), _updated("update_reference_")
+    return Numeric(name, _rows_to_update(*sizes), *run, keep_float32=("second", "count"), **options)
+
+
 def _layouts(module, device):
     """Order and starts that are strided or expanded."""
     given = _inputs(24, 6, 8, 1, 1)(torch.Generator().manual_seed(0))
@@ -83,6 +112,19 @@ def _launch(dtype, N=65536, V=50257, D=1024, tables=1, uses=1):
     return run
 
 
+def _launch_update(dtype, M=131072, V=2097152, D=1024):
+    def run():
+        import kernels.embedding as module
+
+        def meta(*shape, dtype=torch.int64):
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        state = meta(V, D, dtype=dtype), meta(V, dtype=torch.float32), meta(V, dtype=torch.float32)
+        module.launch_update_(*state, meta(M), meta(M, D, dtype=dtype), meta(M), 0.3, 0.95, 1e-8)
+
+    return run
+
+
 def _launch_move(*tables, V=50257, D=1024, dtype=torch.bfloat16):
     """So many tables at once, of each number of them."""
 
@@ -102,11 +144,13 @@ def _launch_move(*tables, V=50257, D=1024, dtype=torch.bfloat16):
 FAMILY = Family(
     name="embedding",
     module="kernels.embedding",
-    kernels=("_gradients_of_tables", "_move_rows"),
+    kernels=("_gradients_of_tables", "_move_rows", "_update_rows"),
     numeric=(
         _numeric("two tables of two uses", 70, 13, 40, 2, 2),
         _numeric("one table", 50, 8, 16, 1, 1),
         _numeric("three tables", 20, 40, 64, 3, 1, quick=False),
+        _update("rows that change with their state", 70, 40, 21),
+        _update("rows as wide as a program", 30, 20, 64, quick=False),
         Numeric("rows there and back", _rows_to_move, _moved(_move), _moved(_move_reference)),
         _numeric("tiny", 5, 4, 3, 1, 2, quick=False, hostile=True),
     ),
@@ -116,6 +160,8 @@ FAMILY = Family(
         Launch("bf16, three tables of 768 for two layers each", _launch(torch.bfloat16, D=768, tables=3, uses=2)),
         Launch("bf16, an input embedding of 768", _launch(torch.bfloat16, D=768)),
         Launch("float32", _launch(torch.float32, 1024, 257, 64)),
+        Launch("bf16, rows of frontier's n-grams", _launch_update(torch.bfloat16), quick=True),
+        Launch("float32, rows with a state", _launch_update(torch.float32, 1024, 257, 64)),
         Launch("rows of medium's 7 tables", _launch_move(7), quick=True),
         Launch("rows of 1, 2 and 12 tables", _launch_move(1, 2, 12)),
         Launch("rows of 2 and 5 tables of 768", _launch_move(2, 5, D=768)),
@@ -123,6 +169,7 @@ FAMILY = Family(
     demands={
         "_gradients_of_tables": Demand(wide=("p_dy", "p_out")),
         "_move_rows": Demand(wide=("p_tables", "p_packed")),
+        "_update_rows": Demand(wide=("p_grads", "p_weight", "p_second", "p_count")),
     },
     checks=(("strided order", _layouts),),
     faults=(
@@ -134,7 +181,23 @@ FAMILY = Family(
         Fault("the last token of a row is left out", "range(begin, end, TOKENS)", "range(begin, end - 1, TOKENS)"),
         Fault("the next row's tokens are summed", "m = (o_t < end)[:, None]", "m = (o_t < end + 1)[:, None]"),
         Fault("columns past the end are read", "& (o_d < D)[None, :]", "& (o_d < D + 1)[None, :]"),
-        Fault("columns past the end are written", "mask=o_d < D)", "mask=o_d < D + 1)"),
+        Fault(
+            "columns past the end are written",
+            "b_sum.to(p_out[t].dtype.element_ty), mask=o_d < D)",
+            "b_sum.to(p_out[t].dtype.element_ty), mask=o_d < D + 1)",
+        ),
+        Fault(
+            "updated columns go past the end",
+            "p_weight.dtype.element_ty), mask=o_d < D)",
+            "p_weight.dtype.element_ty))",
+        ),
+        Fault("a row of zeros counts as hit", "hit = mean > 0", "hit = mean >= 0"),
+        Fault("the old moment counts in full", "beta * second + (1", "second + (1"),
+        Fault("counts stay", "count + 1, count)", "count, count)"),
+        Fault("nothing is corrected by the count", "tl.maximum(corrected, 1e-30)", "1.0"),
+        Fault("the first rows change", "row = tl.load(p_rows + u).to(tl.int64)", "row = u.to(tl.int64)"),
+        Fault("the sum of squares passes for their mean", "tl.sum(b_g * b_g, 0) / D", "tl.sum(b_g * b_g, 0)"),
+        Fault("the rate is 1", "- rate * b_g", "- b_g"),
         Fault("only the first tokens count", "b_sum += tl.sum(b_dy, 0)", "b_sum = tl.sum(b_dy, 0)"),
         Fault("only the last use counts", "b_dy += tl.load(p_dy[FIRST + use]", "b_dy = tl.load(p_dy[FIRST + use]"),
         Fault("every table has the first one's gradients", "p_dy[FIRST + use]", "p_dy[use]"),
