@@ -524,7 +524,7 @@ def test_paired_heads_are_one_head_over_twice_the_positions():
         x = torch.randn(1, T, 32, generator=torch.Generator().manual_seed(1))
         cos, sin = (table[: 2 * T] for table in model.rotary(2 * T))
         plan = model.plan(techniques.doubled(tokens[None], 7), 2)
-        impls = products.of_layers(model.impls, model.blocks)[0]
+        impls = products.of_layers(model.impls, model.blocks)(0)
         given = (cos, sin), plan, impls, model, None, (None, None)
         ours = model.techniques.attend(model.blocks[0], x, None, model.scalars_by_kind()["values"][0], *given)
     w = model.blocks[0].qkvo_w.detach().double()
