@@ -89,7 +89,7 @@ def contestants(plan: AttentionPlan) -> dict[str, Callable]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, scale=SCALE).transpose(1, 2)
 
-    own = ("triton", "specialised", "gluon") if device_kind() == "sm_90" else ("triton",)
+    own = module.FORWARDS if device_kind() == "sm_90" else ("triton",)
     return {n: functools.partial(attention, plan=plan, scale=SCALE, impl=n) for n in own} | {"flex": flex}
 
 
@@ -147,7 +147,7 @@ def timed_rows(name_to_run: dict[str, Callable], inputs, flops: dict[str, int], 
 
 def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_length: int) -> list[dict]:
     """The comparison at every window, and the dense one at `sdpa_length` tokens."""
-    from kernels.proof import machine_code, pretend
+    from kernels.proof import machine_code, pretend, slots
 
     inputs = draw(len(tokens), heads, width, torch.bfloat16, tokens.device)
     rows, ran = [], {}
@@ -159,7 +159,8 @@ def on_gpu(tokens: torch.Tensor, heads: int, width: int, repeats: int, sdpa_leng
             new = timed_rows(contestants(plan), inputs, flops, repeats, **about)
         rows += new
         for code in {c.kernel: c for c in launched if c.kernel.startswith("_attention")}.values():
-            impl = next((n for n in ("specialised", "gluon") if n in code.kernel), "triton")
+            passes = (name for (_, name), group in slots.PASSES.items() if code.kernel in group)
+            impl = next(passes, "gluon_one_pass")  # two kernels around that one are in no list
             figures = {f"{r['pass']}_ms_at_window_{window}": round(r["median_ms"], 4) for r in new if r["impl"] == impl}
             if "cubin" in code.asm:
                 entry = ran.setdefault(

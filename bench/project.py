@@ -433,15 +433,10 @@ def by_size(runs: dict[str, Any], factor: float, measured: bool) -> str:
 
 def gluon_ms(config: Any, plain_ms: float) -> tuple[float, float]:
     """(the mean step's attention by the kernels of `--kernels=gluon`, what they do in TFLOP/s): the plain kernels' time
-    by their ratio of counted cycles and slots, and 14 bytes an element of q around their backward pass: o and its
-    gradient are read, dq's float32 sums are cleared, read and rounded. No GPU has run them."""
+    by their ratio of counted cycles and slots. No GPU has run them."""
     names = [kernel for (_, name), kernels in slots.PASSES.items() if name == "gluon" for kernel in kernels]
-    ratio, c = over_plain(config, 1, names), config
-    steps = range(c.num_iterations)
-    tokens = sum(schedule.batch_tokens_at(step, c) for step in steps) / c.num_iterations / WORLD
-    layers = c.num_layers - len(numbers(c.attention_free_layers))
-    around = 14 * tokens * c.model_dim * layers / CEILINGS["h100"].tb_per_s / EFFICIENCY["own", False] / 1e9
-    return plain_ms * ratio + around, ATTENTION_TFLOPS / ratio
+    ratio = over_plain(config, 1, names)
+    return plain_ms * ratio, ATTENTION_TFLOPS / ratio
 
 
 def levers(config: Any, run: dict[str, Any], factor: float) -> dict[str, float]:

@@ -57,11 +57,11 @@ __all__ = [
 
 #: Tokens of one entry of the schedules in a plan. Every query and key tile divides it or is a multiple of it.
 SCHEDULE_TOKENS = 128
-#: The forward kernels of our own.
-FORWARDS = ("triton", "specialised", "gluon")
+#: Our own kernels; each name has a forward kernel, and its backward ones or those of "triton".
+FORWARDS = ("triton", "specialised", "gluon", "gluon_one_pass")
 #: Those for Hopper, and the head widths that the trainer takes them at: at 64 the one of specialised warps asks for
 #: more issue slots than there are, in every tile (docs/slots.md).
-FOR_HOPPER = {"specialised": (128,), "gluon": attention_gluon.WIDTHS}
+FOR_HOPPER = {"specialised": (128,), "gluon": attention_gluon.WIDTHS, "gluon_one_pass": attention_gluon.WIDTHS}
 IMPLEMENTATIONS = (*FORWARDS, "banded", "flex", "reference")
 _MASKED = -1e30  # finite, so that a tile whose rows are all masked makes no NaN; exp(_MASKED - score) is 0
 
@@ -1223,7 +1223,7 @@ def launch_forward(
     forward: which kernel, of FORWARDS; "specialised" and "gluon" have a tile of their own, whatever `tile` is.
     Returns: o, contiguous, and the rows' base-2 log-sum-exp, float32 (B, H, T)."""
     (q, k, v), plan = (_heads_in_order(x) for x in (q, k, v)), _walked(plan, q)
-    if forward == "gluon":
+    if forward.startswith("gluon"):
         return attention_gluon.launch_forward(q, k, v, plan.first_key_BT, plan.query_order_N, scale)
     specialised = forward == "specialised"
     tile = SPECIALISED if specialised else tile or tile_of(TILES, "forward", q.dtype)
@@ -1262,22 +1262,20 @@ def launch_backward(
     projection are walked as they lie.
     inputs: the three are then the gradients at the layer's projections; returns also dve (or None) and ds (2,).
 
-    backward: of which forward kernel's name; "gluon" takes one pass where `in_one_pass` says so.
+    backward: of which forward kernel's name; "gluon" has two passes of its own, "gluon_one_pass" one where results need
+    not repeat, for heads of one width that is in FOR_HOPPER.
 
-    Else there are two, and no atomics: dq is summed by the owner of the queries, dk and dv by the owner of the keys,
-    each in a fixed order, so that two runs give the same bits. The price is that the logits are computed twice."""
-    if backward == "gluon" and in_one_pass(q, v):
-        return _launch_one_pass(do, q, k, v, o, lse, plan, scale, inputs, out)
+    But for that one there are two, and no atomics: dq is summed by the owner of the queries, dk and dv by the owner of
+    the keys, each in a fixed order, so that two runs give the same bits. The price is that the logits are computed
+    twice."""
+    if backward.startswith("gluon") and q.shape[3] == v.shape[3] and q.shape[3] in FOR_HOPPER[backward]:
+        return _launch_gluon(do, q, k, v, o, lse, plan, scale, inputs, out, in_one_pass(backward))
     tile_dq = tile_dq or tile_of(TILES, "dq", q.dtype)
     tile = tile_dkdv or tile_of(TILES, "dkdv", q.dtype)
     (do, v, o, lse), plan = (dense(x) for x in (do, v, o, lse)), _walked(plan, q)
-    if out is None:
-        q, k = dense(q), dense(k)
-    elif [_heads_apart(x) for x in out] != [_heads_apart(x) for x in (q, k, k)]:
-        raise ValueError("out must lie in memory as q, k and k do")
+    q, k, dq, dk, dv = _with_gradients(q, k, v, out)
     T = q.shape[1]
     chunks = triton.cdiv(T, SCHEDULE_TOKENS)
-    dq, dk, dv = out or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     delta = torch.empty_like(lse)
     rotary = (None, None) if inputs is None else (inputs.cos_TR, inputs.sin_TR)
     launch(
@@ -1335,25 +1333,20 @@ def launch_backward(
     return (dq, dk, dv) if inputs is None else (dq, dk, dv, dve, ds.sum(0))
 
 
-def in_one_pass(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the backward pass of "gluon" takes one pass for these (B, T, heads, Dh), whose heads must have one width;
-    else it takes the plain kernels' two."""
-    return q.shape[3] == v.shape[3] and q.shape[3] in attention_gluon.WIDTHS and not why_two_passes()
+def _with_gradients(q, k, v, out):
+    """(q, k, dq, dk, dv) as backward kernels walk them: dense, or q and k as they lie where `out` lies alike."""
+    if out is None:
+        q, k = dense(q), dense(k)
+        return q, k, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if [_heads_apart(x) for x in out] != [_heads_apart(x) for x in (q, k, k)]:
+        raise ValueError("out must lie in memory as q, k and k do")
+    return q, k, *out
 
 
-def why_two_passes() -> str:
-    """What keeps "gluon" from one pass backward here, in words; nothing: ""."""
-    if torch.are_deterministic_algorithms_enabled():
-        return "in one, gradients at queries are summed in no fixed order"
-    return ""
-
-
-def told(impl: str) -> str:
-    """The name of `implementation`, with what a log should say about its backward pass."""
-    if impl != "gluon":
-        return impl
-    why = why_two_passes()
-    return f"{impl}, backward in {f'two passes: {why}' if why else 'one pass'}"
+def in_one_pass(impl: str) -> bool:
+    """Whether the backward pass of that implementation takes one pass: gradients at queries are then summed in no fixed
+    order, and where a run asks for results that repeat, it takes the two of "gluon"."""
+    return impl == "gluon_one_pass" and not torch.are_deterministic_algorithms_enabled()
 
 
 #: Rows of a program of the two kernels around the one pass, and its warps.
@@ -1381,19 +1374,23 @@ def launch_dq_rounded(sums, q, dq, scale: float, inputs: LayerInputs | None = No
     launch(_attention_dq_rounded, grid, sums, q, dq, *layer, *rest, LAYER=inputs is not None, **constants)
 
 
-def _launch_one_pass(do, q, k, v, o, lse, plan: AttentionPlan, scale: float, inputs: LayerInputs | None, out):
-    """`launch_backward` in one pass, with what comes before it and after it."""
+def _launch_gluon(
+    do, q, k, v, o, lse, plan: AttentionPlan, scale: float, inputs: LayerInputs | None, out, one_pass: bool
+):
+    """`launch_backward` by the kernels in Gluon: in two passes, or in one with what comes before it and after it."""
     (do, v, o, lse), plan = (dense(x) for x in (do, v, o, lse)), _walked(plan, q)
-    if out is None:
-        q, k = dense(q), dense(k)
-    elif [_heads_apart(x) for x in out] != [_heads_apart(x) for x in (q, k, k)]:
-        raise ValueError("out must lie in memory as q, k and k do")
-    dq, dk, dv = out or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    of_rows, sums = launch_rows(o, do, lse)
+    q, k, dq, dk, dv = _with_gradients(q, k, v, out)
+    of_gluon, sums = attention_gluon_backward, None
+    if one_pass:
+        rows, sums = launch_rows(o, do, lse)
+    else:
+        tables = plan.first_key_BT, plan.query_order_N
+        rows = of_gluon.launch_dq(do, q, k, v, o, lse, dq, *tables, scale, _heads_apart(dq), inputs)
     dve = None if inputs is None or inputs.ve is None else torch.empty_like(inputs.ve)
-    given = do, q, k, v, of_rows, sums, dk, dv, plan.end_query_BT, plan.key_order_N
-    ds = attention_gluon_backward.launch_backward(*given, scale, _heads_apart(dk), inputs, dve)
-    launch_dq_rounded(sums, q, dq, scale, inputs)
+    given = do, q, k, v, rows, sums, dk, dv, plan.end_query_BT, plan.key_order_N
+    ds = of_gluon.launch_backward(*given, scale, _heads_apart(dk), inputs, dve)
+    if one_pass:
+        launch_dq_rounded(sums, q, dq, scale, inputs)
     return (dq, dk, dv) if inputs is None else (dq, dk, dv, dve, ds)
 
 
@@ -1471,16 +1468,19 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     Raises: ValueError for what cannot run there."""
     if impl not in FOR_HOPPER:
         return implementation_of(impl, tensor, cpu="banded", choices=IMPLEMENTATIONS)
-    if impl == "gluon" and tensor.device.type == "cpu":
-        raise ValueError("impl='gluon' needs a GPU: Triton's interpreter cannot run Gluon; choose 'banded' or 'triton'")
+    in_gluon = impl.startswith("gluon")
+    if in_gluon and tensor.device.type == "cpu":
+        raise ValueError(
+            f"impl='{impl}' needs a GPU: Triton's interpreter cannot run Gluon; choose 'banded' or 'triton'"
+        )
     implementation_of("triton", tensor, cpu="banded", choices=IMPLEMENTATIONS)  # what that needs, these need too
     if tensor.device.type == "cuda" and (device_kind() != "sm_90" or tensor.dtype.itemsize != 2):
         raise ValueError(
             f"impl='{impl}' is for 16 bits on Hopper (sm_90), not for {tensor.dtype} on {device_kind()}; "
             "choose 'triton'"
         )
-    if impl == "gluon" and not HAVE_GLUON:
-        raise ValueError("impl='gluon' needs triton 3.6 or newer, whose Gluon it is written in; choose 'triton'")
+    if in_gluon and not HAVE_GLUON:
+        raise ValueError(f"impl='{impl}' needs triton 3.6 or newer, whose Gluon it is written in; choose 'triton'")
     return impl
 
 
@@ -1511,9 +1511,9 @@ def attention(
         plan: of `attention_plan`, for the same B and T and on the same device.
         scale: factor on the logits q . k.
         impl: "auto" is "triton" on a GPU and "banded" on a CPU; "flex" and "reference" can be chosen, and
-            two on Hopper in 16 bits: "specialised", the forward kernel of specialised warps, with the same gradients,
-            and "gluon", that of kernels/attention_gluon.py, whose gradients come in one pass where `in_one_pass` says
-            so. Neither has run on a GPU yet; `python -m bench.gpu first` compares them with "triton" there.
+            on Hopper in 16 bits "specialised", the forward kernel of specialised warps, with the same gradients, and
+            "gluon", that of kernels/attention_gluon.py, with gradients of its own, "gluon_one_pass" with these in one
+            pass. None has run on a GPU yet; `python -m bench.gpu first` compares them with "triton" there.
 
     Returns: o, with the shape (but v's width), dtype and device of q.
     Raises: ValueError or TypeError naming the argument.

@@ -301,10 +301,20 @@ def _attention_forward_gluon(
 # ---- launcher ---------------------------------------------------------------------------------------------
 
 
-def walked(x: torch.Tensor) -> torch.Tensor:
-    """x (B, T, heads, Dh) as the copy engine takes it: rows dense, addresses and distances multiples of 16 bytes."""
-    fits = x.stride(3) == 1 and not any(step * x.element_size() % 16 for step in x.stride()[:3]) and not x.is_neg()
-    return x if fits and x.data_ptr() % 16 == 0 else dense(x).clone()
+def walked(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Each of the tensors (B, T, heads, Dh) as the copy engine takes it: rows dense, addresses and distances multiples
+    of 16 bytes.
+
+    Raises: ValueError for a head width that is not in WIDTHS."""
+    if tensors[0].shape[3] not in WIDTHS:
+        widths = " and ".join(map(str, WIDTHS))
+        raise ValueError(f"q has head width {tensors[0].shape[3]}; the Gluon kernels are for {widths}")
+
+    def fits(x):
+        steps = [x.data_ptr(), *(step * x.element_size() for step in x.stride()[:3])]
+        return x.stride(3) == 1 and not any(step % 16 for step in steps) and not x.is_neg()
+
+    return [x if fits(x) else dense(x).clone() for x in tensors]
 
 
 def launch_forward(
@@ -320,16 +330,12 @@ def launch_forward(
 
     Raises: ValueError for a head width that is not in WIDTHS."""
     (B, T, H, width), K = q.shape, k.shape[2]
-    if width not in WIDTHS:
-        raise ValueError(f"q has head width {width}; the Gluon kernel is for {' and '.join(map(str, WIDTHS))}")
     o, lse = q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
     chunks = -(-T // TILE)
     launch(
         _attention_forward_gluon,
         (B * chunks * H,),
-        descriptor(walked(q), [1, HALF, 1, width]),
-        descriptor(walked(k), [1, TILE, 1, width]),
-        descriptor(walked(v), [1, TILE, 1, width]),
+        *(descriptor(x, [1, rows, 1, width]) for x, rows in zip(walked(q, k, v), (HALF, TILE, TILE))),
         o,
         lse,
         first_key_BT,

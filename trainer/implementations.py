@@ -38,15 +38,13 @@ def running(
     found = {family: FAMILIES[family].implementation(impls[family], sample) for family in FAMILIES}
     if with_techniques := {heads.implementation(impls["attention_inputs"], sample, *pair) for pair in widths}:
         found["attention_inputs"] = " and ".join(sorted(with_techniques)) + ", with techniques"
-    found["attention"] = attention.told(found["attention"])
     return found | {family: found[family] + words for family, words in products.told(in_8_bits, impls).items()}
 
 
 def check_device(kernels: str, head_width: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UsageError for what that device cannot do."""
     try:
-        told = running(asked(kernels, device.type), device, dtype, "bf16")["attention"]
-        runs = told.partition(",")[0]  # without what is told of its backward pass
+        runs = running(asked(kernels, device.type), device, dtype, "bf16")["attention"]
         attention.check_forward(runs, head_width)
         if runs in ("triton", "specialised", "gluon", "flex"):
             attention_inputs.check_width(torch.empty(0, head_width, dtype=dtype))

@@ -8,10 +8,10 @@ Attention is one assumed rate, that of the plain kernels, times what the chosen 
 (`over_plain`). A pass over a plan keeps the tensor cores busy for so many cycles and asks a scheduler for so many
 slots (docs/slots.md: tiles as they are visited, masked ones at their own price). The plain kernels' warps meet at
 barriers and do both by turns: they cost the sum. Where warps have roles of their own both go on side by side: the
-larger counts. What else keeps a kernel from its ceiling (waiting, the last wave, prologues) is taken to be the same
-share of either. The two kernels around the one backward pass are traffic, and cost their bytes like any other; what
-the pass itself adds to float32 sums is taken to go on beside its products: at the rate that comes out of this it is
-less than FlashAttention-3 is known to add.
+larger counts. No kernel costs less than memory takes for its operands and results, each moved once. What else keeps a
+kernel from its ceiling (waiting, the last wave, prologues) is taken to be the same share of either. The two kernels
+around the one backward pass are traffic, and cost their bytes like any other; its sums are fetched and written back
+once, beside its products, as docs/slots.md argues.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ EFFICIENCY = {
 #: documents of 690 tokens, tiles that are a third masked); scaled with the device's products.
 ATTENTION_TFLOPS = 230.0
 #: How a pass's busy cycles and its slots make its cost.
-TOGETHER = {"triton": sum, "specialised": max, "gluon": max}
+TOGETHER = {"triton": sum, "specialised": max, "gluon": max, "gluon_one_pass": max}
 #: Kernels around attention's one backward pass.
 AROUND = ("_attention_rows", "_attention_dq_rounded")
 #: FlexAttention in the published reference run, derived from its step.
@@ -186,8 +186,11 @@ def passes(kernels: Iterable[str]) -> dict[str, str]:
 
 def cost(direction: str, name: str, plan: Any, width: int) -> float:
     """Cycles of a multiprocessor that a pass over the plan costs one head, before what is the same share of either."""
-    found = slots.asked(direction, name, plan, width)
-    return TOGETHER[name]((found.busy, found.slots))
+    cycles, loops = 0.0, slots.committed(width)
+    for kernel in slots.PASSES[direction, name]:
+        asked, busy, *_ = slots.asked_of(kernel, plan, width, loops[kernel])
+        cycles += max(TOGETHER[name]((busy, asked)), slots.memory_cycles(kernel, plan, width))
+    return cycles
 
 
 def over_plain(config: Any, sequences: int, kernels: Iterable[str]) -> float:

@@ -55,8 +55,8 @@ class _Ended(BaseException):
 class _Machine:
     """A program's partitions and its copies under way. One partition runs at a time."""
 
-    def __init__(self, number: int, draw: random.Random):
-        self.number, self.draw = number, draw
+    def __init__(self, number: int, draw: random.Random, programs: int = 1):
+        self.number, self.draw, self.programs = number, draw, programs
         self.copies: list[Callable[[], None]] = []
         self.haste = draw.choice((0.0, 0.3))  # of copies: they end when nobody can go on without them, or sooner
         self.partitions: dict[threading.Thread, threading.Semaphore] = {}
@@ -473,6 +473,7 @@ gl = SimpleNamespace(
     allocate_shared_memory=_allocate,
     warp_specialize=lambda partitions, _warps, _registers: _Now.machine.run(partitions),
     program_id=lambda _axis: Scalar(_Now.machine.number),
+    num_programs=lambda _axis: Scalar(_Now.machine.programs),
     static_range=range,
     arange=lambda begin, end, _layout: torch.arange(begin, end),
     zeros=lambda shape, dtype, _layout: torch.zeros(shape, dtype=dtype),
@@ -510,7 +511,7 @@ class _Kernel:
             _written.clear()
             launched[self.__name__] += 1
             for number in range(programs[0]):
-                _Now.machine = _Machine(number, random.Random(f"{_Now.seed} {number}"))
+                _Now.machine = _Machine(number, random.Random(f"{_Now.seed} {number}"), programs[0])
                 self.function(*given, **constants)
 
         return run

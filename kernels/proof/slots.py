@@ -28,13 +28,29 @@ PASSES = {
     ("forward", "specialised"): ("_attention_forward_specialised",),
     ("forward", "gluon"): ("_attention_forward_gluon",),
     ("backward", "triton"): ("_attention_dq", "_attention_dkdv"),
-    ("backward", "gluon"): ("_attention_backward_gluon",),
+    ("backward", "gluon"): ("_attention_dq_gluon", "_attention_dkdv_gluon"),
+    ("backward", "gluon_one_pass"): ("_attention_backward_gluon",),
+}
+#: Bytes that a kernel moves for each number of a head's queries, at least: operands of 16 bits read once, results
+#: written once, and in a layer's backward pass the raw values; of the one pass also its float32 sums, fetched and
+#: written back once, as programs that run at once add to few of them.
+MOVED = {
+    "_attention_forward": 8,
+    "_attention_forward_specialised": 8,
+    "_attention_forward_gluon": 8,
+    "_attention_dq": 12,
+    "_attention_dkdv": 14,
+    "_attention_dq_gluon": 12,
+    "_attention_dkdv_gluon": 14,
+    "_attention_backward_gluon": 14 + 8,
 }
 #: FLOPs a pair of tokens and a column of a head: 2 for each product of the definition.
 FLOPS = {"forward": 4, "backward": 10}
 FLOPS_A_CYCLE = 4096
 #: Of large products and of copies on an H100, as bench/rehearse/project.py has them.
 CEILING_TFLOPS, CEILING_GB_PER_S = 798.0, 3000.0
+#: Of memory, in a cycle of one multiprocessor at these ceilings.
+BYTES_A_CYCLE = CEILING_GB_PER_S * 1e9 / (CEILING_TFLOPS * 1e12 / FLOPS_A_CYCLE)
 TOKENS = 65536
 WINDOWS = (128, 1664, 3456)
 WIDTHS = (128, 64)
@@ -79,8 +95,10 @@ def documents(length: int = TOKENS) -> torch.Tensor:
 
 def walk(kernel: str, plan: AttentionPlan) -> Walk:
     """The tiles of the kernel of that name (of PASSES) over the plan's sequences, one head."""
-    if kernel in ("_attention_dkdv", "_attention_backward_gluon"):
+    if kernel in ("_attention_dkdv", "_attention_backward_gluon", "_attention_dkdv_gluon"):
         return _walk_of_keys(kernel, plan)
+    if kernel == "_attention_dq_gluon":
+        return _walk_of_queries(plan)
     full = masked = 0
     for first in plan.first_key_BT.tolist():
         T = len(first)
@@ -126,6 +144,19 @@ def _walk_of_keys(kernel: str, plan: AttentionPlan) -> Walk:
     return Walk(full, masked, HALF, HALF)
 
 
+def _walk_of_queries(plan: AttentionPlan) -> Walk:
+    """Of `_attention_dq_gluon`, whose groups own 64 queries and walk 64 keys at once."""
+    full = masked = 0
+    for first in plan.first_key_BT.tolist():
+        T = len(first)
+        for own in range(0, -(-T // TILE) * TILE, HALF):
+            oldest, newest = first[min(own, T - 1)], first[min(own + HALF, T) - 1]
+            keys = range(oldest // HALF * HALF, own, HALF)
+            full += (seen_whole := sum(key >= newest for key in keys))
+            masked += len(keys) - seen_whole + 1  # the diagonal
+    return Walk(full, masked, HALF, HALF)
+
+
 def tile_loops(kernel: str, width: int, loops: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
     """(instructions, cycles) of one tile of `Walk`, full and masked, from the loops of the machine code."""
     if kernel == "_attention_forward_specialised":  # its one loop masks every tile
@@ -135,6 +166,8 @@ def tile_loops(kernel: str, width: int, loops: list[tuple[int, int]]) -> tuple[t
         # 64 the groups make it by turns: so cycles are not the loop's, but those of five products of a group's keys
         one = loops[0][0], FLOPS["backward"] * HALF * HALF * width // FLOPS_A_CYCLE
         return one, one
+    if kernel in ("_attention_dq_gluon", "_attention_dkdv_gluon"):  # likewise, one loop a group
+        return max(loops), max(loops)
     if kernel in ("_attention_dq", "_attention_dkdv"):  # what is masked comes first
         return loops[1], loops[0]
     full, masked = loops[0], loops[1]
@@ -155,15 +188,22 @@ def asked(direction: str, name: str, plan: AttentionPlan, width: int, loops: dic
 
     Raises: KeyError for a head width that was not counted."""
     loops = committed(width) if loops is None else loops
-    slots = busy = pairs = masked = 0.0
-    kernels = PASSES[direction, name]
-    for kernel in kernels:
-        visited, (whole, edge) = walk(kernel, plan), loops[kernel]
-        slots += visited.full * whole[0] + visited.masked * edge[0]
-        busy += visited.full * whole[1] + visited.masked * edge[1]
-        pairs += visited.pairs / len(kernels)
-        masked += visited.masked * visited.masked_keys * 64 / len(kernels)
-    return Asked(slots, busy, FLOPS[direction] * allowed(plan) * width / FLOPS_A_CYCLE, pairs, masked)
+    parts = [asked_of(kernel, plan, width, loops[kernel]) for kernel in PASSES[direction, name]]
+    slots, busy, pairs, masked = (sum(part) for part in zip(*parts))
+    least = FLOPS[direction] * allowed(plan) * width / FLOPS_A_CYCLE
+    return Asked(slots, busy, least, pairs / len(parts), masked / len(parts))
+
+
+def asked_of(kernel: str, plan: AttentionPlan, width: int, loops: list) -> tuple[float, float, float, float]:
+    """(slots, busy cycles, pairs, masked pairs) of one kernel, as in `Asked`; loops: of a full and of a masked tile."""
+    visited, (whole, edge) = walk(kernel, plan), loops
+    slots, busy = (float(visited.full * whole[i] + visited.masked * edge[i]) for i in range(2))
+    return slots, busy, visited.pairs, visited.masked * visited.masked_keys * 64
+
+
+def memory_cycles(kernel: str, plan: AttentionPlan, width: int) -> float:
+    """Cycles of a multiprocessor, at the ceilings, in which memory moves what the kernel does at least, one head."""
+    return MOVED[kernel] * plan.first_key_BT.numel() * width / BYTES_A_CYCLE
 
 
 def committed(width: int) -> dict[str, list]:
@@ -220,6 +260,7 @@ def count(launched: Callable[[str, int], Any]) -> dict[str, Any]:
                         "busy over needed": found.busy / found.least,
                         "slots a busy cycle": found.slots / found.busy,
                         "slots a needed cycle": found.slots / found.least,
+                        "memory over needed": sum(memory_cycles(k, plan, width) for k in group) / found.least,
                     }
                 )
         sums += [
@@ -229,7 +270,7 @@ def count(launched: Callable[[str, int], Any]) -> dict[str, Any]:
                 "added in bulk": added_bytes(plan, width) * HEADS / 1e9,
                 "around": around_bytes(plan, width) * HEADS / 1e9,
                 "bytes added a needed cycle": added_bytes(plan, width)
-                / asked("backward", "gluon", plan, width, loops[width]).least,
+                / asked("backward", "gluon_one_pass", plan, width, loops[width]).least,
             }
             for window, plan in plans.items()
         ]
@@ -255,22 +296,33 @@ _COLUMNS = """full tile, masked tile: instructions a warp over cycles of the ten
 where every pair is allowed and in that where a mask is computed. Then over a row of 65,536 tokens of documents
 (median 400, mean 690 tokens) under a window: what the visited tiles hold over the pairs that are allowed, the share
 of it that is masked, the cycles that the products take over those that the definition's (two forward, five backward)
-would take for the allowed pairs alone, the slots over the first, and the slots over the second: the last number is
-what counts."""
+would take for the allowed pairs alone, the slots over the first, and the slots over the second. A kernel whose warps
+have roles of their own takes the larger of slots and busy cycles, the plain ones their sum, and none less than memory
+needs to move its operands and results once: the last column, in the same unit, at 3 TB/s where the tensor cores do
+798 TFLOP/s."""
 _SPECIALISED = """`specialised` has one loop, which masks every tile. At head width 64 it asks for more slots than
 there are in all of them, and `--kernels=specialised` is refused there. It has no backward pass of its own."""
-_BACKWARD = """Backward, `triton` takes two passes of seven products, `gluon` one of five: each tile's share of dq is
-added to float32 sums in device memory by the copy engine. `gluon`'s loop has its mask behind a branch, which is counted
-as taken in every tile. The sums have their price, which `triton` does not pay: they are zeroed, and read to be rounded
-(in the same kernel to the gradient at the projection), together with delta = rowsum(o do) two kernels that are nothing
-but traffic, `around`; and what the copy engine adds goes through the second-level cache beside the products. In GB
-for 65,536 tokens and 8 heads, and in bytes of one multiprocessor a cycle that the products need:"""
-_PRICE = """At the ceilings of bench/rehearse/project.py (798 TFLOP/s, 3 TB/s) the traffic around costs as long as
-{products:.1f} of the five products of the allowed pairs at width 128 under the longest window, while two products are
-saved: for documents this short one pass saves little time in products and gives most of that back. What it gains over
-`triton` it gains by warps of their own. Added in the order in which programs come, the sums differ from run to run in
-their last bits: with `--deterministic` `gluon` takes `triton`'s two passes backward, at the slots of its rows. Before
-3.9 Triton has no words for bulk additions: threads add what they hold, some 50 instructions a tile more."""
+_BACKWARD = """Backward, `triton` and `gluon` take two passes of seven products, `gluon_one_pass` one of five, behind
+`gluon`'s forward pass: each tile's share of dq is added to float32 sums in device memory by the copy engine. Loops of
+`gluon` backward have their mask behind a branch, which is counted as taken in every tile. The sums have their price,
+which two passes do not pay: they are zeroed, and read to be rounded (in the same kernel to the gradient at the
+projection), together with delta = rowsum(o do) two kernels that are nothing but traffic, `around`; and what the copy
+engine adds goes through the second-level cache beside the products. In GB for 65,536 tokens and 8 heads, and in bytes
+of one multiprocessor a cycle that the products need:"""
+_PRICE = """How much of what is added goes on to memory hangs on the order of programs. 132 run at once. In the order of
+falling work they add to rows all over a layer's sums (268 MB at width 128), of which the level-2 cache (50 MB) holds a
+fifth, so that most additions would fetch and write back what they add to: twice `added in bulk`. They go through one
+head after another and through its keys as they lie instead: then they add to the rows that 132 x 128 keys and a window
+of 3456 reach, 10 MB at most, as much again of queries and gradients, and each row is fetched and written back about
+once (`memory over needed` has that).
+
+At the ceilings the traffic around costs as long as {products:.1f} of the five products of the allowed pairs at width
+128 under the longest window, while two products are saved. FlashAttention-3, which adds likewise, reports backward 316
+TFLOP/s where a query sees 1,024 keys in the mean (causal, 2k tokens), 444 for 2,048 and 539 for 4,096; in documents as
+short as FineWeb's a query of `medium` sees some 500 in the middle of the run. There two passes cost less by count, and
+they are what `gluon` takes; their results repeat to the bit, `--deterministic` or not, and every Triton has their
+words. In one pass sums differ from run to run in their last bits, and before 3.9 threads add what they hold, some 50
+instructions a tile more; it is chosen by name, for `python -m bench.attention` to time."""
 
 
 def page(counted: dict[str, Any], made_with: str) -> str:

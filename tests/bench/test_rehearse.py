@@ -43,7 +43,7 @@ def test_one_block_of_medium_holds_all_rules_and_budgets(short_form):
 @pytest.mark.slow
 def test_one_block_with_attention_in_gluon(tmp_path):
     """As `--kernels=gluon` runs it: in one graph over all windows, machine code that is in the proof's table, and a
-    projection that charges what stands around the one pass backward."""
+    projection that counts its own passes."""
     path = tmp_path / "counts.json"
     short = "--preset=medium", "--one-block", "--kernels=gluon"
     done = python("-m", "bench.rehearse", *short, f"--json={path}", timeout=850)
@@ -52,18 +52,10 @@ def test_one_block_with_attention_in_gluon(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     counted = json.loads(path.read_text())
     rows = {row["kernel"]: row for row in counted["step"]["kernels"] if row["kernel"].startswith("_attention")}
-    assert set(rows) == {
-        "_attention_forward_gluon",
-        "_attention_rows",
-        "_attention_backward_gluon",
-        "_attention_dq_rounded",
-    }
+    assert set(rows) == {"_attention_forward_gluon", "_attention_dq_gluon", "_attention_dkdv_gluon"}
     assert counted["unproven"] == [] and counted["windows"]["new_graphs"] == 0 == len(counted["compile"]["breaks"])
     assert not [kernel["kernel"] for kernel in counted["kernels"] if kernel["stack_bytes"]]
-    elements = 65536 * 1024  # of one layer's heads; o and its gradient, the sums
-    assert rows["_attention_rows"]["bytes"] == pytest.approx(elements * (2 + 2 + 4), rel=0.02)
-    assert rows["_attention_dq_rounded"]["bytes"] == pytest.approx(elements * (4 + 2 + 2), rel=0.1)
-    assert 0.4 < counted["over_plain"] < 0.55
+    assert 0.5 < counted["over_plain"] < 0.65
 
 
 def test_products_are_those_of_the_mathematics(short_form):

@@ -74,10 +74,34 @@ def test_the_counted_tiles_backward_are_those_that_the_kernel_multiplies(T, star
     if width == half:
         products = {(half, half, half): 4 * tiles + of_dq}
     assert dict(gluon_model.multiplied) == products
+    assert counted == slots.walk("_attention_dkdv_gluon", plan)
     done = sum(2 * a * b * c * n for (a, b, c), n in products.items()) / slots.FLOPS_A_CYCLE
     (_, cycles), masked = slots.tile_loops("_attention_backward_gluon", width, [(500, 1)])
     assert tiles * cycles == done and masked == (500, cycles)
     assert slots.added_bytes(plan, width) == sum(gluon_model.added.values())
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    "T, starts, window", [(500, (), {}), (500, (300, 433), {"window_blocks": 2}), (70, range(70), {})]
+)
+def test_the_counted_tiles_of_both_passes_are_those_that_they_multiply(T, starts, window, width):
+    plan, half = plan_of(T, starts, **window), module.HALF
+    x, lse, modelled = torch.zeros(1, T, 1, width), torch.zeros(1, 1, T), gluon_model.modelled(backward)
+    gluon_model.multiplied.clear()
+    of_queries = plan.first_key_BT, plan.query_order_N
+    rows = modelled.launch_dq(x, x, x, x, x, lse, torch.zeros_like(x), *of_queries, 1.0, 1)
+    found = {"_attention_dq_gluon": dict(gluon_model.multiplied)}
+    gluon_model.multiplied.clear()
+    grads = torch.zeros_like(x), torch.zeros_like(x)
+    modelled.launch_backward(x, x, x, x, rows, None, *grads, plan.end_query_BT, plan.key_order_N, 1.0, 1)
+    found["_attention_dkdv_gluon"] = dict(gluon_model.multiplied)
+    for kernel, behind in (("_attention_dq_gluon", 1), ("_attention_dkdv_gluon", 2)):
+        counted = slots.walk(kernel, plan)
+        tiles = counted.full + counted.masked
+        assert counted.pairs >= allowed_pairs(plan).sum()
+        products = {(half, half, width): 2 * tiles, (half, width, half): behind * tiles}
+        assert found[kernel] == (products if width > half else {(half, half, half): (2 + behind) * tiles})
 
 
 KERNELS = [kernel for group in slots.PASSES.values() for kernel in group]
@@ -91,8 +115,9 @@ def test_visited_tiles_hold_all_allowed_pairs(kernel):
     one, pairs = slots.walk(kernel, plan_of(1024, ())), 128**2
     # 8 tiles of queries, or of keys; of the 36 pairs of 128 x 128, 28 lie before the diagonal. Groups that look at
     # their own 64 keys have a quarter of those on it in full, and leave a quarter out
-    full = {"_attention_forward_specialised": 0, "_attention_backward_gluon": 30}.get(kernel, 28)
-    masked = {"_attention_forward_specialised": 36, "_attention_forward_gluon": 6, "_attention_backward_gluon": 4}
+    by_halves = ("_attention_backward_gluon", "_attention_dkdv_gluon", "_attention_dq_gluon")
+    full = {"_attention_forward_specialised": 0, **dict.fromkeys(by_halves, 30)}.get(kernel, 28)
+    masked = {"_attention_forward_specialised": 36, "_attention_forward_gluon": 6, **dict.fromkeys(by_halves, 4)}
     assert one.full * one.full_keys * 64 == full * pairs
     assert one.masked * one.masked_keys * 64 == masked.get(kernel, 8) * pairs
 
@@ -103,8 +128,12 @@ def test_what_a_pass_asks_for():
     two = slots.asked("backward", "triton", plan, 128, loops)  # dq and dkdv visit four tiles of 64 x 64 each
     least = 10 * (128 * 129 // 2) * 128 / 4096
     assert two == (2 * 4 * 200, 2 * 4 * 64, least, 128**2, 128**2)
-    one = slots.asked("backward", "gluon", plan, 128, loops)  # of four one is full, one is left out
+    one = slots.asked("backward", "gluon_one_pass", plan, 128, loops)  # of four one is full, one is left out
     assert one == (100 + 2 * 200, 3 * 64, least, 3 * 64**2, 2 * 64**2)
+    both = slots.asked("backward", "gluon", plan, 128, loops)  # likewise, twice
+    assert both == (2 * one.slots, 2 * one.busy, *one[2:])
+    a_cycle = 3e12 * 4096 / 798e12
+    assert slots.memory_cycles("_attention_dq_gluon", plan, 64) == pytest.approx(128 * 64 * 12 / a_cycle)
     assert slots.allowed(plan) == 128 * 129 // 2
     assert slots.around_bytes(plan, 128) == 128 * 128 * 16
 
@@ -117,19 +146,27 @@ def test_committed_loops_and_page_are_of_one_count():
         for direction, name in slots.PASSES:
             (row,) = (r for r in told if r[:3] == [str(width), direction, name] and r[5] == str(slots.WINDOWS[-1]))
             found = slots.asked(direction, name, plan, width)
-            assert row[-1] == f"{found.slots / found.least:.2f}"
-            assert row[-3] == f"{found.busy / found.least:.2f}"
+            assert row[-2] == f"{found.slots / found.least:.2f}"
+            assert row[-4] == f"{found.busy / found.least:.2f}"
 
 
-@pytest.mark.parametrize("passes, why", [(1, ""), (2, "no fixed order")], ids=["one pass", "in order"])
-def test_attention_takes_it_by_name(monkeypatch, passes, why):
+TWO_PASSES = {"_attention_dq_gluon": 1, "_attention_dkdv_gluon": 1}
+
+
+@pytest.mark.parametrize(
+    "impl, in_order, passes",
+    [
+        ("gluon", False, TWO_PASSES),
+        ("gluon_one_pass", False, {"_attention_backward_gluon": 1}),
+        ("gluon_one_pass", True, TWO_PASSES),
+    ],
+)
+def test_attention_takes_it_by_name(monkeypatch, impl, in_order, passes):
     """From the public function through the operators, with inputs and a plan that are not dense; as on a device, where
     nothing but the name chooses it. Backward in one pass, but not where the run asks for results that repeat."""
     monkeypatch.setattr(kernels.attention, "attention_gluon", gluon_model.modelled(module))
     monkeypatch.setattr(kernels.attention, "attention_gluon_backward", gluon_model.modelled(backward))
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: "order" in why)
-    assert why in kernels.attention.told("gluon") and kernels.attention.told("triton") == "triton"
-    assert ("one pass" in kernels.attention.told("gluon")) == (passes == 1)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: in_order)
     monkeypatch.setattr(kernels.attention, "implementation", lambda impl, _tensor: impl)
     random = torch.Generator().manual_seed(0)
     merged = torch.randn(1, 140, 3, 64, generator=random)
@@ -143,9 +180,8 @@ def test_attention_takes_it_by_name(monkeypatch, passes, why):
         return o.detach(), torch.autograd.grad(o, leaf, upstream)[0]
 
     gluon_model.launched.clear()
-    found = outcome(lambda *given: kernels.attention.attention(*given, scale=0.2, impl="gluon"), hostile)
-    one_pass = {"_attention_backward_gluon": 1} if passes == 1 else {}
-    assert gluon_model.launched == {"_attention_forward_gluon": 1} | one_pass
+    found = outcome(lambda *given: kernels.attention.attention(*given, scale=0.2, impl=impl), hostile)
+    assert gluon_model.launched == {"_attention_forward_gluon": 1} | passes
     right = outcome(lambda q, k, v, plan: attention_reference(q, k, v, plan, scale=0.2), plan)
     for x, true in zip(found, right):
         torch.testing.assert_close(x, true, rtol=1e-4, atol=1e-5)
@@ -160,7 +196,7 @@ def test_slots_and_cycles_of_a_loop(monkeypatch):
     assert machine_code.tensor_loops(b"") == [(4, 160)]
 
 
-def test_a_layer_goes_back_in_one_pass(monkeypatch):
+def test_a_layer_goes_back_by_the_same_name(monkeypatch):
     """The layer as one operator hands the name on to its backward pass."""
     from kernels import attention_layer
 

@@ -1,6 +1,7 @@
-"""Proof cases of attention's backward kernel in Gluon, in one pass (kernels/attention_gluon_backward.py), which runs in
-gluon_model.py, between the two kernels of kernels/attention.py that stand around it."""
+"""Proof cases of attention's backward kernels in Gluon (kernels/attention_gluon_backward.py), which run in
+gluon_model.py; in one pass between the two kernels of kernels/attention.py that stand around it."""
 
+import functools
 import itertools
 from unittest import mock
 
@@ -11,11 +12,13 @@ from kernels.proof.families import attention as of_attention
 from kernels.runtime import LOG2_E
 
 SCALE = of_attention.SCALE
+#: What the code of such a kernel shows: registers change hands, barriers are waited for, and stores are fenced.
+SPECIALISED = ("setmaxnreg", ""), (r"mbarrier\.try_wait", ""), (r"fence\.proxy\.async", "")
 
 
-def _backward(module, *given, seed=0, bulk=None, **options):
-    """kernels/attention.py's launch of the one pass with the module's kernel: on a device itself, on a CPU in the
-    model, whose order of events follows from `seed`. bulk: as BULK, if not as it is."""
+def _backward(module, *given, one_pass=False, seed=0, bulk=None, inputs=None, out=None, **_backward):
+    """kernels/attention.py's launch of the module's kernels: on a device themselves, on a CPU in the model, whose order
+    of events follows from `seed`. bulk: as BULK, if not as it is."""
     import kernels.attention
 
     if given[0].device.type == "cpu":
@@ -23,7 +26,7 @@ def _backward(module, *given, seed=0, bulk=None, **options):
         gluon_model.seeded(seed)
     whole = mock.patch.object(kernels.attention, "attention_gluon_backward", module)
     with whole, mock.patch.object(module, "BULK", module.BULK if bulk is None else bulk):
-        return kernels.attention._launch_one_pass(*given, options.get("inputs"), options.get("out"))
+        return kernels.attention._launch_gluon(*given, inputs, out, one_pass)
 
 
 def _forward(q, k, v, plan):
@@ -35,14 +38,14 @@ def _forward(q, k, v, plan):
     return whole.attention_reference(q, k, v, plan, scale=SCALE), lse
 
 
-def _kernel(module, given, bulk=None):
+def _kernel(module, given, **how):
     q, k, v, do, plan = (given[n] for n in ("q", "k", "v", "do", "plan"))
     o, lse = _forward(q, k, v, plan)
-    return dict(zip(("dq", "dk", "dv"), _backward(module, do, q, k, v, o, lse, plan, SCALE, bulk=bulk)))
+    return dict(zip(("dq", "dk", "dv"), _backward(module, do, q, k, v, o, lse, plan, SCALE, **how)))
 
 
-def _kernel_of_threads(module, given):
-    return _kernel(module, given, bulk=False)
+_in_one_pass = functools.partial(_kernel, one_pass=True)
+_of_threads = functools.partial(_kernel, one_pass=True, bulk=False)
 
 
 def _reference(module, given):
@@ -52,40 +55,41 @@ def _reference(module, given):
     return {name: found[name] for name in ("dq", "dk", "dv")}
 
 
-def _numeric(name, *shape, quick=True, hostile=False, kernel=_kernel, **window):
+def _numeric(name, *shape, quick=True, hostile=False, kernel=_in_one_pass, **window):
     # a document of one token has dq = dk = 0 as the difference of two products of order one
     run = of_attention._inputs(*shape, **window), kernel, _reference
     return Numeric(name, *run, quick=quick, hostile=hostile, least_scale=1.0)
 
 
-class _InOnePass:
+class _InGluon:
     """kernels/attention.py to the cases of attention's family, its backward pass being the module's."""
 
-    def __init__(self, module):
+    def __init__(self, module, **how):
         import kernels.attention
 
-        self.module, self.whole = module, kernels.attention
+        self.module, self.whole, self.how = module, kernels.attention, how
 
     def __getattr__(self, name):
         return getattr(self.whole, name)
 
     def launch_backward(self, *given, **options):
-        return _backward(self.module, *given, **options)
+        return _backward(self.module, *given, **options, **self.how)
 
 
-def _layer_kernel(module, given):
-    return of_attention._layer_kernel(_InOnePass(module), given)
+def _layer_kernel(module, given, one_pass):
+    return of_attention._layer_kernel(_InGluon(module, one_pass=one_pass), given)
 
 
 def _layer_reference(module, given):
-    return of_attention._layer_reference(_InOnePass(module), given)
+    return of_attention._layer_reference(_InGluon(module), given)
 
 
-def _layer(name, *shape, with_ve=True, quick=True, **window):
+def _layer(name, *shape, with_ve=True, one_pass=True, quick=True, **window):
     given = of_attention._layer_inputs(*shape, with_ve, **window)
     # ds is two numbers, each a sum over all tokens whose terms cancel: their root mean square is no average over many
     more = dict(keep_float32=("s", "cos", "sin"), least_scale=1.0, tolerance=4.0, quick=quick)
-    return Numeric(name, given, _layer_kernel, _layer_reference, **more)
+    kernel = functools.partial(_layer_kernel, one_pass=one_pass)
+    return Numeric(name, given, kernel, _layer_reference, **more)
 
 
 def _given(device, *shape, dtype=torch.bfloat16, **window):
@@ -99,15 +103,16 @@ def _given(device, *shape, dtype=torch.bfloat16, **window):
 def _any_order_of_events(module, device):
     """Whatever order partitions and copies run in, the result is the same to the bit, and nobody waits for ever. Within
     a program: on a device several add to one tile, in an order of their own."""
-    for width, seeds in ((64, 8), (128, 4)):
+    for width, seeds, one_pass in ((64, 8, True), (128, 4, True), (64, 6, False)):
         given = _given(device, 260, 1, 1, width, (200,))
-        found = [_backward(module, *given, seed=seed) for seed in range(seeds)]
-        for again in found[1:] if device == "cpu" else ():
+        found = [_backward(module, *given, one_pass=one_pass, seed=seed) for seed in range(seeds)]
+        for again in found[1:] if device == "cpu" or not one_pass else ():
             assert all(torch.equal(x, y) for x, y in zip(found[0], again)), "the result depends on the order of events"
 
 
 def _every_small_plan(module, device):
-    """Every rising table of first keys of up to five tokens, with tiles of four keys and two queries."""
+    """Every rising table of first keys of up to five tokens, with tiles of four keys and two queries, and of four
+    queries and two keys."""
     import kernels.attention
 
     if device != "cpu":
@@ -115,7 +120,7 @@ def _every_small_plan(module, device):
     module = gluon_model.modelled(module)
     random = torch.Generator().manual_seed(0)
     for width, T in itertools.product((2, 4), (1, 3, 5)):  # as wide as half a tile of keys, and twice as wide
-        module.HALF, module.TILE, module.WIDTHS = 2, 4, (width,)
+        module.HALF, module.TILE, module.walked = 2, 4, lambda *tensors: [x.contiguous() for x in tensors]
         q, k, v, do = (torch.randn(1, T, 1, width, generator=random).double() for _ in range(4))
         order = torch.arange(-(-T // 4), dtype=torch.int32)
         for first in itertools.product(*(range(i + 1) for i in range(T))):
@@ -128,32 +133,35 @@ def _every_small_plan(module, device):
             o = kernels.attention.attention_reference(*leaves, plan, scale=SCALE)
             right = torch.autograd.grad(o, leaves, do)
             score = (q[:, :, 0] @ k[:, :, 0].mT * SCALE).detach()
-            lse = score.masked_fill(~kernels.attention.allowed_pairs(plan), -torch.inf).logsumexp(-1)
-            rows = torch.zeros(2, 1, 1, -(-T // 4) * 4)
-            rows[0], rows[1, ..., :T] = torch.inf, (o * do).sum(-1).mT.detach()
-            rows[0, ..., :T] = lse * LOG2_E
-            dq, dk, dv = torch.zeros(1, 1, T, width).double(), *(torch.empty_like(x) for x in (k, v))
-            given = (x.detach() for x in (do, q, k, v))
-            module.launch_backward(*given, rows, dq, dk, dv, plan.end_query_BT, order, SCALE, 1)
-            for name, x, true in zip(("dq", "dk", "dv"), (dq.transpose(1, 2) * SCALE, dk, dv), right):
-                assert torch.allclose(x, true, atol=1e-5), f"{name} of width {width}, first keys {first}"
+            lse = score.masked_fill(~kernels.attention.allowed_pairs(plan), -torch.inf).logsumexp(-1) * LOG2_E
+            given, o = [x.detach() for x in (do, q, k, v)], o.detach()
+            dq, summed = torch.empty_like(q), torch.zeros(1, 1, T, width).double()
+            rows = module.launch_dq(*given, o, lse.float()[None], dq, plan.first_key_BT, order, SCALE, 1)
+            assert torch.allclose(rows[0, 0, 0, :T], lse[0].float()) and (rows[0, ..., T:] == torch.inf).all()
+            assert torch.allclose(rows[1, 0, 0, :T], (o * do).sum(-1)[0, :, 0].float()) and not rows[1, ..., T:].any()
+            for sums in (None, summed):
+                dk, dv = (torch.empty_like(x) for x in (k, v))
+                module.launch_backward(*given, rows, sums, dk, dv, plan.end_query_BT, order, SCALE, 1)
+                found = dq if sums is None else sums.transpose(1, 2) * SCALE, dk, dv
+                for name, x, true in zip(("dq", "dk", "dv"), found, right):
+                    assert torch.allclose(x, true, atol=1e-5), f"{name} of width {width}, first keys {first}"
 
 
 def _large_logits(module, device):
     """Logits of hundreds: gradients stay finite, and keys past the end, whose logits are 0, add nothing."""
-    do, q, k, v, *_ = given = _given(device, 330, 1, 1, 64, (200,))
-
-    plan = given[6]
+    do, q, k, v, *_, plan, _ = _given(device, 330, 1, 1, 64, (200,))
+    names = "dq", "dk", "dv"
     o, lse = _forward(64 * q.double(), k.double(), v.double(), plan)
-    found = _backward(module, do, 64 * q, k, v, o.to(q.dtype), lse, plan, SCALE)
+    given = do, 64 * q, k, v, o.to(q.dtype), lse, plan, SCALE
+    found = [(name, x) for one in (True, False) for name, x in zip(names, _backward(module, *given, one_pass=one))]
     exact = {n: x.double() for n, x in (("q", 64 * q), ("k", k), ("v", v), ("do", do))} | {"plan": plan}
     exact = _reference(module, exact)
-    for name, x in zip(("dq", "dk", "dv"), found):
+    for name, x in found:
         error, size = ((y.double()).square().mean() for y in (x - exact[name], exact[name]))
         assert error <= 1e-2 * size, f"{name}: large logits lose their gradients"
 
 
-def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=65536, B=1, bulk=None):
+def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=65536, B=1, one_pass=True, bulk=None):
     """The backward launch of a training step; `layer`: back through its inputs, as slices of a merged projection.
     bulk: as BULK, if not as it is."""
 
@@ -177,7 +185,7 @@ def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=6
         plan = module.AttentionPlan(row, row, order, order)
         do, v, o, lse = meta(B, T, H, width), meta(B, T, K, width), meta(B, T, H, width), meta(B, H, T, dtype=f)
         with mock.patch.object(of_gluon, "BULK", of_gluon.BULK if bulk is None else bulk):
-            module._launch_one_pass(do, q, k, v, o, lse, plan, SCALE, inputs, out)
+            module._launch_gluon(do, q, k, v, o, lse, plan, SCALE, inputs, out, one_pass)
 
     return run
 
@@ -185,7 +193,7 @@ def _launch(K=8, width=128, layer=False, with_ve=True, dtype=torch.bfloat16, T=6
 FAMILY = Family(
     name="attention_gluon_backward",
     module="kernels.attention_gluon_backward",
-    kernels=("_attention_backward_gluon",),
+    kernels=("_attention_backward_gluon", "_attention_dq_gluon", "_attention_dkdv_gluon"),
     numeric=(
         _numeric("documents inside a window, ragged end", 200, 1, 1, 64, (0, 3, 4, 70, 140, 199), window_blocks=1),
         _numeric("one document, full tiles", 200, 1, 1, 64, ()),
@@ -199,15 +207,41 @@ FAMILY = Family(
             64,
             ((0, 3, 70), (129,)),
             B=2,
-            kernel=_kernel_of_threads,
+            kernel=_of_threads,
             window_blocks=2,
         ),
-        _numeric("added by threads, width 128", 150, 2, 2, 128, (0, 70), kernel=_kernel_of_threads, window_blocks=2),
+        _numeric("added by threads, width 128", 150, 2, 2, 128, (0, 70), kernel=_of_threads, window_blocks=2),
+        _numeric(
+            "two passes: documents inside a window, ragged end",
+            200,
+            1,
+            1,
+            64,
+            (0, 3, 4, 70, 140, 199),
+            kernel=_kernel,
+            window_blocks=1,
+        ),
+        _numeric("two passes: one document", 330, 1, 1, 64, (), kernel=_kernel),
+        _numeric(
+            "two passes: two sequences, four heads on two",
+            135,
+            4,
+            2,
+            64,
+            ((), (1, 2, 129)),
+            B=2,
+            kernel=_kernel,
+            window_tokens=130,
+        ),
+        _numeric("two passes: width 128", 150, 2, 2, 128, (0, 3, 70), kernel=_kernel, window_blocks=2),
+        _layer("two passes: a layer, two sequences", 2, 67, 2, 1, 64, (0, 50), one_pass=False, window_blocks=1),
         _layer("through the layer's inputs, two sequences of documents", 2, 67, 2, 1, 64, (0, 50), window_blocks=1),
         _layer("through the layer's inputs, no value embedding", 2, 37, 2, 2, 128, (4,), with_ve=False),
         _numeric("tiny", 18, 2, 1, 64, (3,), quick=False, hostile=True, window_tokens=9),
+        _numeric("two passes: tiny", 18, 2, 1, 64, (3,), kernel=_kernel, quick=False, hostile=True, window_tokens=9),
         _numeric("width 128, window of three blocks", 700, 2, 1, 128, (0, 257), quick=False, window_blocks=3),
         _numeric("one token", 1, 1, 1, 64, (0,), quick=False),
+        _numeric("two passes: one token", 1, 1, 1, 64, (0,), kernel=_kernel, quick=False),
     ),
     checks=(
         ("any order of events", _any_order_of_events),
@@ -215,6 +249,33 @@ FAMILY = Family(
         ("large logits", _large_logits),
     ),
     launches=(
+        Launch("two passes: bf16, 8 heads of 128", _launch(one_pass=False), devices=("sm_90",), quick=True),
+        Launch(
+            "two passes: bf16, 8 heads of 128, through the layer's inputs",
+            _launch(layer=True, one_pass=False),
+            devices=("sm_90",),
+            quick=True,
+        ),
+        Launch(
+            "two passes: bf16, no value embedding",
+            _launch(layer=True, with_ve=False, one_pass=False),
+            devices=("sm_90",),
+        ),
+        Launch(
+            "two passes: bf16, 8 heads of 64 on 2, through the layer's inputs",
+            _launch(K=2, width=64, layer=True, one_pass=False),
+            devices=("sm_90",),
+        ),
+        Launch(
+            "two passes: bf16, two ragged sequences, 8 heads of 128 on 2",
+            _launch(K=2, T=5000, B=2, one_pass=False),
+            devices=("sm_90",),
+        ),
+        Launch(
+            "two passes: fp16, 8 heads of 64",
+            _launch(width=64, dtype=torch.float16, one_pass=False),
+            devices=("sm_90",),
+        ),
         Launch("bf16, 8 heads of 128", _launch(), devices=("sm_90",), quick=True),
         Launch("bf16, 8 heads of 128, through the layer's inputs", _launch(layer=True), devices=("sm_90",), quick=True),
         Launch("bf16, no value embedding", _launch(layer=True, with_ve=False), devices=("sm_90",)),
@@ -230,12 +291,18 @@ FAMILY = Family(
             instructions=("HGMMA", "UTMALDG"),
             wide=tuple("p_dk p_dv p_k p_rms p_raw p_ve p_dve".split()),
             shows=(
-                ("setmaxnreg", ""),
-                (r"mbarrier\.try_wait", ""),
-                (r"fence\.proxy\.async", ""),
+                *SPECIALISED,
                 (r"cp\.reduce\.async\.bulk", "BULK=True"),
                 (r"(red|atom)\.global\.\S*add\S*\.f32", "BULK=False"),
             ),
+        ),
+        "_attention_dkdv_gluon": Demand(
+            instructions=("HGMMA", "UTMALDG"),
+            wide=tuple("p_dk p_dv p_k p_rms p_raw p_ve p_dve".split()),
+            shows=SPECIALISED[:2],
+        ),
+        "_attention_dq_gluon": Demand(
+            instructions=("HGMMA", "UTMALDG"), wide=tuple("p_lse p_rows p_dq p_q p_rms".split()), shows=SPECIALISED[:2]
         ),
         **{kernel: of_attention.FAMILY.demands[kernel] for kernel in ("_attention_rows", "_attention_dq_rounded")},
     },
@@ -270,7 +337,7 @@ FAMILY = Family(
         Fault(
             "what one group has left out goes into dq", "if (row > key) & (row < end_of_lower)", "if row < end_of_lower"
         ),
-        Fault("dq lacks the last tile", "_add_to_dq(n - 1, 0, sums", "_add_to_dq(n, 0, sums", by="one document"),
+        Fault("dq lacks the last tile", "n - 1, 0, sums", "n, 0, sums", by="one document"),
         Fault("both groups take the same keys", "k_smem.index(WHO + none)", "k_smem.index(none)", by="one document"),
         Fault("both groups take the same values", "v_smem.index(WHO + none)", "v_smem.index(none)", by="one document"),
         Fault("delta is left out", "(b_dp - gl.expand_dims(b_delta, 0))", "b_dp", by="one document"),
@@ -324,7 +391,7 @@ FAMILY = Family(
         ),
         Fault(
             "ds is overwritten while it is read",
-            "            mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)\n",
+            "                mbarrier.wait(ds_free.index(pair), (n // 2) & 1 ^ 1)\n",
             "",
             by="any order",
         ),
@@ -332,8 +399,8 @@ FAMILY = Family(
         Fault("ds is free when one group has read it", "count=2 if DH > HALF else 1", "count=1", by="width 128, doc"),
         Fault(
             "ds is handed on without a fence",
-            "            fence_async_shared()\n            mbarrier.arrive(ds_full",
-            "            mbarrier.arrive(ds_full",
+            "                fence_async_shared()\n                mbarrier.arrive(ds_full",
+            "                mbarrier.arrive(ds_full",
             by="any order",
         ),
         Fault(
@@ -432,8 +499,115 @@ FAMILY = Family(
             "first_key + o_row < T + 1, 1)",
             by="one document",
         ),
-        Fault("the order is not the plan's", "gl.load(p_order + gl.program_id(0) // KV_HEADS)", "gl.load(p_order)"),
-        Fault("keys of any strides go to the copy engine", "descriptor(walked(k)", "descriptor(k", by="tiny: offset"),
+        Fault("the last head's order is not the plan's", "gl.load(p_order + tile), tile)", "gl.load(p_order), tile)"),
+        Fault(
+            "keys of any strides go to the copy engine",
+            "in walked(q, k, v, do))",
+            "in (q, k, v, do))",
+            by="tiny: offset",
+        ),
         Fault("half of the keys' bytes are waited for", "KEY_BYTES=4 * HALF", "KEY_BYTES=2 * HALF", by="any order"),
+        Fault(
+            "two passes: the order is not the plan's",
+            "gl.load(p_order + gl.program_id(0) // KV_HEADS)",
+            "gl.load(p_order)",
+            by="two passes: one",
+        ),
+        Fault(
+            "two passes: dq's order is not the plan's",
+            "gl.load(p_order + gl.program_id(0) // HEADS)",
+            "gl.load(p_order)",
+            by="two passes: one",
+        ),
+        Fault(
+            "queries' strides go to the copy engine",
+            "in walked(q, k, v, do, o))",
+            "in (q, k, v, do, o))",
+            by="two passes: tiny: offset",
+        ),
+        Fault("a query sees one token into the future", "(b_j <= gl.ex", "(b_j <= 1 + gl.ex", by="two passes: one doc"),
+        Fault("the oldest key of each query is lost", "(b_j >= gl.ex", "(b_j > gl.ex", by="two passes: doc"),
+        Fault("queries' diagonal is not masked", "(key == first_row) | (key <", "(key <", by="two passes: one doc"),
+        Fault("queries' oldest keys are not masked", " | (key < oldest_of_all)", "", by="two passes: doc"),
+        Fault(
+            "queries' edge by the first of them",
+            "gl.load(p_first + min(first_row + HALF, T) - 1)",
+            "gl.load(p_first + min(first_row, T - 1))",
+            by="two passes: doc",
+        ),
+        Fault("the oldest tile of keys is left out", "+ HALF - 1) // HALF + 2", ") // HALF + 2", by="two passes: doc"),
+        Fault("a group leaves its oldest tile out", "(key + HALF > oldest)", "(key > oldest)", by="two passes: doc"),
+        Fault("a group leaves the diagonal out", "if (key <= first_row)", "if (key < first_row)", by="two passes: one"),
+        Fault("both groups take the same queries", "b_q = q_smem.index(WHO)", "b_q = q_smem.index(0)", by="two passes"),
+        Fault(
+            "both groups take one gradient at o",
+            "b_do = do_smem.index(WHO)",
+            "b_do = do_smem.index(0)",
+            by="two passes",
+        ),
+        Fault("both groups take the same o", "o_smem.index(WHO)", "o_smem.index(0)", by="two passes"),
+        Fault("queries' delta is left out", "(b_dp - gl.expand_dims(b_delta, 1))", "b_dp", by="two passes"),
+        Fault("dq lacks the logit scale", "(b_dq * scale).to", "b_dq.to", by="two passes"),
+        Fault("dq at the projection lacks the logit scale", "b_dq * scale, p_rms", "b_dq, p_rms", by="two passes: a"),
+        Fault("dq's norms are those of the first head", "p_rms += of_head * T", "p_rms += 0 * T", by="two passes: a"),
+        Fault("rows past the end weigh something", 'other=float("inf"))', "other=0.0)", by="every small"),
+        Fault(
+            "deltas lie where the logarithms are",
+            "(gl.num_programs(0).to(gl.int64) * (2 * HALF) + of_head * rows)",
+            "of_head * rows",
+            by="two passes",
+        ),
+        Fault(
+            "deltas of the second sequence lie in the first one's place",
+            "* (2 * HALF) + of_head * rows)",
+            "* (2 * HALF) + head * rows)",
+            by="two passes: two",
+        ),
+        Fault(
+            "queries read the wrong key head",
+            "head // (HEADS // KV_HEADS), row",
+            "head % KV_HEADS, row",
+            by="two passes: two",
+        ),
+        Fault(
+            "queries' second sequence has the first one's plan",
+            "p_first += batch * T",
+            "p_first += batch",
+            by="two passes: two",
+        ),
+        Fault(
+            "queries: the loader does not wait for a free buffer",
+            "& 1 ^ 1\n        mbarrier.wait(kv_free",
+            "& 1\n        mbarrier.wait(kv_free",
+            by="two passes",
+        ),
+        Fault(
+            "queries: keys are read before they are there",
+            "        mbarrier.wait(k_full.index(slot), phase)\n",
+            "",
+            by="any order",
+        ),
+        Fault(
+            "queries: values are read before they are there",
+            "            mbarrier.wait(v_full.index(slot), phase)\n            b_v",
+            "            b_v",
+            by="any order",
+        ),
+        Fault("queries are multiplied before they are there", "    mbarrier.wait(q_full, 0)\n", "", by="any order"),
+        Fault(
+            "queries: keys are never given back",
+            "        mbarrier.arrive(kv_free.index(slot), count=1)\n",
+            "",
+            by="two passes",
+        ),
+        Fault(
+            "queries: keys are free when one group has read them",
+            "kv_free.index(i), count=2)",
+            "kv_free.index(i), count=1)",
+            by="two passes",
+        ),
+        Fault(
+            "a third of the queries' bytes are waited for", "QUERY_BYTES=3 * TILE", "QUERY_BYTES=TILE", by="any order"
+        ),
     ),
 )
