@@ -2,7 +2,8 @@
 
 launch                  a kernel over its programs, on the device of its tensors, and not at all for no programs
 dense, in_place         what kernels walk: elements one after another; and the way back for what they change
-expect, expect_floats   an argument that does not fit is refused by its name
+expect, expect_floats   an argument that does not fit is refused by its name; expect_operands: all of an operator
+in_rows                 (..., D) as (N, D)
 refuse_tangents         forward-mode derivatives, which torch would forget, are refused
 differentiable_once     a derivative written by hand has none of its own: asking for one is an error
 without_autocast        dtypes are the caller's: autocast does not reach inside an operator
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -120,6 +122,21 @@ def differentiable_once(name: str) -> Callable:
         return run
 
     return decorate
+
+
+def expect_operands(operator: str, **tensors: torch.Tensor) -> None:
+    """Raise an error that names the argument unless all are floats of a kernel's dtypes on one device, and none asks
+    for forward-mode derivatives, which the operator has not."""
+    first = next(iter(tensors.values()))
+    for name, x in tensors.items():
+        expect(name, x, x.shape, first)
+        expect_floats(name, x, KERNEL_DTYPES)
+    refuse_tangents(operator, *tensors.values())
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., D) as (N, D), for no rows, too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def refuse_tangents(name: str, *tensors: torch.Tensor | None) -> None:

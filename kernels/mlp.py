@@ -13,8 +13,6 @@ backward. Bytes beside operands and results of the products: none forward, one r
 activation reads and writes 4 N F bytes twice in each direction. The products that have no epilogue are the library's.
 """
 
-import math
-
 import torch
 
 from kernels.guards import (
@@ -23,6 +21,7 @@ from kernels.guards import (
     differentiable_once,
     expect,
     expect_floats,
+    in_rows,
     launch,
     refuse_tangents,
     without_autocast,
@@ -62,13 +61,17 @@ class _ReluSquaredMLP(torch.autograd.Function):
 # ---- tiles ------------------------------------------------------------------------------------------------
 
 
-#: "default" is small enough for any device.
+#: "default" is small enough for any device. "backward", and "ragged" for factors whose rows are no multiples of 16
+#: bytes, stand where a thread would spill with the other tile.
 TILES: Tiles = {
     ("default", "product", 2): Tile(64, 64, 4, 2, depth=32),
     ("default", "product", 4): Tile(32, 32, 4, 2, depth=32),
     ("sm_80", "product", 2): Tile(128, 128, 8, 3, depth=64),
+    ("sm_80", "ragged", 2): Tile(64, 128, 8, 2, depth=32),
     ("sm_90", "product", 2): Tile(128, 256, 8, 3, depth=64, descriptors=True),
     ("sm_100", "product", 2): Tile(128, 256, 8, 3, depth=64, descriptors=True),
+    ("sm_100", "backward", 2): Tile(128, 128, 8, 3, depth=64, descriptors=True),
+    ("sm_100", "ragged", 2): Tile(64, 128, 8, 2, depth=32),
     ("gfx942", "product", 2): Tile(128, 128, 8, 2, depth=32),
 }
 #: The norm's, of all dtypes: float32's.
@@ -171,10 +174,12 @@ def _launch(a_MK, b_NK, act_MN=None, tile: Tile | None = None, r_M=None):
         expect("the factor of rows", r_M, (M,), a_MK)
         expect_floats("the factor of rows", r_M, (torch.float32,))
         r_M = dense(r_M)
-    tile = tile or tile_of(TILES, "product", a_MK.dtype)
+    in_bulk = a_MK.numel() > 0 and copies_in_bulk(a_MK) and copies_in_bulk(as_stored)
+    special = ["ragged"] * (not in_bulk) + ["backward"] * backward
+    tile = tile or tile_of(TILES, "product", a_MK.dtype, special=special)
     out = torch.empty(M, N, dtype=a_MK.dtype, device=a_MK.device)
     tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
-    descriptors = tile.descriptors and a_MK.numel() > 0 and copies_in_bulk(a_MK) and copies_in_bulk(as_stored)
+    descriptors = tile.descriptors and in_bulk
     p_a, p_b = a_MK, b_NK
     if descriptors:
         p_a = descriptor(a_MK, [tile.rows, tile.depth])
@@ -326,13 +331,18 @@ def implementation(impl: str, tensor: torch.Tensor) -> str:
     return implementation_of(impl, tensor, cpu="reference", choices=("triton", "reference"))
 
 
-def _check(x_ND, w_in_FD, w_out_DF) -> None:
-    """Raise an error that names the first argument that does not fit."""
+def check_shapes(x_ND, w_in_FD, w_out_DF) -> None:
+    """Raise ValueError unless the three fit each other."""
     if w_in_FD.shape != w_out_DF.shape[::-1] or w_in_FD.dim() != 2 or x_ND.shape[-1:] != w_in_FD.shape[1:]:
         raise ValueError(
             f"x {tuple(x_ND.shape)}, w_in {tuple(w_in_FD.shape)} and w_out {tuple(w_out_DF.shape)} "
             "must be (..., D), (F, D) and (D, F)"
         )
+
+
+def _check(x_ND, w_in_FD, w_out_DF) -> None:
+    """Raise an error that names the first argument that does not fit."""
+    check_shapes(x_ND, w_in_FD, w_out_DF)
     for name, x in (("x", x_ND), ("w_in", w_in_FD), ("w_out", w_out_DF)):
         expect(name, x, x.shape, x_ND)
         expect_floats(name, x)
@@ -347,7 +357,7 @@ def relu_squared_mlp(
     Errors: ValueError for shapes or devices that do not fit, TypeError for dtypes.
     """
     _check(x_ND, w_in_FD, w_out_DF)
-    rows = x_ND.reshape(math.prod(x_ND.shape[:-1]), x_ND.shape[-1])
+    rows = in_rows(x_ND)
     w_in_FD, w_out_DF = w_in_FD.to(x_ND.dtype), w_out_DF.to(x_ND.dtype)
     if implementation(impl, x_ND) == "triton":
         expect_floats("x", x_ND, KERNEL_DTYPES)
@@ -367,6 +377,6 @@ def normed_mlp(
     expect_floats("x", x_ND, KERNEL_DTYPES)
     _check(x_ND, w_in_FD, w_out_DF)
     refuse_tangents("normed_mlp", x_ND, w_in_FD, w_out_DF)
-    rows = dense(x_ND.reshape(math.prod(x_ND.shape[:-1]), x_ND.shape[-1]))
+    rows = dense(in_rows(x_ND))
     weights = (dense(w.to(x_ND.dtype)) for w in (w_in_FD, w_out_DF))
     return _NormedMLP.apply(rows, *weights).view(x_ND.shape)

@@ -25,8 +25,6 @@ typical activation, a D-th of the bound, leaves 8 below itself, and e5m2 has 31.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kernels.guards import (
@@ -35,10 +33,12 @@ from kernels.guards import (
     differentiable_once,
     expect,
     expect_floats,
+    expect_operands,
+    in_rows,
     launch,
-    refuse_tangents,
     without_autocast,
 )
+from kernels.mlp import check_shapes
 from kernels.products8 import (
     E4M3,
     E5M2,
@@ -46,8 +46,10 @@ from kernels.products8 import (
     Weight8,
     both_ways,
     filled,
+    gradients_of_factors,
     implementation,
     in_8_bits_reference,
+    kept_factors,
     product,
     sampled_scale,
     saturated,
@@ -75,11 +77,12 @@ def added_product_8_reference(a: Eight, b: Eight, residual_MN: torch.Tensor) -> 
     return (residual_MN.to(wide) + product(a, b, torch.float32)[:M, :N]).to(residual_MN.dtype)
 
 
-#: "default" is small enough for any device.
+#: "default" is small enough for any device; "backward" stands where a thread would spill with the other tile.
 TILES: Tiles = {
     ("default", "product", 1): Tile(64, 64, 4, 2, depth=32),
     ("sm_90", "product", 1): Tile(128, 256, 8, 3, depth=128, descriptors=True),
     ("sm_100", "product", 1): Tile(128, 256, 8, 3, depth=128, descriptors=True),
+    ("sm_100", "backward", 1): Tile(128, 128, 8, 3, depth=128, descriptors=True),
 }
 _GROUP = 8  # tiles of rows that share tiles of columns while those are in the second-level cache
 
@@ -157,7 +160,7 @@ def _product_8(
 def _launch(a: Eight, b: Eight, act, scales, out, turned, sizes, tile: Tile | None, **how) -> None:
     """`_product_8` of the factors, with the operands of its epilogue."""
     (M, N, K), factors = sizes, [dense(x.values) for x in (a, b)]
-    tile = tile or tile_of(TILES, "product", E4M3)
+    tile = tile or tile_of(TILES, "product", E4M3, special=["backward"] * (how["BACKWARD"] and not how["ADDS"]))
     descriptors = tile.descriptors and M * K > 0 and all(copies_in_bulk(x) for x in factors)
     if descriptors:
         factors = [descriptor(x, [rows, tile.depth]) for x, rows in zip(factors, (tile.rows, tile.columns))]
@@ -405,16 +408,9 @@ class _NormedMLP8(torch.autograd.Function):
 
 def _check(x_ND: torch.Tensor, w_in_FD: torch.Tensor, w_out_DF: torch.Tensor, name: str) -> torch.Tensor:
     """x's rows, or an error that names the first argument that does not fit."""
-    if w_in_FD.shape != w_out_DF.shape[::-1] or w_in_FD.dim() != 2 or x_ND.shape[-1:] != w_in_FD.shape[1:]:
-        raise ValueError(
-            f"x {tuple(x_ND.shape)}, w_in {tuple(w_in_FD.shape)} and w_out {tuple(w_out_DF.shape)} "
-            "must be (..., D), (F, D) and (D, F)"
-        )
-    for what, x in (("x", x_ND), ("w_in", w_in_FD), ("w_out", w_out_DF)):
-        expect(what, x, x.shape, x_ND)
-        expect_floats(what, x, KERNEL_DTYPES)
-    refuse_tangents(name, x_ND, w_in_FD, w_out_DF)
-    return x_ND.reshape(math.prod(x_ND.shape[:-1]), x_ND.shape[-1])
+    check_shapes(x_ND, w_in_FD, w_out_DF)
+    expect_operands(name, x=x_ND, w_in=w_in_FD, w_out=w_out_DF)
+    return in_rows(x_ND)
 
 
 @without_autocast
@@ -458,22 +454,12 @@ class _AddedLinear8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, residual_ND, x_NE, w_DE, largest, impl, *weight):
-        w, w_turned = Weight8.of(*weight)[:2] if weight else both_ways(w_DE, E4M3, 0.0, impl)
-        x, x_turned = both_ways(x_NE, E4M3, largest, impl)
-        ctx.save_for_backward(*x_turned, *w_turned)
-        ctx.sizes, ctx.dtypes, ctx.impl = (*x_NE.shape, w_DE.shape[0]), (x_NE.dtype, w_DE.dtype), impl
-        ctx.no_gradients = [None] * (2 + len(weight))
-        return added_product(x, w, residual_ND, impl)
+        return added_product(*kept_factors(ctx, x_NE, w_DE, largest, impl, weight), residual_ND, impl)
 
     @staticmethod
     @differentiable_once("added_linear_8")
     def backward(ctx, dy_ND):
-        x_values, of_x, w_values, of_w = ctx.saved_tensors
-        (N, E, D), (x_dtype, w_dtype) = ctx.sizes, ctx.dtypes
-        dy, dy_turned = both_ways(dy_ND, E5M2, impl=ctx.impl, scale=sampled_scale(dy_ND, ctx.impl))
-        dx = product(dy, Eight(w_values, of_w), x_dtype)[:N, :E].contiguous()
-        dw = product(dy_turned, Eight(x_values, of_x), w_dtype)[:D, :E].contiguous()
-        return dy_ND, dx, dw, *ctx.no_gradients
+        return dy_ND, *gradients_of_factors(ctx, dy_ND)
 
 
 @without_autocast
@@ -492,10 +478,7 @@ def added_linear_8(
             f"residual {tuple(residual.shape)}, x {tuple(x.shape)} and w {tuple(w_DE.shape)} must be (..., D), "
             "(..., E) and (D, E)"
         )
-    for name, tensor in (("residual", residual), ("x", x), ("w", w_DE)):
-        expect(name, tensor, tensor.shape, residual)
-        expect_floats(name, tensor, KERNEL_DTYPES)
-    refuse_tangents("added_linear_8", residual, x, w_DE)
-    rows = math.prod(x.shape[:-1])
-    flat = residual.reshape(rows, residual.shape[-1]), x.reshape(rows, x.shape[-1])
-    return _AddedLinear8.apply(*flat, w_DE, of_x, impl, *(weight.tensors() if weight else ())).view(residual.shape)
+    expect_operands("added_linear_8", residual=residual, x=x, w=w_DE)
+    return _AddedLinear8.apply(
+        in_rows(residual), in_rows(x), w_DE, of_x, impl, *(weight.tensors() if weight else ())
+    ).view(residual.shape)

@@ -32,8 +32,9 @@ from kernels.guards import (
     differentiable_once,
     expect,
     expect_floats,
+    expect_operands,
+    in_rows,
     launch,
-    refuse_tangents,
     without_autocast,
 )
 from kernels.runtime import device_kind, implementation_of, tl, triton
@@ -121,10 +122,12 @@ def _(x):
 def sampled_scale(x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """float32 (): a scale for the gradient x (M, K) in e5m2 from the largest number of 4,096 or more of its rows, which
     lie evenly apart: a pass over all of it would cost more than it tells. e5m2 has 31 binades, so that 12 stay free
-    above that number: a row saturates only where it is 4,096 times as large as all of those that were looked at."""
+    above that number: a row saturates only where it is 4,096 times as large as all of those that were looked at. If
+    these are all zeros, all rows are looked at."""
     every = _every(len(x))
     if implementation(impl, x) != "triton" or x.numel() == 0:
-        return scale_for(x[::every], E5M2) * 2.0**ROOM
+        some = scale_for(x[::every], E5M2)
+        return torch.where(some > _LEAST_SCALE, some, scale_for(x, E5M2)) * 2.0**ROOM
     return _sampled_scale(dense(x))
 
 
@@ -186,15 +189,34 @@ def _convert(
 
 
 @triton.jit
-def _measure(p_x, p_parts, lines, length, step, along, TENSORS: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr):
-    """parts (TENSORS, programs, 2): the largest finite |x| of a program's LINES lines, and the largest of their sums of
-    squares. p_x: TENSORS pointers; a line's numbers lie `along` apart, lines `step`."""
+def _measure(
+    p_x,
+    p_parts,
+    parts,
+    lines,
+    length,
+    step,
+    along,
+    TENSORS: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+    BEFORE: tl.constexpr,
+):
+    """parts (TENSORS, parts, 2), from the BEFORE-th on: the largest finite |x| of a program's LINES lines, and the
+    largest of their sums of squares. p_x: TENSORS pointers; a line's numbers lie `along` apart, lines `step`.
+
+    BEFORE: of parts that are known already; where these found anything but zeros, it is not looked for any more."""
     o_line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    p_parts += tl.program_id(0) * 2
     for i in tl.static_range(TENSORS):
+        p_known = p_parts + i * parts * 2
+        missing = length
+        if BEFORE > 0:
+            o = tl.arange(0, triton.next_power_of_2(BEFORE))
+            known = tl.max(tl.load(p_known + 2 * o, mask=o < BEFORE, other=0.0), 0)
+            missing = tl.where(known > 0, 0, length)
         b_most = tl.zeros([LINES, ALONG], tl.float32)
         b_squares = tl.zeros([LINES, ALONG], tl.float32)
-        for start in range(0, length, ALONG):
+        for start in range(0, missing, ALONG):
             o_along = start + tl.arange(0, ALONG)
             o_x = o_line[:, None].to(tl.int64) * step + o_along[None, :].to(tl.int64) * along
             m_x = (o_line < lines)[:, None] & (o_along < length)[None, :]
@@ -202,7 +224,7 @@ def _measure(p_x, p_parts, lines, length, step, along, TENSORS: tl.constexpr, LI
             b_x = tl.where(b_x < float("inf"), b_x, 0.0)  # nor NaN
             b_most = tl.maximum(b_most, b_x)
             b_squares += b_x * b_x
-        p_part = p_parts + i * tl.num_programs(0) * 2
+        p_part = p_known + (BEFORE + tl.program_id(0)) * 2
         tl.store(p_part, tl.max(b_most))
         tl.store(p_part + 1, tl.max(tl.sum(b_squares, 1), 0))
 
@@ -272,7 +294,8 @@ def launch_scales(
     length. The rest is room, so that each begins on 16 bytes: Inductor takes what an operator makes of an input that
     does not for unaligned, too, however large it is.
 
-    every: rows are looked at in steps of so many. room: binades above the largest number that the scale leaves free."""
+    every: rows are looked at in steps of so many; at all of them if these are zeros. room: binades above the largest
+    number that the scale leaves free."""
     if axis != 1 and every != 1:
         raise ValueError(f"every={every} with axis={axis}: only rows can be left out")
     for x in xs:
@@ -281,16 +304,19 @@ def launch_scales(
     expect_floats("x", xs[0], KERNEL_DTYPES)
     xs = tuple(dense(x) for x in xs)
     M, K = xs[0].shape
-    lines, length, steps = (-(-M // every), K, (every * K, 1)) if axis == 1 else (K, M, (1, K))
+    looked_at = [(-(-M // step), K, step * K, 1) for step in sorted({every, 1}, reverse=True)]
+    if axis == 0:
+        looked_at = [(K, M, 1, K)]
     # Few numbers an access where lines are columns; never so many parts that their last reduction counts.
-    of_lines = max(32, triton.next_power_of_2(triton.cdiv(lines, 4096)))
-    programs = triton.cdiv(lines, of_lines)
-    parts = torch.empty(len(xs), programs, 2, dtype=torch.float32, device=xs[0].device)
+    of_lines = max(32, triton.next_power_of_2(triton.cdiv(looked_at[-1][0], 4096)))
+    programs = [triton.cdiv(lines, of_lines) for lines, *_ in looked_at]
+    parts = torch.empty(len(xs), sum(programs), 2, dtype=torch.float32, device=xs[0].device)
     scales = torch.empty(len(xs), 3, 4, dtype=torch.float32, device=xs[0].device)
     how = dict(TENSORS=len(xs), LINES=of_lines, ALONG=128, num_warps=4)
-    launch(_measure, (programs,), xs, parts, lines, length, *steps, **how)
+    for n, shape in enumerate(looked_at):
+        launch(_measure, (programs[n],), xs, parts, sum(programs), *shape, BEFORE=sum(programs[:n]), **how)
     bits = round(math.log2(torch.finfo(dtype).max / 1.75)) - room
-    launch(_scales, (len(xs),), parts, scales, programs, length, RANGE=bits, BLOCK=1024, num_warps=4)
+    launch(_scales, (len(xs),), parts, scales, sum(programs), looked_at[0][1], RANGE=bits, BLOCK=1024, num_warps=4)
     return scales
 
 
@@ -483,27 +509,40 @@ def product(
     return (a.values.float() @ b.values.float().t()).mul_(a.scale * b.scale).to(dtype)
 
 
+def kept_factors(ctx, x_ND, w_FD, largest, impl: str, weight: Sequence[torch.Tensor]) -> tuple[Eight, Eight]:
+    """(x, w) in 8 bits, for a Function whose product is x w^T; both turned are kept for `gradients_of_factors`.
+
+    weight: the tensors of w's `Weight8`, or none."""
+    w_8, w_turned = Weight8.of(*weight)[:2] if weight else both_ways(w_FD, E4M3, 0.0, impl)
+    x_8, x_turned = both_ways(x_ND, E4M3, largest, impl)
+    ctx.save_for_backward(*x_turned, *w_turned)
+    ctx.shapes, ctx.dtypes, ctx.impl = (x_ND.shape, w_FD.shape), (x_ND.dtype, w_FD.dtype), impl
+    ctx.no_gradients = [None] * (2 + len(weight))
+    return x_8, w_8
+
+
+def gradients_of_factors(ctx, dy_NF) -> tuple:
+    """(dx, dw, and None for what else `kept_factors` was given)."""
+    x_values, x_scale, w_values, w_scale = ctx.saved_tensors
+    dy_8, dy_turned = both_ways(dy_NF, E5M2, impl=ctx.impl, scale=sampled_scale(dy_NF, ctx.impl))
+    dx = product(dy_8, Eight(w_values, w_scale), ctx.dtypes[0])
+    dw = product(dy_turned, Eight(x_values, x_scale), ctx.dtypes[1])
+    (N, D), (F, _) = ctx.shapes
+    return dx[:N, :D].contiguous(), dw[:F, :D].contiguous(), *ctx.no_gradients
+
+
 class _Linear(torch.autograd.Function):
     """weight: the tensors of a `Weight8`, or none."""
 
     @staticmethod
     def forward(ctx, x_ND, w_FD, largest, impl, *weight):
-        w_8, w_turned = Weight8.of(*weight)[:2] if weight else both_ways(w_FD, E4M3, 0.0, impl)
-        x_8, x_turned = both_ways(x_ND, E4M3, largest, impl)
-        ctx.save_for_backward(*x_turned, *w_turned)
-        ctx.shapes, ctx.dtypes, ctx.impl = (x_ND.shape, w_FD.shape), (x_ND.dtype, w_FD.dtype), impl
-        ctx.no_gradients = [None] * (2 + len(weight))
+        x_8, w_8 = kept_factors(ctx, x_ND, w_FD, largest, impl, weight)
         return product(x_8, w_8, x_ND.dtype, fast=True)[: x_ND.shape[0], : w_FD.shape[0]].contiguous()
 
     @staticmethod
     @differentiable_once("products8.linear")
     def backward(ctx, dy_NF):
-        x_values, x_scale, w_values, w_scale = ctx.saved_tensors
-        dy_8, dy_turned = both_ways(dy_NF, E5M2, impl=ctx.impl, scale=sampled_scale(dy_NF, ctx.impl))
-        dx = product(dy_8, Eight(w_values, w_scale), ctx.dtypes[0])
-        dw = product(dy_turned, Eight(x_values, x_scale), ctx.dtypes[1])
-        (N, D), (E, _) = ctx.shapes
-        return dx[:N, :D].contiguous(), dw[:E, :D].contiguous(), *ctx.no_gradients
+        return gradients_of_factors(ctx, dy_NF)
 
 
 @without_autocast
@@ -522,11 +561,6 @@ def linear(
     conversions. Errors: ValueError for shapes or devices that do not fit, TypeError for dtypes."""
     if w_FD.dim() != 2 or x.shape[-1:] != w_FD.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w_FD.shape)} must be (..., D) and (F, D)")
-    for name, tensor in (("x", x), ("w", w_FD)):
-        expect(name, tensor, tensor.shape, x)
-        expect_floats(name, tensor, KERNEL_DTYPES)
-    refuse_tangents("products8.linear", x, w_FD)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _Linear.apply(rows, w_FD, of_x, impl, *(weight.tensors() if weight else ())).view(
-        *x.shape[:-1], w_FD.shape[0]
-    )
+    expect_operands("products8.linear", x=x, w=w_FD)
+    y = _Linear.apply(in_rows(x), w_FD, of_x, impl, *(weight.tensors() if weight else ()))
+    return y.view(*x.shape[:-1], w_FD.shape[0])

@@ -301,8 +301,8 @@ All products and attention at their ceiling, and nothing else: {floor:.1f} ms.
 the head's three products; `fp8_mlp`: these and the six of each layer's MLP; `fp8`: these and the projections of
 attention, which is the column above. Scales are powers of two and safe for what they scale (kernels/products8.py):
 nothing finite is lost to them, but in the gradient of q, k and v of sequences from 8,192 tokens on: its scale follows
-from at least 4,096 of its rows with 12 binades of room, so rows 4,096 times as large as all of those saturate, and all
-would if those were zero. Rounding to 3 bits costs each product some 4 % of its result's spread. What that does to a
+from at least 4,096 of its rows, or all if those are zeros, with 12 binades of room, so rows 4,096 times as large as all
+of those saturate. Rounding to 3 bits costs each product some 4 % of its result's spread. What that does to a
 loss curve is known of small models only (tests/trainer/test_products.py). GPUs without 8 bits run all in `--dtype`, and
 the log says so.
 

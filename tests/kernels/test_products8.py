@@ -68,6 +68,20 @@ def test_a_sampled_scale_holds_for_rows_that_are_far_larger_and_costs_no_precisi
     assert sampled_scale(few, impl) == scale_for(few, E5M2) * 2**ROOM
 
 
+@pytest.mark.parametrize("impl", WAYS)
+def test_where_a_sampled_scale_sees_zeros_only_it_looks_at_all_rows(impl):
+    """A document of ignored targets every few rows, say; nothing saturates, whatever the other rows hold."""
+    x = draw(3 * SAMPLED_ROWS, 16).mul_(1e4)
+    x[::3] = 0
+    x[6] = torch.nan
+    scale = sampled_scale(x, impl)
+    assert scale == scale_for(x, E5M2) * 2**ROOM
+    back, rows = both_ways(x, E5M2, scale=scale, impl=impl)[0].plain(), x.isfinite().all(1)
+    assert ((back - x.float()).abs() <= x.float().abs() / 8)[rows & (x.abs().amin(1) > 1)].all()
+    x[:] = 0
+    assert not both_ways(x, E5M2, scale=sampled_scale(x, impl), impl=impl)[0].plain().any()
+
+
 def test_conversion_saturates_and_zeros_have_a_scale():
     x = torch.tensor([[1.0, -1e9, 3e38]]).expand(16, 3)
     for dtype, most in ((E4M3, 448.0), (E5M2, 57344.0)):

@@ -59,6 +59,14 @@ def _several(M, K):
     return make
 
 
+def _some_rows_of_zeros(xs):
+    """All but the last tensor with every third row of zeros."""
+    xs = [x.clone() for x in xs]
+    for x in xs[:-1]:
+        x[::3] = 0
+    return xs
+
+
 def _kernel_of_several(module, given):
     found = {}
     for axis in (0, 1):
@@ -66,6 +74,9 @@ def _kernel_of_several(module, given):
         found |= {f"norm {axis}": scales[:, 1, 0], f"scale {axis}": scales[:, 0, 0], f"squares {axis}": scales[:, 2, 0]}
     found["scale in e5m2"] = module.launch_scales(given["xs"], E5M2)[:, 0, 0]
     found["of some rows"] = module.launch_scales(given["xs"], E5M2, every=3, room=5)[:, 0, 0]
+    found["of some rows, zeros"] = module.launch_scales(_some_rows_of_zeros(given["xs"]), E5M2, every=3, room=5)[
+        :, 0, 0
+    ]
     values, turned = module.launch_conversions(given["xs"], E4M3, scales, True)
     for n, (value, other) in enumerate(zip(values, turned)):
         found |= {f"values {n}": value.float(), f"turned {n}": other.float()}
@@ -81,6 +92,8 @@ def _reference_of_several(module, given):
         found |= {f"scale {axis}": torch.stack([module.scale_for(x.float(), E4M3) for x in given["xs"]])}
     found["scale in e5m2"] = torch.stack([module.scale_for(x.float(), E5M2) for x in given["xs"]])
     found["of some rows"] = torch.stack([32 * module.scale_for(x.float()[::3], E5M2) for x in given["xs"]])
+    zeroed = [*_some_rows_of_zeros(given["xs"])[:-1], given["xs"][-1][::3]]
+    found["of some rows, zeros"] = torch.stack([32 * module.scale_for(x.float(), E5M2) for x in zeroed])
     for n, (x, scale) in enumerate(zip(given["xs"], found["scale 1"])):
         value = module.in_8_bits_reference(x, E4M3, scale).float()
         found |= {f"values {n}": value, f"turned {n}": value.t()}
@@ -212,8 +225,11 @@ FAMILY = Family(
         Fault("all programs measure the first lines", "tl.program_id(0) * LINES +", "0 * LINES +"),
         Fault("parts of all tensors are the first one's", "p_parts + i * tl.num_programs(0) * 2", "p_parts + i * 0"),
         Fault("a norm is of one number", "b_squares += b_x * b_x", "b_squares = b_x * b_x"),
-        Fault("all rows are looked at", "(every * K, 1)", "(K, 1)"),
-        Fault("rows are looked at past the end", "-(-M // every)", "M"),
+        Fault("the first rows are looked at", "K, step * K, 1)", "K, K, 1)"),
+        Fault("rows are looked at past the end", "-(-M // step)", "M"),
+        Fault("all rows are looked at in any case", "tl.where(known > 0, 0, length)", "length"),
+        Fault("rows of zeros are all that is looked at", "tl.where(known > 0, 0, length)", "0"),
+        Fault("one tensor's zeros are all tensors'", "p_known = p_parts + i * parts * 2", "p_known = p_parts"),
         Fault("no room is left", ") - room", ")"),
         Fault("lines are columns", "else (K, M, (1, K))", "else (K, M, (K, 1))"),
         Fault(
