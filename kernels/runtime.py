@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -146,10 +147,15 @@ class Tile(NamedTuple):
 Tiles = dict[tuple[str, str, int], Tile]
 
 
-def tile_of(tiles: Tiles, kernel: str, dtype: torch.dtype, kind: str | None = None) -> Tile:
-    """The tile of `kernel` for elements of `dtype`, on this device or on `kind`; that of "default" if it has none."""
+def tile_of(
+    tiles: Tiles, kernel: str, dtype: torch.dtype, kind: str | None = None, special: Sequence[str] = ()
+) -> Tile:
+    """The tile of `kernel` for elements of `dtype`, on this device or on `kind`; that of "default" if it has none.
+
+    special: names of tiles that are taken before, the first that the device has one of."""
     kind = device_kind() if kind is None else kind
-    return tiles.get((kind, kernel, dtype.itemsize)) or tiles["default", kernel, dtype.itemsize]
+    found = (tiles.get((kind, name, dtype.itemsize)) for name in (*special, kernel))
+    return next((tile for tile in found if tile), None) or tiles["default", kernel, dtype.itemsize]
 
 
 def copies_in_bulk(x: torch.Tensor) -> bool:

@@ -67,6 +67,10 @@ RULES = (
     Rule("dropped dense", r"\bdense\((\w+)\)", r"\1"),
     Rule("schedule", r"descending=True", "descending=False"),
     Rule("off by one", r"\+ 1\b", "+ 2"),
+    Rule("removed barrier", r"^( +)(mbarrier\.(wait|arrive)|fence_async_shared|tiles_read)\(.*\)$", r"\1pass"),
+    Rule("missing store mask", r"(gl\.store\(.*), mask=.*\)$", r"\1)"),
+    Rule("swapped operands", r"\.permute\(\(1, 0\)\)", ""),
+    Rule("comparison", r" <= ", " < "),
 )
 
 _NOT_STORED = "what is read where the mask is off is not stored: the same program"
