@@ -84,6 +84,6 @@ def test_the_share_of_the_ceiling_that_the_plain_rate_means(medium):
 def test_the_kernels_around_one_pass_cost_their_bytes():
     row = dict(kind="own", phase="backward", part="attention_layer", bits=16, launches=1, flops=0.0)
     kernels = [row | {"kernel": name, "bytes": 3e9 * 0.85 if name in module.AROUND else 1e15} for name in ONE_PASS]
-    counted = {"device": "h100", "step": {"launches": 0, "messages": [], "kernels": kernels}}
+    counted = {"device": "h100", "world": 8, "step": {"launches": 0, "queues": [], "kernels": kernels}}
     told = module.project(counted, attention_tflop=2.3, over_plain=0.5)
     assert told["parts"]["attention"] == pytest.approx(2.3 / 230 * 1e3 * 0.5 + 2 * 1.0)
