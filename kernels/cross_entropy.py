@@ -397,8 +397,7 @@ def launch_rows(
     one = block >= V
     tail = 0 if one or V % block == 0 else triton.next_power_of_2(V % block)
     lanes = 64 if device_kind().startswith("gfx") else 32
-    most = 256 if device_kind() == "sm_100" and into is None else 512  # a thread of 512 would spill there
-    threads = max(min(block // 16, most), 4 * lanes)
+    threads = max(min(block // 16, 512), 4 * lanes)
     two_fit = {} if lanes == 64 else {"maxnreg": min(_REGISTERS // (2 * threads), 255)}
     losses = torch.empty(N, dtype=torch.float32, device=z_NV.device) if losses is None else losses
     if losses.dtype != torch.float32 or not losses.is_contiguous():

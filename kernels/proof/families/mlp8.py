@@ -84,7 +84,7 @@ def _launch(N=65536, D=1024, F=4096, **options):
         empty = lambda *size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
         scale = empty(dtype=torch.float32)
         eight = lambda *size, dtype=E4M3: module.Eight(empty(*size, dtype=dtype), scale)  # noqa: E731
-        tile = module.tile_of(module.TILES, "product", E4M3)._replace(**options)
+        tile = module.tile_of(module.TILES, "product", E4M3)._replace(**options) if options else None
         module.launch_product_8(eight(N, D), eight(F, D), scale, tile=tile)
         module.launch_product_8(eight(N, D, dtype=E5M2), eight(F, D), scale, eight(F, N), tile=tile)
         module.launch_added_product_8(eight(N, F), eight(D, F), empty(N, D, dtype=torch.bfloat16), tile=tile)
