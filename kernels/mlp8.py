@@ -51,7 +51,6 @@ from kernels.products8 import (
     in_8_bits_reference,
     kept_factors,
     product,
-    sampled_scale,
     saturated,
     scale_for,
     weights_in_8_bits,
