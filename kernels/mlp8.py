@@ -481,3 +481,45 @@ def added_linear_8(
     return _AddedLinear8.apply(
         in_rows(residual), in_rows(x), w_DE, of_x, impl, *(weight.tensors() if weight else ())
     ).view(residual.shape)
+
+
+# ---- a linear layer behind a norm -------------------------------------------------------------------------
+
+
+class _NormedLinear8(torch.autograd.Function):
+    """weight: the tensors of a `Weight8`, or none."""
+
+    @staticmethod
+    def forward(ctx, s_ND, w_FD, columns, impl, *weight):
+        scale = scale_for(s_ND, E4M3, s_ND.shape[1] ** 0.5)
+        run = _normed if implementation(impl, s_ND) == "triton" else normed_reference
+        r_N, *values = run(s_ND, scale)
+        of_norm = tuple(Eight(value, scale) for value in values)
+        x, w = kept_factors(ctx, s_ND, w_FD, 0.0, impl, weight, of_norm, s_ND, r_N)
+        first_NC = (s_ND[:, :columns] * r_N[:, None]).to(s_ND.dtype)
+        return product(x, w, s_ND.dtype, fast=True)[: s_ND.shape[0], : w_FD.shape[0]].contiguous(), first_NC
+
+    @staticmethod
+    @differentiable_once("normed_linear_8")
+    def backward(ctx, dy_NF, dfirst_NC):
+        s_ND, r_N = ctx.saved_tensors[4:]
+        g_ND, dw_FD, *nones = gradients_of_factors(ctx, dy_NF)
+        more = torch.nn.functional.pad(dfirst_NC, (0, g_ND.shape[1] - dfirst_NC.shape[1]))
+        g, y = g_ND.to(r_N.dtype) + more, s_ND * r_N[:, None]
+        ds = r_N[:, None] * (g - y * (g * y).mean(-1, keepdim=True))
+        return ds.to(s_ND.dtype), dw_FD, *nones
+
+
+@without_autocast
+def normed_linear_8(
+    x: torch.Tensor, w_FD: torch.Tensor, columns: int = 0, *, weight: Weight8 | None = None, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x) w^T, the first so many columns of rms_norm(x)) of x (..., D) and w (F, D); the products as in
+    `products8.linear`. The norm is written in 8 bits only, so that a pass over x is saved."""
+    if w_FD.dim() != 2 or x.shape[-1:] != w_FD.shape[1:]:
+        raise ValueError(f"x {tuple(x.shape)} and w {tuple(w_FD.shape)} must be (..., D) and (F, D)")
+    expect_operands("normed_linear_8", x=x, w=w_FD)
+    if implementation(impl, x) == "triton" and x.shape[-1] > _WIDEST:
+        raise ValueError(f"x {tuple(x.shape)}: rows of more than {_WIDEST} numbers do not fit into a program")
+    found = _NormedLinear8.apply(in_rows(x), w_FD, columns, impl, *(weight.tensors() if weight else ()))
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in found)

@@ -509,13 +509,23 @@ def product(
     return (a.values.float() @ b.values.float().t()).mul_(a.scale * b.scale).to(dtype)
 
 
-def kept_factors(ctx, x_ND, w_FD, largest, impl: str, weight: Sequence[torch.Tensor]) -> tuple[Eight, Eight]:
-    """(x, w) in 8 bits, for a Function whose product is x w^T; both turned are kept for `gradients_of_factors`.
+def kept_factors(
+    ctx,
+    x_ND,
+    w_FD,
+    largest,
+    impl: str,
+    weight: Sequence[torch.Tensor],
+    eight: tuple[Eight, Eight] | None = None,
+    *others: torch.Tensor,
+) -> tuple[Eight, Eight]:
+    """(x, w) in 8 bits, for a Function whose product is x w^T; both turned are kept for `gradients_of_factors`, and
+    `others` after these four tensors.
 
-    weight: the tensors of w's `Weight8`, or none."""
+    weight: the tensors of w's `Weight8`, or none. eight: x both ways, if it is there already."""
     w_8, w_turned = Weight8.of(*weight)[:2] if weight else both_ways(w_FD, E4M3, 0.0, impl)
-    x_8, x_turned = both_ways(x_ND, E4M3, largest, impl)
-    ctx.save_for_backward(*x_turned, *w_turned)
+    x_8, x_turned = eight or both_ways(x_ND, E4M3, largest, impl)
+    ctx.save_for_backward(*x_turned, *w_turned, *others)
     ctx.shapes, ctx.dtypes, ctx.impl = (x_ND.shape, w_FD.shape), (x_ND.dtype, w_FD.dtype), impl
     ctx.no_gradients = [None] * (2 + len(weight))
     return x_8, w_8
@@ -523,7 +533,7 @@ def kept_factors(ctx, x_ND, w_FD, largest, impl: str, weight: Sequence[torch.Ten
 
 def gradients_of_factors(ctx, dy_NF) -> tuple:
     """(dx, dw, and None for what else `kept_factors` was given)."""
-    x_values, x_scale, w_values, w_scale = ctx.saved_tensors
+    x_values, x_scale, w_values, w_scale = ctx.saved_tensors[:4]
     dy_8, dy_turned = both_ways(dy_NF, E5M2, impl=ctx.impl, scale=sampled_scale(dy_NF, ctx.impl))
     dx = product(dy_8, Eight(w_values, w_scale), ctx.dtypes[0])
     dw = product(dy_turned, Eight(x_values, x_scale), ctx.dtypes[1])

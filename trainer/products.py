@@ -21,7 +21,8 @@ from torch import Tensor
 from kernels import products8
 from kernels.guards import differentiable_once
 from kernels.mlp import normed_mlp
-from kernels.mlp8 import added_linear_8, normed_mlp_8
+from kernels.mlp8 import added_linear_8, normed_linear_8, normed_mlp_8
+from kernels.norm import rms_norm
 from trainer.leaving import leaving
 
 NAMES = ("bf16", "fp8_head", "fp8_mlp", "fp8")  # each has those of the one before it
@@ -171,11 +172,17 @@ def mlp_added(x_BTD: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, impls: Mapping[s
     return normed_mlp(x_BTD, w_in_FD, w_out_DF, impl=impls["mlp"])
 
 
-def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, Any], kind: str, of_x: float = 0.0) -> Tensor:
-    """x w^T, of the attention's four: kind "qkv" or "o". of_x: a bound on x, if there is one."""
+def linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, Any]) -> Tensor:
+    """x w^T, of attention's first three."""
+    return products8.linear(x, w_FD, weight=impls.get("qkv")) if in_8_bits(impls, "fp8") else F.linear(x, w_FD)
+
+
+def normed_linear(x: Tensor, w_FD: Tensor, impls: Mapping[str, Any], columns: int) -> tuple[Tensor, Tensor]:
+    """(norm(x) w^T, the first so many columns of norm(x)), of attention's first three."""
     if in_8_bits(impls, "fp8"):
-        return products8.linear(x, w_FD, of_x=of_x, weight=impls.get(kind))
-    return F.linear(x, w_FD)
+        return normed_linear_8(x, w_FD, columns, weight=impls.get("qkv"))
+    y = rms_norm(x)
+    return F.linear(y, w_FD), y[..., :columns]
 
 
 def largest_value(factors_2: Tensor, ve_BTD: Tensor | None, config: Any, impls: Mapping[str, Any]) -> float | Tensor:

@@ -596,19 +596,22 @@ class Techniques(nn.Module):
         if not block.has_attention:
             return None
         c, layer, D, H = self.config, block.layer, x_BTD.size(-1), self.config.num_heads
-        y_BTD = norm(x_BTD) if c.norm_before_attention else x_BTD
-        narrow, of_y = narrow_rows(c, layer), D**0.5 if c.norm_before_attention else 0.0
+        if c.norm_before_attention:
+            qkv_BTE, y_BTG = products.normed_linear(x_BTD, impls["w_qkv"], impls, GATE_INPUTS)
+        else:
+            qkv_BTE, y_BTG = products.linear(x_BTD, impls["w_qkv"], impls), x_BTD
+        narrow = narrow_rows(c, layer)
         R = D // H // 2  # columns of the tables for wide heads; those for narrow ones follow
         rotary = tuple(table[:, R:] if narrow else table[:, :R] for table in rotary)
         scale = c.narrow_qk_scale if narrow and c.narrow_qk_scale else c.attention_scale
         pair, impl = layer in self.paired, impls["attention_inputs"] if cache is None else "reference"
         q, k, v, own = head_inputs(
-            products.linear(y_BTD, impls["w_qkv"], impls, "qkv", of_y),
+            qkv_BTE,
             rotary,
             heads=H,
             width=D // H,
             ve_BTD=ve_BTD,
-            factor_BTH=None if ve_BTD is None else self.value_factor(y_BTD, layer, dynamic[0]),
+            factor_BTH=None if ve_BTD is None else self.value_factor(y_BTG, layer, dynamic[0]),
             more_BTD=dynamic[1],
             s_2=None if c.output_scalar else scalars_2,
             query_factor=gpt.query_factor,
@@ -619,25 +622,27 @@ class Techniques(nn.Module):
             keys_before=None if cache is None else lambda k: cache.last_key(layer, k),
             impl=impl,
         )
-        mixing = self.head_mixing(y_BTD) if self.head_mixing is not None and layer == c.num_layers - 1 else None
+        mixing = None
+        if self.head_mixing is not None and layer == c.num_layers - 1:
+            mixing = self.head_mixing(norm(x_BTD) if c.norm_before_attention else x_BTD)
         if cache is None:
             o_BTHDh = attention(q, k, v, plan, scale=scale, impl=impls["attention"])
             if mixing is not None:
                 o_BTHDh = o_BTHDh + mixed_heads(q, k, v, mixing, plan.first_key_BT, scale)
         else:
             o_BTHDh = cache.attend(layer, q, k, v, plan.first_key_BT, scale, 2 if pair else 1, mixing)
-        alpha, gate = None, self.opened(y_BTD, layer, gates) if c.output_gates else None  # #117
+        alpha, gate = None, self.opened(y_BTG, layer, gates) if c.output_gates else None  # #117
         if own is not None:
             alpha = self.xsa_w[layer] if self.xsa_w is not None else gates.alpha
         return head_outputs(o_BTHDh, own, alpha, gate, paired=pair, impl=impl)
 
-    def opened(self, y_BTD: Tensor, layer: int, gates: Any) -> Tensor:
+    def opened(self, y_BTG: Tensor, layer: int, gates: Any) -> Tensor:
         """How far each head's gate is open, (B, T, H)."""
         if self.output_gates is None:
             return gates.output
-        return gate(y_BTD, self.output_gates[layer].to(y_BTD.dtype))
+        return gate(y_BTG, self.output_gates[layer].to(y_BTG.dtype))
 
-    def value_factor(self, y_BTD: Tensor, layer: int, factors: Any) -> Tensor | None:
+    def value_factor(self, y_BTG: Tensor, layer: int, factors: Any) -> Tensor | None:
         """(B, T, H): with `value_gates` (#186) a value embedding comes with a factor 2 sigmoid(G y[:16]) a head, in the
         last layer of `dynamic_skips` with a network's; None: with what scalars say."""
         if factors is not None:
@@ -645,4 +650,4 @@ class Techniques(nn.Module):
             return 2 + torch.cat([row[3].expand(-1, -1, H // 2) for row in factors], -1)
         if self.value_gates is None:
             return None
-        return 2 * gate(y_BTD, self.value_gates[self.gated.index(layer)].to(y_BTD.dtype))
+        return 2 * gate(y_BTG, self.value_gates[self.gated.index(layer)].to(y_BTG.dtype))

@@ -377,6 +377,19 @@ def _normed_mlp_8_reference(module, g):
     return {"y": module.normed_mlp_8(x, w_in, w_out, impl="reference").to(g["x"].dtype)}
 
 
+def _normed_linear_8(module, g, impl):
+    return dict(zip(("y", "first"), module.normed_linear_8(g["x"], g["w"], 3, impl=impl)))
+
+
+def _normed_linear_8_reference(module, g):
+    found = module.normed_linear_8(g["x"].float(), g["w"].float(), 3, impl="reference")
+    return {name: y.to(g["x"].dtype) for name, y in zip(("y", "first"), found)}
+
+
+def _normed_linear_8_inputs(random):
+    return _draw(random, x=(2, 5, 8), w=(12, 8), upstream_y=(2, 5, 12), upstream_first=(2, 5, 3))
+
+
 def _added_linear_8_inputs(random):
     return _draw(random, residual=(2, 5, 12), x=(2, 5, 8), w=(12, 8), upstream_y=(2, 5, 12))
 
@@ -673,6 +686,15 @@ OPERATORS: dict[str, Operator] = {
             _normed_mlp_8,
             _normed_mlp_8_reference,
             ("x", "w_in", "w_out"),
+            implementations=("reference", "triton"),
+        ),
+        Operator(
+            "linear behind a norm, 8 bits",
+            "kernels.mlp8",
+            _normed_linear_8_inputs,
+            _normed_linear_8,
+            _normed_linear_8_reference,
+            ("x", "w"),
             implementations=("reference", "triton"),
         ),
         Operator(

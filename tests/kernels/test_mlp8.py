@@ -8,7 +8,7 @@ import torch
 
 from kernels import mlp8, products8
 from kernels.mlp import relu_squared_mlp_reference
-from kernels.mlp8 import added_linear_8, normed_mlp_8, relu_squared_mlp_8
+from kernels.mlp8 import added_linear_8, normed_linear_8, normed_mlp_8, relu_squared_mlp_8
 from kernels.norm import rms_norm_reference
 from kernels.products8 import E4M3, E5M2
 from kernels.runtime import INTERPRETED
@@ -115,6 +115,29 @@ def test_a_linear_layer_beside_a_residual_against_float64(impl, with_weight):
     residual[2, 3] = torch.nan
     spoiled = added_linear_8(residual, x, w, impl=impl)
     assert spoiled[2, 3].isnan().all() and spoiled.isnan().sum() == 72
+
+
+@pytest.mark.parametrize("impl", WAYS)
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_a_linear_layer_behind_a_norm_against_float64(impl, with_weight):
+    """Both results, and gradients through both: the norm's first columns are not in 8 bits."""
+    x, w = 3 * draw(5, 14, D), draw(72, D, seed=1) * D**-0.5
+    dy, dfirst = 1e-6 * draw(5, 14, 72, seed=2), 1e-6 * draw(5, 14, 6, seed=3)
+    eight = products8.weights_in_8_bits([w], 1, impl)[0] if with_weight else None
+    true = [x.double().requires_grad_(), w.double().requires_grad_()]
+    y = true[0] * torch.rsqrt(true[0].square().mean(-1, keepdim=True))
+    right = [y @ true[1].t(), y[..., :6]]
+    right += torch.autograd.grad(right, true, [dy.double(), dfirst.double()])
+    given = [x.requires_grad_(), w.requires_grad_()]
+    found = list(normed_linear_8(x, w, 6, weight=eight, impl=impl))
+    found += torch.autograd.grad(found, given, [dy, dfirst])
+    assert errors([found[1]], [right[1]])[0] <= 1e-5
+    for place in (0, 2, 3):
+        assert 0.01 < errors([found[place]], [right[place]])[0] <= 0.07
+    with torch.no_grad():
+        x[2, 3] = torch.nan
+        spoiled, first = normed_linear_8(x, w, 6, impl=impl)
+    assert spoiled[2, 3].isnan().all() and spoiled.isnan().sum() == 72 and first.isnan().sum() == 6
 
 
 @pytest.mark.parametrize("impl", WAYS)

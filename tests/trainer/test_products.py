@@ -1,5 +1,6 @@
 """`--products`: what trains in 8 bits, what the log says of it, and its older name."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -123,7 +124,8 @@ def test_factors_of_weights_and_their_gradients(chosen):
     for n, (inwards, w_o) in parts.items():
         for place, kind, ws in ((0, "qkv", inwards), (1, "o", [w_o])):
             given = [factors, *(w for name, w in blocks[n].items() if name not in mlp)]
-            ours = products.linear(x, impls_L[n][f"w_{kind}"], impls_L[n], kind)
+            into = {"qkv": products.linear, "o": functools.partial(products.added, torch.zeros(64, 32))}[kind]
+            ours = into(x, impls_L[n][f"w_{kind}"], impls_L[n])
             right = (x.double() @ torch.cat(ws).double().T) * factors[n, place].double()
             upstream = draw(*ours.shape)
             found = [ours, *torch.autograd.grad(ours, given, upstream, retain_graph=True, materialize_grads=True)]
