@@ -75,6 +75,11 @@ FLOOR = {
 DEVICES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor of that shape that has no storage, for a `Launch`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 class Numeric(NamedTuple):
     """One numeric case: `kernel` and `reference` take (module, inputs) and return outputs by the same names.
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof import Demand, Family, Fault, Launch, Numeric, meta
 from kernels.proof.families.products8 import FLOAT8_DEVICES
 from kernels.proof.operators import same_layout
 
@@ -128,11 +128,11 @@ def _launch(dtype, N=4096, V=50304, softcap="rsqrt", K=0, eight=False):
         import kernels.cross_entropy as module
         from kernels.products8 import E5M2, Eight
 
-        z = torch.empty(N, V, dtype=dtype, device="meta")
-        targets = torch.empty((N, K) if K else N, dtype=torch.int64, device="meta")
-        weights = torch.empty(K, device="meta") if K else None
+        z = meta(N, V, dtype=dtype)
+        targets = meta(*([N, K] if K else [N]), dtype=torch.int64)
+        weights = meta(K, dtype=torch.float32) if K else None
         if eight:
-            into = Eight(torch.empty(N, V, dtype=E5M2, device="meta"), torch.empty((), device="meta"))
+            into = Eight(meta(N, V, dtype=E5M2), meta(dtype=torch.float32))
             module.launch_rows(z, targets, softcap, IGNORED, True, weights=weights, into=into)
             return
         module.launch_rows(z, targets, softcap, IGNORED, True, weights=weights)

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof import Demand, Family, Fault, Launch, Numeric, meta
 from kernels.proof.operators import same_layout
 
 
@@ -103,11 +103,8 @@ def _launch(dtype, N=65536, V=50257, D=1024, tables=1, uses=1):
     def run():
         import kernels.embedding as module
 
-        def meta(*shape, dtype=torch.int32):
-            return torch.empty(*shape, dtype=dtype, device="meta")
-
         dys = [meta(N, D, dtype=dtype) for _ in range(tables * uses)]
-        module.launch_gradients(dys, meta(N), meta(V + 1), tables)
+        module.launch_gradients(dys, *(meta(size, dtype=torch.int32) for size in (N, V + 1)), tables)
 
     return run
 
@@ -116,11 +113,9 @@ def _launch_update(dtype, M=131072, V=2097152, D=1024):
     def run():
         import kernels.embedding as module
 
-        def meta(*shape, dtype=torch.int64):
-            return torch.empty(*shape, dtype=dtype, device="meta")
-
         state = meta(V, D, dtype=dtype), meta(V, dtype=torch.float32), meta(V, dtype=torch.float32)
-        module.launch_update_(*state, meta(M), meta(M, D, dtype=dtype), meta(M), 0.3, 0.95, 1e-8)
+        rows, order = (meta(M, dtype=torch.int64) for _ in range(2))
+        module.launch_update_(*state, rows, meta(M, D, dtype=dtype), order, 0.3, 0.95, 1e-8)
 
     return run
 
@@ -132,10 +127,10 @@ def _launch_move(*tables, V=50257, D=1024, dtype=torch.bfloat16):
         import kernels.embedding as module
 
         for several in tables:
-            together = [torch.empty(V, D, dtype=dtype, device="meta") for _ in range(several)]
-            rows = torch.empty(30 * 1024, dtype=torch.int64, device="meta")
+            together = [meta(V, D, dtype=dtype) for _ in range(several)]
+            rows = meta(30 * 1024, dtype=torch.int64)
             for pack in (True, False):
-                packed = torch.empty(several, len(rows), D, dtype=dtype, device="meta")
+                packed = meta(several, len(rows), D, dtype=dtype)
                 module.launch_move(together, rows, packed, pack)
 
     return run

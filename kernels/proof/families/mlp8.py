@@ -5,7 +5,7 @@ bits at the end must be the same number."""
 
 import torch
 
-from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof import Demand, Family, Fault, Launch, Numeric, meta
 from kernels.proof.families.products8 import E4M3, E5M2, FLOAT8_DEVICES
 from kernels.runtime import triton
 
@@ -81,13 +81,12 @@ def _launch(N=65536, D=1024, F=4096, **options):
     def run():
         import kernels.mlp8 as module
 
-        empty = lambda *size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
-        scale = empty(dtype=torch.float32)
-        eight = lambda *size, dtype=E4M3: module.Eight(empty(*size, dtype=dtype), scale)  # noqa: E731
+        scale = meta(dtype=torch.float32)
+        eight = lambda *size, dtype=E4M3: module.Eight(meta(*size, dtype=dtype), scale)  # noqa: E731
         tile = module.tile_of(module.TILES, "product", E4M3)._replace(**options) if options else None
         module.launch_product_8(eight(N, D), eight(F, D), scale, tile=tile)
         module.launch_product_8(eight(N, D, dtype=E5M2), eight(F, D), scale, eight(F, N), tile=tile)
-        module.launch_added_product_8(eight(N, F), eight(D, F), empty(N, D, dtype=torch.bfloat16), tile=tile)
+        module.launch_added_product_8(eight(N, F), eight(D, F), meta(N, D), tile=tile)
 
     return run
 
@@ -98,12 +97,9 @@ def _launch_gradient(N=65536, D=1024, E=3072):
     def run():
         import kernels.mlp8 as module
 
-        scale = torch.empty((), device="meta")
-        dy, w = (
-            module.Eight(torch.empty(rows, E, dtype=dtype, device="meta"), scale)
-            for rows, dtype in ((N, E5M2), (D, E4M3))
-        )
-        module.launch_added_product_8(dy, w, torch.empty(N, D, dtype=torch.bfloat16, device="meta"))
+        scale = meta(dtype=torch.float32)
+        dy, w = (module.Eight(meta(rows, E, dtype=dtype), scale) for rows, dtype in ((N, E5M2), (D, E4M3)))
+        module.launch_added_product_8(dy, w, meta(N, D))
 
     return run
 
@@ -147,7 +143,7 @@ def _launch_normed(N=65536, D=1024):
     def run():
         import kernels.mlp8 as module
 
-        module.launch_normed(torch.empty(N, D, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta"))
+        module.launch_normed(meta(N, D), meta(dtype=torch.float32))
 
     return run
 

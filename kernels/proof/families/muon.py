@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof import Demand, Family, Fault, Launch, Numeric, meta
 from kernels.proof.operators import same_layout
 
 ALPHA, BETA, MOMENTUM, LR, DECAY = 0.7, -1.3, 0.9, 0.3, 0.1
@@ -66,14 +66,14 @@ def _launch(dtype, B=60, M=1024, K=1024):
     def run():
         import kernels.muon as module
 
-        x = torch.empty(B, M, K, dtype=dtype, device="meta")
+        x = meta(B, M, K, dtype=dtype)
         product = module.launch_symmetric(x)
         module.launch_symmetric(product, product, alpha=ALPHA, beta=BETA)
-        wide = torch.empty(M, K, dtype=torch.float32, device="meta")
-        module.launch_momentum(wide, torch.empty(M, K, dtype=dtype, device="meta"), MOMENTUM)
+        wide = meta(M, K, dtype=torch.float32)
+        module.launch_momentum(wide, meta(M, K, dtype=dtype), MOMENTUM)
         if dtype == torch.bfloat16:
-            low = torch.empty(M, K, dtype=torch.int16, device="meta")
-            module.launch_update(x[0], low, torch.empty(M, K, dtype=dtype, device="meta"), LR, DECAY)
+            low = meta(M, K, dtype=torch.int16)
+            module.launch_update(x[0], low, meta(M, K, dtype=dtype), LR, DECAY)
             module.launch_update(x[0], low, wide, LR, DECAY, cautious=True)
         else:
             module.launch_update(wide, None, wide, LR, DECAY)
@@ -85,9 +85,7 @@ def _launch_step():
     """The update as the trainer's step launches it: a bfloat16 weight with its mantissa, the update in float32."""
     import kernels.muon as module
 
-    weight, low, update = (
-        torch.empty(1024, 1024, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int16, torch.float32)
-    )
+    weight, low, update = (meta(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.int16, torch.float32))
     module.launch_update(weight, low, update, LR, DECAY)
 
 
@@ -95,7 +93,7 @@ def _launch_wide():
     """Momentum and update of a float32 weight with a float32 gradient, which decays cautiously."""
     import kernels.muon as module
 
-    weight, gradient, buffer = (torch.empty(1024, 1024, dtype=torch.float32, device="meta") for _ in range(3))
+    weight, gradient, buffer = (meta(1024, 1024, dtype=torch.float32) for _ in range(3))
     module.launch_momentum(buffer, gradient, MOMENTUM)
     module.launch_update(weight, None, gradient, LR, DECAY, cautious=True)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.proof import Demand, Family, Fault, Launch, Numeric, meta
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLOAT8_DEVICES = ("sm_90", "sm_100")
@@ -135,9 +135,9 @@ def _launch(dtype, kind, M, K):
     def run():
         import kernels.products8 as module
 
-        x, scale = torch.empty(M, K, dtype=dtype, device="meta"), torch.empty((), device="meta")
+        x, scale = meta(M, K, dtype=dtype), meta(dtype=torch.float32)
         values, _ = module.launch_in_8_bits(x, kind, scale, True)
-        module.launch_turn(values, torch.empty(K, M, dtype=kind, device="meta"))
+        module.launch_turn(values, meta(K, M, dtype=kind))
         module.launch_scales([x], kind)
 
     return run
@@ -147,9 +147,9 @@ def _launch_sampled(M, K):
     def run():
         import kernels.products8 as module
 
-        x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+        x = meta(M, K)
         module.launch_scales([x], E5M2, every=M // module.SAMPLED_ROWS, room=module.ROOM)
-        module.launch_in_8_bits(x, E5M2, torch.empty((), device="meta"), True)
+        module.launch_in_8_bits(x, E5M2, meta(dtype=torch.float32), True)
 
     return run
 
@@ -158,7 +158,7 @@ def _launch_of_weights(layers, F, D, axis):
     def run():
         import kernels.products8 as module
 
-        module.launch_weights([torch.empty(F, D, dtype=torch.bfloat16, device="meta") for _ in range(layers)], axis)
+        module.launch_weights([meta(F, D) for _ in range(layers)], axis)
 
     return run
 
