@@ -90,13 +90,23 @@ def _update(name, *sizes, **options):
 
 
 def _layouts(module, device):
-    """Order and starts that are strided or expanded."""
+    """Order and starts that are strided, the rows and places of an update, and the rows that are moved."""
     given = _inputs(24, 6, 8, 1, 1)(torch.Generator().manual_seed(0))
     order, starts = module.in_order(given["rows"], 6)
     dys = [dy.to(device) for dy in given["dys"]]
     right = module.launch_gradients(dys, order.to(device), starts.to(device), 1)
     strided = [torch.stack([x, x], 1)[:, 0].to(device) for x in (order, starts)]
     assert torch.equal(module.launch_gradients(dys, *strided, 1)[0], right[0])
+    given = _rows_to_move(torch.Generator().manual_seed(0))
+    given = {name: [x.to(device) for x in xs] if name == "tables" else xs.to(device) for name, xs in given.items()}
+    apart = given | {"rows": torch.stack([given["rows"], given["rows"] * 0], 1)[:, 0]}
+    for x, y in zip(*(_moved(_move)(module, which).values() for which in (apart, given))):
+        assert torch.equal(x, y), "rows to move that are not dense"
+    update = _updated("launch_update_")
+    given = {name: x.to(device) for name, x in _rows_to_update(24, 9, 8)(torch.Generator().manual_seed(0)).items()}
+    apart = {name: torch.stack([given[name], given[name] * 0 + 1], 1)[:, 0] for name in ("rows", "places")}
+    for name, x in update(module, given | apart).items():
+        assert torch.equal(x, update(module, given)[name]), f"{name} of rows and places that are not dense"
 
 
 def _launch(dtype, N=65536, V=50257, D=1024, tables=1, uses=1):

@@ -131,6 +131,19 @@ def _formats(module, device):
             assert values.dtype == dtype and torch.equal(values.float(), true.float()), dtype
 
 
+def _layouts(module, device):
+    """Tensors that are not dense have the scales and the numbers of dense ones."""
+    xs = [x.to(device) for x in _several(20, 40)(torch.Generator().manual_seed(0))["xs"]]
+    strided = [x.t().contiguous().t() for x in xs]
+    for how in (dict(axis=0), dict(axis=1), dict(every=3)):
+        found, right = (module.launch_scales(given, E4M3, **how)[:, :, 0] for given in (strided, xs))
+        assert torch.equal(found, right), how
+    scales = module.launch_scales(xs, E4M3)
+    both = (module.launch_conversions(given, E4M3, scales, True) for given in (strided, xs))
+    for found, right in zip(*both):
+        assert all(torch.equal(x.float(), y.float()) for x, y in zip(found, right))
+
+
 def _launch(dtype, kind, M, K):
     def run():
         import kernels.products8 as module
@@ -192,8 +205,19 @@ FAMILY = Family(
         "_measure": Demand(wide=("p_x",)),
         "_scales": Demand(),
     },
-    checks=(("finite numbers only", _finite_only), ("what is not finite", _not_finite), ("formats", _formats)),
+    checks=(
+        ("finite numbers only", _finite_only),
+        ("what is not finite", _not_finite),
+        ("formats", _formats),
+        ("layouts", _layouts),
+    ),
     faults=(
+        Fault(
+            "what is measured is taken for dense",
+            "    xs = tuple(dense(x) for x in xs)\n",
+            "    xs = tuple(xs)\n",
+            by="layouts",
+        ),
         Fault(
             "x is taken for dense",
             "tuple(dense(x) for x in xs), dense(scales)",
