@@ -58,6 +58,14 @@ class HeadInputs(NamedTuple):
     own: Tensor | None
 
 
+class HeadOutputs(NamedTuple):
+    """Of `head_outputs`. y: (B, T, H Dv). largest: float32 (), the largest finite number of y if it was asked for, else
+    0: what `of_x` of the 8-bit products means by both."""
+
+    y: Tensor
+    largest: Tensor | float
+
+
 # ---- in plain torch ----------------------------------------------------------------------------------------
 
 
@@ -383,12 +391,20 @@ def _tanh(b_x):
 
 
 @triton.jit
+def _most(p_out, b_x):
+    """The largest finite number of each row as p_out will have it."""
+    b_x = tl.abs(b_x.to(p_out.dtype.element_ty).to(tl.float32))
+    return tl.max(tl.where(b_x < float("inf"), b_x, 0.0), 1)
+
+
+@triton.jit
 def _head_outputs(
     p_o,
     p_own,
     p_alpha,
     p_gate,
     p_out,
+    p_most,
     tokens,
     alpha_apart,
     gate_apart,
@@ -398,12 +414,14 @@ def _head_outputs(
     PAIR: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    MEASURED: tl.constexpr,
 ):
     """What the product back reads, of ROWS of the B * T tokens; alpha_apart, gate_apart: from one token to the next, 0
-    for an alpha that all have."""
+    for an alpha that all have. MEASURED: and the largest finite number of it, (programs,)."""
     o_token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_token = o_token < tokens
     o_wide = o_token.to(tl.int64)
+    b_most = tl.zeros([ROWS], tl.float32)
     for head in range(0, HEADS):
         o_out = o_wide * (HEADS * 2 * R) + head * 2 * R
         o_in = o_wide * (HEADS * 2 * R) + (head % PAIR * (HEADS // PAIR) + head // PAIR) * 2 * R
@@ -419,6 +437,10 @@ def _head_outputs(
             b_gate = tl.load(p_gate + o_wide * gate_apart + head, mask=m_token, other=0.0).to(tl.float32)[:, None]
             b_1, b_2 = b_1 * b_gate, b_2 * b_gate
         _store_head(p_out + o_out, b_1, b_2, m_token, R)
+        if MEASURED:
+            b_most = tl.maximum(b_most, tl.maximum(_most(p_out, b_1), _most(p_out, b_2)))
+    if MEASURED:
+        tl.store(p_most + tl.program_id(0), tl.max(b_most, 0))
 
 
 @triton.jit
@@ -596,13 +618,17 @@ def _outputs_constants(o, alpha, gate, paired: bool):
     return alpha, gate, (B * S // pair, *strides), constants
 
 
-def launch_head_outputs(o, own, alpha, gate, paired: bool):
-    """Run the outputs' forward kernel on o (B, T, H, Dv), of paired heads (B, 2 T, H / 2, Dv). Returns (B, T, H Dv)."""
+def launch_head_outputs(o, own, alpha, gate, paired: bool, measured: bool):
+    """Run the outputs' forward kernel on o (B, T, H, Dv), of paired heads (B, 2 T, H / 2, Dv). Returns (B, T, H Dv) and
+    the largest finite numbers of its parts, float32 (programs,), or nothing if it is not `measured`."""
     alpha, gate, scalars, constants = _outputs_constants(o, alpha, gate, paired)
+    programs = triton.cdiv(scalars[0], _ROWS)
     out = o.new_empty(o.shape[0], o.shape[1] // (1 + paired), constants["HEADS"] * o.shape[3])
+    most = torch.empty(programs if measured else 0, dtype=torch.float32, device=o.device)
     own = None if own is None else dense(own)
-    launch(_head_outputs, (triton.cdiv(scalars[0], _ROWS),), dense(o), own, alpha, gate, out, *scalars, **constants)
-    return out
+    given = dense(o), own, alpha, gate, out, most
+    launch(_head_outputs, (programs,), *given, *scalars, MEASURED=measured, **constants)
+    return out, most
 
 
 def launch_head_outputs_backward(g_BTD, o, own, alpha, gate, paired: bool):
@@ -674,8 +700,10 @@ def _inputs_backward(
 
 
 @torch.library.custom_op("speedrun::head_outputs", mutates_args=())
-def _outputs(o: Tensor, own: Tensor | None, alpha: Tensor | None, gate: Tensor | None, paired: bool) -> Tensor:
-    return launch_head_outputs(o, own, alpha, gate, paired)
+def _outputs(
+    o: Tensor, own: Tensor | None, alpha: Tensor | None, gate: Tensor | None, paired: bool, measured: bool
+) -> tuple[Tensor, Tensor]:
+    return launch_head_outputs(o, own, alpha, gate, paired, measured)
 
 
 @torch.library.custom_op("speedrun::head_outputs_backward", mutates_args=())
@@ -699,9 +727,10 @@ def _(grads, qkv, ve, factor, s, cos, sin, query_factor, heads, width, value_nor
 
 
 @_outputs.register_fake
-def _(o, own, alpha, gate, paired):
+def _(o, own, alpha, gate, paired, measured):
     pair, (B, S, H, width) = 1 + paired, o.shape
-    return o.new_empty(B, S // pair, pair * H * width)
+    programs = -(-B * S // pair // _ROWS) if measured else 0
+    return o.new_empty(B, S // pair, pair * H * width), o.new_empty(programs, dtype=torch.float32)
 
 
 @_outputs_backward.register_fake
@@ -743,16 +772,17 @@ class _HeadInputs(torch.autograd.Function):
 
 class _HeadOutputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, o, own, alpha, gate, paired):
+    def forward(ctx, o, own, alpha, gate, paired, measured):
         ctx.save_for_backward(o, own, alpha, gate)
         ctx.paired = paired
-        return _outputs(o, own, alpha, gate, paired)
+        return _outputs(o, own, alpha, gate, paired, measured)
 
     @staticmethod
     @differentiable_once("head_outputs")
-    def backward(ctx, g):
+    def backward(ctx, g, _):
         given = ctx.saved_tensors
-        return *_with_gaps(_outputs_backward(g, *given, ctx.paired), [x is not None for x in given]), None
+        found = _outputs_backward(g, *given, ctx.paired)
+        return *_with_gaps(found, [x is not None for x in given]), None, None
 
 
 # ---- public functions --------------------------------------------------------------------------------------
@@ -829,13 +859,15 @@ def head_outputs(
     gate_BTH: Tensor | None = None,
     *,
     paired: bool = False,
+    measured: bool = False,
     impl: str = "auto",
-) -> Tensor:
-    """(B, T, H Dv), what the product back reads, of what attention found, o (B, T, H, Dv) or, of paired heads, (B, 2 T,
-    H / 2, Dv); see the top. Differentiable once in all.
+) -> HeadOutputs:
+    """What the product back reads of what attention found, o (B, T, H, Dv) or, of paired heads, (B, 2 T, H / 2, Dv);
+    see the top. Differentiable once in all.
 
     own_BTHDv, alpha: the token's own values, and (H,) or (B, T, H) how much of what lies along them is taken away, or
-    None. gate_BTH: factors, or None. impl: as in `head_inputs`. Raises: ValueError or TypeError naming the argument."""
+    None. gate_BTH: factors, or None. measured: whether the kernel notes the largest number. impl: as in `head_inputs`.
+    Raises: ValueError or TypeError naming the argument."""
     expect_floats("o", o)
     if o.dim() != 4 or (paired and o.shape[1] % 2):
         raise ValueError(f"o must be (B, T, H, Dv), or (B, 2 T, H / 2, Dv) of paired heads, got {tuple(o.shape)}")
@@ -851,11 +883,12 @@ def head_outputs(
         expect("gate", gate_BTH, (B, T, H), o)
         expect_floats("gate", gate_BTH)
     if alpha is None and gate_BTH is None and not paired:
-        return o.flatten(2)
+        return HeadOutputs(o.flatten(2), 0.0)
     if implementation(impl, o, width) == "reference":
-        return head_outputs_reference(o, own_BTHDv, alpha, gate_BTH, paired)
+        return HeadOutputs(head_outputs_reference(o, own_BTHDv, alpha, gate_BTH, paired), 0.0)
     refuse_tangents("head_outputs", o, own_BTHDv, alpha, gate_BTH)
-    return _HeadOutputs.apply(o, own_BTHDv, alpha, gate_BTH, paired)
+    y, most = _HeadOutputs.apply(o, own_BTHDv, alpha, gate_BTH, paired, measured)
+    return HeadOutputs(y, most.detach().amax() if measured and len(most) else 0.0)
 
 
 def _check_inputs(qkv_BTE, rotary, heads: int, width: int, ve, factor, more, s, query_factor) -> int:

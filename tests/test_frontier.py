@@ -541,7 +541,7 @@ def test_paired_heads_are_one_head_over_twice_the_positions():
                 values.append(v[s, h - h % 2 + other])
         found[t, h] = torch.stack(logits).softmax(0) @ torch.stack(values)
     expected = float(model.scalars_by_kind()["values"][0, 0]) * found.view(T, 32)
-    torch.testing.assert_close(ours[0].double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours.y[0].double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_untied_values_give_each_layer_a_table_of_its_own():
@@ -875,6 +875,26 @@ def test_layers_whose_heads_go_through_kernels_are_those_of_the_references(more)
 def test_layers_whose_heads_go_through_kernels_equal_the_literal_model(trainer, preset):
     trainer.model.impls["attention_inputs"] = "triton"
     model_agrees(trainer, preset)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="no interpreter")
+def test_products_in_8_bits_take_the_largest_number_that_the_kernel_noted(monkeypatch):
+    fields = dict(num_layers=2, unet_skips="0>1", long_window_layers="0", key_offset="0", late_attention_source=-1)
+    fields |= dict(dynamic_skips="", dynamic_gates=1, head_mixing=False, bigram_rows=256, paired_heads="1")
+    model = randomised(Trainer(nano(**fields, products="fp8"), CPU).model)
+    tokens, seen, whole = documents(33, 1, vocab=256, eos=0)[None], [], products.added_linear_8
+
+    def added_linear_8(residual, x, w, of_x=0.0, **how):
+        seen.append((x.abs().amax().item(), float(of_x)))
+        return whole(residual, x, w, of_x=of_x, **how)
+
+    monkeypatch.setattr(products, "added_linear_8", added_linear_8)
+    losses = []
+    for impl in ("reference", "triton"):
+        model.impls["attention_inputs"] = impl
+        losses.append(model(tokens[:, :-1], tokens[:, 1:], window_blocks=2).item())
+    assert [of_x for _, of_x in seen[:2]] == [0, 0] and all(largest == of_x > 0 for largest, of_x in seen[2:])
+    assert len(seen) == 4 and abs(losses[0] - losses[1]) < 5e-3
 
 
 def test_the_log_names_what_heads_go_through():

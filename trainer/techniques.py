@@ -22,7 +22,7 @@ from kernels.attention import attention
 from kernels.cross_entropy import next_targets
 from kernels.embedding import implementation as looked_up_by
 from kernels.embedding import picked, rows_of_tables
-from kernels.heads import head_inputs, head_outputs
+from kernels.heads import HeadOutputs, head_inputs, head_outputs
 from kernels.norm import rms_norm as norm
 from kernels.residual import mixes_of_layers, weighted_sum
 from trainer import adam, products, sampled_softmax
@@ -512,8 +512,8 @@ class Techniques(nn.Module):
             where = pairs[short] if layer in self.paired else (rotary, plans[short])
             impls = impls_at(layer)
             given = *where, impls, gpt, cache, (factors, more_values), gates[layer] if gates else None
-            o_BTD = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
-            x_BTD = self.added(x_BTD, o_BTD, impls, x0, bigram, factors)
+            found = self.attend(block, source, values.get(layer), scalars["values"][layer], *given)
+            x_BTD = self.added(x_BTD, found, impls, x0, bigram, factors)
             y_BTD = products.mlp_added(x_BTD, impls["w_in"], impls["w_out"], impls)
             x_BTD = y_BTD if factors is None else replaced(x_BTD, y_BTD, factors[1][4:6])
             outputs[layer] = x_BTD
@@ -569,9 +569,11 @@ class Techniques(nn.Module):
         by_token = [[gates[n].first, *between, *([gates[n].pairs] * pairs)] for n in layers] if gates else ()
         return mixes_of_layers(factors[layers.start : layers.stop], shared, by_token=by_token, impl=gpt.impls["mix"])
 
-    def added(self, x_BTD: Tensor, o_BTD: Any, impls: Any, x0: Tensor, bigram: Any, factors: Any) -> Tensor:
+    def added(
+        self, x_BTD: Tensor, found: HeadOutputs | None, impls: Any, x0: Tensor, bigram: Any, factors: Any
+    ) -> Tensor:
         """Stream plus what attention found, projected back; in the last layer of `dynamic_skips`, their mixture."""
-        y_BTD = x_BTD if o_BTD is None else products.added(x_BTD, o_BTD, impls["w_o"], impls)
+        y_BTD = x_BTD if found is None else products.added(x_BTD, found.y, impls["w_o"], impls, found.largest)
         if factors is None:
             return y_BTD
         m = factors[0]
@@ -590,7 +592,7 @@ class Techniques(nn.Module):
         cache: Any,
         dynamic: Any,
         gates: Any = None,
-    ) -> Tensor | None:
+    ) -> HeadOutputs | None:
         """What a layer's heads find, side by side, before it is projected back; None for a layer without attention.
         impls: of the layer, with its weights (`trainer.products.of_layers`)."""
         if not block.has_attention:
@@ -634,7 +636,8 @@ class Techniques(nn.Module):
         alpha, gate = None, self.opened(y_BTG, layer, gates) if c.output_gates else None  # #117
         if own is not None:
             alpha = self.xsa_w[layer] if self.xsa_w is not None else gates.alpha
-        return head_outputs(o_BTHDh, own, alpha, gate, paired=pair, impl=impl)
+        measured = products.in_8_bits(impls, "fp8")
+        return head_outputs(o_BTHDh, own, alpha, gate, paired=pair, measured=measured, impl=impl)
 
     def opened(self, y_BTG: Tensor, layer: int, gates: Any) -> Tensor:
         """How far each head's gate is open, (B, T, H)."""

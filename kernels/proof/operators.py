@@ -504,7 +504,7 @@ _HEAD_OUTPUTS = ("o", "own", "alpha", "gate")
 
 
 def _head_outputs(module, g, impl):
-    return {"y": module.head_outputs(*(g[n] for n in _HEAD_OUTPUTS), impl=impl)}
+    return {"y": module.head_outputs(*(g[n] for n in _HEAD_OUTPUTS), measured=True, impl=impl).y}
 
 
 def _head_outputs_reference(module, g):

@@ -89,14 +89,26 @@ def _run_outputs(module, given):
     args = [given[n] for n in OUTPUTS]
     found = module.launch_head_outputs_backward(given["g"], *args, given["paired"])
     grads = {f"d{n}": x for n, x in zip(OUTPUTS, found) if x is not None}
-    return {"y": module.launch_head_outputs(*args, given["paired"]), **grads}
+    y, most = module.launch_head_outputs(*args, given["paired"], True)
+    plain, nothing = module.launch_head_outputs(*args, given["paired"], False)
+    assert torch.equal(y.nan_to_num(), plain.nan_to_num()) and len(nothing) == 0
+    return {"y": y, "largest": most.amax(), **grads}
 
 
 def _outputs_reference(module, given):
     leaves = {n: given[n].detach().requires_grad_() for n in OUTPUTS if given[n] is not None}
     y = module.head_outputs_reference(*(leaves.get(n) for n in OUTPUTS), given["paired"])
     found = torch.autograd.grad(y, list(leaves.values()), given["g"])
-    return {"y": y, **{f"d{n}": x for n, x in zip(leaves, found)}}
+    largest = y.detach().nan_to_num(0, 0, 0).abs().amax()
+    largest = largest.to(torch.promote_types(y.dtype, torch.float32))
+    return {"y": y, "largest": largest, **{f"d{n}": x for n, x in zip(leaves, found)}}
+
+
+def _what_is_not_finite_is_not_the_largest(module, device):
+    o = torch.zeros(1, 3, 2, 16)
+    o[0, 0, 0, 3], o[0, 1, 1, 15], o[0, 2, 0, 2], o[0, 2, 1, 7] = torch.nan, torch.inf, -5.0, 4.0
+    y, most = module.launch_head_outputs(o.to(device), None, None, None, False, True)
+    assert most.amax() == 5 and y.isnan().sum() == y.isinf().sum() == 1
 
 
 def _numeric(name, made, *, quick=True, hostile=False, **more):
@@ -128,10 +140,15 @@ def _launch(dtype, T=65536, H=8, width=128, narrow=0, add=("ve", "factor", "quer
         module.launch_head_inputs_backward(grads, qkv, ve, factor, s, *beside, *how, more is not None)
         alphas = {"token": by_token[..., :H], "head": meta(H, dtype=torch.float32), "": None}[alpha]
         given = grads[2], grads[3] if alpha else None, alphas, by_token[..., H : 2 * H], paired
-        module.launch_head_outputs(*given)
+        module.launch_head_outputs(*given, "query_factor" in add)  # as with products in 8 bits, and without
         module.launch_head_outputs_backward(meta(1, T, D), *given)
 
     return run
+
+
+def _faults(by, *changes):
+    """Faults that the check `by` is put to first. changes: (what is wrong, text of the source, what it becomes)."""
+    return tuple(Fault(*change, by=by) for change in changes)
 
 
 FAMILY = Family(
@@ -206,110 +223,143 @@ FAMILY = Family(
         "_head_outputs": Demand(wide=("p_o", "p_own", "p_gate", "p_out")),
         "_head_outputs_backward": Demand(wide=("p_g", "p_o", "p_own", "p_gate", "p_do", "p_down", "p_dgate")),
     },
+    checks=(("what is not finite is not the largest", _what_is_not_finite_is_not_the_largest),),
     faults=(
-        Fault("a token past the end is touched", "o_token < tokens", "o_token < tokens + 1"),
-        Fault("every program has the first tokens", "tl.program_id(0) * ROWS + ", ""),
-        Fault("every sequence but the first has wrong angles", "o_place = o_token % T", "o_place = o_token"),
-        Fault("the row before is the row itself", "o_wide - 1, o_wide)", "o_wide, o_wide)"),
-        Fault(
-            "the first row of a sequence takes the last one's",
-            "tl.where(o_place > 0, o_wide - 1, o_wide)",
-            "o_wide - 1",
+        *_faults(
+            "as they are",
+            ("a token past the end is touched", "o_token < tokens", "o_token < tokens + 1"),
+            ("every sequence but the first has wrong angles", "o_place = o_token % T", "o_place = o_token"),
+            (
+                "the first row of a sequence takes the last one's",
+                "tl.where(o_place > 0, o_wide - 1, o_wide)",
+                "o_wide - 1",
+            ),
+            ("a sequence's last key gets the next one's gradient", "m_token & (o_place + 1 < T)", "m_token"),
+            ("the first key's own gradient is lost", "tl.where(m_first, b_after_1 + b_g1, b_after_1)", "b_after_1"),
+            ("keys are the queries", "(HEADS + PAIR * pair + half)", "(PAIR * pair + half)"),
+            ("a pair is left out", "range(0, HEADS // PAIR)", "range(0, HEADS // PAIR - 1)"),
+            ("values are the keys", "HEADS * 4 * RQ + head", "HEADS * 2 * RQ + head"),
+            ("values without what is added", "b_1 + b_more_1, b_2 + b_more_2", "b_1, b_2"),
         ),
-        Fault("what turns comes from the row before", "(tl.arange(0, RQ) < RQ // 2)", "(tl.arange(0, RQ) >= RQ // 2)"),
-        Fault("a third of a half is still", "(tl.arange(0, RQ) < RQ // 2)", "(tl.arange(0, RQ) < RQ // 2 + 1)"),
-        Fault(
-            "what comes from the row before has this one's angles", "tl.where(o_place > 0, o_place - 1, 0)", "o_place"
+        *_faults(
+            "gates of paired",
+            ("every program has the first tokens", "tl.program_id(0) * ROWS + ", ""),
+            ("values of a pair follow each other", "(head % PAIR * (HEADS // PAIR) + head // PAIR)", "head"),
+            ("gates are taken for rows of their own", "o_wide * gate_apart", "o_wide * HEADS"),
+            ("the gate is not applied", "b_1, b_2 = b_1 * b_gate, b_2 * b_gate", "pass"),
+            ("numbers below 0 are not large", "b_x = tl.abs(b_x.to(", "b_x = (b_x.to("),
+            ("gradients pass the gate", "b_g1, b_g2 = b_g1 * b_gate[:, None], b_g2 * b_gate[:, None]", "pass"),
+            ("gradients of a pair follow each other", "p_do + o_in", "p_do + o_out"),
+            ("what attention found lies as it goes out", "p_o + o_in", "p_o + o_out"),
         ),
-        Fault("a key's still half stays", "b_2 = tl.where(m_turns, b_2, b_before_2)", "pass"),
-        Fault("a sequence's last key gets the next one's gradient", "m_token & (o_place + 1 < T)", "m_token"),
-        Fault("the gradient of the row before", "o_out + HEADS * 2 * RQ, m_after", "o_out - HEADS * 2 * RQ, m_after"),
-        Fault("the first key's own gradient is lost", "tl.where(m_first, b_after_1 + b_g1, b_after_1)", "b_after_1"),
-        Fault("both of a pair have the first one's angles", "PAIR * o_place + half", "PAIR * o_place"),
-        Fault("pairs have angles of single rows", "PAIR * o_place + half", "o_place"),
-        Fault("heads of a pair follow each other", "(half * (HEADS // PAIR) + pair)", "(PAIR * pair + half)"),
-        Fault("values of a pair follow each other", "(head % PAIR * (HEADS // PAIR) + head // PAIR)", "head"),
-        Fault("the first of a pair is read twice", "(PAIR * pair + half) * 2 * RQ", "(PAIR * pair) * 2 * RQ"),
-        Fault("keys are the queries", "(HEADS + PAIR * pair + half)", "(PAIR * pair + half)"),
-        Fault("a pair is left out", "range(0, HEADS // PAIR)", "range(0, HEADS // PAIR - 1)"),
-        Fault("queries without their factor", "b_1, b_2 = b_1 * b_factor, b_2 * b_factor", "pass"),
-        Fault("queries' gradients without their factor", "b_g1, b_g2 = b_g1 * b_factor, b_g2 * b_factor", "pass"),
-        Fault(
-            "rotation the wrong way round",
-            "b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin",
-            "b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin",
+        *_faults(
+            "everything",
+            ("the row before is the row itself", "o_wide - 1, o_wide)", "o_wide, o_wide)"),
+            ("what turns comes from the row before", "(tl.arange(0, RQ) < RQ // 2)", "(tl.arange(0, RQ) >= RQ // 2)"),
+            ("a third of a half is still", "(tl.arange(0, RQ) < RQ // 2)", "(tl.arange(0, RQ) < RQ // 2 + 1)"),
+            (
+                "what comes from the row before has this one's angles",
+                "tl.where(o_place > 0, o_place - 1, 0)",
+                "o_place",
+            ),
+            ("a key's still half stays", "b_2 = tl.where(m_turns, b_2, b_before_2)", "pass"),
+            ("the gradient of the row before", "o_out + HEADS * 2 * RQ, m_after", "o_out - HEADS * 2 * RQ, m_after"),
+            ("queries without their factor", "b_1, b_2 = b_1 * b_factor, b_2 * b_factor", "pass"),
+            ("queries' gradients without their factor", "b_g1, b_g2 = b_g1 * b_factor, b_g2 * b_factor", "pass"),
+            ("the embedding without its factor", "b_e1 * b_g, b_e2 * b_g", "b_e1, b_e2"),
+            ("every head has the first one's factor", "factor_apart + head, mask", "factor_apart, mask"),
+            ("factors are taken for rows of their own", "o_wide * factor_apart", "o_wide * HEADS"),
+            ("what own values get from elsewhere is lost", "b_g1 + b_1, b_g2 + b_2", "b_g1, b_g2"),
+            (
+                "what is added to values gets the gradient times a scalar",
+                "p_dmore + o_v, b_g1,",
+                "p_dmore + o_v, 2 * b_g1,",
+            ),
+            ("an embedding's gradient without its factor", "b_g1 * b_g, b_g2 * b_g", "b_g1, b_g2"),
         ),
-        Fault(
-            "gradients are rotated onwards",
-            "b_g1 * b_cos - b_g2 * b_sin, b_g1 * b_sin + b_g2 * b_cos",
-            "b_g1 * b_cos + b_g2 * b_sin, b_g2 * b_cos - b_g1 * b_sin",
+        *_faults(
+            "inputs, paired",
+            ("both of a pair have the first one's angles", "PAIR * o_place + half", "PAIR * o_place"),
+            ("pairs have angles of single rows", "PAIR * o_place + half", "o_place"),
+            ("heads of a pair follow each other", "(half * (HEADS // PAIR) + pair)", "(PAIR * pair + half)"),
+            ("the first of a pair is read twice", "(PAIR * pair + half) * 2 * RQ", "(PAIR * pair) * 2 * RQ"),
         ),
-        Fault("values are the keys", "HEADS * 4 * RQ + head", "HEADS * 2 * RQ + head"),
-        Fault("values without what is added", "b_1 + b_more_1, b_2 + b_more_2", "b_1, b_2"),
-        Fault("the embedding without its factor", "b_e1 * b_g, b_e2 * b_g", "b_e1, b_e2"),
-        Fault("the embedding without its scalar", "b_e1 * s_1, b_e2 * s_1", "b_e1, b_e2"),
-        Fault("every head has the first one's factor", "factor_apart + head, mask", "factor_apart, mask"),
-        Fault("factors are taken for rows of their own", "o_wide * factor_apart", "o_wide * HEADS"),
-        Fault("what own values get from elsewhere is lost", "b_g1 + b_1, b_g2 + b_2", "b_g1, b_g2"),
-        Fault(
-            "what is added to values gets the gradient times a scalar",
-            "p_dmore + o_v, b_g1,",
-            "p_dmore + o_v, 2 * b_g1,",
+        *_faults(
+            "narrow",
+            (
+                "rotation the wrong way round",
+                "b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin",
+                "b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin",
+            ),
+            (
+                "gradients are rotated onwards",
+                "b_g1 * b_cos - b_g2 * b_sin, b_g1 * b_sin + b_g2 * b_cos",
+                "b_g1 * b_cos + b_g2 * b_sin, b_g2 * b_cos - b_g1 * b_sin",
+            ),
+            ("the embedding without its scalar", "b_e1 * s_1, b_e2 * s_1", "b_e1, b_e2"),
+            (
+                "half of a factor's gradient",
+                "b_dot = tl.sum(b_g1 * b_e1, 1) + tl.sum(b_g2 * b_e2, 1)",
+                "b_dot = tl.sum(b_g1 * b_e1, 1)",
+            ),
+            ("an embedding's gradient without its scalar", "b_g1 * s_1, b_g2 * s_1", "b_g1, b_g2"),
+            ("the scalar's gradient is of raw values", "b_dot *= _inverse_rms(b_1, b_2, R)", "pass"),
+            (
+                "values' gradient forgets their norm",
+                "b_g1, b_g2 = _norm_gradient(b_g1, b_g2, b_1, b_2, _EPS, R)",
+                "pass",
+            ),
+            ("values' gradient forgets their scalar", "b_g1, b_g2 = b_g1 * s_0, b_g2 * s_0", "pass"),
+            ("a scalar's gradient overwrites that of the next program", "p_ds + o_part + 1", "p_ds + o_part + 2"),
+            ("half of the scalars' parts are summed", "ds.sum(0)", "ds[::2].sum(0)"),
         ),
-        Fault(
-            "half of a factor's gradient",
-            "b_dot = tl.sum(b_g1 * b_e1, 1) + tl.sum(b_g2 * b_e2, 1)",
-            "b_dot = tl.sum(b_g1 * b_e1, 1)",
+        *_faults(
+            "nearly nothing",
+            ("what is along the own value goes by alpha itself", "(_tanh(b_alpha) * b_along)", "(b_alpha * b_along)"),
+            ("tanh of twice alpha", "2 * tl.sigmoid(2 * b_x) - 1", "2 * tl.sigmoid(4 * b_x) - 1"),
+            ("every head has the first one's alpha", "alpha_apart + head, mask", "alpha_apart, mask"),
+            ("alphas are taken for rows of their own", "o_wide * alpha_apart", "o_wide * HEADS"),
+            ("the largest of the last head", "tl.maximum(b_most, tl.maximum(", "(tl.maximum("),
+            ("the largest of half a head", "_most(p_out, b_2)", "_most(p_out, b_1)"),
+            ("alpha's gradient forgets tanh", "-(1 - b_a * b_a)", "-1"),
+            ("own values' gradient forgets their length", "b_1 - b_twice * b_v1", "b_1"),
+            (
+                "a value of nearly nothing has a length",
+                "tl.where(b_square > _LEAST_SQUARE, 2 * b_along, 0.0)",
+                "(2 * b_along)",
+            ),
+            ("the least length is missing", "tl.maximum(b_square, _LEAST_SQUARE)", "b_square"),
+            ("what lies along the own value passes", "b_g1 - b_less * b_v1, b_g2 - b_less * b_v2", "b_g1, b_g2"),
         ),
-        Fault("an embedding's gradient without its factor", "b_g1 * b_g, b_g2 * b_g", "b_g1, b_g2"),
-        Fault("an embedding's gradient without its scalar", "b_g1 * s_1, b_g2 * s_1", "b_g1, b_g2"),
-        Fault("the scalar's gradient is of raw values", "b_dot *= _inverse_rms(b_1, b_2, R)", "pass"),
-        Fault(
-            "values' gradient forgets their norm", "b_g1, b_g2 = _norm_gradient(b_g1, b_g2, b_1, b_2, _EPS, R)", "pass"
+        *_faults("finite", ("a NaN is the largest", 'tl.where(b_x < float("inf"), b_x, 0.0)', "b_x")),
+        *_faults(
+            "alpha and gate",
+            ("a gate's gradient is of what attention found", "b_dot -= b_a * b_along * b_gv", "pass"),
+            ("alpha's gradient forgets the gate", "b_gv *= b_gate", "pass"),
         ),
-        Fault("values' gradient forgets their scalar", "b_g1, b_g2 = b_g1 * s_0, b_g2 * s_0", "pass"),
-        Fault("a scalar's gradient overwrites that of the next program", "p_ds + o_part + 1", "p_ds + o_part + 2"),
-        Fault("half of the scalars' parts are summed", "ds.sum(0)", "ds[::2].sum(0)"),
-        Fault("what is along the own value goes by alpha itself", "(_tanh(b_alpha) * b_along)", "(b_alpha * b_along)"),
-        Fault("tanh of twice alpha", "2 * tl.sigmoid(2 * b_x) - 1", "2 * tl.sigmoid(4 * b_x) - 1"),
-        Fault("every head has the first one's alpha", "alpha_apart + head, mask", "alpha_apart, mask"),
-        Fault("alphas are taken for rows of their own", "o_wide * alpha_apart", "o_wide * HEADS"),
-        Fault("gates are taken for rows of their own", "o_wide * gate_apart", "o_wide * HEADS"),
-        Fault("the gate is not applied", "b_1, b_2 = b_1 * b_gate, b_2 * b_gate", "pass"),
-        Fault("gradients pass the gate", "b_g1, b_g2 = b_g1 * b_gate[:, None], b_g2 * b_gate[:, None]", "pass"),
-        Fault("a gate's gradient is of what attention found", "b_dot -= b_a * b_along * b_gv", "pass"),
-        Fault("alpha's gradient forgets the gate", "b_gv *= b_gate", "pass"),
-        Fault("alpha's gradient forgets tanh", "-(1 - b_a * b_a)", "-1"),
-        Fault("half of an alpha's parts are summed", "dalpha.sum(0)", "dalpha[::2].sum(0)"),
-        Fault("own values' gradient forgets their length", "b_1 - b_twice * b_v1", "b_1"),
-        Fault(
-            "a value of nearly nothing has a length",
-            "tl.where(b_square > _LEAST_SQUARE, 2 * b_along, 0.0)",
-            "(2 * b_along)",
+        *_faults("alpha by the head", ("half of an alpha's parts are summed", "dalpha.sum(0)", "dalpha[::2].sum(0)")),
+        *_faults(
+            "rows apart",
+            (
+                "factors of sequences are taken for evenly apart",
+                "even = B == 1 or x_BTH.stride(0) == T * x_BTH.stride(1)",
+                "even = True",
+            ),
         ),
-        Fault("the least length is missing", "tl.maximum(b_square, _LEAST_SQUARE)", "b_square"),
-        Fault("what lies along the own value passes", "b_g1 - b_less * b_v1, b_g2 - b_less * b_v2", "b_g1, b_g2"),
-        Fault("gradients of a pair follow each other", "p_do + o_in", "p_do + o_out"),
-        Fault("what attention found lies as it goes out", "p_o + o_in", "p_o + o_out"),
-        Fault(
-            "factors of sequences are taken for evenly apart",
-            "even = B == 1 or x_BTH.stride(0) == T * x_BTH.stride(1)",
-            "even = True",
-            by="rows apart",
+        *_faults(
+            "strided",
+            ("factors of heads are taken for adjacent", "if x_BTH.stride(2) == 1 and even", "if even"),
+            ("angles are taken for adjacent", "cos.stride(1) != 1 or ", ""),
+            ("one alpha a head is taken for dense", "else dense(alpha)", "else alpha"),
         ),
-        Fault("factors of heads are taken for adjacent", "if x_BTH.stride(2) == 1 and even", "if even", by="strided"),
-        Fault("angles are taken for adjacent", "cos.stride(1) != 1 or ", "", by="strided"),
-        Fault(
-            "gradients are taken for dense",
-            "None if g is None else dense(g) for g in grads",
-            "g for g in grads",
-            by="transposed",
+        *_faults(
+            "transposed",
+            ("gradients are taken for dense", "None if g is None else dense(g) for g in grads", "g for g in grads"),
+            ("the projection is taken for dense", "dense(qkv_BTE)", "qkv_BTE"),
+            ("what is added is taken for dense", "n: dense(x) for", "n: x for"),
+            ("own values are taken for dense", "own = None if own is None else dense(own)", "pass"),
+            ("what attention found is taken for dense", "dense(o)", "o"),
+            ("the outputs' gradient is taken for dense", "dense(g_BTD)", "g_BTD"),
         ),
-        Fault("the projection is taken for dense", "dense(qkv_BTE)", "qkv_BTE", by="transposed"),
-        Fault("what is added is taken for dense", "n: dense(x) for", "n: x for", by="transposed"),
-        Fault("own values are taken for dense", "own = None if own is None else dense(own)", "pass", by="transposed"),
-        Fault("what attention found is taken for dense", "dense(o)", "o", by="transposed"),
-        Fault("the outputs' gradient is taken for dense", "dense(g_BTD)", "g_BTD", by="transposed"),
-        Fault("one alpha a head is taken for dense", "else dense(alpha)", "else alpha", by="strided"),
     ),
 )
