@@ -36,6 +36,10 @@ BYTES: dict[str, Callable[[dict], int]] = {
         * a["p_v"].element_size()
         * (2 * a["ROTATE"] * (a["HEADS"] + a["KV_HEADS"]) + (2 + a["HAS_VE"]) * a["KV_HEADS"])
     ),
+    "_head_inputs_backward": lambda a: (  # values as they are need no more than their gradient
+        sum(nbytes(t) for t in a.values() if isinstance(t, torch.Tensor))
+        - (0 if a["VALUE_NORM"] or a["HAS_S"] else a["tokens"] * a["HEADS"] * 2 * a["R"] * a["p_qkv"].element_size())
+    ),
     "_measure": lambda a: a["TENSORS"] * a["lines"] * a["length"] * a["p_x"][0].element_size() + nbytes(a["p_parts"]),
     "_move_rows": lambda a: 2 * nbytes(a["p_packed"]) + nbytes(a["p_rows"]),
     "_update_rows": lambda a: (
