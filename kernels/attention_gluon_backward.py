@@ -574,7 +574,8 @@ def _loader_of_keys(
     """The warp that loads for queries; QUERY_BYTES: of queries, o and its gradient of both groups, KEY_BYTES: of a tile
     of keys."""
     d_q, d_k, d_v, d_do, d_o = descriptors
-    (q_smem, do_smem, o_smem), (k_smem, v_smem) = smem
+    q_smem, do_smem, o_smem = smem[0]
+    k_smem, v_smem = smem[1]
     q_full, k_full, v_full, kv_free = barriers
     batch, head, kv_head, row = place
     mbarrier.expect(q_full, QUERY_BYTES)
@@ -607,7 +608,8 @@ def _group_of_queries(
     """A group of four warps that multiplies: queries row + WHO * HALF and the HALF - 1 behind."""
     pointers, layer, smem, barriers, place, tiles, scale, scale_log2, T, rows = given
     p_lse, p_rows, p_dq, p_first = pointers
-    (q_smem, do_smem, o_smem), (k_smem, v_smem) = smem
+    q_smem, do_smem, o_smem = smem[0]
+    k_smem, v_smem = smem[1]
     q_full, k_full, v_full, kv_free = barriers
     batch, head, _kv_head, row = place
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
