@@ -1,6 +1,7 @@
 """Fused kernels of the trainer, one family a file, its plain-torch reference beside it.
 
     attention.py       packed documents under a growing causal window, and the layer's input prologue
+    attention_gluon.py the same for Hopper in Gluon, by name; attention_gluon_backward.py its gradients
     attention_layer.py projection, prologue and attention as one operator, for fewer bytes
     cross_entropy.py   the head's product, soft cap and loss in one pass
     embedding.py       gradients of tables that rows are picked of, and the rows that travel
