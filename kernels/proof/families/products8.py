@@ -139,9 +139,11 @@ def _layouts(module, device):
         found, right = (module.launch_scales(given, E4M3, **how)[:, :, 0] for given in (strided, xs))
         assert torch.equal(found, right), how
     scales = module.launch_scales(xs, E4M3)
-    both = (module.launch_conversions(given, E4M3, scales, True) for given in (strided, xs))
-    for found, right in zip(*both):
-        assert all(torch.equal(x.float(), y.float()) for x, y in zip(found, right))
+    apart = torch.stack((scales, scales + 1), -1)[..., 0]
+    right = module.launch_conversions(xs, E4M3, scales, True)
+    for given in ((strided, scales), (xs, apart)):
+        for found, true in zip(module.launch_conversions(given[0], E4M3, given[1], True), right):
+            assert all(torch.equal(x.float(), y.float()) for x, y in zip(found, true))
 
 
 def _launch(dtype, kind, M, K):
