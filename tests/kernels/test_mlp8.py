@@ -263,3 +263,13 @@ def test_wrong_arguments_are_named():
         leaf = x.clone().requires_grad_()
         (dx,) = torch.autograd.grad(products8.linear(leaf, w_in).sum(), leaf, create_graph=True)
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("impl", WAYS)
+def test_rows_that_no_program_holds_are_refused_by_the_kernels_alone(impl):
+    x, w = torch.ones(2, mlp8._WIDEST + 16), torch.zeros(16, mlp8._WIDEST + 16)
+    if impl == "reference":
+        assert torch.equal(normed_mlp_8(x, w, w.t(), impl=impl), x)
+        return
+    with pytest.raises(ValueError, match="do not fit"):
+        normed_mlp_8(x, w, w.t(), impl=impl)

@@ -9,7 +9,7 @@ import torch
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric, gluon_model
 from kernels.proof.families import attention as of_attention
-from kernels.runtime import LOG2_E
+from kernels.runtime import LOG2_E, triton
 
 SCALE = of_attention.SCALE
 #: What the code of such a kernel shows: registers change hands, barriers are waited for, and stores are fenced.
@@ -302,7 +302,10 @@ FAMILY = Family(
             shows=SPECIALISED[:2],
         ),
         "_attention_dq_gluon": Demand(
-            instructions=("HGMMA", "UTMALDG"), wide=tuple("p_lse p_rows p_dq p_q p_rms".split()), shows=SPECIALISED[:2]
+            instructions=("HGMMA", "UTMALDG"),
+            stack_bytes=16 if triton.__version__.startswith("3.7.") else 0,  # outside of the loop of tiles
+            wide=tuple("p_lse p_rows p_dq p_q p_rms".split()),
+            shows=SPECIALISED[:2],
         ),
         **{kernel: of_attention.FAMILY.demands[kernel] for kernel in ("_attention_rows", "_attention_dq_rounded")},
     },
