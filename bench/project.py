@@ -90,7 +90,7 @@ class Passes(NamedTuple):
 STREAMS = {
     "norm_before_attention": Passes("layer", 1, 1),  # the norm
     "output_gates": Passes("layer", 1, 1),  # what attention found, times a number a head
-    "bigram_rows": Passes("layer", 1, 0),  # one more summand of `mixed`
+    "bigram_rows": Passes("layer", 1, 0),  # one more summand of each mix
     "xsa": Passes("layer", 1, 0),  # `exclusive` reads v beside what the output gate reads
     "key_offset": Passes("named", 1, 1, linear=True),  # `offset_keys`
     "paired_heads": Passes("named", 1, 1, linear=True),  # `interleaved` v; of q, k and o others' kernels do it
