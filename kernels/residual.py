@@ -159,7 +159,7 @@ def _gather_gradients(
     for layer in tl.static_range(LAYERS):
         b_dy = tl.load(p_dy[layer] + o, mask=m, other=0.0).to(tl.float32)
         p_factor = p_factors + layer * step_layer
-        p_dot = p_dots + layer * SHARED * tokens.to(tl.int64)
+        p_dot = p_dots + layer * SHARED * tl.cast(tokens, tl.int64)
         b_dx0 += tl.load(p_factor, mask=m_t, other=0.0)[:, None] * b_dy
         tl.store(p_dot, tl.sum(b_dy * b_x0, 1), mask=m_t)
         if SHARED > 1:

@@ -162,6 +162,9 @@ FAMILY = Family(
     launches=(
         Launch("bf16, an input embedding", _launch(torch.bfloat16), quick=True),
         Launch("bf16, five tables for two layers each", _launch(torch.bfloat16, tables=5, uses=2), quick=True),
+        Launch("bf16, an embedding tied to the head", _launch(torch.bfloat16, V=50304)),
+        Launch("bf16, five tables tied to it for two layers each", _launch(torch.bfloat16, V=50304, tables=5, uses=2)),
+        Launch("bf16, ten tables of a layer each", _launch(torch.bfloat16, V=50304, tables=10)),
         Launch("bf16, three tables of 768 for two layers each", _launch(torch.bfloat16, D=768, tables=3, uses=2)),
         Launch("bf16, an input embedding of 768", _launch(torch.bfloat16, D=768)),
         Launch("float32", _launch(torch.float32, 1024, 257, 64)),

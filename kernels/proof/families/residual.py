@@ -63,6 +63,8 @@ FAMILY = Family(
     launches=(
         Launch("bf16, a training step", _launch(torch.bfloat16), quick=True),
         Launch("bf16, one layer", _launch(torch.bfloat16, 1)),
+        Launch("bf16, one layer of 768", _launch(torch.bfloat16, 1, D=768)),
+        Launch("bf16, 16 layers, three tensors", _launch(torch.bfloat16, 16, 3)),
         Launch("bf16, 15 layers, three tensors", _launch(torch.bfloat16, 15, 3)),
         Launch("bf16, 9 layers, three tensors, by the token", _launch(torch.bfloat16, 9, 3, True), quick=True),
         Launch("bf16, 6 layers, three tensors, by the token", _launch(torch.bfloat16, 6, 3, True)),
@@ -82,7 +84,7 @@ FAMILY = Family(
         Fault("a factor is the first layer's", "p_factors + layer * step_layer", "p_factors + 0 * layer"),
         Fault("both factors' gradients are the first one's", "b_dy * b_x1", "b_dy * b_x0"),
         Fault("the third factor's gradient is the second one's", "b_dy * b_x2", "b_dy * b_x1"),
-        Fault("every layer's dots go to the first one's", "layer * SHARED * tokens", "0 * SHARED * tokens"),
+        Fault("every layer's dots go to the first one's", "layer * SHARED * tl", "0 * SHARED * tl"),
         Fault("a gradient is taken for dense", "tuple(dense(d) for d in dy)", "tuple(dy)", by="transposed"),
         Fault("a tensor is taken for dense", "tuple(dense(t) for t in shared)", "tuple(shared)", by="transposed"),
         Fault("a result is half as large", "b_dx2.to(", "(0.5 * b_dx2).to("),
