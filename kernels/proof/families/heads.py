@@ -3,6 +3,7 @@
 import torch
 
 from kernels.proof import Demand, Family, Fault, Launch, Numeric
+from kernels.runtime import triton
 
 INPUTS = ("qkv", "ve", "factor", "more", "s")
 OUTPUTS = ("o", "own", "alpha", "gate")
@@ -202,9 +203,9 @@ FAMILY = Family(
         Launch("float32, 2 heads of 32", _launch(torch.float32, T=1000, H=2, width=32), demanding=False),
     ),
     demands={
-        # 8 bytes of stack: what ptxas makes of Triton 3.7.1's code for narrow queries; of 3.6's and 3.9's it makes none
         "_head_inputs": Demand(
-            stack_bytes=8, wide=("p_qkv", "p_ve", "p_factor", "p_more", "p_cos", "p_sin", "p_q", "p_k", "p_v")
+            stack_bytes=8 if triton.__version__.startswith("3.7.") else 0,  # for narrow queries
+            wide=("p_qkv", "p_ve", "p_factor", "p_more", "p_cos", "p_sin", "p_q", "p_k", "p_v"),
         ),
         "_head_inputs_backward": Demand(
             wide=(
