@@ -5,6 +5,7 @@
     attention_layer.py projection, prologue and attention as one operator, for fewer bytes
     cross_entropy.py   the head's product, soft cap and loss in one pass
     embedding.py       gradients of tables that rows are picked of, and the rows that travel
+    heads.py           what techniques put between attention and the products before and after it
     mlp.py             linear, relu squared, linear
     muon.py            orthogonalisation, momentum and the bfloat16 + mantissa update
     products8.py       products in 8 bits, with safe scales: conversion, linear layers
