@@ -108,6 +108,7 @@ EXPLAINED: dict[str, str] = {
     "products8: comparison: c92c72e2fd": "the other of two ways to the same numbers: slower, not wrong",
     "products8: dropped dense: 9106007734": "the launcher makes it dense once more: the same result",
     "products8: dropped dense: d712c99d49": "the launcher makes it dense once more: the same result",
+    "attention: masks: 5374f059c6": "a key past the end is seen by no query, whatever ends there: the same program",
     "attention_gluon_backward: comparison: 293f8e5a0b": "the other group makes the last tile's dq: the same result",
     "attention_gluon_backward: comparison: 5da0fa373b": "another order of the same programs: slower, not wrong",
     "attention_gluon_backward: comparison: b5a1a624bb": "the groups take each other's turns with dq: the same result",

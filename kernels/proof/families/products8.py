@@ -131,6 +131,16 @@ def _formats(module, device):
             assert values.dtype == dtype and torch.equal(values.float(), true.float()), dtype
 
 
+def _zeros_of_several_programs(module, device):
+    """Zeros that three programs have looked at, a number that is no power of two, send as many as it takes to the rest;
+    one number that one of them has found does not."""
+    x = torch.zeros(3 * 3 * 32, 5, device=device)
+    x[1] = 1000.0
+    assert module.launch_scales([x], E5M2, every=3)[0, 0, 0] == module.scale_for(x, E5M2)
+    x[96] = 1.0
+    assert module.launch_scales([x], E5M2, every=3)[0, 0, 0] == module.scale_for(x[::3], E5M2)
+
+
 def _layouts(module, device):
     """Tensors that are not dense have the scales and the numbers of dense ones."""
     xs = [x.to(device) for x in _several(20, 40)(torch.Generator().manual_seed(0))["xs"]]
@@ -211,6 +221,7 @@ FAMILY = Family(
         ("finite numbers only", _finite_only),
         ("what is not finite", _not_finite),
         ("formats", _formats),
+        ("zeros of several programs", _zeros_of_several_programs),
         ("layouts", _layouts),
     ),
     faults=(
