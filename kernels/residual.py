@@ -272,11 +272,12 @@ def mixes_of_layers(
     by_token: of each layer what its K last factors get beside these, (..., 1) each or None. For the compiler, where
     there will be gradients, those of what is shared and of its factors are left to one pass at the end (see above),
     unless impl is "reference"."""
-    rows = factors_of_layers(factors_LK, shared[0])
     K, wide = len(shared), shared[0].shape[-1] > _WIDEST or len(shared) > _SHARED
     if impl == "reference" or wide or not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        rows = factors_of_layers(factors_LK, shared[0])
         more = by_token or [[None] * K] * len(rows)
         return [_mix_of(row, shared, some, impl) for row, some in zip(rows, more)]
+    own = factors_of_layers(factors_LK[:, :1], shared[0])  # alone: of what nobody uses a gradient is zeros in memory
     # A view that begins at the second number would make Inductor take the pass's large results for unaligned too.
     factors = factors_LK[:, 1:, None].expand(-1, -1, shared[0][..., 0].numel())
     if by_token:
@@ -288,8 +289,8 @@ def mixes_of_layers(
     tickets = _Tickets.apply(factors, *shared)
     shared = [x.detach() for x in shared]  # and no longer the first layer's stream, which is one of them
     return [
-        lambda x, ticket=ticket, own=row[0], of_layer=of_layer: _MixOfTicket.apply(x, ticket, own, of_layer, *shared)
-        for ticket, row, of_layer in zip(tickets, rows, factors.detach().unbind())
+        lambda x, ticket=ticket, l0=l0, of_layer=of_layer: _MixOfTicket.apply(x, ticket, l0, of_layer, *shared)
+        for ticket, (l0,), of_layer in zip(tickets, own, factors.detach().unbind())
     ]
 
 
