@@ -40,7 +40,10 @@ BYTES: dict[str, Callable[[dict], int]] = {
         sum(nbytes(t) for t in a.values() if isinstance(t, torch.Tensor))
         - (0 if a["VALUE_NORM"] or a["HAS_S"] else a["tokens"] * a["HEADS"] * 2 * a["R"] * a["p_qkv"].element_size())
     ),
-    "_measure": lambda a: a["TENSORS"] * a["lines"] * a["length"] * a["p_x"][0].element_size() + nbytes(a["p_parts"]),
+    # BEFORE: it looks at rows only where those that were looked at before are all zeros
+    "_measure": lambda a: (
+        a["TENSORS"] * (not a["BEFORE"]) * a["lines"] * a["length"] * a["p_x"][0].element_size() + nbytes(a["p_parts"])
+    ),
     "_move_rows": lambda a: 2 * nbytes(a["p_packed"]) + nbytes(a["p_rows"]),
     "_update_rows": lambda a: (
         sum(map(nbytes, (*a["p_grads"], a["p_order"], a["p_starts"], a["p_rows"], a["p_mean"])))

@@ -270,6 +270,8 @@ def test_rows_that_no_program_holds_are_refused_by_the_kernels_alone(impl):
     x, w = torch.ones(2, mlp8._WIDEST + 16), torch.zeros(16, mlp8._WIDEST + 16)
     if impl == "reference":
         assert torch.equal(normed_mlp_8(x, w, w.t(), impl=impl), x)
+        assert not normed_linear_8(x, w, impl=impl)[0].any()
         return
-    with pytest.raises(ValueError, match="do not fit"):
-        normed_mlp_8(x, w, w.t(), impl=impl)
+    for run in (lambda: normed_mlp_8(x, w, w.t(), impl=impl), lambda: normed_linear_8(x, w, impl=impl)):
+        with pytest.raises(ValueError, match="do not fit"):
+            run()

@@ -77,6 +77,14 @@ def _layouts(module, device):
     assert torch.equal(*sums)
 
 
+def _large_residuals(module, device):
+    """A residual of bfloat16's range comes back beside a product of zeros; half precision does not hold it."""
+    residual = torch.tensor([[2.0**n for n in (-60, 17, 100)]], device=device).expand(20, 3).bfloat16()
+    one = torch.ones((), device=device)
+    a, b = (module.Eight(torch.zeros(size, 16, device=device).to(E4M3), one) for size in (20, 3))
+    assert torch.equal(module.launch_added_product_8(a, b, residual), residual)
+
+
 def _launch(N=65536, D=1024, F=4096, **options):
     def run():
         import kernels.mlp8 as module
@@ -180,8 +188,18 @@ FAMILY = Family(
             shows=((r"max\.NaN", "BACKWARD=False"),),
         ),
     },
-    checks=(("strided factors", _layouts), ("rows that are not finite", _rows_not_finite)),
+    checks=(
+        ("strided factors", _layouts),
+        ("rows that are not finite", _rows_not_finite),
+        ("large residuals", _large_residuals),
+    ),
     faults=(
+        Fault(
+            "a residual is taken in half precision",
+            "b_out += tl.load(p_act + o_out, mask=m_out, other=0.0).to(tl.float32)",
+            "b_out += tl.load(p_act + o_out, mask=m_out, other=0.0).to(tl.float16)",
+            by="large residuals",
+        ),
         Fault("the residual is left out", "b_out += tl.load(p_act", "b_out += 0 * tl.load(p_act"),
         Fault("the residual is another row's", "tl.load(p_act + o_out, mask=m_out", "tl.load(p_act, mask=m_out"),
         Fault("the residual is taken for dense", "dense(residual_MN), scales", "residual_MN, scales", by="strided"),
