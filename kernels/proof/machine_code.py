@@ -201,19 +201,20 @@ def unmet_demands(family: Family, kernel: str, row: dict[str, Any]) -> list[str]
 
 def pointer_uses(ttir: str) -> list[tuple[str, str, bool]]:
     """Of every load and store in Triton's intermediate code: which of the two, the kernel's pointer argument that it
-    goes through, and whether a 64-bit offset was added on the way."""
+    goes through, and whether a 64-bit offset was added on the way. Of several pointers in one argument, which are
+    %p_x.0 and so on there, the argument's name."""
     known: dict[str, tuple[str, bool]] = {}
     signature = ttir[ttir.index("tt.func") : ttir.index("\n", ttir.index("tt.func"))]
-    for name in re.findall(r"%(\w+): !tt\.ptr", signature):
-        known[name] = (name, False)
+    for name in re.findall(r"%([\w.]+): !tt\.ptr", signature):
+        known[name] = (name.partition(".")[0], False)
     found = []
     for line in ttir.splitlines():
-        made = re.search(r"%(\w+) = tt\.(addptr|splat|broadcast|expand_dims|reshape|trans) %(\w+)", line)
+        made = re.search(r"%([\w.]+) = tt\.(addptr|splat|broadcast|expand_dims|reshape|trans) %([\w.]+)", line)
         if made and made[3] in known:
             argument, before = known[made[3]]
             by_64 = made[2] == "addptr" and re.search(r", (tensor<[\dx]*xi64|i64)", line.partition(" : ")[2])
             known[made[1]] = (argument, before or bool(by_64))
-        used = re.search(r"tt\.(load|store) %(\w+)", line)
+        used = re.search(r"tt\.(load|store) %([\w.]+)", line)
         if used and used[2] in known:
             found.append((used[1], *known[used[2]]))
     return found

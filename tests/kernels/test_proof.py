@@ -445,6 +445,8 @@ def test_a_lost_64_bit_cast_is_seen_in_the_intermediate_code():
         "p_x",
         "p_y",
     }
+    several = TTIR.replace("OFFSET", "i32").replace("%p_y", "%p_y.0")  # of a tuple of pointers
+    assert machine_code.narrow_pointers(several) == {"p_y"}
 
 
 def test_what_a_kernel_changes_in_place_is_seen_in_the_intermediate_code():
