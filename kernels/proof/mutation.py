@@ -112,6 +112,7 @@ EXPLAINED: dict[str, str] = {
     "attention_layer: dropped dense: 5025bfb2b2": "torch's product takes any strides: the same result",
     "attention_layer: masks: aac3d5149b": _NOT_STORED,
     "cross_entropy: comparison: 22436c3324": "of the head around it, which tests/kernels/test_operators.py holds",
+    "embedding: accumulate type: 3668ec1425": "zeros, to which the first sum gives its own type: the same program",
     "embedding: masks: 959ce837b1": _NOT_STORED,
     "mlp8: comparison: 47f6bbb2dc": "of the layer around the kernel, which tests/kernels/test_mlp8.py holds",
     "mlp8: comparison: 624b8081bc": "the other of two ways to the same numbers: slower, not wrong",
