@@ -326,7 +326,8 @@ def published_step(preset: str) -> tuple[Step, str]:
     """(a step of a published run as its own implementation takes it, the preset that was counted): from the count of
     `--kernels=reference`.
 
-    Compiled code does not tell whose a product is: they are shared out by weights, 6 FLOPs a weight and token each."""
+    Compiled code does not tell whose a product is: they are shared out by weights, 6 FLOPs a weight and token each.
+    Messages are waited for as long as in our count of the same preset."""
     name, told = nearest(preset, lambda name: "reference" if name == "medium" else f"reference-{name}")
     config, parts, loss = config_of(name), dict(told["projection"]["parts"]), json.loads(LOSS.read_text())["result"]
     w, products = weights_of(config), parts.pop("attention projections")
@@ -338,6 +339,7 @@ def published_step(preset: str) -> tuple[Step, str]:
         head = our_step(preset)[0].parts["head and loss"]
     parts |= {"MLP": each * w.mlp, "attention projections": each * w.projections, "head and loss": head}
     parts["norms, mixes, embeddings"] -= ms["chunked"]
+    parts["messages not hidden"] = our_step(name)[0].parts["messages not hidden"]
     return Step(config, parts, told["tokens"]), name
 
 
@@ -587,7 +589,8 @@ Assumed, beside the ceilings and efficiencies of bench/rehearse/project.py:
   step; from record 18 on {flash:.0f}, FlashAttention 3 (#118, #188), whose rate on documents this short nobody has
   published: it is assumed from its paper's, and the last column has the error if it were no faster than FlexAttention.
 - Products are 6 FLOPs a weight and token at the rate of the library's: the counted sum, which is that of all three
-  parts, is shared out by weights. Their Muon, Adam and messages are those that our trainer has with plain torch.
+  parts, is shared out by weights. Their Muon and Adam are those that our trainer has with plain torch, and
+  they wait for messages as long as it does.
 - The loss: all logits at once in 16 bits (`medium`, `record18`); f2 and f3 have their head in 8 bits and a fused loss,
   which are taken from our count of the same preset. Not counted on their side: kernels of their own beyond these.
 - What changes from run to run: `record18` has its techniques, a layer of attention more, and float32 matrices on the

@@ -165,6 +165,7 @@ class Rehearsal:
             join(rank, self.trainer.world_size)
             for p in model.parameters():
                 p._post_accumulate_grad_hooks = None
+                p.grad = None  # as rank 0 began: what waits there leaves with its kind, not early
             as_before = mock.patch.object(train_gpt, "GPT", lambda _c: model)
             same_number = mock.patch.object(leaving, "_numbers", numbers)  # the compiled step's, who else listens
             with as_before, same_number, mock.patch.object(torch, "compile", compile_):

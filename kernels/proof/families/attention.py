@@ -421,6 +421,9 @@ FAMILY = Family(
             "fp16, 8 heads of 16, specialised", _specialised_launch(width=16, dtype=torch.float16), devices=("sm_90",)
         ),
         Launch("bf16, 8 heads of 64", _launch(torch.bfloat16, width=64)),
+        Launch(
+            "bf16, 4 heads of 128, pairs of 8 heads", _launch(torch.bfloat16, T=131072, H=4, K=4), devices=("sm_90",)
+        ),
         Launch("bf16, two ragged sequences, 8 heads of 128 on 2", _launch(torch.bfloat16, T=5000, B=2, K=2)),
         Launch("fp16, 4 heads of 32", _launch(torch.float16, H=4, K=4, width=32), demanding=False),
         Launch("float32, 8 heads of 128", _launch(torch.float32, T=1000), demanding=False),

@@ -118,7 +118,9 @@ def _numeric(name, made, *, quick=True, hostile=False, **more):
 
 
 def _launch(dtype, T=65536, H=8, width=128, narrow=0, add=("ve", "factor", "query_factor"), alpha="token", **options):
-    """A layer's inputs and outputs; options: as of `_inputs`."""
+    """A layer's inputs and outputs; options: as of `_inputs`, and "dense": factors and gates are tensors of their own,
+    no columns of a network's output; "of_factor": so is the factor, of that dtype; "measured": the largest output is
+    noted, as products in 8 bits ask for."""
 
     def run():
         import kernels.heads as module
@@ -131,17 +133,23 @@ def _launch(dtype, T=65536, H=8, width=128, narrow=0, add=("ve", "factor", "quer
         how = H, width, options.get("value_norm", False), options.get("offset", False), paired
         tables = [meta(pair * T, 2 * R, dtype=torch.float32)[:, :R] for _ in range(2)]
         beside = *tables, meta(dtype=torch.float32) if "query_factor" in add else None
-        qkv, by_token = meta(1, T, 4 * H * R + D), meta(1, T, 4 * H, dtype=torch.float32)
-        all_of_it = dict(ve=meta(1, T, D), factor=by_token[..., :H], more=meta(1, T, D), s=meta(2, dtype=torch.float32))
+        qkv, dense = meta(1, T, 4 * H * R + D), options.get("dense", False)
+        gates = [meta(1, T, H) if dense else meta(1, T, 4 * H, dtype=torch.float32)[..., H : 2 * H] for _ in range(2)]
+        all_of_it = dict(
+            ve=meta(1, T, D),
+            factor=gates[0].to(options.get("of_factor", gates[0].dtype)),
+            more=meta(1, T, D),
+            s=meta(2, dtype=torch.float32),
+        )
         ve, factor, more, s = (x if n in add else None for n, x in all_of_it.items())
         module.launch_head_inputs(qkv, ve, factor, more, s, *beside, *how)
         grads = [meta(1, pair * T, H // pair, w) for w in (2 * R, 2 * R, width)] + [
             meta(1, T, H, width) if own else None
         ]
         module.launch_head_inputs_backward(grads, qkv, ve, factor, s, *beside, *how, more is not None)
-        alphas = {"token": by_token[..., :H], "head": meta(H, dtype=torch.float32), "": None}[alpha]
-        given = grads[2], grads[3] if alpha else None, alphas, by_token[..., H : 2 * H], paired
-        module.launch_head_outputs(*given, "query_factor" in add)  # as with products in 8 bits, and without
+        alphas = {"token": gates[0], "head": meta(H, dtype=torch.float32), "": None}[alpha]
+        given = grads[2], grads[3] if alpha else None, alphas, gates[1], paired
+        module.launch_head_outputs(*given, options.get("measured", "query_factor" in add))
         module.launch_head_outputs_backward(meta(1, T, D), *given)
 
     return run
@@ -195,6 +203,47 @@ FAMILY = Family(
         Launch("bf16, keys offset, everything", _launch(torch.bfloat16, add=("ve", "factor", "more"), offset=True)),
         Launch("bf16, paired heads", _launch(torch.bfloat16, alpha="", own=False, paired=True)),
         Launch("bf16, record 18", _launch(torch.bfloat16, add=("ve", "factor"), alpha="", own=False)),
+        Launch("bf16, frontier, no embedding", _launch(torch.bfloat16, add=("query_factor",))),
+        Launch("bf16, frontier, gated embedding", _launch(torch.bfloat16, of_factor=torch.bfloat16)),
+        Launch(
+            "bf16, frontier, keys offset, gated embedding",
+            _launch(torch.bfloat16, of_factor=torch.bfloat16, offset=True),
+        ),
+        Launch(
+            "bf16, frontier, the last layer",
+            _launch(torch.bfloat16, add=("ve", "factor", "more", "query_factor"), offset=True),
+        ),
+        Launch(
+            "bf16, frontier, paired heads",
+            _launch(torch.bfloat16, add=("query_factor",), alpha="", own=False, paired=True),
+        ),
+        Launch(
+            "bf16, frontier, paired heads, gated embedding, validated",
+            _launch(torch.bfloat16, alpha="", own=False, paired=True, of_factor=torch.bfloat16, measured=False),
+        ),
+        Launch(
+            "bf16, f3, no embedding",
+            _launch(torch.bfloat16, add=("query_factor",), alpha="", own=False, dense=True, measured=False),
+        ),
+        Launch("bf16, f3, gated embedding", _launch(torch.bfloat16, alpha="", own=False, dense=True, measured=False)),
+        Launch(
+            "bf16, f3, keys offset, gated embedding",
+            _launch(torch.bfloat16, alpha="", own=False, dense=True, offset=True, measured=False),
+        ),
+        Launch(
+            "bf16, f3, the last layer",
+            _launch(torch.bfloat16, add=("ve", "factor", "more", "query_factor"), alpha="", own=False, offset=True),
+        ),
+        Launch(
+            "bf16, one block of frontier",
+            _launch(torch.bfloat16, add=("query_factor",), alpha="", own=False, offset=True, dense=True),
+        ),
+        Launch(
+            "bf16, one block of frontier, validated",
+            _launch(
+                torch.bfloat16, add=("query_factor",), alpha="", own=False, offset=True, dense=True, measured=False
+            ),
+        ),
         Launch(
             "bf16, narrow queries, values normed",
             _launch(torch.bfloat16, narrow=64, add=("ve", "s"), alpha="head", value_norm=True),
