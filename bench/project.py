@@ -21,6 +21,7 @@ runs were not used for it, so their errors tell what the projection is worth.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -239,6 +240,7 @@ class Projection:
         matrices = 2 * matrix * (w.mlp + w.projections)
         return matrices + 2 * head * w.head * fast + tables + self.ngram_bytes(step)
 
+    @functools.cached_property
     def sent_when_rehearsed(self) -> float:
         """`sent_bytes` of the rehearsed step, which was its configuration's last."""
         rehearsed = Projection(self.rehearsed, Step(self.rehearsed, self.parts, self.tokens))
@@ -259,7 +261,7 @@ class Projection:
             "attention inputs": share * self.inputs_share(),
             "Muon": matrices,
             "AdamW": updated / (ref.head + ref.tables + ref.bigram),
-            "messages not hidden": self.sent_bytes(step) / self.sent_when_rehearsed(),
+            "messages not hidden": self.sent_bytes(step) / self.sent_when_rehearsed,
             "gaps between launches": self.deep,
             THE_AVERAGE: float(self.averages(step)),
         }

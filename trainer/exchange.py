@@ -363,11 +363,12 @@ class GradientExchange:
 
     def wait_others(self) -> None:
         """Gradients of tables, of this rank's rows of the head and of the others are sums."""
-        for (name, _), shard in zip(self.head.items(), self._arrived(0)):
+        head, *_, of_tables, others = range(len(self.kinds))
+        for (name, _), shard in zip(self.head.items(), self._arrived(head)):
             self.my_others[name].grad = shard
-        for packed, (tables, rows) in zip(self._arrived(len(self.kinds) - 2), self.going):
+        for packed, (tables, rows) in zip(self._arrived(of_tables), self.going):
             put_rows_([p.grad for p in tables], rows, packed)
-        self._arrived(len(self.kinds) - 1)
+        self._arrived(others)
 
     def publish_matrices(self) -> None:
         """After the owners' updates: the new matrices set out for everyone."""

@@ -55,19 +55,13 @@ def _(inwards, outwards):
     return [part.new_empty(4, *part.shape) for part in outwards]
 
 
-def _halves(wholes: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Of each (4, D, D) the first three as (3 D, D), then of each the last."""
-    wholes = tuple(wholes)
-    return *(whole[:3].flatten(0, 1) for whole in wholes), *(whole[3] for whole in wholes)
-
-
 class _Halves(torch.autograd.Function):
-    """`_halves`. The compiler would put the gradients of each
-    pair together by a kernel of its own; here all are in one operator's few."""
+    """Of each (4, D, D) the first three as (3 D, D), then of each the last. The compiler would put the gradients of
+    each pair together by a kernel of its own; here all are in one operator's few."""
 
     @staticmethod
     def forward(ctx, *wholes):
-        return _halves(wholes)
+        return *(whole[:3].flatten(0, 1) for whole in wholes), *(whole[3] for whole in wholes)
 
     @staticmethod
     @differentiable_once("halves")
@@ -109,10 +103,11 @@ def of_layers(
     halves: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(group: list[str]) -> None:
-        given = {name: own[place[name][0]][place[name][1]] for name in group}
+        given = {name: own[n][kind] for name in group for n, kind in [place[name]]}
         for name, w in leaving(given, impls.get("early")).items():
-            own[place[name][0]][place[name][1]] = w
-        wholes = {place[name][0]: own[place[name][0]]["qkvo_w"] for name in group if name.endswith(".qkvo_w")}
+            n, kind = place[name]
+            own[n][kind] = w
+        wholes = {n: own[n][kind] for n, kind in map(place.__getitem__, group) if kind == "qkvo_w"}
         if projections is plain_projections and torch.compiler.is_compiling() and torch.is_grad_enabled() and wholes:
             found = _Halves.apply(*wholes.values())
             halves.update(zip(wholes, zip(found, found[len(wholes) :])))
